@@ -1,0 +1,3 @@
+//! `nydus-image`: builds, checks and converts images.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! `nydusctl`: talks to a running `nydusd`.
+
+fn main() {}

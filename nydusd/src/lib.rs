@@ -1,0 +1,1 @@
+//! The daemon as a library, so that its parts can be tested.

@@ -1,0 +1,3 @@
+//! `nydusd`: serves images through host FUSE.
+
+fn main() {}

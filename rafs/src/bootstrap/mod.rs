@@ -1,0 +1,220 @@
+//! From bytes to a tree that can be asked: the one interface over every RAFS version.
+//!
+//! A bootstrap is checked once at the door and then answered from in place: no object
+//! is made per inode. Names, symlink targets and xattrs are bytes.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::ops::ControlFlow;
+
+use storage::codec::Codec;
+use storage::digest::DigestAlgorithm;
+use storage::ids::{BlobId, ChunkIndex};
+
+use crate::Result;
+use crate::format::chunk::ChunkInfo;
+use crate::format::features::{BlobFeatures, ImageFlags};
+
+/// Number of an inode in its image: in v6 the EROFS nid, below 2^40.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Nid(pub u64);
+
+impl fmt::Display for Nid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The seven types of inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FileType {
+    /// Regular file.
+    Regular,
+    /// Directory.
+    Directory,
+    /// Symbolic link.
+    Symlink,
+    /// Character device.
+    CharDevice,
+    /// Block device.
+    BlockDevice,
+    /// Fifo.
+    Fifo,
+    /// Socket.
+    Socket,
+}
+
+impl FileType {
+    /// The type in the upper bits of `st_mode`.
+    pub fn from_mode(mode: u32) -> Option<Self> {
+        Some(match mode & libc::S_IFMT {
+            libc::S_IFREG => Self::Regular,
+            libc::S_IFDIR => Self::Directory,
+            libc::S_IFLNK => Self::Symlink,
+            libc::S_IFCHR => Self::CharDevice,
+            libc::S_IFBLK => Self::BlockDevice,
+            libc::S_IFIFO => Self::Fifo,
+            libc::S_IFSOCK => Self::Socket,
+            _ => return None,
+        })
+    }
+}
+
+/// Attributes of an inode as stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attr {
+    /// The inode.
+    pub nid: Nid,
+    /// Its type, equal to the upper bits of `mode`.
+    pub file_type: FileType,
+    /// `st_mode` with type bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Regular: bytes; directory: bytes of entries; symlink: bytes of target; else 0.
+    pub size: u64,
+    /// Link count, at least 1.
+    pub nlink: u32,
+    /// Seconds since the epoch.
+    pub mtime: i64,
+    /// 0 to 999,999,999.
+    pub mtime_nsec: u32,
+    /// Devices: number in the kernel's 32-bit encoding (section 4.4); else 0.
+    pub rdev: u32,
+}
+
+/// One entry of a directory, `.` and `..` left out.
+#[derive(Clone, Copy, Debug)]
+pub struct DirEntry<'a> {
+    /// Name, 1 to 255 bytes without `/` and NUL.
+    pub name: &'a [u8],
+    /// Its inode.
+    pub nid: Nid,
+    /// The inode's type.
+    pub file_type: FileType,
+    /// Cursor that continues behind this entry.
+    pub next: u64,
+}
+
+/// One extended attribute: its name is `prefix` followed by `suffix`.
+#[derive(Clone, Copy, Debug)]
+pub struct Xattr<'a> {
+    /// `user.`, `trusted.`, `security.` or a whole ACL name.
+    pub prefix: &'static [u8],
+    /// Rest of the name.
+    pub suffix: &'a [u8],
+    /// Value.
+    pub value: &'a [u8],
+}
+
+/// One data blob of the image: the checked form of a blob record.
+#[derive(Clone, Debug)]
+pub struct Blob {
+    /// Name. For a bootstrap inlined in its own blob, the caller supplies it.
+    pub id: BlobId,
+    /// Chunks, 1 to 2^24.
+    pub chunk_count: u32,
+    /// Compressor of chunks that are marked compressed.
+    pub codec: Codec,
+    /// Algorithm of chunk digests.
+    pub digester: DigestAlgorithm,
+    /// Features.
+    pub features: BlobFeatures,
+    /// `compressed_size` of the record: length of the file, see FORMAT.md.
+    pub compressed_size: u64,
+    /// Bytes of chunk data at the start of the file; every unit lies below.
+    pub data_size: u64,
+    /// Length of the decoded space.
+    pub decoded_size: u64,
+    /// The raw record.
+    pub record: crate::format::blob_table::BlobRecord,
+}
+
+/// What holds for the whole image.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// 6 for RAFS v6.
+    pub fs_version: u32,
+    /// Superblock flags.
+    pub flags: ImageFlags,
+    /// Default compressor.
+    pub codec: Codec,
+    /// Digest algorithm.
+    pub digester: DigestAlgorithm,
+    /// Chunk size.
+    pub chunk_size: u32,
+    /// EROFS block size.
+    pub block_size: u32,
+    /// Directory entries with root (hard links counted each).
+    pub inode_count: u64,
+    /// First block of the inode area.
+    pub meta_blkaddr: u32,
+    /// Byte offset of the first chunk-info record and its number of records.
+    pub chunk_table: (u64, u64),
+    /// Byte offset of the prefetch table and its number of entries.
+    pub prefetch_table: (u64, u32),
+    /// True if any inode has xattrs.
+    pub has_xattrs: bool,
+}
+
+/// A chunk of a file: which blob, which chunk of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkRef {
+    /// Row of the blob table.
+    pub blob: u32,
+    /// Chunk of that blob.
+    pub index: ChunkIndex,
+    /// Decoded offset the index states.
+    pub decoded_offset: u64,
+}
+
+/// A validated image tree. Answers come from the mapped bytes.
+///
+/// Methods that take a `Nid` accept any value: one that is not an inode of the image
+/// is an error, never a panic.
+pub trait Bootstrap: Send + Sync + fmt::Debug {
+    /// What holds for the whole image.
+    fn summary(&self) -> &Summary;
+
+    /// The blob table, in order.
+    fn blobs(&self) -> &[Blob];
+
+    /// The root directory.
+    fn root(&self) -> Nid;
+
+    /// Attributes of `nid`.
+    fn attr(&self, nid: Nid) -> Result<Attr>;
+
+    /// Parent of directory `dir`; the root's is the root.
+    fn parent(&self, dir: Nid) -> Result<Nid>;
+
+    /// The entry `name` of directory `dir`, by binary search. `.` and `..` are not found.
+    fn lookup(&self, dir: Nid, name: &[u8]) -> Result<Option<DirEntry<'_>>>;
+
+    /// Visits the entries of `dir` in byte order of names, from `cursor` (0 = first), until
+    /// the visitor breaks.
+    fn children<'a>(
+        &'a self,
+        dir: Nid,
+        cursor: u64,
+        visit: &mut dyn FnMut(DirEntry<'a>) -> ControlFlow<()>,
+    ) -> Result<()>;
+
+    /// Target of symlink `nid`.
+    fn read_link(&self, nid: Nid) -> Result<Cow<'_, [u8]>>;
+
+    /// Visits the xattrs of `nid` in stored order until the visitor breaks.
+    fn xattrs<'a>(&'a self, nid: Nid, visit: &mut dyn FnMut(Xattr<'a>) -> ControlFlow<()>) -> Result<()>;
+
+    /// The chunk at `position` of regular file `nid`: bytes from `position * chunk_size`.
+    fn chunk(&self, nid: Nid, position: u32) -> Result<ChunkRef>;
+
+    /// The chunk-info record of a chunk: digest, and location unless it is a batch member.
+    /// `None` if the image's table does not have it.
+    fn chunk_info(&self, blob: u32, index: ChunkIndex) -> Option<&ChunkInfo>;
+
+    /// Inodes of the prefetch table, in order; `[root]` means everything.
+    fn prefetch(&self) -> Vec<Nid>;
+}

@@ -1,0 +1,40 @@
+//! Every bound on input and its origin.
+
+/// EROFS block of every RAFS v6 image but tarfs ones.
+pub const BLOCK_SIZE: u64 = 4096;
+/// log2 of [`BLOCK_SIZE`].
+pub const BLOCK_BITS: u8 = 12;
+/// Inodes start on multiples of this; a nid counts in it.
+pub const SLOT_SIZE: u64 = 32;
+/// Smallest chunk size.
+pub const MIN_CHUNK_SIZE: u32 = 0x1000;
+/// Largest chunk size, and so the largest chunk or fetch unit, decoded.
+pub const MAX_CHUNK_SIZE: u32 = 0x100_0000;
+/// The contract's default chunk size.
+pub const DEFAULT_CHUNK_SIZE: u32 = 0x10_0000;
+/// Blobs of one bootstrap: `device_id` carries blob index + 1 in 8 bits and the reference
+/// writer keeps one value free.
+pub const MAX_BLOBS: usize = 254;
+/// Chunks of one blob a writer may produce (24-bit index, the last one unused).
+pub const MAX_CHUNKS: u32 = 0x00ff_ffff;
+/// Stored length of a blob.
+pub const MAX_BLOB_COMPRESSED: u64 = 1 << 40;
+/// Decoded length of a blob.
+pub const MAX_BLOB_DECODED: u64 = 1 << 44;
+/// Longest file name (EROFS).
+pub const MAX_NAME_LEN: usize = 255;
+/// Longest symlink target.
+pub const MAX_SYMLINK_LEN: usize = 4096;
+/// Deepest directory nesting accepted when walking an image: PATH_MAX / 2.
+pub const MAX_DEPTH: usize = 2048;
+/// nid of the root in images written here and by the reference builder.
+pub const ROOT_NID: u64 = 128;
+/// Alignment of `mapped_blkaddr` ranges on a flat device.
+pub const MAPPED_ALIGNMENT: u64 = 512 * 1024;
+/// Largest uncompressed blob context accepted: 2^24 entries of 24 bytes plus as many batch
+/// contexts of 40 bytes would be 1 GiB; real images stay far below this cap.
+pub const MAX_CONTEXT_SIZE: u64 = 512 << 20;
+/// Largest bootstrap accepted.
+pub const MAX_BOOTSTRAP_SIZE: u64 = 2 << 30;
+/// Blob id stored in a bootstrap that is inlined in its own blob.
+pub const INLINED_BLOB_ID: [u8; 64] = [b'x'; 64];

@@ -1,0 +1,1 @@
+//! Lookup, attributes, directories, reads and xattrs of one mounted image.

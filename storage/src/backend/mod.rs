@@ -1,0 +1,71 @@
+//! Where bytes come from: one read-only source for one blob.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures_util::Stream;
+use futures_util::future::BoxFuture;
+use tokio_util::sync::CancellationToken;
+
+use crate::Result;
+use crate::ids::{BlobId, ByteRange};
+
+/// Who waits for the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Priority {
+    /// Nobody: background reading that yields to on-demand reading.
+    Prefetch,
+    /// A reader.
+    OnDemand,
+}
+
+/// What a backend may know about the request behind a read.
+#[derive(Clone, Debug)]
+pub struct ReadContext {
+    /// Who waits.
+    pub priority: Priority,
+    /// When the answer is worthless, all retries included; `None` waits for ever.
+    pub deadline: Option<Instant>,
+    /// Fires when nobody wants the bytes any more.
+    pub cancel: CancellationToken,
+}
+
+impl ReadContext {
+    /// An on-demand read with a deadline, cancelled by nobody.
+    pub fn on_demand(deadline: Option<Instant>) -> Self {
+        Self { priority: Priority::OnDemand, deadline, cancel: CancellationToken::new() }
+    }
+}
+
+/// The bytes of a range, in order, in pieces of the transport's choosing.
+///
+/// A stream that ends early or yields more than the range is a fault of the backend;
+/// the reader checks the count.
+pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
+
+/// A read-only source of one blob's bytes.
+///
+/// Bulk streams, hedging and peers fit behind these two calls. Implementations own
+/// their retries: an error is final for this deadline.
+pub trait Backend: Send + Sync + fmt::Debug + 'static {
+    /// Length of the blob in bytes, as stored.
+    fn size<'a>(&'a self, context: &'a ReadContext) -> BoxFuture<'a, Result<u64>>;
+
+    /// Starts reading `range`, which is not empty.
+    fn open<'a>(&'a self, range: ByteRange, context: &'a ReadContext) -> BoxFuture<'a, Result<ByteStream>>;
+}
+
+/// Opens the blobs of one configured place (directory, repository, layout) by name.
+pub trait BlobSource: Send + Sync + fmt::Debug + 'static {
+    /// The word for it in configuration and metrics: `localfs`, `registry`, `oci-layout`, …
+    fn kind(&self) -> &'static str;
+
+    /// A backend for the blob `id`. Does no I/O: a missing blob shows at the first read.
+    ///
+    /// # Errors
+    /// `Invalid`: the id is not one this place can hold.
+    fn blob(&self, id: &BlobId) -> Result<Arc<dyn Backend>>;
+}

@@ -1,0 +1,158 @@
+//! Compress and decompress one fetch unit within its recorded size.
+
+use std::fmt;
+use std::io::Read as _;
+use std::str::FromStr;
+
+use crate::{Error, ErrorKind, Result};
+
+/// zstd level of chunks: the reference builder's level (rafs-v6 appendix B).
+pub const ZSTD_LEVEL: i32 = 3;
+
+/// Compression of a unit's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Codec {
+    /// Stored as it is.
+    None,
+    /// One raw LZ4 block without a size prefix.
+    Lz4Block,
+    /// One gzip member.
+    Gzip,
+    /// One zstd frame.
+    Zstd,
+}
+
+impl Codec {
+    /// The name on the command line and in JSON output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Lz4Block => "lz4_block",
+            Self::Gzip => "gzip",
+            Self::Zstd => "zstd",
+        }
+    }
+}
+
+impl fmt::Display for Codec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Codec {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        [Self::None, Self::Lz4Block, Self::Gzip, Self::Zstd].into_iter().find(|c| c.name() == s).ok_or_else(
+            || {
+                Error::new(
+                    ErrorKind::Invalid,
+                    format!("compressor {s:?}: want none, lz4_block, gzip or zstd"),
+                )
+            },
+        )
+    }
+}
+
+/// Fills `dst` with the decoded form of `src`.
+///
+/// `dst.len()` is the recorded decoded size; hostile input can not make this allocate
+/// or write more.
+///
+/// # Errors
+/// `Corrupt`: `src` is not a valid stream, or decodes to another length.
+pub fn decompress(codec: Codec, src: &[u8], dst: &mut [u8]) -> Result<()> {
+    let corrupt =
+        |why: String| Error::new(ErrorKind::Corrupt, format!("{codec} data of {} bytes: {why}", src.len()));
+    let want = dst.len();
+    let got = match codec {
+        Codec::None => {
+            if src.len() == want {
+                dst.copy_from_slice(src);
+            }
+            src.len()
+        }
+        Codec::Lz4Block => lz4_flex::block::decompress_into(src, dst).map_err(|e| corrupt(e.to_string()))?,
+        Codec::Zstd => zstd::bulk::decompress_to_buffer(src, dst).map_err(|e| corrupt(e.to_string()))?,
+        Codec::Gzip => {
+            let mut reader = flate2::bufread::GzDecoder::new(src);
+            reader.read_exact(dst).map_err(|e| corrupt(e.to_string()))?;
+            if reader.read(&mut [0u8; 1]).map_err(|e| corrupt(e.to_string()))? != 0 {
+                return Err(corrupt(format!("decodes to more than the recorded {want} bytes")));
+            }
+            want
+        }
+    };
+    if got != want {
+        return Err(corrupt(format!("decodes to {got} bytes, {want} are recorded")));
+    }
+    Ok(())
+}
+
+/// A reusable compressor; one per worker thread.
+pub struct Compressor {
+    codec: Codec,
+    zstd: Option<zstd::bulk::Compressor<'static>>,
+}
+
+impl Compressor {
+    /// A compressor for `codec` at the level used for chunks.
+    ///
+    /// # Errors
+    /// `Unsupported`: gzip, which no native blob uses for chunks. `Io`: out of memory.
+    pub fn new(codec: Codec) -> Result<Self> {
+        let zstd = match codec {
+            Codec::Zstd => Some(
+                zstd::bulk::Compressor::new(ZSTD_LEVEL)
+                    .map_err(|e| Error::io("make a zstd compressor", e))?,
+            ),
+            Codec::Gzip => return Err(Error::new(ErrorKind::Unsupported, "compress chunks with gzip")),
+            Codec::None | Codec::Lz4Block => None,
+        };
+        Ok(Self { codec, zstd })
+    }
+
+    /// Compresses `src`, or answers `None` if that does not make it strictly smaller, in
+    /// which case the bytes are stored as they are (rafs-v6 section 8.1).
+    ///
+    /// # Errors
+    /// `Io`: the library failed, which only lack of memory can cause.
+    pub fn compress(&mut self, src: &[u8]) -> Result<Option<Vec<u8>>> {
+        let out = match (self.codec, &mut self.zstd) {
+            (Codec::Lz4Block, _) => lz4_flex::block::compress(src),
+            (_, Some(zstd)) => zstd.compress(src).map_err(|e| Error::io("compress a chunk with zstd", e))?,
+            (_, None) => return Ok(None),
+        };
+        Ok((out.len() < src.len()).then_some(out))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codecs_round_trip_and_refuse_other_sizes() {
+        let data: Vec<u8> = (0..100_000u32).flat_map(|i| (i / 7).to_le_bytes()).collect();
+        for codec in [Codec::Lz4Block, Codec::Zstd] {
+            let packed = Compressor::new(codec).unwrap().compress(&data).unwrap().unwrap();
+            let mut out = vec![0; data.len()];
+            decompress(codec, &packed, &mut out).unwrap();
+            assert_eq!(out, data);
+            for wrong in [data.len() - 1, data.len() + 1, 0] {
+                let err = decompress(codec, &packed, &mut vec![0; wrong]).unwrap_err();
+                assert_eq!(err.kind(), ErrorKind::Corrupt);
+            }
+            assert!(decompress(codec, &packed[..packed.len() / 2], &mut out).is_err());
+        }
+        assert!(decompress(Codec::None, b"abc", &mut [0; 2]).is_err());
+    }
+
+    #[test]
+    fn what_does_not_shrink_is_stored() {
+        for codec in [Codec::None, Codec::Lz4Block, Codec::Zstd] {
+            assert!(Compressor::new(codec).unwrap().compress(b"x").unwrap().is_none());
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Where a chunk lies: in the blob, in its fetch unit, in the decoded space.
+//!
+//! A *fetch unit* is what must be fetched and decoded as a whole: one chunk, a
+//! batch of small ones, a zran span. A *chunk* is what is verified and shared: a
+//! part of a unit with a digest. Both are plain values; `rafs` makes them from the
+//! bootstrap and hands them over with each read.
+
+use crate::codec::Codec;
+use crate::digest::{Digest, DigestAlgorithm};
+use crate::ids::{ByteRange, ChunkIndex};
+
+/// Encryption of a fetch unit's bytes in the blob.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Cipher {
+    /// Stored in clear.
+    None,
+}
+
+/// What must be fetched and decoded as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FetchUnit {
+    /// Bytes in the blob as stored, never empty.
+    pub compressed: ByteRange,
+    /// How those bytes are compressed; `Codec::None` when stored as they are.
+    pub codec: Codec,
+    /// How those bytes are encrypted.
+    pub cipher: Cipher,
+    /// Bytes after decoding, 1 to 16 MiB.
+    pub decoded_len: u32,
+}
+
+/// What a chunk must hash to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpectedDigest {
+    /// Algorithm of the blob.
+    pub algorithm: DigestAlgorithm,
+    /// Digest of the chunk's decoded bytes.
+    pub digest: Digest,
+}
+
+/// One chunk: (unit, offset in it, length, decoded offset, digest).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkExtent {
+    /// Number in the blob; the key of the chunk map.
+    pub index: ChunkIndex,
+    /// The unit that holds it.
+    pub unit: FetchUnit,
+    /// First byte inside the decoded unit; `offset_in_unit + len <= unit.decoded_len`.
+    pub offset_in_unit: u32,
+    /// Decoded bytes, 1 to 16 MiB.
+    pub len: u32,
+    /// Byte in the blob's decoded space, which is also the offset in the cache's data
+    /// file. Not always 4 KiB-aligned (v5, tarfs).
+    pub decoded_offset: u64,
+    /// `None` only for images without chunk digests, mounted with `--allow-unverified`.
+    pub digest: Option<ExpectedDigest>,
+}

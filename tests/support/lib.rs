@@ -1,0 +1,1 @@
+//! What the journeys share: image recipes, registries, mounts, comparison.
