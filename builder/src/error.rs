@@ -18,6 +18,8 @@ pub enum ErrorKind {
     Unsupported,
     /// The object does not exist at its source.
     NotFound,
+    /// Images that can not be combined: version, chunk size, mode or digester differ.
+    Inconsistent,
     /// A limit of the format or of this build is exceeded.
     Limit,
     /// The work was withdrawn, by a signal or because another part of it failed.
@@ -72,6 +74,21 @@ impl Error {
     /// Wraps this error for passage through [`std::io::Read`] or [`std::io::Write`].
     pub fn into_io(self) -> std::io::Error {
         std::io::Error::other(self)
+    }
+
+    /// A malformed argument or option.
+    pub fn invalid(context: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Invalid, context)
+    }
+
+    /// A source that is damaged or breaks a rule.
+    pub fn bad_source(context: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Corrupt, context)
+    }
+
+    /// An exceeded limit of the format.
+    pub fn limit(context: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Limit, context)
     }
 
     /// The kind to act on.

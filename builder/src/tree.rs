@@ -1,0 +1,596 @@
+//! The tree of an image while it is built: an arena of inodes, directories that map
+//! names to them.
+//!
+//! A hard link is one inode under several names. Names, targets and xattrs are bytes.
+//! An inode that no directory names any more stays in the arena, unreachable; every
+//! walk starts at the root.
+//!
+//! Invariants: the root is a directory and inode 0; only regular files have several
+//! names; a directory has exactly one parent; names are 1 to 255 bytes without `/` and
+//! NUL and are neither `.` nor `..`.
+//!
+//! Memory: about 150 bytes an entry with a short name.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rafs::format::limits;
+
+use crate::{Error, Result};
+
+/// Number of an inode in its [`Tree`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct InodeId(pub u32);
+
+/// Number of a regular file's content among the files of a build session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId(pub u32);
+
+/// Entries of a directory in byte order of names.
+pub type Children = BTreeMap<Box<[u8]>, InodeId>;
+
+/// One extended attribute.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Xattr {
+    /// Full name, prefix included.
+    pub name: Box<[u8]>,
+    /// Value, at most 65535 bytes.
+    pub value: Box<[u8]>,
+}
+
+/// Extended attributes sorted by full name. Empty ones take no allocation, equal ones
+/// may be shared between inodes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Xattrs(Option<Arc<[Xattr]>>);
+
+impl Xattrs {
+    /// Checks and sorts `list`; of two attributes with one name the last one stays.
+    ///
+    /// # Errors
+    /// `Limit`: a name without a prefix that EROFS knows (`user.`, `trusted.`, `security.`,
+    /// the two POSIX ACLs), a name over 255 bytes, a value or an area over 65535 bytes or
+    /// 4-byte units.
+    pub fn new(mut list: Vec<Xattr>) -> Result<Self> {
+        if list.is_empty() {
+            return Ok(Self::default());
+        }
+        // A stable sort keeps the order of duplicates; the last one is kept.
+        list.sort_by(|a, b| a.name.cmp(&b.name));
+        list.reverse();
+        list.dedup_by(|later, kept| later.name == kept.name);
+        list.reverse();
+        let mut area = size_of::<rafs::format::xattr::XattrHeader>();
+        for x in &list {
+            let shown = String::from_utf8_lossy(&x.name);
+            let (_, suffix) = split_xattr(&x.name).ok_or_else(|| {
+                Error::limit(format!(
+                    "xattr {shown:?}: only user., trusted., security. and POSIX ACL attributes can be stored"
+                ))
+            })?;
+            if x.name.len() > 255 || x.value.len() > 65535 {
+                return Err(Error::limit(format!(
+                    "xattr {shown:?}: a name is at most 255 bytes and a value 65535, these are {} and {}",
+                    x.name.len(),
+                    x.value.len()
+                )));
+            }
+            area += rafs::format::xattr::entry_size(suffix.len(), x.value.len());
+        }
+        if rafs::format::xattr::icount(area) > usize::from(u16::MAX) {
+            return Err(Error::limit(format!(
+                "the xattrs of one inode take {area} bytes, 262148 can be stored"
+            )));
+        }
+        Ok(Self(Some(list.into())))
+    }
+
+    /// The attributes in order of names.
+    pub fn iter(&self) -> std::slice::Iter<'_, Xattr> {
+        self.0.as_deref().unwrap_or_default().iter()
+    }
+
+    /// True without attributes.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// The value of attribute `name`.
+    pub fn get(&self, name: &[u8]) -> Option<&[u8]> {
+        let list = self.0.as_deref()?;
+        let at = list.binary_search_by(|x| (*x.name).cmp(name)).ok()?;
+        Some(&list[at].value)
+    }
+
+    /// The same attributes without `name`.
+    #[must_use]
+    pub fn without(&self, name: &[u8]) -> Self {
+        if self.get(name).is_none() {
+            return self.clone();
+        }
+        let rest: Vec<_> = self.iter().filter(|x| *x.name != *name).cloned().collect();
+        Self((!rest.is_empty()).then(|| rest.into()))
+    }
+
+    /// Bytes of the xattr area behind the inode, 0 without attributes.
+    pub fn area_size(&self) -> usize {
+        if self.is_empty() {
+            return 0;
+        }
+        size_of::<rafs::format::xattr::XattrHeader>()
+            + self
+                .iter()
+                .map(|x| {
+                    let suffix = split_xattr(&x.name).map_or(0, |(_, suffix)| suffix.len());
+                    rafs::format::xattr::entry_size(suffix, x.value.len())
+                })
+                .sum::<usize>()
+    }
+}
+
+/// Splits a full xattr name into the index EROFS has for its prefix and the rest.
+pub fn split_xattr(name: &[u8]) -> Option<(u8, &[u8])> {
+    rafs::format::xattr::PREFIXES.iter().find_map(|&(index, prefix)| {
+        let rest = name.strip_prefix(prefix)?;
+        let whole = !prefix.ends_with(b".");
+        (whole == rest.is_empty()).then_some((index, rest))
+    })
+}
+
+/// What `stat` tells about an inode, and its xattrs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metadata {
+    /// Permission bits (`0o7777`); the type is in the content.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Nanoseconds, below 10^9.
+    pub mtime_nsec: u32,
+    /// Seconds since the epoch, negative before 1970.
+    pub mtime: i64,
+    /// Extended attributes.
+    pub xattrs: Xattrs,
+}
+
+impl Metadata {
+    /// 0755, owned by root, made at the epoch: what a directory gets that the source only
+    /// implies.
+    pub fn implied_directory() -> Self {
+        Self { mode: 0o755, uid: 0, gid: 0, mtime_nsec: 0, mtime: 0, xattrs: Xattrs::default() }
+    }
+}
+
+/// Type of an inode and what comes with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Directory.
+    Directory(Children),
+    /// Regular file.
+    Regular {
+        /// Its bytes among the session's files.
+        file: FileId,
+        /// Bytes.
+        size: u64,
+    },
+    /// Symbolic link with its target, 1 to 4096 bytes without NUL.
+    Symlink(Box<[u8]>),
+    /// Character device.
+    CharDevice {
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+    /// Block device.
+    BlockDevice {
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+    /// Fifo.
+    Fifo,
+    /// Socket.
+    Socket,
+}
+
+impl Content {
+    /// Type bits of `st_mode`.
+    pub fn type_bits(&self) -> u32 {
+        match self {
+            Self::Directory(_) => libc::S_IFDIR,
+            Self::Regular { .. } => libc::S_IFREG,
+            Self::Symlink(_) => libc::S_IFLNK,
+            Self::CharDevice { .. } => libc::S_IFCHR,
+            Self::BlockDevice { .. } => libc::S_IFBLK,
+            Self::Fifo => libc::S_IFIFO,
+            Self::Socket => libc::S_IFSOCK,
+        }
+    }
+
+    /// Device number in the kernel's 32-bit encoding (rafs-v6 section 4.4), 0 for others.
+    pub fn rdev(&self) -> u32 {
+        match *self {
+            Self::CharDevice { major, minor } | Self::BlockDevice { major, minor } => {
+                (minor & 0xff) | major << 8 | (minor & !0xff) << 12
+            }
+            _ => 0,
+        }
+    }
+}
+
+/// One inode.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inode {
+    /// Attributes.
+    pub metadata: Metadata,
+    /// Type and content.
+    pub content: Content,
+    /// A directory the source never listed itself, only entries below it: in a merge it
+    /// keeps the attributes of the lower directory.
+    pub implied: bool,
+}
+
+impl Inode {
+    /// An inode the source lists.
+    pub fn new(metadata: Metadata, content: Content) -> Self {
+        Self { metadata, content, implied: false }
+    }
+
+    /// `st_mode` with type bits.
+    pub fn mode(&self) -> u32 {
+        self.content.type_bits() | self.metadata.mode & 0o7777
+    }
+
+    /// The entries, if this is a directory.
+    pub fn children(&self) -> Option<&Children> {
+        match &self.content {
+            Content::Directory(children) => Some(children),
+            _ => None,
+        }
+    }
+
+    /// True for a directory.
+    pub fn is_dir(&self) -> bool {
+        matches!(self.content, Content::Directory(_))
+    }
+
+    /// True for a regular file.
+    pub fn is_regular(&self) -> bool {
+        matches!(self.content, Content::Regular { .. })
+    }
+}
+
+/// A tree under construction or finished.
+#[derive(Clone, Debug)]
+pub struct Tree {
+    inodes: Vec<Inode>,
+}
+
+impl Default for Tree {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Tree {
+    /// A tree of an implied root directory.
+    pub fn new() -> Self {
+        Self {
+            inodes: vec![Inode {
+                metadata: Metadata::implied_directory(),
+                content: Content::Directory(Children::new()),
+                implied: true,
+            }],
+        }
+    }
+
+    /// The root directory.
+    pub fn root(&self) -> InodeId {
+        InodeId(0)
+    }
+
+    /// Inodes in the arena, unreachable ones included; ids are below this.
+    pub fn inode_count(&self) -> usize {
+        self.inodes.len()
+    }
+
+    /// The inode `id`.
+    ///
+    /// # Panics
+    /// If `id` is not of this tree.
+    pub fn inode(&self, id: InodeId) -> &Inode {
+        &self.inodes[id.0 as usize]
+    }
+
+    /// The inode `id`, to change its attributes.
+    ///
+    /// # Panics
+    /// If `id` is not of this tree.
+    pub fn inode_mut(&mut self, id: InodeId) -> &mut Inode {
+        &mut self.inodes[id.0 as usize]
+    }
+
+    /// The inode at `path`, components joined by `/` with or without a leading slash.
+    /// Symlinks are not followed.
+    pub fn lookup(&self, path: &[u8]) -> Option<InodeId> {
+        path.split(|&b| b == b'/')
+            .filter(|c| !c.is_empty())
+            .try_fold(self.root(), |dir, name| self.inode(dir).children()?.get(name).copied())
+    }
+
+    /// Puts an inode into the arena, not yet named by any directory.
+    ///
+    /// # Errors
+    /// `Limit`: 2^31 inodes.
+    pub fn add(&mut self, inode: Inode) -> Result<InodeId> {
+        // i_ino is at most 2^31 - 1 (rafs-v6 section 4.2).
+        if self.inodes.len() >= i32::MAX as usize {
+            return Err(Error::limit("more than 2147483647 inodes in one image"));
+        }
+        if let Content::Symlink(target) = &inode.content {
+            check_target(target)?;
+        }
+        let id = InodeId(self.inodes.len() as u32);
+        self.inodes.push(inode);
+        Ok(id)
+    }
+
+    /// Puts `inode` at `path`. Missing parents become implied directories. What is there
+    /// already is replaced, but a directory put over a directory keeps the entries and takes
+    /// the attributes, and the empty path is the root.
+    ///
+    /// # Errors
+    /// `Corrupt`: a component is `..`, longer than 255 bytes or holds a NUL; a parent is
+    /// not a directory; the root is not a directory. `Limit`: of the format.
+    pub fn insert(&mut self, path: &[u8], inode: Inode) -> Result<InodeId> {
+        let components = components(path)?;
+        let Some((name, parents)) = components.split_last() else {
+            return self.replace_root(inode);
+        };
+        let dir = self.make_parents(parents, path)?;
+        if inode.is_dir()
+            && let Some(&old) = self.inode(dir).children().and_then(|c| c.get(*name))
+            && self.inode(old).is_dir()
+        {
+            let there = self.inode_mut(old);
+            there.metadata = inode.metadata;
+            there.implied = inode.implied;
+            return Ok(old);
+        }
+        let id = self.add(inode).map_err(|e| e.context(shown(path)))?;
+        self.set_child(dir, name, id);
+        Ok(id)
+    }
+
+    /// Names the regular file `target` a second time, at `path`.
+    ///
+    /// # Errors
+    /// As [`Tree::insert`]; also `Corrupt` if `target` is not a regular file.
+    pub fn link(&mut self, path: &[u8], target: InodeId) -> Result<()> {
+        if !self.inode(target).is_regular() {
+            return Err(Error::bad_source(format!(
+                "{}: hard link to something that is not a regular file",
+                shown(path)
+            )));
+        }
+        let components = components(path)?;
+        let Some((name, parents)) = components.split_last() else {
+            return Err(Error::bad_source("hard link in place of the root directory"));
+        };
+        let dir = self.make_parents(parents, path)?;
+        self.set_child(dir, name, target);
+        Ok(())
+    }
+
+    /// Calls `visit` with path (no leading slash, root empty) and inode of every entry: a
+    /// directory before its entries, these in byte order of names.
+    ///
+    /// # Errors
+    /// The visitor's.
+    pub fn walk(&self, mut visit: impl FnMut(&[u8], InodeId) -> Result<()>) -> Result<()> {
+        let mut path = Vec::new();
+        visit(&path, self.root())?;
+        let mut stack = Vec::new();
+        if let Some(children) = self.inode(self.root()).children() {
+            stack.push((0, children.iter()));
+        }
+        while let Some((parent_len, children)) = stack.last_mut() {
+            path.truncate(*parent_len);
+            let Some((name, &id)) = children.next() else {
+                stack.pop();
+                continue;
+            };
+            if !path.is_empty() {
+                path.push(b'/');
+            }
+            path.extend_from_slice(name);
+            visit(&path, id)?;
+            if let Some(below) = self.inode(id).children() {
+                stack.push((path.len(), below.iter()));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_child(&mut self, dir: InodeId, name: &[u8], id: InodeId) {
+        if let Content::Directory(children) = &mut self.inode_mut(dir).content {
+            children.insert(name.into(), id);
+        }
+    }
+
+    pub(crate) fn children_mut(&mut self, dir: InodeId) -> Option<&mut Children> {
+        match &mut self.inode_mut(dir).content {
+            Content::Directory(children) => Some(children),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn take_inodes(self) -> Vec<Inode> {
+        self.inodes
+    }
+
+    fn replace_root(&mut self, inode: Inode) -> Result<InodeId> {
+        if !inode.is_dir() {
+            return Err(Error::bad_source("the root of the tree is not a directory"));
+        }
+        let root = &mut self.inodes[0];
+        root.metadata = inode.metadata;
+        root.implied = inode.implied;
+        Ok(self.root())
+    }
+
+    fn make_parents(&mut self, parents: &[&[u8]], path: &[u8]) -> Result<InodeId> {
+        if parents.len() >= limits::MAX_DEPTH {
+            return Err(Error::limit(format!(
+                "{}: nested deeper than {} directories",
+                shown(path),
+                limits::MAX_DEPTH
+            )));
+        }
+        let mut dir = self.root();
+        for name in parents {
+            let found = self.inode(dir).children().and_then(|c| c.get(*name)).copied();
+            dir = match found {
+                Some(id) if self.inode(id).is_dir() => id,
+                Some(_) => {
+                    return Err(Error::bad_source(format!(
+                        "{}: its parent {:?} is not a directory in this source",
+                        shown(path),
+                        String::from_utf8_lossy(name)
+                    )));
+                }
+                None => {
+                    let id = self.add(Inode {
+                        metadata: Metadata::implied_directory(),
+                        content: Content::Directory(Children::new()),
+                        implied: true,
+                    })?;
+                    self.set_child(dir, name, id);
+                    id
+                }
+            };
+        }
+        Ok(dir)
+    }
+}
+
+/// Splits `path` into components; empty ones and `.` vanish, so leading slashes and `./` do.
+///
+/// # Errors
+/// `Corrupt`: `..`, a NUL, or a component over 255 bytes.
+pub fn components(path: &[u8]) -> Result<Vec<&[u8]>> {
+    let mut out = Vec::new();
+    for name in path.split(|&b| b == b'/') {
+        match name {
+            b"" | b"." => {}
+            b".." => return Err(Error::bad_source(format!("{}: the path contains ..", shown(path)))),
+            _ if name.contains(&0) => {
+                return Err(Error::bad_source(format!("{}: the path contains a NUL byte", shown(path))));
+            }
+            _ if name.len() > limits::MAX_NAME_LEN => {
+                return Err(Error::bad_source(format!(
+                    "{}: a name of {} bytes, at most {} are possible",
+                    shown(path),
+                    name.len(),
+                    limits::MAX_NAME_LEN
+                )));
+            }
+            _ => out.push(name),
+        }
+    }
+    Ok(out)
+}
+
+/// `path` for a message: quoted, lossy where it is not UTF-8, cut when very long.
+pub fn shown(path: &[u8]) -> String {
+    let text = String::from_utf8_lossy(path);
+    match text.char_indices().nth(300) {
+        Some((at, _)) => format!("{:?}…", &text[..at]),
+        None => format!("{text:?}"),
+    }
+}
+
+fn check_target(target: &[u8]) -> Result<()> {
+    if target.is_empty() || target.len() > limits::MAX_SYMLINK_LEN || target.contains(&0) {
+        return Err(Error::bad_source(format!(
+            "symlink target of {} bytes: want 1 to {} bytes without NUL",
+            target.len(),
+            limits::MAX_SYMLINK_LEN
+        )));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(n: u32) -> Inode {
+        Inode::new(Metadata::implied_directory(), Content::Regular { file: FileId(n), size: 0 })
+    }
+
+    fn dir() -> Inode {
+        Inode::new(Metadata::implied_directory(), Content::Directory(Children::new()))
+    }
+
+    #[test]
+    fn hostile_paths_are_refused_and_plain_ones_normalised() {
+        let long = [b'a'; 256];
+        for bad in [&b"../a"[..], b"a/../b", b"a\0b", &long] {
+            assert_eq!(components(bad).unwrap_err().kind(), crate::ErrorKind::Corrupt);
+        }
+        assert_eq!(components(b"/./a//b/").unwrap(), [b"a", b"b"]);
+        assert!(components(b"./").unwrap().is_empty());
+    }
+
+    #[test]
+    fn insertion_implies_parents_and_replaces() {
+        let mut tree = Tree::new();
+        let f = tree.insert(b"a/b/c", file(1)).unwrap();
+        assert!(tree.inode(tree.lookup(b"/a/b").unwrap()).implied);
+        tree.insert(b"a/b", dir()).unwrap();
+        assert!(!tree.inode(tree.lookup(b"a/b").unwrap()).implied);
+        assert_eq!(tree.lookup(b"a/b/c"), Some(f));
+        tree.link(b"z", f).unwrap();
+        assert_eq!(tree.lookup(b"z"), Some(f));
+        assert!(tree.insert(b"z/y", file(2)).is_err());
+        tree.insert(b"a", file(3)).unwrap();
+        assert_eq!(tree.lookup(b"a/b"), None);
+        let mut seen = Vec::new();
+        tree.walk(|p, _| {
+            seen.push(p.to_vec());
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(seen, [&b""[..], b"a", b"z"]);
+        assert!(tree.insert(b"/", file(4)).is_err());
+        let id = tree.lookup(b"").unwrap();
+        assert!(tree.link(b"l", id).is_err());
+    }
+
+    #[test]
+    fn xattrs_are_sorted_checked_and_the_last_duplicate_wins() {
+        let x = |n: &str, v: &str| Xattr { name: n.as_bytes().into(), value: v.as_bytes().into() };
+        let set =
+            Xattrs::new(vec![x("user.b", "1"), x("security.capability", "c"), x("user.b", "2")]).unwrap();
+        assert_eq!(set.get(b"user.b"), Some(&b"2"[..]));
+        assert_eq!(
+            set.iter().map(|x| &*x.name).collect::<Vec<_>>(),
+            [&b"security.capability"[..], b"user.b"]
+        );
+        assert!(set.without(b"user.b").without(b"security.capability").is_empty());
+        for bad in ["system.other", "lustre.x", "system.posix_acl_accessx", "user"] {
+            assert!(Xattrs::new(vec![x(bad, "")]).is_err(), "{bad}");
+        }
+        assert!(Xattrs::new(vec![x("system.posix_acl_access", "")]).is_ok());
+        assert_eq!(Xattrs::default().area_size(), 0);
+    }
+
+    #[test]
+    fn an_inode_stays_small() {
+        // The build promises 256 bytes an entry; half of it is the arena's.
+        assert!(size_of::<Inode>() <= 96, "{}", size_of::<Inode>());
+    }
+}
