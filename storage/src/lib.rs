@@ -22,8 +22,10 @@
 //! completions.
 
 pub mod backend;
+mod budget;
 pub mod codec;
 pub mod digest;
+pub mod engine;
 pub mod error;
 pub mod extent;
 pub mod ids;

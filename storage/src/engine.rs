@@ -1,0 +1,247 @@
+//! The threads behind every fetch: a small async runtime and a bounded CPU pool.
+//!
+//! ```text
+//!  front-end thread ──submit──▶ 2 workers: sockets, timers, waiting
+//!                                  │ unit complete
+//!                                  ▼
+//!                               CPU pool, one job a core: decode, verify, write
+//! ```
+//!
+//! Invariants:
+//! - Workers never compute for long and never wait for a disk; what does goes through
+//!   [`Handle::compute`] or [`Handle::blocking`].
+//! - What fetches in flight may hold in memory is bounded by one [`Budget`] for all blobs.
+//! - Only [`Engine`] owns the threads. Everything else holds a [`Handle`], so that
+//!   dropping the engine ends the tasks instead of waiting for them to drop it.
+//! - Nothing ticks: an idle engine uses no CPU.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::backend::{Backend, ReadContext};
+use crate::budget::Budget;
+use crate::ids::ByteRange;
+use crate::{Error, ErrorKind, Result};
+
+/// Bytes of stack of an engine thread. Deepest are TLS handshakes, well below 256 KiB
+/// in an unoptimised build; pages that are not touched cost nothing.
+const STACK_SIZE: usize = 1 << 20;
+
+/// Threads that may wait for a disk or a name server besides the CPU pool: one syncer a
+/// busy blob, and room for lookups.
+const BLOCKING_THREADS: usize = 32;
+
+/// How long an idle thread of the pool lives on.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+
+/// Sizes of an [`Engine`].
+#[derive(Clone, Copy, Debug)]
+pub struct EngineConfig {
+    /// Threads that drive sockets and timers.
+    pub workers: usize,
+    /// Decode and verify jobs that run at once.
+    pub cpu_jobs: usize,
+    /// Bytes that units in flight may hold, stored and decoded together.
+    pub memory: u64,
+}
+
+impl Default for EngineConfig {
+    /// Two workers, one job a core, 64 MiB: 32 units of 1 MiB chunks in flight.
+    fn default() -> Self {
+        Self {
+            workers: 2,
+            cpu_jobs: std::thread::available_parallelism().map_or(1, usize::from),
+            memory: 64 << 20,
+        }
+    }
+}
+
+/// Owner of the threads. Dropping it cancels all tasks and joins the threads.
+#[derive(Debug)]
+pub struct Engine {
+    /// Taken only by `Drop`.
+    runtime: Option<tokio::runtime::Runtime>,
+    handle: Handle,
+}
+
+impl Engine {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// `Io`: the system refuses threads or descriptors.
+    pub fn new(config: EngineConfig) -> Result<Arc<Self>> {
+        let cpu_jobs = config.cpu_jobs.max(1);
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(config.workers.max(1))
+            .max_blocking_threads(cpu_jobs + BLOCKING_THREADS)
+            .thread_stack_size(STACK_SIZE)
+            .thread_keep_alive(KEEP_ALIVE)
+            .thread_name("engine")
+            .enable_all()
+            .build()
+            .map_err(|e| Error::io("start the engine's threads", e))?;
+        let handle = Handle {
+            runtime: runtime.handle().clone(),
+            cpu: Arc::new(Semaphore::new(cpu_jobs)),
+            budget: Budget::new(config.memory),
+        };
+        Ok(Arc::new(Self { runtime: Some(runtime), handle }))
+    }
+
+    /// What tasks and caches hold of the engine.
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// Runs `future` on the calling thread and waits for it. Not for threads of the engine.
+    pub fn block_on<F: Future>(&self, future: F) -> F::Output {
+        self.handle.runtime.block_on(future)
+    }
+
+    /// Starts `future` on the workers.
+    pub fn spawn<F>(&self, future: F) -> JoinHandle<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        self.handle.spawn(future)
+    }
+
+    /// Reads all of `range` and waits for it. Not for threads of the engine.
+    ///
+    /// # Errors
+    /// The backend's; `TimedOut`, `Cancelled`: as `context` says; `Unavailable`: the
+    /// stream ended early; `Corrupt`: it held more than was asked.
+    pub fn fetch(&self, backend: &dyn Backend, range: ByteRange, context: &ReadContext) -> Result<Vec<u8>> {
+        self.block_on(fetch(backend, range, context))
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let Some(runtime) = self.runtime.take() else { return };
+        if tokio::runtime::Handle::try_current().is_ok() {
+            // Dropped by a task: joining would wait for ourselves.
+            runtime.shutdown_background();
+        }
+        // Otherwise the drop of the runtime joins.
+    }
+}
+
+/// A way to run work on an [`Engine`] without keeping it alive. Cheap to clone.
+///
+/// After the engine is gone, tasks are dropped unrun and calls answer `Cancelled`.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    runtime: tokio::runtime::Handle,
+    /// One permit a running CPU job; waiters queue in order.
+    cpu: Arc<Semaphore>,
+    budget: Arc<Budget>,
+}
+
+impl Handle {
+    /// Starts `future` on the workers.
+    pub fn spawn<F>(&self, future: F) -> JoinHandle<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        self.runtime.spawn(future)
+    }
+
+    /// Bytes that units in flight may hold.
+    pub(crate) fn budget(&self) -> &Arc<Budget> {
+        &self.budget
+    }
+
+    /// Runs `job` on the CPU pool, after at most as many others as wait already.
+    ///
+    /// # Errors
+    /// `Cancelled`: the job panicked or the engine is shutting down.
+    pub async fn compute<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+        let permit = Arc::clone(&self.cpu).acquire_owned().await.map_err(|_| gone())?;
+        self.blocking(move || {
+            let _permit = permit;
+            job()
+        })
+        .await
+    }
+
+    /// Runs `job`, which may wait for a disk, beside the CPU pool.
+    ///
+    /// # Errors
+    /// `Cancelled`: the job panicked or the engine is shutting down.
+    pub async fn blocking<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+        self.runtime.spawn_blocking(job).await.map_err(|e| gone().with_source(e))
+    }
+}
+
+fn gone() -> Error {
+    Error::new(ErrorKind::Cancelled, "engine: the job was dropped")
+}
+
+/// Runs `future` until the context's deadline or cancellation, whichever is first.
+///
+/// # Errors
+/// `TimedOut`, `Cancelled`, or the future's own.
+pub async fn within<T>(context: &ReadContext, future: impl Future<Output = Result<T>>) -> Result<T> {
+    let expired = async {
+        match context.deadline {
+            Some(deadline) => tokio::time::sleep_until(Instant::from_std(deadline)).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        () = context.cancel.cancelled() => Err(Error::new(ErrorKind::Cancelled, "the request was withdrawn")),
+        result = future => result,
+        () = expired => Err(Error::new(ErrorKind::TimedOut, "no answer within the deadline")),
+    }
+}
+
+/// Reads all of `range`.
+///
+/// # Errors
+/// As [`Engine::fetch`].
+pub async fn fetch(backend: &dyn Backend, range: ByteRange, context: &ReadContext) -> Result<Vec<u8>> {
+    if range.is_empty() {
+        return Ok(Vec::new());
+    }
+    within(context, async {
+        let mut stream = backend.open(range, context).await?;
+        // Grows with what arrives: the length of a range may come from hostile metadata.
+        let mut bytes = Vec::with_capacity(usize::try_from(range.len().min(1 << 20)).unwrap_or(0));
+        while let Some(piece) = stream.next().await {
+            let piece = piece?;
+            if (bytes.len() + piece.len()) as u64 > range.len() {
+                return Err(overlong(range));
+            }
+            bytes.extend_from_slice(&piece);
+        }
+        if bytes.len() as u64 != range.len() {
+            return Err(truncated(range, bytes.len() as u64));
+        }
+        Ok(bytes)
+    })
+    .await
+}
+
+/// The stream of `range` ended after `got` bytes.
+pub(crate) fn truncated(range: ByteRange, got: u64) -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        format!("bytes {range}: the source ended after {got} of {} bytes", range.len()),
+    )
+}
+
+/// The stream of `range` went on behind its end.
+pub(crate) fn overlong(range: ByteRange) -> Error {
+    Error::new(
+        ErrorKind::Corrupt,
+        format!("bytes {range}: the source sent more than {} bytes; does it ignore ranges?", range.len()),
+    )
+}
