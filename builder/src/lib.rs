@@ -1,7 +1,8 @@
 //! Trees in, an image out.
 
-pub mod error;
 pub mod content;
+pub mod error;
+pub mod layout;
 pub mod overlay;
 pub mod tree;
 

@@ -228,7 +228,7 @@ impl Merger<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tree::{Children, FileId, Metadata, Xattr, Xattrs};
+    use crate::tree::{Children, FileId, LayerIndex, Metadata, Xattr, Xattrs};
 
     fn tree(paths: &[&str]) -> Tree {
         let mut tree = Tree::new();
@@ -245,7 +245,7 @@ mod tests {
     fn put(tree: &mut Tree, path: &str, n: u32) {
         let content = match path.strip_suffix('/') {
             Some(_) => Content::Directory(Children::new()),
-            None => Content::Regular { file: FileId(n), size: 1 },
+            None => Content::Regular { file: FileId { layer: LayerIndex(0), index: n }, size: 1 },
         };
         tree.insert(path.as_bytes(), Inode::new(meta(0o700), content)).unwrap();
     }

@@ -22,9 +22,19 @@ use crate::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InodeId(pub u32);
 
-/// Number of a regular file's content among the files of a build session.
+/// Number of a layer of the build, counted from 0 in the order they were opened. Each layer has at
+/// most one blob; a layer that stores no chunk has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct FileId(pub u32);
+pub struct LayerIndex(pub u16);
+
+/// The data of one regular file, as added to a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId {
+    /// The layer it was added to.
+    pub layer: LayerIndex,
+    /// Its number among the files of that layer, in stream order.
+    pub index: u32,
+}
 
 /// Entries of a directory in byte order of names.
 pub type Children = BTreeMap<Box<[u8]>, InodeId>;
@@ -528,7 +538,10 @@ mod tests {
     use super::*;
 
     fn file(n: u32) -> Inode {
-        Inode::new(Metadata::implied_directory(), Content::Regular { file: FileId(n), size: 0 })
+        Inode::new(
+            Metadata::implied_directory(),
+            Content::Regular { file: FileId { layer: LayerIndex(0), index: n }, size: 0 },
+        )
     }
 
     fn dir() -> Inode {
