@@ -1,5 +1,6 @@
 //! Trees in, an image out.
 
+pub mod bootstrap_writer;
 pub mod content;
 pub mod error;
 pub mod layout;
