@@ -121,9 +121,21 @@ pub fn lay_out(tree: &Tree, geometry: &Geometry) -> Result<Layout> {
 ///
 /// # Errors
 /// The visitor's.
-pub fn in_number_order(tree: &Tree, mut visit: impl FnMut(InodeId) -> Result<()>) -> Result<()> {
-    visit(tree.root())?;
-    let mut stack = vec![tree.root()];
+pub fn in_number_order(tree: &Tree, visit: impl FnMut(InodeId) -> Result<()>) -> Result<()> {
+    in_number_order_from(tree, tree.root(), visit)
+}
+
+/// As [`in_number_order`], for `start` and what lies below it.
+///
+/// # Errors
+/// The visitor's.
+pub fn in_number_order_from(
+    tree: &Tree,
+    start: InodeId,
+    mut visit: impl FnMut(InodeId) -> Result<()>,
+) -> Result<()> {
+    visit(start)?;
+    let mut stack = vec![start];
     while let Some(dir) = stack.pop() {
         let Some(children) = tree.inode(dir).children() else { continue };
         for &id in children.values() {

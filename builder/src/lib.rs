@@ -5,6 +5,8 @@ pub mod content;
 pub mod error;
 pub mod layout;
 pub mod overlay;
+pub mod prefetch;
+pub mod source;
 pub mod tree;
 
 pub use error::{Error, ErrorKind, Result};

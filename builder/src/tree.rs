@@ -11,7 +11,7 @@
 //!
 //! Memory: about 150 bytes an entry with a short name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use rafs::format::limits;
@@ -40,7 +40,7 @@ pub struct FileId {
 pub type Children = BTreeMap<Box<[u8]>, InodeId>;
 
 /// One extended attribute.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Xattr {
     /// Full name, prefix included.
     pub name: Box<[u8]>,
@@ -50,7 +50,7 @@ pub struct Xattr {
 
 /// Extended attributes sorted by full name. Empty ones take no allocation, equal ones
 /// may be shared between inodes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Xattrs(Option<Arc<[Xattr]>>);
 
 impl Xattrs {
@@ -134,6 +134,29 @@ impl Xattrs {
                     rafs::format::xattr::entry_size(suffix, x.value.len())
                 })
                 .sum::<usize>()
+    }
+}
+
+/// Keeps one copy of equal attribute sets: on a labelled host every file has the same one.
+#[derive(Debug, Default)]
+pub struct XattrPool(HashSet<Xattrs>);
+
+impl XattrPool {
+    /// Sets remembered; rare ones beyond that are simply not shared.
+    const MAX: usize = 4096;
+
+    /// `xattrs`, or an equal set seen before.
+    pub fn intern(&mut self, xattrs: Xattrs) -> Xattrs {
+        if xattrs.is_empty() {
+            return xattrs;
+        }
+        if let Some(known) = self.0.get(&xattrs) {
+            return known.clone();
+        }
+        if self.0.len() < Self::MAX {
+            self.0.insert(xattrs.clone());
+        }
+        xattrs
     }
 }
 

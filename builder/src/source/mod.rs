@@ -1,0 +1,3 @@
+//! Where entries come from.
+
+pub mod dir;
