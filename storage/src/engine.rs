@@ -176,7 +176,15 @@ impl Handle {
     /// # Errors
     /// `Cancelled`: the job panicked or the engine is shutting down.
     pub async fn blocking<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-        self.runtime.spawn_blocking(job).await.map_err(|e| gone().with_source(e))
+        self.spawn_blocking(job).await.map_err(|e| gone().with_source(e))
+    }
+
+    /// Starts `job`, which may wait for a disk, beside the CPU pool.
+    pub(crate) fn spawn_blocking<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> JoinHandle<T> {
+        self.runtime.spawn_blocking(job)
     }
 }
 

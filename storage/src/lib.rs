@@ -23,12 +23,16 @@
 
 pub mod backend;
 mod budget;
+pub mod cache;
 pub mod codec;
 pub mod digest;
 pub mod engine;
 pub mod error;
 pub mod extent;
 pub mod ids;
+pub mod metrics;
 pub mod read;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 pub use error::{Error, ErrorKind, Result};

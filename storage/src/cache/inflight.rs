@@ -1,0 +1,106 @@
+//! One leader fetches, followers wait, whatever becomes of the leader.
+//!
+//! A [`Lead`] is the duty to answer for one chunk. It travels with the work (through the
+//! plan, the stream, the CPU pool) and answers when dropped, so a failure, a panic or a
+//! shutdown anywhere on the way wakes all waiters.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use tokio::sync::watch;
+
+use super::chunk_map::Record;
+use crate::extent::ChunkExtent;
+use crate::ids::ChunkIndex;
+use crate::{Error, ErrorKind};
+
+/// What became of a fetch.
+#[derive(Clone, Debug)]
+pub(super) enum Outcome {
+    /// The verified bytes of the chunk.
+    Bytes(Bytes),
+    /// The chunk is in the data file.
+    Stored,
+    /// Neither.
+    Failed(Error),
+}
+
+type Key = (ChunkIndex, Record);
+
+/// The chunks of one blob that this process is fetching.
+#[derive(Default)]
+pub(super) struct Inflight {
+    /// One entry a chunk from the first asker until its [`Lead`] is dropped. Nothing
+    /// blocks under the lock.
+    table: Mutex<HashMap<Key, watch::Receiver<Option<Outcome>>>>,
+}
+
+/// The duty to answer for one chunk.
+pub(super) struct Lead {
+    table: Arc<Inflight>,
+    extent: ChunkExtent,
+    answer: watch::Sender<Option<Outcome>>,
+}
+
+/// A claim to the answer for one chunk.
+pub(super) struct Waiter(watch::Receiver<Option<Outcome>>);
+
+impl Inflight {
+    /// Asks for a chunk: everybody waits, and the first one leads.
+    pub(super) fn join(self: &Arc<Self>, extent: &ChunkExtent) -> (Waiter, Option<Lead>) {
+        let key = (extent.index, Record::of(extent));
+        let mut table = self.lock();
+        if let Some(receiver) = table.get(&key) {
+            return (Waiter(receiver.clone()), None);
+        }
+        let (answer, receiver) = watch::channel(None);
+        table.insert(key, receiver.clone());
+        (Waiter(receiver), Some(Lead { table: Arc::clone(self), extent: *extent, answer }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, watch::Receiver<Option<Outcome>>>> {
+        // A panic under the lock can only come from the allocator; the map stays whole.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Lead {
+    /// The chunk.
+    pub(super) fn extent(&self) -> &ChunkExtent {
+        &self.extent
+    }
+
+    /// Answers the waiters now; the chunk stays led until the drop. The first answer counts.
+    pub(super) fn answer(&self, outcome: Outcome) {
+        self.answer.send_if_modified(|slot| {
+            let first = slot.is_none();
+            if first {
+                *slot = Some(outcome);
+            }
+            first
+        });
+    }
+}
+
+impl Drop for Lead {
+    fn drop(&mut self) {
+        self.answer(Outcome::Failed(Error::new(
+            ErrorKind::Cancelled,
+            format!("chunk {}: its fetch was abandoned", self.extent.index),
+        )));
+        self.table.lock().remove(&(self.extent.index, Record::of(&self.extent)));
+    }
+}
+
+impl Waiter {
+    /// Waits for the answer. The caller bounds the wait.
+    pub(super) async fn wait(mut self) -> Outcome {
+        let answered = self.0.wait_for(Option::is_some).await.map(|slot| slot.clone());
+        match answered {
+            Ok(Some(outcome)) => outcome,
+            // A lead answers before its sender goes.
+            _ => Outcome::Failed(Error::new(ErrorKind::Cancelled, "the fetch was abandoned")),
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! Keeps a blob's context beside its data, for tools that look for it there.
+//!
+//! Nobody waits for it: it is fetched once, at prefetch priority, after the first chunk
+//! came through. Whoever reads the file validates it; here it is only moved.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use tracing::debug;
+
+use super::data_file::{Storage as _, hold_directory, open_own, replace};
+use super::{Inner, MetaSpec};
+use crate::backend::{Priority, ReadContext};
+use crate::{Error, ErrorKind, Result, engine};
+
+/// Stored bytes of a context: 2^24 chunks of at most 64 bytes and its header.
+const MAX_STORED: u64 = (1 << 30) + 4096;
+
+/// Fetches and writes the context file if that was asked for and has not been tried.
+pub(super) fn keep(inner: &Arc<Inner>) {
+    let taken = inner.meta.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+    let Some((spec, path)) = taken else { return };
+    let task = Arc::clone(inner);
+    inner.engine.spawn(async move {
+        if let Err(error) = fetch(&task, spec, &path).await {
+            debug!(blob = %task.id, %error, "the blob context is not kept");
+        }
+    });
+}
+
+async fn fetch(inner: &Inner, spec: MetaSpec, path: &Path) -> Result<()> {
+    if spec.range.len() > MAX_STORED {
+        let what = format!("blob {}: a context of {} bytes", inner.id, spec.range.len());
+        return Err(Error::new(ErrorKind::OutOfRange, what));
+    }
+    if open_own(path)?.is_some() {
+        return Ok(());
+    }
+    let context =
+        ReadContext { priority: Priority::Prefetch, deadline: None, cancel: inner.cancel.child_token() };
+    let stored = engine::fetch(&*inner.backend, spec.range, &context).await?;
+    let path = path.to_owned();
+    inner
+        .engine
+        .compute(move || {
+            let Some(bytes) = (spec.to_cache_file)(&stored) else {
+                return Err(io::Error::from(io::ErrorKind::InvalidData));
+            };
+            let Some(directory) = path.parent() else { return Ok(()) };
+            let _held = hold_directory(directory).map_err(io::Error::other)?;
+            replace(&path, |file| file.write_at(&bytes, 0)).map(drop)
+        })
+        .await?
+        .map_err(|e| Error::io(format!("blob {}: write the context file", inner.id), e))
+}

@@ -1,0 +1,262 @@
+//! The reader of one image: requests over the chunks of several blobs.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use tokio_util::sync::CancellationToken;
+
+use super::BlobCache;
+use super::inflight::Outcome;
+use crate::backend::{Priority, ReadContext};
+use crate::engine::{Engine, Handle, within};
+use crate::extent::ChunkExtent;
+use crate::metrics::CacheMetrics;
+use crate::read::{Completion, OutagePolicy, ReadSlice, Reader};
+use crate::{Error, ErrorKind, Result};
+
+/// The blobs of one image, in the order of its blob table.
+#[derive(Debug)]
+pub struct BlobSet {
+    shared: Arc<Shared>,
+    engine: Handle,
+}
+
+#[derive(Debug)]
+struct Shared {
+    blobs: Vec<Arc<BlobCache>>,
+    policy: OutagePolicy,
+    engine: Handle,
+}
+
+impl BlobSet {
+    /// A reader over `blobs`, which `ReadSlice::blob` indexes.
+    pub fn new(engine: &Engine, blobs: Vec<Arc<BlobCache>>, policy: OutagePolicy) -> Self {
+        let engine = engine.handle().clone();
+        Self { shared: Arc::new(Shared { blobs, policy, engine: engine.clone() }), engine }
+    }
+
+    /// The blobs.
+    pub fn blobs(&self) -> &[Arc<BlobCache>] {
+        &self.shared.blobs
+    }
+}
+
+impl Reader for BlobSet {
+    fn try_read(&self, slices: &[ReadSlice], dst: &mut [u8]) -> Result<bool> {
+        let mut total = 0;
+        for slice in slices {
+            self.shared.check(slice)?;
+            total += slice.len as usize;
+        }
+        if total != dst.len() {
+            let what = format!("read: {total} bytes into a buffer of {}", dst.len());
+            return Err(Error::new(ErrorKind::OutOfRange, what));
+        }
+        if !slices.iter().all(|slice| self.shared.blobs[slice.blob as usize].is_ready(&slice.extent)) {
+            return Ok(false);
+        }
+        self.shared.copy_stored(slices.iter(), dst)?;
+        if let Some(first) = slices.first() {
+            CacheMetrics::tick(&self.shared.blobs[first.blob as usize].inner.metrics.whole_hits);
+        }
+        Ok(true)
+    }
+
+    fn submit(&self, slices: Vec<ReadSlice>, priority: Priority, completion: Completion) {
+        let answer = Answer(Some(completion));
+        let context = ReadContext {
+            priority,
+            deadline: self.shared.policy.deadline(),
+            cancel: CancellationToken::new(),
+        };
+        let shared = Arc::clone(&self.shared);
+        self.engine.spawn(async move {
+            let result = within(&context, serve(&shared, &slices, &context)).await;
+            if result.is_err()
+                && let Some(blob) = slices.first().and_then(|s| shared.blobs.get(s.blob as usize))
+            {
+                CacheMetrics::tick(&blob.inner.metrics.read_errors);
+            }
+            answer.give(result);
+        });
+    }
+}
+
+/// The completion of a request, called in any case.
+struct Answer(Option<Completion>);
+
+impl Answer {
+    fn give(mut self, result: Result<Vec<u8>>) {
+        if let Some(completion) = self.0.take() {
+            completion(result);
+        }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if let Some(completion) = self.0.take() {
+            completion(Err(Error::new(ErrorKind::Cancelled, "read: the engine dropped the request")));
+        }
+    }
+}
+
+impl Shared {
+    fn check(&self, slice: &ReadSlice) -> Result<()> {
+        let Some(blob) = self.blobs.get(slice.blob as usize) else {
+            let what = format!("read: blob {} of {}", slice.blob, self.blobs.len());
+            return Err(Error::new(ErrorKind::OutOfRange, what));
+        };
+        blob.inner.check(&slice.extent)?;
+        if slice.offset.checked_add(slice.len).is_none_or(|end| end > slice.extent.len) {
+            let what = format!("blob {}, chunk {}: read behind its end", blob.id(), slice.extent.index);
+            return Err(Error::new(ErrorKind::OutOfRange, what));
+        }
+        Ok(())
+    }
+
+    /// Copies ready slices, which fill `dst`, with one read for each run of bytes that lie
+    /// together in a data file.
+    fn copy_stored<'a>(&self, slices: impl Iterator<Item = &'a ReadSlice>, dst: &mut [u8]) -> Result<()> {
+        let place = |s: &ReadSlice| s.extent.decoded_offset + u64::from(s.offset);
+        let mut run: Option<(&ReadSlice, usize)> = None;
+        let mut rest = dst;
+        for slice in slices {
+            if let Some((first, len)) = &mut run {
+                if first.blob == slice.blob && place(first) + *len as u64 == place(slice) {
+                    *len += slice.len as usize;
+                    continue;
+                }
+                let (part, behind) = std::mem::take(&mut rest).split_at_mut(*len);
+                self.blobs[first.blob as usize].inner.read_stored(&first.extent, first.offset, part)?;
+                rest = behind;
+            }
+            run = Some((slice, slice.len as usize));
+        }
+        match run {
+            Some((first, _)) => {
+                self.blobs[first.blob as usize].inner.read_stored(&first.extent, first.offset, rest)
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// A chunk of one of the blobs: same key, same bytes.
+type Chunk = (u32, ChunkExtent);
+
+/// Fetches what is missing and answers the bytes of all slices.
+async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext) -> Result<Vec<u8>> {
+    let mut total = 0usize;
+    // Where each chunk's slices go: (place in `slices`, first byte in the answer).
+    let mut places: HashMap<(u32, u32), Vec<(usize, usize)>> = HashMap::new();
+    let mut wanted: Vec<Chunk> = Vec::new();
+    for (place, slice) in slices.iter().enumerate() {
+        shared.check(slice)?;
+        let key = (slice.blob, slice.extent.index.0);
+        let entry = places.entry(key).or_default();
+        if entry.is_empty() {
+            wanted.push((slice.blob, slice.extent));
+        } else if slices[entry[0].0].extent != slice.extent {
+            let what = format!("read: chunk {} with two extents", slice.extent.index);
+            return Err(Error::new(ErrorKind::OutOfRange, what));
+        }
+        entry.push((place, total));
+        total += slice.len as usize;
+    }
+
+    let all = wanted.len();
+    let mut stored: Vec<(usize, usize)> = Vec::new();
+    wanted.retain(|(blob, extent)| {
+        let ready = shared.blobs[*blob as usize].is_ready(extent);
+        if ready {
+            stored.extend(&places[&(*blob, extent.index.0)]);
+        }
+        !ready
+    });
+    count(shared, slices, all, wanted.len());
+
+    let mut out = vec![0; total];
+    while !wanted.is_empty() {
+        let mut waiting = start(shared, &wanted, context);
+        wanted.clear();
+        while let Some((chunk, led, outcome)) = waiting.next().await {
+            let own = &places[&(chunk.0, chunk.1.index.0)];
+            match outcome {
+                Outcome::Bytes(bytes) => copy_chunk(&bytes, own, slices, &mut out)?,
+                Outcome::Stored => stored.extend(own),
+                // Our leader gave up before we did: ask again, as leader if need be.
+                Outcome::Failed(e)
+                    if !led
+                        && matches!(e.kind(), ErrorKind::TimedOut | ErrorKind::Cancelled)
+                        && context.deadline.is_none_or(|deadline| Instant::now() < deadline) =>
+                {
+                    wanted.push(chunk);
+                }
+                Outcome::Failed(e) => return Err(e),
+            }
+        }
+    }
+    if stored.is_empty() {
+        return Ok(out);
+    }
+    let slices = slices.to_vec();
+    let reader = Arc::clone(shared);
+    shared
+        .engine
+        .blocking(move || {
+            for (place, at) in stored {
+                let slice = &slices[place];
+                let part = &mut out[at..at + slice.len as usize];
+                reader.copy_stored(std::iter::once(slice), part)?;
+            }
+            Ok(out)
+        })
+        .await?
+}
+
+/// Starts or joins the fetch of every wanted chunk.
+fn start(
+    shared: &Shared,
+    wanted: &[Chunk],
+    context: &ReadContext,
+) -> FuturesUnordered<impl Future<Output = (Chunk, bool, Outcome)> + use<>> {
+    let mut by_blob: HashMap<u32, Vec<ChunkExtent>> = HashMap::new();
+    for (blob, extent) in wanted {
+        by_blob.entry(*blob).or_default().push(*extent);
+    }
+    let waiting = FuturesUnordered::new();
+    for (blob, extents) in by_blob {
+        let waiters = shared.blobs[blob as usize].inner.obtain(&extents, context);
+        for (extent, (waiter, led)) in extents.into_iter().zip(waiters) {
+            waiting.push(async move { ((blob, extent), led, waiter.wait().await) });
+        }
+    }
+    waiting
+}
+
+fn copy_chunk(bytes: &Bytes, places: &[(usize, usize)], slices: &[ReadSlice], out: &mut [u8]) -> Result<()> {
+    for (place, at) in places {
+        let slice = &slices[*place];
+        let (start, len) = (slice.offset as usize, slice.len as usize);
+        let Some(part) = bytes.get(start..start + len) else {
+            return Err(Error::new(ErrorKind::OutOfRange, "read: behind the end of a chunk"));
+        };
+        out[*at..*at + len].copy_from_slice(part);
+    }
+    Ok(())
+}
+
+fn count(shared: &Shared, slices: &[ReadSlice], all: usize, missing: usize) {
+    let Some(blob) = slices.first().and_then(|s| shared.blobs.get(s.blob as usize)) else { return };
+    let metrics = &blob.inner.metrics;
+    CacheMetrics::tick(match missing {
+        0 => &metrics.whole_hits,
+        n if n == all => &metrics.misses,
+        _ => &metrics.partial_hits,
+    });
+}

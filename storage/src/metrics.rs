@@ -1,0 +1,162 @@
+//! Counters of a cache and of the backend behind it.
+//!
+//! Plain atomics, shared by all blobs of one configured instance. The snapshots carry the
+//! field names of the daemon's metrics API (backend and blobcache families).
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use serde::Serialize;
+
+/// Upper bounds of the latency classes in milliseconds; the eighth is larger.
+const LATENCY_MS: [u64; 7] = [1, 20, 50, 100, 500, 1000, 2000];
+
+/// Exclusive upper bounds of the size classes in bytes; the eighth is larger.
+const SIZE: [u64; 7] = [1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20];
+
+type Classes = [AtomicU64; 8];
+
+fn count(classes: &Classes) -> [u64; 8] {
+    std::array::from_fn(|i| classes[i].load(Relaxed))
+}
+
+/// Requests to one backend.
+#[derive(Debug, Default)]
+pub struct BackendMetrics {
+    reads: AtomicU64,
+    errors: AtomicU64,
+    bytes: AtomicU64,
+    latency_ms: AtomicU64,
+    latency_classes: Classes,
+    size_classes: Classes,
+    latency_sizes: [Classes; 8],
+}
+
+/// [`BackendMetrics`] at one moment, as the API shows them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BackendSnapshot {
+    /// Word of the backend in configuration.
+    pub backend_type: String,
+    /// Requests.
+    pub read_count: u64,
+    /// Requests that failed.
+    pub read_errors: u64,
+    /// Bytes received.
+    pub read_amount_total: u64,
+    /// Milliseconds from request to last byte, summed.
+    pub read_cumulative_latency_millis_total: u64,
+    /// Milliseconds by latency class.
+    pub read_cumulative_latency_millis_dist: [u64; 8],
+    /// Requests by size class.
+    pub read_count_block_size_dist: [u64; 8],
+    /// Requests by size class, then latency class.
+    pub read_latency_sizes_dist: [[u64; 8]; 8],
+}
+
+impl BackendMetrics {
+    /// Notes one request that received `bytes`.
+    pub fn record(&self, bytes: u64, elapsed: Duration, failed: bool) {
+        let ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+        let latency = LATENCY_MS.iter().position(|bound| ms <= *bound).unwrap_or(7);
+        let size = SIZE.iter().position(|bound| bytes < *bound).unwrap_or(7);
+        self.reads.fetch_add(1, Relaxed);
+        self.errors.fetch_add(u64::from(failed), Relaxed);
+        self.bytes.fetch_add(bytes, Relaxed);
+        self.latency_ms.fetch_add(ms, Relaxed);
+        self.latency_classes[latency].fetch_add(ms, Relaxed);
+        self.size_classes[size].fetch_add(1, Relaxed);
+        self.latency_sizes[size][latency].fetch_add(1, Relaxed);
+    }
+
+    /// All counters now.
+    pub fn snapshot(&self, backend_type: &str) -> BackendSnapshot {
+        BackendSnapshot {
+            backend_type: backend_type.to_owned(),
+            read_count: self.reads.load(Relaxed),
+            read_errors: self.errors.load(Relaxed),
+            read_amount_total: self.bytes.load(Relaxed),
+            read_cumulative_latency_millis_total: self.latency_ms.load(Relaxed),
+            read_cumulative_latency_millis_dist: count(&self.latency_classes),
+            read_count_block_size_dist: count(&self.size_classes),
+            read_latency_sizes_dist: std::array::from_fn(|i| count(&self.latency_sizes[i])),
+        }
+    }
+}
+
+/// What became of reads through one cache.
+#[derive(Debug, Default)]
+pub struct CacheMetrics {
+    /// Reads answered from local data alone.
+    pub whole_hits: AtomicU64,
+    /// Reads that found some of their chunks.
+    pub partial_hits: AtomicU64,
+    /// Reads that found none.
+    pub misses: AtomicU64,
+    /// Reads that failed.
+    pub read_errors: AtomicU64,
+    /// Chunks fetched and verified.
+    pub fetched_chunks: AtomicU64,
+    /// Stored bytes received from the backend.
+    pub fetched_bytes: AtomicU64,
+    /// Units whose bytes were corrupt, counted each time.
+    pub verification_failures: AtomicU64,
+    /// Chunks that could not be written to the cache.
+    pub write_errors: AtomicU64,
+    /// Requests at prefetch priority.
+    pub prefetch_requests: AtomicU64,
+    /// Stored bytes received at prefetch priority.
+    pub prefetch_bytes: AtomicU64,
+}
+
+/// [`CacheMetrics`] at one moment. The names of the first five are the API's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CacheSnapshot {
+    /// Reads, however answered.
+    pub total: u64,
+    /// Reads answered from local data alone.
+    pub whole_hits: u64,
+    /// Reads that found some of their chunks.
+    pub partial_hits: u64,
+    /// Stored bytes received at prefetch priority.
+    pub prefetch_data_amount: u64,
+    /// Requests at prefetch priority.
+    pub prefetch_requests_count: u64,
+    /// Reads that found none of their chunks.
+    pub misses: u64,
+    /// Reads that failed.
+    pub read_errors: u64,
+    /// Chunks fetched and verified.
+    pub fetched_chunks: u64,
+    /// Stored bytes received from the backend.
+    pub fetched_bytes: u64,
+    /// Units whose bytes were corrupt, counted each time.
+    pub verification_failures: u64,
+    /// Chunks that could not be written to the cache.
+    pub write_errors: u64,
+}
+
+impl CacheMetrics {
+    /// All counters now.
+    pub fn snapshot(&self) -> CacheSnapshot {
+        let (whole_hits, partial_hits) = (self.whole_hits.load(Relaxed), self.partial_hits.load(Relaxed));
+        let misses = self.misses.load(Relaxed);
+        CacheSnapshot {
+            total: whole_hits + partial_hits + misses,
+            whole_hits,
+            partial_hits,
+            prefetch_data_amount: self.prefetch_bytes.load(Relaxed),
+            prefetch_requests_count: self.prefetch_requests.load(Relaxed),
+            misses,
+            read_errors: self.read_errors.load(Relaxed),
+            fetched_chunks: self.fetched_chunks.load(Relaxed),
+            fetched_bytes: self.fetched_bytes.load(Relaxed),
+            verification_failures: self.verification_failures.load(Relaxed),
+            write_errors: self.write_errors.load(Relaxed),
+        }
+    }
+
+    /// Adds one to `counter`.
+    pub(crate) fn tick(counter: &AtomicU64) {
+        counter.fetch_add(1, Relaxed);
+    }
+}
