@@ -4,6 +4,7 @@ pub mod bootstrap_writer;
 pub mod content;
 pub mod error;
 pub mod layout;
+pub mod oci;
 pub mod overlay;
 pub mod prefetch;
 pub mod source;

@@ -1,0 +1,182 @@
+//! Sources: small layouts written by hand, and archives written by skopeo where it is installed.
+
+use std::fs;
+use std::io::Read;
+use std::process::Command;
+
+use serde_json::{Value, json};
+use storage::digest::DigestAlgorithm;
+
+use super::*;
+
+/// A layout in the making.
+struct Layout {
+    dir: tempfile::TempDir,
+    manifests: Vec<Value>,
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    format!("sha256:{}", DigestAlgorithm::Sha256.digest(bytes))
+}
+
+impl Layout {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("blobs/sha256")).unwrap();
+        fs::write(dir.path().join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+        Self { dir, manifests: Vec::new() }
+    }
+
+    fn blob(&self, media_type: &str, bytes: &[u8]) -> Value {
+        let digest = sha256(bytes);
+        fs::write(self.dir.path().join("blobs/sha256").join(&digest[7..]), bytes).unwrap();
+        json!({"mediaType": media_type, "digest": digest, "size": bytes.len()})
+    }
+
+    fn image(&self, layers: &[(&str, &[u8])]) -> Value {
+        let diff_ids: Vec<String> = layers.iter().map(|(_, bytes)| sha256(bytes)).collect();
+        let config = json!({"os": "linux", "architecture": "amd64", "x-kept": 1,
+            "rootfs": {"type": "layers", "diff_ids": diff_ids}});
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": media::OCI_MANIFEST,
+            "config": self.blob(media::OCI_CONFIG, config.to_string().as_bytes()),
+            "layers": layers.iter().map(|(kind, bytes)| self.blob(kind, bytes)).collect::<Vec<_>>(),
+        });
+        self.blob(media::OCI_MANIFEST, manifest.to_string().as_bytes())
+    }
+
+    fn add(&mut self, mut descriptor: Value, tag: &str) {
+        descriptor["annotations"] = json!({media::ANNOTATION_REF_NAME: tag});
+        self.manifests.push(descriptor);
+        let index = json!({"schemaVersion": 2, "manifests": self.manifests});
+        fs::write(self.dir.path().join("index.json"), index.to_string()).unwrap();
+    }
+
+    fn open(&self, tag: &str, platform: Option<&str>) -> Result<ImageSource> {
+        let platform = platform.map(|p| p.parse::<Platform>().unwrap());
+        let text = format!("oci:{}{tag}", self.dir.path().display());
+        ImageSource::open_local(&text.parse().unwrap(), platform.as_ref())
+    }
+}
+
+const TAR: &str = "application/vnd.oci.image.layer.v1.tar";
+
+fn first_layer(source: &ImageSource) -> String {
+    let mut text = String::new();
+    source.open_layer(0, |r| r).unwrap().read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
+fn an_image_is_chosen_by_tag_and_platform() {
+    let mut layout = Layout::new();
+    let one = layout.image(&[(TAR, b"one")]);
+    layout.add(one.clone(), "one");
+    assert_eq!(first_layer(&layout.open("", None).unwrap()), "one");
+
+    let mut arm = layout.image(&[(TAR, b"arm")]);
+    arm["platform"] = json!({"os": "linux", "architecture": "arm64", "variant": "v8"});
+    let mut other = one;
+    other["platform"] = json!({"os": "linux", "architecture": "s390x"});
+    let index = json!({"schemaVersion": 2, "manifests": [arm, other]});
+    let index = layout.blob(media::OCI_INDEX, index.to_string().as_bytes());
+    layout.add(index, "many");
+
+    assert_eq!(first_layer(&layout.open(":many", Some("linux/arm64")).unwrap()), "arm");
+    for (tag, platform, kind, hint) in [
+        ("", None, ErrorKind::Invalid, "one, many"),
+        (":none", None, ErrorKind::NotFound, "one, many"),
+        (":many", Some("linux/mips"), ErrorKind::NotFound, "linux/arm64/v8, linux/s390x"),
+    ] {
+        let err = layout.open(tag, platform).err().unwrap();
+        assert!(err.kind() == kind && err.to_string().contains(hint), "{err}");
+    }
+}
+
+#[test]
+fn what_cannot_be_converted_is_refused_by_name() {
+    let mut layout = Layout::new();
+    let foreign =
+        layout.image(&[(TAR, b"a"), ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", b"b")]);
+    layout.add(foreign, "foreign");
+    let secret = layout.image(&[("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", b"a")]);
+    layout.add(secret, "encrypted");
+    let nydus = layout.image(&[(media::NYDUS_BLOB, b"a")]);
+    layout.add(nydus, "nydus");
+    let odd = layout.image(&[("application/x-thing", b"a")]);
+    layout.add(odd, "odd");
+    let chart = json!({"schemaVersion": 2, "mediaType": media::OCI_MANIFEST, "layers": [],
+        "config": layout.blob("application/vnd.cncf.helm.config.v1+json", b"{}")});
+    let chart = layout.blob(media::OCI_MANIFEST, chart.to_string().as_bytes());
+    layout.add(chart, "chart");
+    let old = layout.blob(media::OCI_MANIFEST, br#"{"schemaVersion":1,"name":"x"}"#);
+    layout.add(old, "schema1");
+    for (tag, hint) in [
+        ("foreign", "layer 2 of 2"),
+        ("encrypted", "is encrypted"),
+        ("nydus", "already"),
+        ("odd", "application/x-thing"),
+        ("chart", "artifact"),
+        ("schema1", "schema 1"),
+    ] {
+        let err = layout.open(&format!(":{tag}"), None).err().unwrap();
+        assert!(err.kind() == ErrorKind::Unsupported && err.to_string().contains(hint), "{tag}: {err}");
+    }
+}
+
+#[test]
+fn damaged_metadata_is_noticed() {
+    let mut layout = Layout::new();
+    let image = layout.image(&[(TAR, b"data")]);
+    layout.add(image.clone(), "a");
+    let name = image["digest"].as_str().unwrap()[7..].to_owned();
+    let path = layout.dir.path().join("blobs/sha256").join(name);
+    let good = fs::read(&path).unwrap();
+    fs::write(&path, [&good[..], b" "].concat()).unwrap();
+    assert_eq!(layout.open("", None).err().unwrap().kind(), ErrorKind::Mismatch);
+    fs::write(&path, &good).unwrap();
+    layout.open("", None).unwrap();
+    for (file, kind) in [("index.json", ErrorKind::Corrupt), ("oci-layout", ErrorKind::Unsupported)] {
+        let saved = fs::read(layout.dir.path().join(file)).unwrap();
+        fs::write(layout.dir.path().join(file), "[]").unwrap();
+        assert!([kind, ErrorKind::Unsupported].contains(&layout.open("", None).err().unwrap().kind()));
+        fs::write(layout.dir.path().join(file), saved).unwrap();
+    }
+    fs::remove_file(layout.dir.path().join("oci-layout")).unwrap();
+    assert!(layout.open("", None).err().unwrap().to_string().contains("not an OCI layout"));
+}
+
+#[test]
+fn archives_by_skopeo_are_read() {
+    if Command::new("skopeo").arg("--version").output().is_err() {
+        println!("skipped: skopeo is not installed");
+        return;
+    }
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(5);
+    header.set_mode(0o644);
+    tar.append_data(&mut header, "hello", &b"hello"[..]).unwrap();
+    let tar = tar.into_inner().unwrap();
+    let mut layout = Layout::new();
+    let image = layout.image(&[(TAR, &tar)]);
+    layout.add(image, "t");
+    let from = format!("oci:{}:t", layout.dir.path().display());
+    for (scheme, tag, again) in [("docker-archive", ":r/x:1", ":r/x:1"), ("oci-archive", ":t", "")] {
+        let to = layout.dir.path().join(format!("{scheme}.tar"));
+        let done = Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "--quiet", &from, &format!("{scheme}:{}{tag}", to.display())])
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let text = format!("{scheme}:{}{again}", to.display());
+        let source = ImageSource::open_local(&text.parse().unwrap(), None).unwrap();
+        let mut bytes = Vec::new();
+        source.open_layer(0, |r| r).unwrap().read_to_end(&mut bytes).unwrap();
+        assert!(bytes == tar, "{scheme}: layer differs");
+    }
+    let archive = layout.dir.path().join("docker-archive.tar");
+    let wrong = format!("docker-archive:{}:r/y:1", archive.display());
+    let err = ImageSource::open_local(&wrong.parse().unwrap(), None).err().unwrap();
+    assert!(err.kind() == ErrorKind::NotFound && err.to_string().contains("r/x:1"), "{err}");
+}
