@@ -1,1 +1,31 @@
-//! What the journeys share: image recipes, registries, mounts, comparison.
+//! What the journeys share.
+//!
+//! ```text
+//!  image ──▶ OCI layout ──▶ nydus-image convert ──▶ registry ◀── relay ◀── nydusd ──▶ mount
+//!    │                                          (docker-registry)  │                    │
+//!    └──▶ reference (umoci) ──▶ tree::scan ═══════ equal? ═════════╪═══════ tree::scan ◀┘
+//!                                                     counts, stalls, cuts, asks for tokens
+//! ```
+//!
+//! [`image`] writes OCI images from nothing, with everything that a converter must cope with.
+//! [`registry`] starts Debian's `docker-registry`; [`relay`] stands between it and the daemon.
+//! [`daemon`] owns one `nydusd` and its mount point, [`mount`] every other mount: what a test
+//! mounts is gone when the test ends, however it ends. [`tree`] tells two trees apart.
+//!
+//! Every fixture uses directories and ports of its own, so tests run side by side.
+
+pub mod binaries;
+pub mod command;
+pub mod daemon;
+pub mod image;
+pub mod layout;
+pub mod mount;
+pub mod need;
+pub mod recipes;
+pub mod reference;
+pub mod registry;
+pub mod relay;
+pub mod tree;
+
+/// The error of tests: any, with its story.
+pub use anyhow::{Context, Result, bail, ensure};

@@ -1,0 +1,60 @@
+# The front door. `make` or `make help` lists the targets.
+# CARGO_TARGET_DIR, PREFIX and DESTDIR are honoured.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check build bench doc fuzz soak install clean
+
+PREFIX ?= /usr/local
+TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
+FUZZ_SECONDS ?= 60
+SOAK_KILLS ?= 500
+export CARGO_TARGET_DIR := $(TARGET)
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Install the Debian packages that demo, tests and bench use (root; nothing to do if present)
+	@misc/setup.sh
+
+demo: setup ## A real image: built, converted, mounted lazily, run (release build, root)
+	@cargo build --release --workspace --bins
+	@BIN=$(TARGET)/release misc/demo/demo.sh
+
+test: setup ## All set-up, then every test (root mounts for real; otherwise each skip says why)
+	@cargo build --workspace --profile fast --bins
+	@cargo test --workspace --profile fast
+
+check: ## Format, lints, rustdoc: no warning passes
+	@cargo fmt --all --check
+	@cargo clippy --workspace --all-targets --profile fast -- -D warnings
+	@$(MAKE) --no-print-directory doc
+
+build: ## Release binaries: nydusd, nydusctl, nydus-image
+	@cargo build --release --workspace --bins
+	@ls -lh $(TARGET)/release/{nydusd,nydusctl,nydus-image}
+
+bench: setup ## Medians of whole scenarios on this machine (release build, root), then criterion
+	@cargo build --release --workspace --bins
+	@BIN=$(TARGET)/release misc/bench/bench.sh
+	@cargo bench --workspace --benches
+
+doc: ## rustdoc of the workspace; a warning is an error
+	@RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
+
+fuzz: ## Every fuzz target for FUZZ_SECONDS (60) each; installs cargo-fuzz if missing
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) misc/fuzz.sh
+
+soak: setup ## The long runs: SOAK_KILLS (500) kills under readers, and the corpus images end to end
+	@cargo build --workspace --profile fast --bins
+	@misc/images/make-images misc/.cache/images debian python node
+	@NYDUS_TEST_KILLS=$(SOAK_KILLS) NYDUS_TEST_CORPUS=$(CURDIR)/misc/.cache/images \
+		cargo test --profile fast -p tests --test e2e -- --nocapture corpus kills
+
+install: build ## Copy the release binaries to $(DESTDIR)$(PREFIX)/bin
+	@install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(TARGET)/release/{nydusd,nydusctl,nydus-image}
+
+clean: ## Remove build products and cached images
+	@cargo clean
+	@rm -rf misc/.cache

@@ -1,0 +1,6 @@
+//! Whole journeys: real binaries, a real registry, real mounts, and judges that nobody here wrote.
+//!
+//! One program, so that it links once and its tests share two cores. What this machine cannot run
+//! is listed in `tests/README.md`; a test that is skipped prints why.
+
+mod judges;

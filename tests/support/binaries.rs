@@ -1,0 +1,58 @@
+//! The binaries under test: those of this build, from the same target directory.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// `nydusd`.
+pub fn nydusd() -> &'static Path {
+    &binaries().nydusd
+}
+
+/// `nydusctl`.
+pub fn nydusctl() -> &'static Path {
+    &binaries().nydusctl
+}
+
+/// `nydus-image`.
+pub fn nydus_image() -> &'static Path {
+    &binaries().nydus_image
+}
+
+struct Binaries {
+    nydusd: PathBuf,
+    nydusctl: PathBuf,
+    nydus_image: PathBuf,
+}
+
+fn binaries() -> &'static Binaries {
+    static BINARIES: OnceLock<Binaries> = OnceLock::new();
+    BINARIES.get_or_init(|| {
+        // <target>/<profile directory>/deps/<this test>
+        let test = std::env::current_exe().expect("a running program has a path");
+        let directory = test.ancestors().nth(2).expect("cargo runs tests from <target>/<profile>/deps");
+        build(directory);
+        let find = |name: &str| {
+            let path = directory.join(name);
+            assert!(path.exists(), "{} is missing: run `cargo build --workspace --bins`", path.display());
+            path
+        };
+        Binaries { nydusd: find("nydusd"), nydusctl: find("nydusctl"), nydus_image: find("nydus-image") }
+    })
+}
+
+/// Brings the binaries up to date, so that a bare `cargo test` never judges yesterday's daemon.
+/// Under `make test` they are, and this costs one look at time stamps.
+fn build(directory: &Path) {
+    let Some(cargo) = std::env::var_os("CARGO") else { return };
+    let profile = match directory.file_name().and_then(|name| name.to_str()) {
+        Some("debug") | None => "dev",
+        Some(profile) => profile,
+    };
+    let status = Command::new(cargo)
+        .args(["build", "--quiet", "--workspace", "--bins", "--profile", profile])
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .status()
+        .expect("cargo ran this test, so it starts");
+    assert!(status.success(), "the binaries under test do not build");
+}

@@ -1,0 +1,155 @@
+//! Mounts that end with the test.
+
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::command::run;
+
+/// A mount point of ours. Dropped, it is unmounted, lazily if it is busy.
+#[derive(Debug)]
+pub struct Mount {
+    path: PathBuf,
+    devices: Vec<LoopDevice>,
+}
+
+impl Mount {
+    /// Watches over whatever is, or will be, mounted at `path`.
+    pub fn guard(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), devices: Vec::new() }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Mounts `bootstrap` with the kernel's own EROFS, `blobs` as its devices in table order.
+    ///
+    /// Kernels from 6.12 mount files; older ones get loop devices.
+    ///
+    /// # Errors
+    /// The kernel refuses the image.
+    pub fn erofs(bootstrap: &Path, blobs: &[PathBuf], at: &Path) -> Result<Self> {
+        fs::create_dir_all(at)?;
+        let flags = MsFlags::MS_RDONLY;
+        let options = |devices: &mut dyn Iterator<Item = &Path>| {
+            devices.map(|path| format!("device={}", path.display())).collect::<Vec<_>>().join(",")
+        };
+        let direct = options(&mut blobs.iter().map(PathBuf::as_path));
+        match mount(Some(bootstrap), at, Some("erofs"), flags, Some(direct.as_str())) {
+            Ok(()) => return Ok(Self::guard(at)),
+            Err(Errno::ENOTBLK) => {}
+            Err(errno) => {
+                return Err(errno).with_context(|| format!("mount {} as EROFS", bootstrap.display()));
+            }
+        }
+        let source = LoopDevice::attach(bootstrap)?;
+        let devices: Vec<LoopDevice> =
+            blobs.iter().map(|blob| LoopDevice::attach(blob)).collect::<Result<_>>()?;
+        let through = options(&mut devices.iter().map(|device| device.path.as_path()));
+        mount(Some(&source.path), at, Some("erofs"), flags, Some(through.as_str()))
+            .with_context(|| format!("mount {} as EROFS", bootstrap.display()))?;
+        let mut guard = Self::guard(at);
+        guard.devices = devices;
+        guard.devices.push(source);
+        Ok(guard)
+    }
+
+    /// Mounts an overlay of `lower`, upper and work below `scratch`, at `scratch/merged`.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn overlay(lower: &Path, scratch: &Path) -> Result<Self> {
+        let [upper, work, merged] = ["upper", "work", "merged"].map(|name| scratch.join(name));
+        for directory in [&upper, &work, &merged] {
+            fs::create_dir_all(directory)?;
+        }
+        let options =
+            format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
+        mount(Some("overlay"), &merged, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+            .with_context(|| format!("mount an overlay over {}", lower.display()))?;
+        Ok(Self::guard(merged))
+    }
+
+    /// Unmounts now, and fails if something still uses it.
+    ///
+    /// # Errors
+    /// Busy, or not mounted.
+    pub fn unmount(self) -> Result<()> {
+        umount2(&self.path, MntFlags::empty()).with_context(|| format!("unmount {}", self.path.display()))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        while mounted(&self.path) && umount2(&self.path, MntFlags::MNT_DETACH).is_ok() {}
+    }
+}
+
+/// Runs a program with `root` as its root directory and returns what it printed.
+///
+/// # Errors
+/// It failed.
+pub fn chroot(root: &Path, program: &[&str]) -> Result<String> {
+    let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    run(Command::new("chroot").arg(root).args(program).env_clear().env("PATH", path))
+}
+
+/// Whether something is mounted at exactly `path`.
+pub fn mounted(path: &Path) -> bool {
+    let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let escaped: Vec<u8> = path
+        .as_os_str()
+        .as_bytes()
+        .iter()
+        .flat_map(|byte| match byte {
+            b' ' | b'\t' | b'\n' | b'\\' => format!("\\{byte:03o}").into_bytes(),
+            other => vec![*other],
+        })
+        .collect();
+    table.split(|byte| *byte == b'\n').any(|line| line.split(|byte| *byte == b' ').nth(4) == Some(&escaped))
+}
+
+#[derive(Debug)]
+struct LoopDevice {
+    path: PathBuf,
+}
+
+impl LoopDevice {
+    fn attach(file: &Path) -> Result<Self> {
+        // Another test may take the free device between losetup's look and its grip.
+        let mut last = None;
+        for _ in 0..16 {
+            match run(Command::new("losetup").args(["--find", "--show", "--read-only"]).arg(file)) {
+                Ok(path) => return Ok(Self { path: path.trim().into() }),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.context("losetup was never tried")?)
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = run(Command::new("losetup").arg("--detach").arg(&self.path));
+    }
+}
+
+/// Copies a decoded blob so that the kernel takes it as a device: whole blocks of 4096 bytes.
+///
+/// # Errors
+/// It cannot be copied.
+pub fn device_copy(blob: &Path, target: &Path) -> Result<()> {
+    fs::copy(blob, target).with_context(|| format!("copy {}", blob.display()))?;
+    let file = File::options().write(true).open(target)?;
+    let size = file.metadata()?.len();
+    file.set_len(size.next_multiple_of(4096))?;
+    ensure!(size > 0, "{} is empty", blob.display());
+    Ok(())
+}
