@@ -1,8 +1,16 @@
 //! The RAFS format, and a file system that speaks no FUSE.
+//!
+//! * [`format`]: the records as they lie on disk.
+//! * [`bootstrap`]: bytes in, a validated tree out.
+//! * [`blob_context`]: where the chunks of a blob lie.
+//! * [`fs`]: lookup, attributes, directories, reads and xattrs of one image.
 
+pub mod blob_context;
 pub mod bootstrap;
 pub mod error;
 pub mod format;
 pub mod fs;
+#[expect(unsafe_code, reason = "mapping a file and giving its pages back have no safe form")]
+mod sys;
 
 pub use error::{Error, ErrorKind, Result};

@@ -2,6 +2,32 @@
 //!
 //! A bootstrap is checked once at the door and then answered from in place: no object
 //! is made per inode. Names, symlink targets and xattrs are bytes.
+//!
+//! ```text
+//! adopt: copy under its digest ─▶ open: header ─▶ blobs ─▶ chunk rows ─▶ tree walk ─▶ V6
+//!                                       └──────── every rule of section 12 ────────┘
+//! ```
+//!
+//! What stays in memory beside the mapping: the blob table, 4 bytes a chunk from chunk
+//! to digest row, and one bit per 32 bytes of bootstrap that says where an inode starts.
+
+mod blobs;
+mod bytes;
+mod chunks;
+mod faults;
+mod header;
+mod open;
+mod v6;
+mod validate;
+mod view;
+mod walk;
+
+pub use blobs::{codec, codec_code, codec_of_context, digester_code};
+pub use chunks::is_batch_member;
+pub use faults::Faults;
+pub use open::{OpenOptions, adopt, from_bytes, open};
+pub use v6::V6;
+pub use walk::{Step, Walk};
 
 use std::borrow::Cow;
 use std::fmt;
@@ -85,6 +111,13 @@ pub struct Attr {
     pub rdev: u32,
 }
 
+impl Attr {
+    /// Major and minor number behind `rdev`.
+    pub fn device(&self) -> (u32, u32) {
+        (self.rdev >> 8 & 0xfff, self.rdev & 0xff | self.rdev >> 12 & 0xfff00)
+    }
+}
+
 /// One entry of a directory, `.` and `..` left out.
 #[derive(Clone, Copy, Debug)]
 pub struct DirEntry<'a> {
@@ -128,6 +161,8 @@ pub struct Blob {
     pub data_size: u64,
     /// Length of the decoded space.
     pub decoded_size: u64,
+    /// Chunk indexes of files whose chunk has no record, hence no digest.
+    pub unverified_chunks: u64,
     /// The raw record.
     pub record: crate::format::blob_table::BlobRecord,
 }
@@ -157,6 +192,8 @@ pub struct Summary {
     pub prefetch_table: (u64, u32),
     /// True if any inode has xattrs.
     pub has_xattrs: bool,
+    /// Length of the bootstrap.
+    pub bootstrap_size: u64,
 }
 
 /// A chunk of a file: which blob, which chunk of it.

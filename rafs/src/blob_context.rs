@@ -1,0 +1,248 @@
+//! The compression context of a blob: where each chunk lies, by chunk number.
+//!
+//! A blob stores it behind its chunk data: an array of entries (and of batch units),
+//! compressed, then a header of 4096 bytes. It is needed for members of batch units, whose
+//! place no chunk record knows, and for chunks without a record; nothing else waits for it.
+//! The local copy beside the cache (`<id>.blob.meta`) holds it decoded.
+
+use storage::codec::{Codec, decompress};
+use storage::extent::{Cipher, FetchUnit};
+use storage::ids::{ByteRange, ChunkIndex};
+use zerocopy::FromBytes;
+
+use crate::bootstrap::{Blob, codec_of_context};
+use crate::format::blob_context::{
+    BatchUnit, CONTEXT_MAGIC, ContextHeader, Entry, EntryV1, EntryV2, HEADER_SIZE,
+};
+use crate::format::features::{BlobFeatures, EntryFlags};
+use crate::format::limits::{BLOCK_SIZE, MAX_CHUNK_SIZE};
+use crate::{Error, ErrorKind, Result};
+
+/// Features that say how the context is to be read; the header must agree with the record.
+const LAYOUT_FEATURES: BlobFeatures = BlobFeatures::CHUNK_INFO_V2
+    .union(BlobFeatures::BATCH)
+    .union(BlobFeatures::ZRAN)
+    .union(BlobFeatures::ENCRYPTED)
+    .union(BlobFeatures::TARFS);
+
+/// Where the stored context lies in its blob: array and header in one piece.
+///
+/// # Errors
+/// `Storage`: the sum overflows, which a checked [`Blob`] excludes.
+pub fn stored_range(blob: &Blob) -> Result<ByteRange> {
+    let record = &blob.record;
+    Ok(ByteRange::new(
+        record.ci_offset.get(),
+        record.ci_compressed_size.get().saturating_add(HEADER_SIZE as u64),
+    )?)
+}
+
+/// A checked context: every entry lies inside its blob, in order and without overlap.
+#[derive(Clone)]
+pub struct BlobContext {
+    /// Entries, then batch units, decoded.
+    array: Vec<u8>,
+    header: Box<[u8; HEADER_SIZE]>,
+    v2: bool,
+    codec: Codec,
+    data_size: u64,
+    chunk_count: u32,
+    unit_count: u32,
+}
+
+impl std::fmt::Debug for BlobContext {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BlobContext")
+            .field("chunks", &self.chunk_count)
+            .field("units", &self.unit_count)
+            .finish_non_exhaustive()
+    }
+}
+
+impl BlobContext {
+    /// Decodes `stored`, the bytes of [`stored_range`].
+    ///
+    /// # Errors
+    /// `Corrupt`: it does not decode, contradicts the blob record, or an entry is bad.
+    pub fn from_stored(blob: &Blob, stored: &[u8]) -> Result<Self> {
+        let name = |e: Error| e.context(format_args!("context of blob {}", blob.id));
+        let Some((array, header)) = stored.split_last_chunk::<HEADER_SIZE>() else {
+            return Err(name(Error::corrupt(format!("{} bytes are too few", stored.len()))));
+        };
+        // The record's size was capped when the blob table was checked.
+        let mut decoded = vec![0; blob.record.ci_uncompressed_size.get() as usize];
+        let codec = codec_of_context(&blob.record).map_err(name)?;
+        decompress(codec, array, &mut decoded)
+            .map_err(|e| name(Error::corrupt("the array does not decode").with_source(e)))?;
+        Self::new(blob, decoded, header).map_err(name)
+    }
+
+    /// Reads a local `<id>.blob.meta` file.
+    ///
+    /// # Errors
+    /// `Corrupt`: as [`BlobContext::from_stored`].
+    pub fn from_cache_file(blob: &Blob, file: &[u8]) -> Result<Self> {
+        let name = |e: Error| e.context(format_args!("local context of blob {}", blob.id));
+        let len = blob.record.ci_uncompressed_size.get() as usize;
+        match file.split_last_chunk::<HEADER_SIZE>() {
+            Some((array, header)) if array.len() == len.next_multiple_of(HEADER_SIZE) => {
+                Self::new(blob, array[..len].to_vec(), header).map_err(name)
+            }
+            _ => Err(name(Error::corrupt(format!("{} bytes: want {len} padded and a header", file.len())))),
+        }
+    }
+
+    /// The content of a local `<id>.blob.meta` file: the array padded to 4096, the header.
+    pub fn to_cache_file(&self) -> Vec<u8> {
+        let mut file = Vec::with_capacity(self.array.len().next_multiple_of(HEADER_SIZE) + HEADER_SIZE);
+        file.extend_from_slice(&self.array);
+        file.resize(self.array.len().next_multiple_of(HEADER_SIZE), 0);
+        file.extend_from_slice(&self.header[..]);
+        file
+    }
+
+    fn new(blob: &Blob, array: Vec<u8>, header: &[u8; HEADER_SIZE]) -> Result<Self> {
+        let fields = ContextHeader::ref_from_bytes(header).map_err(|_| Error::corrupt("header size"))?;
+        let v2 = blob.features.contains(BlobFeatures::CHUNK_INFO_V2);
+        let unit_count = check_header(blob, fields, array.len() as u64, v2)?;
+        let context = Self {
+            array,
+            header: Box::new(*header),
+            v2,
+            codec: blob.codec,
+            data_size: blob.data_size,
+            chunk_count: blob.chunk_count,
+            unit_count,
+        };
+        context.check_entries(blob)?;
+        Ok(context)
+    }
+
+    /// Number of chunks.
+    pub fn chunk_count(&self) -> u32 {
+        self.chunk_count
+    }
+
+    /// The entry of a chunk.
+    ///
+    /// # Errors
+    /// `NotFound`: the blob has no such chunk.
+    pub fn entry(&self, index: ChunkIndex) -> Result<Entry> {
+        let missing = || Error::new(ErrorKind::NotFound, format!("the blob has no chunk {index}"));
+        if index.0 >= self.chunk_count {
+            return Err(missing());
+        }
+        let at = index.0 as usize;
+        Ok(if self.v2 {
+            let rest = self.array.get(at * size_of::<EntryV2>()..).ok_or_else(missing)?;
+            EntryV2::ref_from_prefix(rest).map_err(|_| missing())?.0.unpack()
+        } else {
+            let rest = self.array.get(at * size_of::<EntryV1>()..).ok_or_else(missing)?;
+            EntryV1::ref_from_prefix(rest).map_err(|_| missing())?.0.unpack()
+        })
+    }
+
+    /// The fetch unit that holds a chunk, and where in the decoded unit the chunk starts.
+    ///
+    /// # Errors
+    /// `NotFound`: the blob has no such chunk. `Corrupt`: it lies outside its unit.
+    pub fn unit(&self, entry: &Entry) -> Result<(FetchUnit, u32)> {
+        let fail = |why: &str| Error::corrupt(format!("context entry {entry:?}: {why}"));
+        let (stored, decoded_len, offset) = if entry.flags.contains(EntryFlags::BATCH) {
+            let (offset, index) = (entry.data as u32, (entry.data >> 32) as u32);
+            let unit = self.batch_unit(index).ok_or_else(|| fail("no such batch unit"))?;
+            (unit.compressed_size.get(), unit.uncompressed_size.get(), offset)
+        } else {
+            (entry.compressed_size, entry.uncompressed_size, 0)
+        };
+        let compressed = ByteRange::new(entry.compressed_offset, stored.into())?;
+        if stored == 0
+            || stored > MAX_CHUNK_SIZE
+            || decoded_len > MAX_CHUNK_SIZE
+            || compressed.end() > self.data_size
+            || u64::from(offset) + u64::from(entry.uncompressed_size) > decoded_len.into()
+        {
+            return Err(fail("lies outside its unit, or the unit outside the blob"));
+        }
+        let raw = if entry.flags.contains(EntryFlags::BATCH) {
+            stored == decoded_len
+        } else {
+            !entry.flags.contains(EntryFlags::COMPRESSED)
+        };
+        if raw && stored != decoded_len || stored > decoded_len && entry.flags.contains(EntryFlags::BATCH) {
+            return Err(fail("sizes contradict each other"));
+        }
+        let codec = if raw { Codec::None } else { self.codec };
+        Ok((FetchUnit { compressed, codec, cipher: Cipher::None, decoded_len }, offset))
+    }
+
+    fn batch_unit(&self, index: u32) -> Option<&BatchUnit> {
+        if index >= self.unit_count {
+            return None;
+        }
+        let start =
+            self.chunk_count as usize * size_of::<EntryV2>() + index as usize * size_of::<BatchUnit>();
+        Some(BatchUnit::ref_from_prefix(self.array.get(start..)?).ok()?.0)
+    }
+
+    fn check_entries(&self, blob: &Blob) -> Result<()> {
+        let batch = blob.features.contains(BlobFeatures::BATCH);
+        let mut end = 0;
+        for index in 0..self.chunk_count {
+            let entry = self.entry(ChunkIndex(index))?;
+            let fail = |why: &str| Err(Error::corrupt(format!("chunk {index} ({entry:?}): {why}")));
+            if entry.flags.intersects(EntryFlags::ZRAN | EntryFlags::ENCRYPTED)
+                || entry.flags.contains(EntryFlags::BATCH) && !batch
+            {
+                return fail("flags that the blob's features exclude");
+            }
+            if entry.flags.contains(EntryFlags::HAS_CRC32 | EntryFlags::BATCH) {
+                return fail("both a CRC and a batch unit");
+            }
+            let start = entry.uncompressed_offset;
+            let stop = start + u64::from(entry.uncompressed_size);
+            if !start.is_multiple_of(BLOCK_SIZE) || start < end || stop > blob.decoded_size {
+                return fail("out of order, overlapping, or outside the decoded space");
+            }
+            end = stop;
+            self.unit(&entry).map_err(|e| e.context(format_args!("chunk {index}")))?;
+        }
+        Ok(())
+    }
+}
+
+/// Compares the header with the blob record; answers the number of batch units.
+fn check_header(blob: &Blob, header: &ContextHeader, array_len: u64, v2: bool) -> Result<u32> {
+    let record = &blob.record;
+    let features = BlobFeatures::from_bits_retain(header.features.get());
+    let same = [
+        ("magic", header.magic.get() == CONTEXT_MAGIC && header.magic2.get() == CONTEXT_MAGIC),
+        ("features", (features ^ blob.features) & LAYOUT_FEATURES == BlobFeatures::empty()),
+        ("compressor", header.ci_compressor == record.ci_compressor),
+        ("entries", header.ci_entries == record.chunk_count),
+        ("offset", header.ci_offset == record.ci_offset),
+        ("stored size", header.ci_compressed_size == record.ci_compressed_size),
+        ("decoded size", header.ci_uncompressed_size == record.ci_uncompressed_size),
+    ];
+    if let Some((field, _)) = same.iter().find(|(_, same)| !same) {
+        return Err(Error::corrupt(format!("header and blob record differ in {field}")));
+    }
+    if !blob.features.contains(BlobFeatures::BATCH) {
+        return Ok(0);
+    }
+    let units = header.unit_count.get();
+    let start = u64::from(blob.chunk_count) * size_of::<EntryV2>() as u64;
+    let size = u64::from(units) * size_of::<BatchUnit>() as u64;
+    let placed = v2
+        && units <= blob.chunk_count
+        && header.unit_offset.get() == start
+        && header.unit_size.get() == size
+        && start + size <= array_len;
+    if !placed {
+        return Err(Error::corrupt(format!(
+            "{units} batch units of {} bytes at {}: want them behind the {start} bytes of entries",
+            header.unit_size, header.unit_offset
+        )));
+    }
+    Ok(units)
+}

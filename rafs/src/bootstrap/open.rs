@@ -1,0 +1,133 @@
+//! From a path to a validated bootstrap.
+
+use std::fs::File;
+use std::io::{Read, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use storage::digest::{Digest, DigestAlgorithm};
+use storage::ids::BlobId;
+
+use super::Bootstrap;
+use super::bytes::Image;
+use super::v6::V6;
+use crate::format::limits::MAX_BOOTSTRAP_SIZE;
+use crate::sys::Mapping;
+use crate::{Error, ErrorKind, Result};
+
+/// What a bootstrap can not say of itself.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Name of the blob that holds this bootstrap, if it was taken from the end of its own
+    /// blob: there it can only store 64 times `x`. Without it that placeholder stays.
+    pub inlined_blob_id: Option<BlobId>,
+}
+
+/// Opens and validates the bootstrap at `path`.
+///
+/// A file that belongs to this user with mode 0600 or stricter, as [`adopt`] makes them, is
+/// mapped. Any other could be truncated by others while mapped and is read instead.
+///
+/// # Errors
+/// `Io`: the file can not be read. `Unsupported`: an image of a kind not read yet, by name.
+/// `Corrupt`: not a bootstrap, or a broken rule of the format.
+pub fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn Bootstrap>> {
+    let context = |e: Error| e.context(path.display());
+    let mut file = open_source(path)?;
+    let image = if is_private(&file).map_err(context)? {
+        Image::Mapped(Mapping::new(&file).map_err(context)?)
+    } else {
+        let mut bytes = Vec::new();
+        copy_bounded(&mut file, &mut bytes).map_err(context)?;
+        Image::Owned(bytes)
+    };
+    V6::new(image, options).map(|v6| Box::new(v6) as Box<dyn Bootstrap>).map_err(context)
+}
+
+/// Validates a bootstrap that is in memory.
+///
+/// # Errors
+/// As [`open`], without `Io`.
+pub fn from_bytes(bytes: Vec<u8>, options: &OpenOptions) -> Result<Box<dyn Bootstrap>> {
+    V6::new(Image::Owned(bytes), options).map(|v6| Box::new(v6) as Box<dyn Bootstrap>)
+}
+
+/// Copies the bootstrap at `source` into `work_dir` as `<sha256>.boot`, mode 0600, and
+/// answers the path and the digest of the copy.
+///
+/// The copy appears under its name only when it is whole; an older one is replaced.
+///
+/// # Errors
+/// `Mismatch`: its SHA-256 is not `expect`; nothing is left behind. `Io`: reading or
+/// writing failed. `Corrupt`: larger than any bootstrap.
+pub fn adopt(source: &Path, work_dir: &Path, expect: Option<Digest>) -> Result<(PathBuf, Digest)> {
+    let mut from = open_source(source)?;
+    let failed = |e| Error::io(format!("copy {} to {}", source.display(), work_dir.display()), e);
+    // Temporary files have mode 0600 from the start.
+    let mut copy = tempfile::Builder::new().prefix(".boot-").tempfile_in(work_dir).map_err(failed)?;
+    let mut hasher = DigestAlgorithm::Sha256.hasher();
+    let mut buffer = vec![0; 256 << 10];
+    let mut total = 0;
+    loop {
+        let n = from.read(&mut buffer).map_err(failed)?;
+        if n == 0 {
+            break;
+        }
+        total += n as u64;
+        check_size(total).map_err(|e| e.context(source.display()))?;
+        hasher.update(&buffer[..n]);
+        copy.write_all(&buffer[..n]).map_err(failed)?;
+    }
+    let digest = hasher.finish();
+    if let Some(expect) = expect
+        && expect != digest
+    {
+        return Err(Error::new(
+            ErrorKind::Mismatch,
+            format!(
+                "{}: SHA-256 is {digest}, {expect} is demanded; fetch the bootstrap again",
+                source.display()
+            ),
+        ));
+    }
+    let path = work_dir.join(format!("{digest}.boot"));
+    copy.persist(&path).map_err(|e| failed(e.error))?;
+    Ok((path, digest))
+}
+
+fn open_source(path: &Path) -> Result<File> {
+    let failed = |e| Error::io(format!("open bootstrap {}", path.display()), e);
+    // Without O_NONBLOCK a fifo would hang the caller for ever.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(path)
+        .map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(Error::new(
+            ErrorKind::Invalid,
+            format!("bootstrap {} is not a regular file", path.display()),
+        ));
+    }
+    Ok(file)
+}
+
+/// True if nobody but this user (and root) can change the file.
+fn is_private(file: &File) -> Result<bool> {
+    let metadata = file.metadata().map_err(|e| Error::io("stat", e))?;
+    check_size(metadata.len())?;
+    let own = metadata.uid() == nix::unistd::geteuid().as_raw();
+    Ok(own && metadata.mode() & 0o177 == 0 && metadata.len() > 0)
+}
+
+fn check_size(size: u64) -> Result<()> {
+    if size > MAX_BOOTSTRAP_SIZE {
+        return Err(Error::corrupt(format!("more than {MAX_BOOTSTRAP_SIZE} bytes: not a bootstrap")));
+    }
+    Ok(())
+}
+
+fn copy_bounded(file: &mut File, into: &mut Vec<u8>) -> Result<()> {
+    file.take(MAX_BOOTSTRAP_SIZE + 1).read_to_end(into).map_err(|e| Error::io("read", e))?;
+    check_size(into.len() as u64)
+}

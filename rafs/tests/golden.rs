@@ -1,0 +1,141 @@
+//! Every golden v6 image opens and lists exactly as expected, and all content decodes.
+
+mod support;
+
+use std::path::Path;
+
+use rafs::ErrorKind;
+use rafs::bootstrap::{Nid, OpenOptions, adopt, from_bytes, open};
+use storage::digest::{Digest, DigestAlgorithm};
+use support::{GoldenImage, expected, golden, golden_bytes, open_bytes};
+
+fn compare(listed: &str, list: &str) {
+    let want = expected(list);
+    for (have, want) in listed.lines().zip(want.lines()) {
+        assert_eq!(have, want);
+    }
+    assert_eq!(listed.lines().count(), want.lines().count());
+}
+
+fn check(variant: &str, blobs: &[&str], list: &str) {
+    let bootstrap = open_bytes(golden_bytes(&format!("{variant}/image.boot")));
+    let blobs = blobs.iter().map(|name| golden_bytes(name)).collect();
+    compare(&GoldenImage::new(bootstrap, blobs).list(), list);
+}
+
+#[test]
+fn native_images_list_and_decode() {
+    for variant in
+        ["default", "zstd-4k", "lz4-4k", "lz4-1m", "none-4k", "none-1m", "toc-sha256", "batch", "prefetch"]
+    {
+        check(variant, &[&format!("{variant}/image.blob")], "tree");
+    }
+    check("tar-rafs", &["tar-rafs/image.blob"], "mini");
+}
+
+#[test]
+fn layered_images_list_and_decode() {
+    check("parent", &["default/image.blob", "parent/image.blob"], "merged");
+    check("merged", &["upper-inline-toc/layer.blob", "inline-toc/layer.blob"], "merged");
+}
+
+#[test]
+fn the_empty_image_has_a_root_and_nothing_else() {
+    let image = GoldenImage::new(open_bytes(golden_bytes("empty/image.boot")), Vec::new());
+    assert_eq!(image.list().lines().count(), 1);
+    assert_eq!(image.rafs.bootstrap().summary().inode_count, 1);
+}
+
+#[test]
+fn other_kinds_are_refused_by_name() {
+    for (file, name) in [
+        ("v5/image.boot", "RAFS v5"),
+        ("encrypt/image.boot", "encrypted"),
+        ("tarfs/image.boot", "tarfs"),
+        ("zran/image.boot", "zran"),
+    ] {
+        let error = from_bytes(golden_bytes(file), &OpenOptions::default()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{file}: {error}");
+        assert!(error.to_string().contains(name), "{file}: {error}");
+    }
+}
+
+/// Flags, entries, chunk records, prefetch inodes, and id, features, chunks and sizes of blobs.
+#[test]
+fn tables_hold_the_published_values() {
+    type Blob = (&'static str, u32, u32, u64, u64);
+    let rows: [(&str, u64, u64, u64, &[Blob]); 8] = [
+        ("batch", 0x10000b4, 417, 163, &[("32d94a952a77", 0x40000085, 163, 1961984, 75131)]),
+        (
+            "chunkdict",
+            0x1000094,
+            13,
+            6,
+            &[("d20ae4f1e6ea", 0x40000001, 4, 16384, 4209), ("641d0d3e47fc", 0x40000001, 197, 806912, 67305)],
+        ),
+        ("default", 0x10000b4, 417, 163, &[("cdab75e10644", 0x40000001, 163, 1961984, 75110)]),
+        ("empty", 0x10001b4, 1, 0, &[]),
+        ("lz4-4k", 0x1000036, 417, 197, &[("7778a961c40a", 0x40000001, 197, 806912, 79540)]),
+        (
+            "merged",
+            0x10001b4,
+            264,
+            42,
+            &[
+                ("d38d9ed0dfeb", 0x70000021, 5, 24576, 10504),
+                ("bb67c6a54ec8", 0x70000021, 163, 1961984, 81862),
+            ],
+        ),
+        ("none-1m", 0x1000035, 417, 163, &[("027f76c19289", 0x40000001, 163, 1961984, 1326949)]),
+        ("toc-sha256", 0x10001b8, 417, 163, &[("03ca1b268d85", 0x70000021, 163, 1961984, 82886)]),
+    ];
+    for (variant, flags, entries, records, blobs) in rows {
+        let bootstrap = open_bytes(golden_bytes(&format!("{variant}/image.boot")));
+        let summary = bootstrap.summary();
+        assert_eq!(summary.flags.bits(), flags, "{variant}");
+        assert_eq!((summary.inode_count, summary.chunk_table.1), (entries, records), "{variant}");
+        assert_eq!(bootstrap.root(), Nid(128));
+        assert_eq!(bootstrap.blobs().len(), blobs.len());
+        for (blob, (id, features, chunks, decoded, stored)) in bootstrap.blobs().iter().zip(blobs) {
+            assert!(blob.id.as_str().starts_with(id));
+            assert_eq!(blob.features.bits(), *features);
+            assert_eq!(
+                (blob.chunk_count, blob.decoded_size, blob.compressed_size),
+                (*chunks, *decoded, *stored)
+            );
+            assert_eq!(blob.unverified_chunks, 0);
+        }
+    }
+}
+
+#[test]
+fn prefetch_tables_name_their_inodes() {
+    let bootstrap = open_bytes(golden_bytes("prefetch/image.boot"));
+    let find = |path: &str| {
+        path.split('/').fold(bootstrap.root(), |dir, name| {
+            bootstrap.lookup(dir, name.as_bytes()).unwrap().unwrap_or_else(|| panic!("{path}")).nid
+        })
+    };
+    assert_eq!(bootstrap.prefetch(), ["files/one_byte", "dirs", "files/exact_4k"].map(find));
+    assert_eq!(open_bytes(golden_bytes("merged/image.boot")).prefetch(), [Nid(128)]);
+    assert_eq!(open_bytes(golden_bytes("default/image.boot")).prefetch(), []);
+}
+
+#[test]
+fn a_bootstrap_is_adopted_under_its_digest() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let source = golden("default/image.boot");
+    let digest = DigestAlgorithm::Sha256.digest(&golden_bytes("default/image.boot"));
+    let (path, found) = adopt(&source, dir.path(), Some(digest)).unwrap();
+    assert_eq!(found, digest);
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
+    assert_eq!(open(&path, &OpenOptions::default()).unwrap().summary().inode_count, 417);
+
+    let error = adopt(&source, dir.path(), Some(Digest([7; 32]))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Mismatch);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
+    for bad in [Path::new("/dev/null"), Path::new("/"), Path::new("/no/such/file")] {
+        assert!(open(bad, &OpenOptions::default()).is_err());
+    }
+}
