@@ -1,1 +1,20 @@
 //! The daemon as a library, so that its parts can be tested.
+//!
+//! `nydusd` stands between the kernel and the operator:
+//!
+//! ```text
+//! kernel ── /dev/fuse ──▶ transport::fusedev ──▶ adapter ──▶ rafs::fs ──▶ storage::read
+//! operator ── unix socket ──▶ api ──▶ daemon ──▶ mount (one image and all it owns)
+//! ```
+//!
+//! Metadata is answered inline by the FUSE threads. A read that misses the cache is handed to
+//! storage with a completion that writes the reply itself, so no FUSE thread ever waits for a
+//! source.
+
+pub mod cli;
+pub mod config;
+pub mod logging;
+pub mod version;
+
+#[expect(unsafe_code, reason = "one C struct without a constructor")]
+mod sys;

@@ -1,0 +1,330 @@
+//! What was typed. What it means is decided in [`crate::config`] and [`crate::daemon`].
+//!
+//! The grammar is a contract with the programs that start `nydusd`: the sub-command, if
+//! any, is the first argument; every flag comes after it; no sub-command means `fuse`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use storage::digest::{Digest, TaggedDigest};
+
+use crate::config::OnOutage;
+
+/// Services of the contract that this build does not offer.
+const NOT_BUILT: [&str; 4] = ["virtiofs", "singleton", "nbd", "uffd"];
+
+/// Command line of `nydusd`.
+#[derive(Debug, Parser)]
+#[command(
+    name = "nydusd",
+    about = "Serves container images lazily, each chunk verified before anyone sees it",
+    version = crate::version::TEXT,
+    propagate_version = true,
+    disable_help_subcommand = true,
+    after_help = "Without a sub-command the arguments are those of `fuse`."
+)]
+pub struct Cli {
+    /// The service to run.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Services.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Mount an image on a directory of this host through FUSE
+    Fuse(Box<FuseArgs>),
+}
+
+/// Flags of every service.
+#[derive(Args, Clone, Debug)]
+pub struct GlobalArgs {
+    /// Unix socket of the HTTP API
+    #[arg(short = 'A', long, value_name = "PATH")]
+    pub apisock: Option<PathBuf>,
+
+    /// Configuration: v1 JSON, or v2 TOML or JSON
+    #[arg(short = 'C', long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Daemon id, together with --supervisor
+    #[arg(long, value_name = "ID", requires = "supervisor")]
+    pub id: Option<String>,
+
+    /// Supervisor socket for failover (not built yet)
+    #[arg(long, value_name = "PATH", requires = "id")]
+    pub supervisor: Option<PathBuf>,
+
+    /// Least severe message that is logged
+    #[arg(short = 'l', long, value_name = "LEVEL", default_value = "info")]
+    pub log_level: LogLevel,
+
+    /// Log file instead of standard error; `.log` is appended to a name without extension
+    #[arg(short = 'L', long, value_name = "PATH")]
+    pub log_file: Option<PathBuf>,
+
+    /// Start a new log file after this many MiB, keeping 10 compressed ones; 0 = never
+    #[arg(long, value_name = "MIB", default_value_t = 0)]
+    pub log_rotation_size: u64,
+
+    /// Limit of open files to ask for; 0 = leave it
+    #[arg(long, value_name = "N", default_value_t = 1_000_000)]
+    pub rlimit_nofile: u64,
+
+    /// Wait for a takeover instead of mounting (not built yet)
+    #[arg(long)]
+    pub upgrade: bool,
+}
+
+/// Flags of `fuse`.
+#[derive(Args, Clone, Debug)]
+pub struct FuseArgs {
+    /// Directory to mount on
+    #[arg(short = 'M', long, value_name = "DIR")]
+    pub mountpoint: PathBuf,
+
+    /// Image to mount: docker://HOST/REPO[:TAG|@DIGEST] or oci:PATH[:TAG]
+    #[arg(long, value_name = "REF", conflicts_with_all = ["bootstrap", "config", "localfs_dir", "shared_dir", "expect_bootstrap"])]
+    pub image: Option<String>,
+
+    /// Cache directory of --image [default: /var/lib/nydus/cache for root, else $XDG_CACHE_HOME/nydus]
+    #[arg(long, value_name = "DIR", requires = "image")]
+    pub cache_dir: Option<PathBuf>,
+
+    /// Bootstrap (metadata file) of the image
+    #[arg(short = 'B', long, value_name = "FILE", conflicts_with = "shared_dir")]
+    pub bootstrap: Option<PathBuf>,
+
+    /// Directory of blobs that is also the cache directory; replaces --config
+    #[arg(short = 'D', long, value_name = "DIR", conflicts_with = "config")]
+    pub localfs_dir: Option<PathBuf>,
+
+    /// Refuse the image unless its root digest is this (`alg:hex`)
+    #[arg(long, value_name = "DIGEST", value_parser = parse_tagged)]
+    pub expect_root: Option<TaggedDigest>,
+
+    /// Refuse the image unless its bootstrap has this digest (`sha256:hex`)
+    #[arg(long, value_name = "DIGEST", value_parser = parse_sha256)]
+    pub expect_bootstrap: Option<Digest>,
+
+    /// Serve an image without chunk digests, unverified
+    #[arg(long)]
+    pub allow_unverified: bool,
+
+    /// Seconds after which a read that misses the cache fails with EIO [default: 60]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub read_timeout: Option<std::time::Duration>,
+
+    /// What a read does when its source does not answer [default: fail]
+    #[arg(long, value_name = "WHAT")]
+    pub on_outage: Option<OnOutage>,
+
+    /// Threads that serve the kernel's requests
+    #[arg(
+        long,
+        alias = "thread-num",
+        value_name = "N",
+        default_value_t = 4,
+        value_parser = clap::value_parser!(u16).range(1..=1024)
+    )]
+    pub fuse_threads: u16,
+
+    /// What to do with unanswered requests after a takeover
+    #[arg(long, value_name = "POLICY", default_value = "resend")]
+    pub failover_policy: FailoverPolicy,
+
+    /// Mount writable (not built yet)
+    #[arg(long)]
+    pub writable: bool,
+
+    /// Host directory to pass through (not built yet)
+    #[arg(short = 's', long, value_name = "DIR")]
+    pub shared_dir: Option<PathBuf>,
+
+    /// Files to prefetch (no effect yet)
+    #[arg(long, value_name = "FILE")]
+    pub prefetch_files: Option<PathBuf>,
+
+    /// Where the image appears inside the mount; only `/` today
+    #[arg(short = 'm', long, value_name = "PATH", default_value = "/")]
+    pub virtual_mountpoint: String,
+
+    /// Database for de-duplication across images (not built yet)
+    #[arg(long, value_name = "FILE")]
+    pub dedup_db: Option<PathBuf>,
+
+    /// Sent by some clients; no effect
+    #[arg(long, value_name = "URL", hide = true)]
+    pub backend_source: Option<String>,
+
+    /// Flags of every service.
+    #[command(flatten)]
+    pub global: GlobalArgs,
+}
+
+/// Severity threshold of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogLevel {
+    /// Everything.
+    Trace,
+    /// For developers.
+    Debug,
+    /// State changes.
+    Info,
+    /// What we coped with.
+    Warn,
+    /// A user's request failed.
+    Error,
+}
+
+/// Accepted for clients that send it; takeover is not built yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FailoverPolicy {
+    /// Leave them.
+    None,
+    /// Ask the kernel to send them again.
+    Resend,
+    /// Ask the kernel to fail them.
+    Flush,
+}
+
+fn parse_tagged(text: &str) -> Result<TaggedDigest, String> {
+    text.parse::<TaggedDigest>().map_err(|e| e.to_string())
+}
+
+/// A SHA-256 in hex, with or without its `sha256:` tag.
+pub(crate) fn parse_sha256(text: &str) -> Result<Digest, String> {
+    let hex = text.strip_prefix("sha256:").unwrap_or(text);
+    Digest::from_hex(hex).map_err(|_| format!("{text:?}: want sha256: and 64 hex digits"))
+}
+
+fn parse_seconds(text: &str) -> Result<std::time::Duration, String> {
+    text.parse::<f64>()
+        .ok()
+        .and_then(|seconds| std::time::Duration::try_from_secs_f64(seconds).ok())
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| format!("{text:?}: want a number of seconds above 0"))
+}
+
+impl Cli {
+    /// Parses `arguments` (the program's name first), or says how to end: help and
+    /// version with exit code 0, a usage error with 2.
+    ///
+    /// # Errors
+    /// What clap would print and exit with.
+    pub fn parse_arguments(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let mut arguments: Vec<OsString> = arguments.into_iter().collect();
+        let first = arguments.get(1).and_then(|a| a.to_str()).unwrap_or_default();
+        if NOT_BUILT.contains(&first) {
+            let message = format!("the `{first}` service is not built yet; this build offers `fuse`\n");
+            return Err(clap::Error::raw(clap::error::ErrorKind::InvalidSubcommand, message));
+        }
+        let top_level = ["fuse", "-h", "--help", "-V", "--version"];
+        if arguments.len() > 1 && !top_level.contains(&first) {
+            arguments.insert(1, "fuse".into());
+        }
+        let cli = Self::try_parse_from(arguments)?;
+        let Command::Fuse(fuse) = &cli.command;
+        fuse.refuse_what_is_not_built()?;
+        Ok(cli)
+    }
+}
+
+impl FuseArgs {
+    fn refuse_what_is_not_built(&self) -> Result<(), clap::Error> {
+        let refused = [
+            ("--shared-dir", self.shared_dir.is_some()),
+            ("--writable", self.writable),
+            ("--dedup-db", self.dedup_db.is_some()),
+            ("--supervisor", self.global.supervisor.is_some()),
+            ("--upgrade", self.global.upgrade),
+            ("--virtual-mountpoint other than /", self.virtual_mountpoint != "/"),
+        ];
+        match refused.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(clap::Error::raw(
+                clap::error::ErrorKind::ArgumentConflict,
+                format!("{flag} is not built yet; start nydusd without it\n"),
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<FuseArgs, clap::Error> {
+        let all = std::iter::once("nydusd").chain(arguments.iter().copied());
+        Cli::parse_arguments(all.map(OsString::from)).map(|cli| {
+            let Command::Fuse(fuse) = cli.command;
+            *fuse
+        })
+    }
+
+    #[test]
+    fn the_grammar_holds() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn clients_command_lines_are_understood() {
+        // What nydus-snapshotter composes for a dedicated daemon.
+        let line = "fuse --thread-num 8 --config /c/config.json --bootstrap /s/image.boot --mountpoint /m \
+                    --apisock /a/api.sock --log-level info --log-rotation-size 100 --log-file /l/nydusd.log \
+                    --failover-policy resend";
+        let args = parse(&line.split_whitespace().collect::<Vec<_>>()).unwrap();
+        assert_eq!((args.fuse_threads, args.global.log_rotation_size), (8, 100));
+        assert_eq!(args.global.apisock.as_deref(), Some(std::path::Path::new("/a/api.sock")));
+        // nydusify and the smoke suite never write the sub-command.
+        let args = parse(&["--mountpoint", "/m", "--config", "/c", "--apisock", "/a", "--log-level", "warn"])
+            .unwrap();
+        assert_eq!((args.mountpoint.to_str(), args.fuse_threads), (Some("/m"), 4));
+        let args = parse(&["-M", "/m", "-D", "/d", "-B", "/b", "--backend-source", "http://x"]).unwrap();
+        assert_eq!(args.localfs_dir.as_deref(), Some(std::path::Path::new("/d")));
+    }
+
+    #[test]
+    fn mistakes_end_with_2_and_say_what() {
+        for (line, text) in [
+            ("fuse", "--mountpoint"),
+            ("--mountpoint /m --fuse-threads 0", "0"),
+            ("--mountpoint /m --fuse-threads 1025", "1025"),
+            ("--mountpoint /m --no-such-flag", "--no-such-flag"),
+            ("--mountpoint /m --id x", "--supervisor"),
+            ("--mountpoint /m --id x --supervisor /s", "--supervisor is not built yet"),
+            ("--mountpoint /m --upgrade", "--upgrade is not built yet"),
+            ("--mountpoint /m --writable", "--writable is not built yet"),
+            ("--mountpoint /m -s /d", "--shared-dir is not built yet"),
+            ("--mountpoint /m --dedup-db /d", "--dedup-db is not built yet"),
+            ("--mountpoint /m -m /x", "--virtual-mountpoint"),
+            ("--mountpoint /m -B /b -s /d", "--shared-dir"),
+            ("--mountpoint /m -C /b -D /d", "--localfs-dir"),
+            ("--mountpoint /m --log-level loud", "loud"),
+            ("--mountpoint /m --expect-root sha256:12", "sha256:12"),
+            ("--mountpoint /m --read-timeout 0", "--read-timeout"),
+            ("virtiofs --sock /s", "`virtiofs` service is not built yet"),
+            ("uffd --sock /s", "`uffd` service is not built yet"),
+        ] {
+            let error = parse(&line.split_whitespace().collect::<Vec<_>>()).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+            assert!(error.to_string().contains(text), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn version_names_the_commit_on_its_own_line() {
+        let error = parse(&["--version"]).unwrap_err();
+        assert_eq!(error.exit_code(), 0);
+        let text = error.to_string();
+        assert!(text.starts_with("nydusd \rVersion: \t"), "{text:?}");
+        let commit = text.lines().find_map(|line| line.strip_prefix("Git Commit: \t")).unwrap();
+        assert_eq!(commit, crate::version::GIT_COMMIT);
+        assert!(!commit.is_empty());
+        for label in ["Build Time: \t", "Profile: \t", "Rustc: \t"] {
+            assert!(text.lines().any(|line| line.starts_with(label)), "{label}");
+        }
+    }
+}

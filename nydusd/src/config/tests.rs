@@ -1,0 +1,139 @@
+use super::*;
+
+fn v1(extra: &str) -> String {
+    format!(
+        r#"{{"device":{{"backend":{{"type":"localfs","config":{{"dir":"/b"}}}},
+            "cache":{{"type":"blobcache","config":{{"work_dir":"/c"}}}}}},"mode":"direct"{extra}}}"#
+    )
+}
+
+fn registry(fields: &str) -> String {
+    format!(
+        r#"{{"device":{{"backend":{{"type":"registry","config":{{"host":"h:5000","repo":"r/x"{fields}}}}},
+            "cache":{{"type":"blobcache"}}}},"mode":"direct"}}"#
+    )
+}
+
+#[test]
+fn every_sample_configuration_loads() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../misc/configs");
+    let mut count = 0;
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let config = Config::load(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let unknown: Vec<_> = config.warnings.iter().filter(|w| w.contains("unknown")).collect();
+        assert!(unknown.is_empty(), "{}: {unknown:?}", path.display());
+        count += 1;
+    }
+    assert!(count >= 3);
+}
+
+#[test]
+fn v1_is_read_with_its_defaults() {
+    let config = Config::parse(&v1("")).unwrap();
+    assert!(config.enable_xattr, "absent means true");
+    assert_eq!(config.work_dir, Path::new("/c"));
+    assert_eq!(config.outage_policy(), OutagePolicy::DEFAULT);
+    assert!(config.warnings.is_empty(), "{:?}", config.warnings);
+    assert!(!Config::parse(&v1(r#","enable_xattr":false"#)).unwrap().enable_xattr);
+    let config = Config::parse(&v1(r#","on_outage":"wait""#)).unwrap();
+    assert_eq!(config.outage_policy(), OutagePolicy::Wait);
+    let config = Config::parse(&v1(r#","read_timeout":0.5"#)).unwrap();
+    assert_eq!(config.outage_policy(), OutagePolicy::FailAfter(Duration::from_millis(500)));
+}
+
+#[test]
+fn v2_is_read_from_json_and_toml() {
+    let toml = "version = 2\nid = 'x'\n[backend]\ntype = 'localfs'\nlocalfs = { dir = '/b' }\n\
+                [cache]\ntype = 'filecache'\nfilecache = { work_dir = '/c' }\n\
+                [rafs]\nmode = 'cached'\nenable_xattr = false\n";
+    let json = r#"{"version":2,"id":"x","backend":{"type":"localfs","localfs":{"dir":"/b"}},
+        "cache":{"type":"filecache","filecache":{"work_dir":"/c"}},"rafs":{"mode":"cached","enable_xattr":false}}"#;
+    for text in [toml, json] {
+        let config = Config::parse(text).unwrap();
+        assert_eq!((config.id.as_str(), config.enable_xattr), ("x", false), "{text}");
+        assert!(config.warnings.is_empty(), "{:?}", config.warnings);
+    }
+    // Recognised as v2 and refused: v1 is not tried.
+    let refused = v1(r#","version":3"#);
+    assert!(Config::parse(&refused).unwrap_err().to_string().contains("`version`"));
+}
+
+#[test]
+fn unknown_keys_warn_with_the_nearest_known_one() {
+    let config = Config::parse(&v1(r#","enable_xatr":true,"zzz":1"#)).unwrap();
+    assert_eq!(
+        config.warnings,
+        [
+            "unknown key `enable_xatr` is ignored; did you mean `enable_xattr`?",
+            "unknown key `zzz` is ignored"
+        ]
+    );
+}
+
+#[test]
+fn what_clients_send_is_accepted() {
+    let sent = r#","readahead":true,"readahead_sec":300,"warmup":0,"id":"x","iostats_files":true,
+        "fs_prefetch":{"enable":true,"threads_count":4,"prefetch_all":true},"id_mapping":[0,100000,65536]"#;
+    let config = Config::parse(&v1(sent)).unwrap();
+    let mapping = config.id_mapping.unwrap();
+    assert_eq!((mapping.shown(0), mapping.shown(65535), mapping.shown(65536)), (100_000, 165_535, 65_536));
+    assert!(config.warnings.iter().any(|w| w == "`fs_prefetch.enable` has no effect yet"));
+    assert!(config.warnings.iter().any(|w| w == "`iostats_files` has no effect yet"));
+    let proxy = r#","proxy":{"url":"","fallback":true,"check_interval":5},"mirrors":[]"#;
+    assert!(Config::parse(&registry(proxy)).unwrap().warnings.is_empty());
+    assert!(Config::parse(&v1(r#","id_mapping":[5,5,10]"#)).unwrap().id_mapping.is_none());
+}
+
+#[test]
+fn refusals_name_the_key() {
+    let v1_with = |from: &str, to: &str| v1("").replace(from, to);
+    for (text, key) in [
+        (v1_with(r#""dir":"/b""#, ""), "device.backend.config.dir"),
+        (v1_with("localfs", "oss"), "\"oss\" is not built yet"),
+        (v1_with("localfs", "nfs"), "device.backend.type"),
+        (v1_with("blobcache", ""), "device.cache.type"),
+        (v1_with("blobcache", "fscache"), "device.cache.type"),
+        (
+            v1_with(r#""cache":{"#, r#""cache":{"compressed":true,"#),
+            "`device.cache.compressed` is not built yet",
+        ),
+        (
+            v1_with(r#""work_dir":"/c""#, r#""enable_encryption":true"#),
+            "device.cache.config.enable_encryption",
+        ),
+        (v1_with("direct", "fast"), "`mode`"),
+        (v1(r#","fs_prefetch":{"enable":true,"threads_count":0}"#), "fs_prefetch.threads_count"),
+        (v1(r#","fs_prefetch":{"enable":true,"merging_size":999999999}"#), "fs_prefetch.merging_size"),
+        (v1(r#","amplify_io":999999999"#), "amplify_io"),
+        (v1(r#","on_outage":"hope""#), "on_outage"),
+        (v1(r#","read_timeout":0"#), "read_timeout"),
+        (v1(r#","expect_root":"sha256:0""#), "expect_root"),
+        (v1(r#","expect_bootstrap":"md5:0""#), "expect_bootstrap"),
+        (v1(r#","id_mapping":[1,2]"#), "id_mapping"),
+        (v1(r#","id_mapping":[0,4294967295,2]"#), "id_mapping"),
+        (registry(r#","auth":"no base64!""#), "device.backend.config.auth"),
+        (registry(r#","scheme":"ftp""#), "device.backend.config.scheme"),
+        (registry(r#","proxy":{"url":"http://p"}"#), "device.backend.config.proxy.url"),
+        (registry("").replace("\"repo\":\"r/x\"", "\"repo\":\"\""), "device.backend.config.repo"),
+        ("{\"device\":".to_owned(), "not valid JSON"),
+        ("key = ".to_owned(), "neither JSON nor TOML"),
+        ("key = 1".to_owned(), "version = 2"),
+        ("[]".to_owned(), "want an object"),
+    ] {
+        let error = Config::parse(&text).expect_err(&text).to_string();
+        assert!(error.contains(key), "{text}: {error}");
+    }
+}
+
+#[test]
+fn secrets_stay_out_of_output() {
+    let secret = "dXNlcjpodW50ZXIy";
+    let text = registry(&format!(r#","auth":"{secret}","registry_token":"t0ken""#));
+    let config = Config::parse(&text).unwrap();
+    for shown in [config.public_json().to_string(), format!("{config:?}")] {
+        assert!(!shown.contains(secret) && !shown.contains("t0ken"), "{shown}");
+    }
+    let bad = Config::parse(&registry(r#","auth":"c2VjcmV0""#)).unwrap_err().to_string();
+    assert!(!bad.contains("c2VjcmV0") && !bad.contains("secret"), "{bad}");
+}

@@ -1,0 +1,66 @@
+//! v2: TOML or JSON with `version = 2`.
+
+use serde_json::Value;
+
+use super::section::Section;
+use super::{BackendConfig, Config, ConfigError, MAX_PREFETCH_SIZE};
+
+/// Keys of `backend` that hold the fields of one type each.
+const BACKENDS: [&str; 6] = ["localfs", "registry", "localdisk", "oss", "s3", "http-proxy"];
+
+/// Parses a v2 document.
+pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
+    let mut warnings = Vec::new();
+    let mut root = Section::root(document)?;
+    match root.take_u64("version")? {
+        Some(2) => {}
+        other => return Err(ConfigError::new(format!("`version`: {}: want 2", other.unwrap_or(0)))),
+    }
+
+    let mut backend = root.require_section("backend")?;
+    let kind_name = backend.name("type");
+    let kind = backend.require_string("type")?;
+    let Some(key) = BACKENDS.into_iter().find(|known| *known == kind) else {
+        return Err(ConfigError::new(format!("`{kind_name}`: {kind:?}: want localfs or registry")));
+    };
+    let fields = backend.require_section(key)?;
+    let backend_config = BackendConfig::read(&kind, &kind_name, fields, &mut warnings)?;
+    // A document may describe several places and choose one by `type`.
+    for other in BACKENDS {
+        backend.take_section(other)?;
+    }
+    backend.finish(&mut warnings);
+    root.refuse("external_backends")?;
+    root.refuse("overlay")?;
+
+    let mut cache = root.require_section("cache")?;
+    let kind_name = cache.name("type");
+    super::check_cache_type(&kind_name, cache.take_string("type")?.as_deref())?;
+    cache.refuse("compressed")?;
+    cache.take_bool("validate")?;
+    let keys = ["threads", "batch_size", "bandwidth_limit"];
+    super::read_prefetch(cache.take_section("prefetch")?, keys, &mut warnings)?;
+    let work_dir = super::read_filecache(cache.take_section("filecache")?, &mut warnings)?;
+    cache.take_section("fscache")?;
+    cache.finish(&mut warnings);
+
+    let mut config = Config::new(backend_config, work_dir);
+    config.warnings = warnings;
+    config.id = root.take_string("id")?.unwrap_or_default();
+    if let Some(mut rafs) = root.take_section("rafs")? {
+        config.read_common(&mut rafs)?;
+        rafs.take_bool("validate")?;
+        let batch_name = rafs.name("batch_size");
+        let batch = rafs.take_u64("batch_size")?;
+        if batch.is_some_and(|size| size > MAX_PREFETCH_SIZE) {
+            return Err(ConfigError::new(format!("`{batch_name}`: want at most {MAX_PREFETCH_SIZE}")));
+        }
+        if batch.is_some_and(|size| size != 0) {
+            config.warnings.push(format!("`{batch_name}` has no effect yet"));
+        }
+        super::read_prefetch(rafs.take_section("prefetch")?, keys, &mut config.warnings)?;
+        rafs.finish(&mut config.warnings);
+    }
+    root.finish(&mut config.warnings);
+    Ok(config)
+}

@@ -1,0 +1,213 @@
+//! The log: one line an event, on standard error or in a file that rotates by size.
+//!
+//! Format: `[<local date and time> <offset>] LEVEL [file:line] message`; the place is left
+//! out at level info. The threshold can be changed while the daemon runs.
+
+use std::fmt;
+use std::io::{self, IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock};
+
+use anyhow::Context as _;
+use file_rotate::compression::Compression;
+use file_rotate::suffix::{AppendTimestamp, FileLimit};
+use file_rotate::{ContentLimit, FileRotate};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{Registry, reload};
+
+use crate::cli::{GlobalArgs, LogLevel};
+
+/// Rotated files that are kept (contract 1.2).
+const KEPT_FILES: usize = 10;
+
+static FILTER: OnceLock<reload::Handle<Targets, Registry>> = OnceLock::new();
+
+/// What to log from where: the threshold, with talkative dependencies held at `warn`.
+fn targets(level: LogLevel) -> Targets {
+    let level = match level {
+        LogLevel::Trace => Level::TRACE,
+        LogLevel::Debug => Level::DEBUG,
+        LogLevel::Info => Level::INFO,
+        LogLevel::Warn => Level::WARN,
+        LogLevel::Error => Level::ERROR,
+    };
+    // fuse-backend-rs 0.14 converts unknown opcodes to an enum when it traces, which is
+    // undefined behaviour; its info lines repeat ours.
+    let quiet = level.min(Level::WARN);
+    Targets::new()
+        .with_default(level)
+        .with_target("fuse_backend_rs", quiet)
+        .with_target("hyper", quiet)
+        .with_target("hyper_util", quiet)
+        .with_target("reqwest", quiet)
+        .with_target("rustls", quiet)
+        .with_target("h2", quiet)
+        .with_target("mio", quiet)
+}
+
+/// Sets up the log as the command line asks. Called once.
+///
+/// # Errors
+/// The log file can not be opened for appending.
+pub fn init(args: &GlobalArgs) -> anyhow::Result<()> {
+    let (filter, handle) = reload::Layer::new(targets(args.log_level));
+    // A second call (several daemons in one test process) keeps the first log.
+    let _ = FILTER.set(handle);
+    let layer = tracing_subscriber::fmt::layer();
+    match &args.log_file {
+        None => {
+            let ansi = io::stderr().is_terminal();
+            let layer = layer.with_ansi(ansi).event_format(Line).with_writer(io::stderr);
+            Registry::default().with(filter).with(layer).try_init()?;
+        }
+        Some(path) => {
+            let path = with_extension(path);
+            let file = LogFile::open(&path, args.log_rotation_size)
+                .with_context(|| format!("log file {}", path.display()))?;
+            let layer = layer.with_ansi(false).event_format(Line).with_writer(Mutex::new(file));
+            Registry::default().with(filter).with(layer).try_init()?;
+        }
+    }
+    Ok(())
+}
+
+/// Changes the threshold of the running log.
+pub fn set_level(level: LogLevel) {
+    if let Some(handle) = FILTER.get() {
+        // The only failure is a dropped subscriber: then there is no log to change.
+        let _ = handle.reload(targets(level));
+    }
+}
+
+/// `.log` for a name without extension (contract 1.2).
+fn with_extension(path: &Path) -> PathBuf {
+    if path.extension().is_some() { path.to_owned() } else { path.with_extension("log") }
+}
+
+/// The file behind the log.
+enum LogFile {
+    Plain(std::fs::File),
+    Rotating(Box<FileRotate<AppendTimestamp>>),
+}
+
+impl LogFile {
+    fn open(path: &Path, rotation_mib: u64) -> io::Result<Self> {
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        // Opened either way: a rotating file reports no error of its own.
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(path)?;
+        if rotation_mib == 0 {
+            return Ok(Self::Plain(file));
+        }
+        let limit = usize::try_from(rotation_mib.saturating_mul(1 << 20)).unwrap_or(usize::MAX);
+        Ok(Self::Rotating(Box::new(FileRotate::new(
+            path,
+            AppendTimestamp::default(FileLimit::MaxFiles(KEPT_FILES)),
+            ContentLimit::BytesSurpassed(limit),
+            Compression::OnRotate(0),
+            None,
+        ))))
+    }
+}
+
+impl io::Write for LogFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(file) => file.write(bytes),
+            Self::Rotating(file) => file.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(file) => file.flush(),
+            Self::Rotating(file) => file.flush(),
+        }
+    }
+}
+
+/// The line format.
+struct Line;
+
+impl<S, N> FormatEvent<S, N> for Line
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let metadata = event.metadata();
+        let now = chrono::Local::now().format("%Y-%m-%d %H:%M:%S%.6f %:z");
+        let level = *metadata.level();
+        write!(writer, "[{now}] ")?;
+        match (writer.has_ansi_escapes(), level) {
+            (true, Level::ERROR) => write!(writer, "\x1b[31m{level}\x1b[0m ")?,
+            (true, Level::WARN) => write!(writer, "\x1b[33m{level}\x1b[0m ")?,
+            _ => write!(writer, "{level} ")?,
+        }
+        if level != Level::INFO
+            && let (Some(file), Some(line)) = (metadata.file(), metadata.line())
+        {
+            let file = file.rsplit_once("/src/").map_or(file, |(_, tail)| tail);
+            write!(writer, "[{file}:{line}] ")?;
+        }
+        context.field_format().format_fields(writer.by_ref(), event)?;
+        writeln!(writer)
+    }
+}
+
+/// An error with all its causes on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+/// Prints the contract's `Error:` line for a failed run.
+pub fn print_failure(error: &anyhow::Error) {
+    // Nobody is left to tell when standard error is gone.
+    let _ = writeln!(io::stderr(), "Error: {error:#}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_without_extension_get_one() {
+        assert_eq!(with_extension(Path::new("/l/nydusd")), Path::new("/l/nydusd.log"));
+        assert_eq!(with_extension(Path::new("/l/nydusd.txt")), Path::new("/l/nydusd.txt"));
+    }
+
+    #[test]
+    fn a_log_rotates_by_size_and_is_appended_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sub/nydusd.log");
+        let line = vec![b'x'; 1 << 20];
+        for _ in 0..2 {
+            let mut file = LogFile::open(&path, 1).unwrap();
+            file.write_all(&line).unwrap();
+            file.write_all(b"end\n").unwrap();
+            file.flush().unwrap();
+        }
+        let names: Vec<_> =
+            std::fs::read_dir(path.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert!(names.len() >= 2, "{names:?}");
+    }
+}
