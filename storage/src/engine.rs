@@ -115,8 +115,8 @@ impl Engine {
     /// Reads all of `range` and waits for it. Not for threads of the engine.
     ///
     /// # Errors
-    /// The backend's; `TimedOut`, `Cancelled`: as `context` says; `Unavailable`: the
-    /// stream ended early; `Corrupt`: it held more than was asked.
+    /// The backend's; `TimedOut`, `Cancelled`: as `context` says; `Corrupt`: the stream
+    /// held less or more than was asked.
     pub fn fetch(&self, backend: &dyn Backend, range: ByteRange, context: &ReadContext) -> Result<Vec<u8>> {
         self.block_on(fetch(backend, range, context))
     }
@@ -241,7 +241,7 @@ pub async fn fetch(backend: &dyn Backend, range: ByteRange, context: &ReadContex
 /// The stream of `range` ended after `got` bytes.
 pub(crate) fn truncated(range: ByteRange, got: u64) -> Error {
     Error::new(
-        ErrorKind::Unavailable,
+        ErrorKind::Corrupt,
         format!("bytes {range}: the source ended after {got} of {} bytes", range.len()),
     )
 }

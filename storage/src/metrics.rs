@@ -98,7 +98,7 @@ pub struct CacheMetrics {
     pub fetched_chunks: AtomicU64,
     /// Stored bytes received from the backend.
     pub fetched_bytes: AtomicU64,
-    /// Units whose bytes were corrupt, counted each time.
+    /// Units whose bytes were wrong or incomplete, counted each time.
     pub verification_failures: AtomicU64,
     /// Chunks that could not be written to the cache.
     pub write_errors: AtomicU64,
@@ -129,7 +129,7 @@ pub struct CacheSnapshot {
     pub fetched_chunks: u64,
     /// Stored bytes received from the backend.
     pub fetched_bytes: u64,
-    /// Units whose bytes were corrupt, counted each time.
+    /// Units whose bytes were wrong or incomplete, counted each time.
     pub verification_failures: u64,
     /// Chunks that could not be written to the cache.
     pub write_errors: u64,

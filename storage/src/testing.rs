@@ -55,9 +55,14 @@ impl Gate {
         let _ = self.arrived.subscribe().wait_for(|arrived| *arrived >= count).await;
     }
 
+    /// Waits until the gate is open.
+    pub async fn passed(&self) {
+        let _ = self.open.subscribe().wait_for(|open| *open).await;
+    }
+
     async fn pass(&self) {
         self.arrived.send_modify(|arrived| *arrived += 1);
-        let _ = self.open.subscribe().wait_for(|open| *open).await;
+        self.passed().await;
     }
 }
 

@@ -16,7 +16,8 @@
 //! in common memory and no read-modify-write; a torn one matches nothing and is not
 //! ready. Invariants:
 //! - A record reaches the file only after the data it vouches for is durable.
-//! - Data under a record is replaced only after the record was cleared and synced.
+//! - Data under a record is replaced only after the record was cleared and synced, and
+//!   only while no other cache has the map open: others may be reading it.
 //! - A map that is malformed or belongs to another file is replaced, never repaired:
 //!   whoever has it open keeps it.
 //!
@@ -27,8 +28,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -49,10 +51,15 @@ const VERSION: u32 = 1;
 const HEADER_SIZE: u64 = 4096;
 
 /// Where chunk locks begin: behind any possible record (2^24 chunks of 32 bytes).
-const LOCK_BASE: u64 = 1 << 40;
+pub(super) const LOCK_BASE: u64 = 1 << 40;
 
 /// Byte that an open cache holds shared.
 const USE_LOCK: u64 = 0;
+
+/// Looks at a map that somebody holds exclusively, and the pause between them: its holder
+/// writes and syncs one record, so two seconds are ample.
+const USE_TRIES: u32 = 200;
+const USE_PAUSE: Duration = Duration::from_millis(10);
 
 /// Start of a map file; zeros follow up to 4096 bytes.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -78,7 +85,7 @@ pub(super) struct Record {
     digest: [u8; 20],    // 12  first 160 bits; all zero for a chunk without a digest
 }
 const RECORD_SIZE: u64 = size_of::<Record>() as u64;
-const _: () = assert!(RECORD_SIZE == 32 && HEADER_SIZE % RECORD_SIZE == 0);
+const _: () = assert!(RECORD_SIZE == 32 && HEADER_SIZE.is_multiple_of(RECORD_SIZE));
 
 impl Record {
     /// The record that makes `extent` ready.
@@ -111,6 +118,8 @@ pub(super) struct ChunkMap {
     /// Per chunk the fold of its record once this process knows it ready, else 0. Set
     /// after the data was written (`Release`), read before it is read (`Acquire`).
     mirror: Box<[AtomicU32]>,
+    /// Held while the use lock is exclusive.
+    upgrade: Mutex<()>,
 }
 
 /// The right to fetch one chunk, across processes. Given back on drop.
@@ -168,14 +177,18 @@ impl ChunkMap {
             })
             .map_err(|e| failed("create it", e))?,
         };
-        // An evictor that holds it exclusively also holds the directory; we do now.
-        if !lock::try_lock(&file, Kind::Shared, USE_LOCK).map_err(|e| failed("lock it", e))? {
-            let what = format!("chunk map {}: in exclusive use; retry later", path.display());
-            return Err(Error::new(ErrorKind::Unavailable, what));
+        let mut tries = USE_TRIES;
+        while !lock::try_lock(&file, Kind::Shared, USE_LOCK).map_err(|e| failed("lock it", e))? {
+            tries -= 1;
+            if tries == 0 {
+                let what = format!("chunk map {}: in exclusive use; retry later", path.display());
+                return Err(Error::new(ErrorKind::Unavailable, what));
+            }
+            std::thread::sleep(USE_PAUSE);
         }
         let storage = file.try_clone().and_then(wrap).map_err(|e| failed("duplicate the descriptor", e))?;
         let mirror = (0..chunk_count).map(|_| AtomicU32::new(0)).collect();
-        Ok(Self { storage, file: Arc::new(file), mirror })
+        Ok(Self { storage, file: Arc::new(file), mirror, upgrade: Mutex::default() })
     }
 
     /// True if the data file holds the chunk of `record`, written by whichever process.
@@ -214,11 +227,27 @@ impl ChunkMap {
         }
     }
 
-    /// Writes records whose data is durable.
-    pub(super) fn set(&self, records: &[(ChunkIndex, Record)]) -> io::Result<()> {
-        records
-            .iter()
-            .try_for_each(|(index, record)| self.storage.write_at(record.as_bytes(), offset(*index)))
+    /// Writes records whose data is durable, neighbours with one write.
+    pub(super) fn set(&self, records: &mut [(ChunkIndex, Record)]) -> io::Result<()> {
+        records.sort_by_key(|(index, _)| *index);
+        for run in records.chunk_by(|(a, _), (b, _)| a.0.checked_add(1) == Some(b.0)) {
+            let bytes: Vec<u8> = run.iter().flat_map(|(_, record)| record.as_bytes()).copied().collect();
+            self.storage.write_at(&bytes, offset(run[0].0))?;
+        }
+        Ok(())
+    }
+
+    /// Runs `action` if no other cache has the map open, which none gets meanwhile.
+    pub(super) fn alone<T>(&self, action: impl FnOnce() -> T) -> io::Result<Option<T>> {
+        // Two threads share one description, hence one lock. Held during I/O, but only by
+        // those who replace what another image left here.
+        let _one = self.upgrade.lock().unwrap_or_else(PoisonError::into_inner);
+        if !lock::try_lock(&self.file, Kind::Exclusive, USE_LOCK)? {
+            return Ok(None);
+        }
+        let result = action();
+        lock::try_lock(&self.file, Kind::Shared, USE_LOCK)?;
+        Ok(Some(result))
     }
 
     /// Forgets chunks, durably: their data may be overwritten or punched out afterwards.

@@ -50,22 +50,36 @@ pub(super) fn hold_directory(path: &Path) -> Result<File> {
 /// the present one is a regular file of ours with that size.
 ///
 /// A file that does not fit may be in use by another process under another idea of the
-/// blob: it is replaced, never cut. The caller holds the directory.
-pub(super) fn open_data(path: &Path, size: u64) -> Result<File> {
+/// blob: it is replaced, never cut. Before a new file appears the map at `map_path` goes,
+/// because the new file may get the inode number that map belongs to. The caller holds
+/// `directory`.
+pub(super) fn open_data(path: &Path, size: u64, map_path: &Path, directory: &File) -> Result<File> {
     let context = |what: &str| format!("cache file {}: {what}", path.display());
     if let Some(file) = open_own(path)?
         && file.metadata().map_err(|e| Error::io(context("stat"), e))?.len() == size
     {
         return Ok(file);
     }
+    remove_map(map_path, directory)?;
     replace(path, |file| file.set_len(size)).map_err(|e| Error::io(context("create it"), e))
 }
 
-/// Takes a data file from the caller, growing it to `size` if it is empty.
+/// Removes a map, durably.
+fn remove_map(path: &Path, directory: &File) -> Result<()> {
+    let removed = match std::fs::remove_file(path) {
+        Ok(()) => directory.sync_all(),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    };
+    removed.map_err(|e| Error::io(format!("chunk map {}: remove it", path.display()), e))
+}
+
+/// Takes a data file from the caller, growing it to `size` if it is empty, in which case
+/// the map goes first. The caller holds `directory`.
 ///
 /// # Errors
 /// `Invalid`: not a regular file, or of another size.
-pub(super) fn adopt_data(descriptor: OwnedFd, size: u64) -> Result<File> {
+pub(super) fn adopt_data(descriptor: OwnedFd, size: u64, map_path: &Path, directory: &File) -> Result<File> {
     let context = || "cache file from the caller".to_owned();
     let file = File::from(descriptor);
     let metadata = file.metadata().map_err(|e| Error::io(context(), e))?;
@@ -73,7 +87,10 @@ pub(super) fn adopt_data(descriptor: OwnedFd, size: u64) -> Result<File> {
         let what = format!("{}: want a regular file of 0 or {size} bytes", context());
         return Err(Error::new(ErrorKind::Invalid, what));
     }
-    file.set_len(size).map_err(|e| Error::io(context(), e))?;
+    if metadata.len() != size {
+        remove_map(map_path, directory)?;
+        file.set_len(size).map_err(|e| Error::io(context(), e))?;
+    }
     Ok(file)
 }
 

@@ -59,6 +59,9 @@ struct Work {
     corrupt: u32,
 }
 
+/// A unit whose chunks are not all published, and why.
+type Failure = (Work, Error);
+
 /// Sees to it that all of `leads` are answered.
 pub(super) async fn lead(inner: Arc<Inner>, mut leads: Vec<Lead>, context: ReadContext) {
     let mut pause = CLAIM_PAUSE.0;
@@ -184,7 +187,7 @@ async fn fetch(inner: Arc<Inner>, works: Vec<Work>, context: ReadContext) {
 }
 
 /// Fetches one merged range. Answers the units that failed, in order.
-async fn fetch_once(inner: &Arc<Inner>, works: Vec<Work>, context: &ReadContext) -> Vec<(Work, Error)> {
+async fn fetch_once(inner: &Arc<Inner>, works: Vec<Work>, context: &ReadContext) -> Vec<Failure> {
     let (Some(first), Some(last)) = (works.first(), works.last()) else { return Vec::new() };
     let (start, end) = (first.unit.compressed.start(), last.unit.compressed.end());
     let Ok(range) = ByteRange::new(start, end - start) else { return Vec::new() };
@@ -221,7 +224,7 @@ struct Cutter<'a> {
     /// Units whose bytes are not complete, in order.
     pending: VecDeque<Work>,
     /// Units on the CPU pool.
-    jobs: Vec<JoinHandle<Result<Option<(Work, Error)>>>>,
+    jobs: Vec<JoinHandle<Result<Option<Failure>>>>,
     received: u64,
 }
 
@@ -297,7 +300,7 @@ fn clamp(bytes: u64, max: usize) -> usize {
 }
 
 /// Decodes a unit, verifies the chunks wanted of it and publishes those that are right.
-fn open_unit(inner: &Arc<Inner>, mut work: Work, stored: Bytes) -> Option<(Work, Error)> {
+fn open_unit(inner: &Arc<Inner>, mut work: Work, stored: Bytes) -> Option<Failure> {
     let name = |work: &Work| {
         let chunk = work.chunks.first().map_or(0, |c| c.lead.extent().index.0);
         format!("blob {}, chunk {chunk}, bytes {}", inner.id, work.unit.compressed)

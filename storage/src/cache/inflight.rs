@@ -59,6 +59,12 @@ impl Inflight {
         (Waiter(receiver), Some(Lead { table: Arc::clone(self), extent: *extent, answer }))
     }
 
+    /// True if nothing is being fetched or written.
+    #[cfg(test)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.lock().is_empty()
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<Key, watch::Receiver<Option<Outcome>>>> {
         // A panic under the lock can only come from the allocator; the map stays whole.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)

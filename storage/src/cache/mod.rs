@@ -200,7 +200,6 @@ impl BlobCache {
             let what = format!("blob {id}: {chunk_count} chunks in {decoded_size} bytes");
             return Err(Error::new(ErrorKind::Invalid, what));
         }
-        let path = |dir: &Path, suffix: &str| dir.join(format!("{id}.blob.{suffix}"));
         let files = match &work_dir {
             None => None,
             Some(dir) => match Files::open(dir, &id, decoded_size, chunk_count, data_file, wrap) {
@@ -212,7 +211,7 @@ impl BlobCache {
                 Err(e) => return Err(e),
             },
         };
-        let meta = meta.zip(work_dir.as_deref().map(|dir| path(dir, "meta")));
+        let meta = meta.zip(work_dir.map(|dir| dir.join(format!("{id}.blob.meta"))));
         Ok(Arc::new(Self {
             inner: Arc::new(Inner {
                 id,
@@ -314,14 +313,14 @@ impl Files {
         data_file: Option<OwnedFd>,
         wrap: impl Fn(Role, File) -> std::io::Result<Arc<dyn Storage>>,
     ) -> Result<Self> {
-        let _held = data_file::hold_directory(dir)?;
-        let path = |suffix: &str| dir.join(format!("{id}.blob.{suffix}"));
+        let held = data_file::hold_directory(dir)?;
+        let path = dir.join(format!("{id}.blob.data"));
+        let map_path = dir.join(format!("{id}.blob.data.chunk_map"));
         let data = match data_file {
-            Some(descriptor) => data_file::adopt_data(descriptor, decoded_size)?,
-            None => data_file::open_data(&path("data"), decoded_size)?,
+            Some(descriptor) => data_file::adopt_data(descriptor, decoded_size, &map_path, &held)?,
+            None => data_file::open_data(&path, decoded_size, &map_path, &held)?,
         };
-        let map =
-            ChunkMap::open(&path("data.chunk_map"), id, chunk_count, &data, |file| wrap(Role::Map, file))?;
+        let map = ChunkMap::open(&map_path, id, chunk_count, &data, |file| wrap(Role::Map, file))?;
         let map = Arc::new(map);
         let data = wrap(Role::Data, data).map_err(|e| Error::io(format!("blob {id}: cache file"), e))?;
         let syncer = Arc::new(Syncer::new(Arc::clone(&data), Arc::clone(&map)));
@@ -338,9 +337,18 @@ impl Files {
         bytes: &[u8],
         lock: Option<ChunkLock>,
     ) -> std::io::Result<bool> {
-        // Another chunk was ready under this index: it must not vouch for our bytes.
-        if !self.map.load(index).is_empty() {
-            self.map.clear(&[index])?;
+        let found = self.map.load(index);
+        if found == record {
+            self.map.mark(index, &record);
+            return Ok(false);
+        }
+        // Another chunk is ready under this index. It must not vouch for our bytes, and
+        // whoever reads it must not see them.
+        if !found.is_empty() {
+            let cleared = self.map.alone(|| self.map.clear(&[index]))?;
+            cleared.unwrap_or_else(|| {
+                Err(std::io::Error::other("another image in use has other content under this blob's name"))
+            })?;
         }
         self.data.write_at(bytes, at)?;
         self.map.mark(index, &record);
@@ -360,11 +368,11 @@ impl Inner {
         };
         let unit = &extent.unit;
         let end = extent.decoded_offset.checked_add(u64::from(extent.len));
-        if extent.index.0 >= self.chunk_count || !end.is_some_and(|end| end <= self.decoded_size) {
+        if extent.index.0 >= self.chunk_count || end.is_none_or(|end| end > self.decoded_size) {
             return fault(ErrorKind::OutOfRange, "lies outside the blob");
         }
         let unit_end = extent.offset_in_unit.checked_add(extent.len);
-        if extent.len == 0 || !unit_end.is_some_and(|end| end <= unit.decoded_len) {
+        if extent.len == 0 || unit_end.is_none_or(|end| end > unit.decoded_len) {
             return fault(ErrorKind::OutOfRange, "lies outside its fetch unit");
         }
         if unit.decoded_len > MAX_UNIT_DECODED
@@ -391,12 +399,15 @@ impl Inner {
     /// `wanted`, with true if this call leads it.
     fn obtain(self: &Arc<Self>, wanted: &[ChunkExtent], context: &ReadContext) -> Vec<(Waiter, bool)> {
         let mut leads = Vec::new();
+        // The last unit whose siblings were asked for: chunks come in order.
+        let mut asked = None;
         let mut waiters = Vec::with_capacity(wanted.len());
         for extent in wanted {
             let (waiter, lead) = self.inflight.join(extent);
             waiters.push((waiter, lead.is_some()));
             if lead.is_some()
                 && extent.len < extent.unit.decoded_len
+                && asked.replace(extent.unit) != Some(extent.unit)
                 && let Some(siblings) = &self.siblings
             {
                 for sibling in siblings(extent) {

@@ -67,8 +67,8 @@ impl Syncer {
 
     fn settle(&self, group: &[Written]) -> std::io::Result<()> {
         self.data.sync()?;
-        let records: Vec<_> = group.iter().map(|w| (w.index, w.record)).collect();
-        self.map.set(&records)
+        let mut records: Vec<_> = group.iter().map(|w| (w.index, w.record)).collect();
+        self.map.set(&mut records)
     }
 
     fn queue(&self) -> MutexGuard<'_, (Vec<Written>, bool)> {

@@ -1,5 +1,10 @@
 //! The cache on backends that lie: single flight, wake-ups, faults, crashes.
 
+mod crash;
+mod faults;
+mod files;
+mod sharing;
+
 use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
@@ -11,7 +16,7 @@ use crate::digest::DigestAlgorithm;
 use crate::engine::EngineConfig;
 use crate::extent::{Cipher, ExpectedDigest, FetchUnit};
 use crate::read::{OutagePolicy, ReadSlice, Reader};
-use crate::testing::{CountingBackend, Fault, FaultyBackend};
+use crate::testing::{CountingBackend, Fault, FaultyBackend, Gate};
 
 /// A blob of `count` chunks of 4000 bytes, zstd or stored, one unit each, with holes
 /// between them that merging may skip.
@@ -106,6 +111,19 @@ pub(super) fn open(
     BlobSet::new(engine, vec![cache], policy)
 }
 
+/// Waits until what was answered is also written: readers are answered first.
+pub(super) fn settle(reader: &BlobSet) {
+    while !reader.blobs().iter().all(|blob| blob.inner.inflight.is_idle()) {
+        std::thread::yield_now();
+    }
+}
+
+/// Makes all that was read ready for others.
+pub(super) fn flush(reader: &BlobSet) {
+    settle(reader);
+    reader.blobs().iter().for_each(|blob| blob.flush().unwrap());
+}
+
 /// Long enough for a loaded machine; tests that pass never wait for it.
 pub(super) const PATIENT: OutagePolicy = OutagePolicy::FailAfter(Duration::from_secs(60));
 
@@ -124,7 +142,7 @@ fn misses_are_fetched_together_and_then_read_locally() {
     reader.read(&slices, &mut out).unwrap();
     assert!(out == want);
     assert_eq!(backend.requests().len(), 1);
-    reader.blobs()[0].flush().unwrap();
+    flush(&reader);
     assert!(reader.try_read(&slices, &mut out).unwrap());
     assert!(out == want);
     assert_eq!(reader.blobs()[0].ready_count(), 4);

@@ -1,0 +1,171 @@
+//! Sources and disks that fail: readers get right bytes or an error, and the next read
+//! starts afresh.
+
+use std::io;
+
+use super::*;
+
+#[test]
+fn failures_are_not_kept() {
+    let (engine, sample, dir) = (engine(), Sample::new(4), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    let cases = [
+        (Fault::Fail(ErrorKind::Unavailable), 1, ErrorKind::Unavailable),
+        (Fault::Fail(ErrorKind::NotFound), 1, ErrorKind::NotFound),
+        (Fault::Shorten(1), 2, ErrorKind::Corrupt),
+        (Fault::Lengthen(1), 2, ErrorKind::Corrupt),
+        (Fault::Panic, 1, ErrorKind::Cancelled),
+    ];
+    for (fault, times, kind) in cases {
+        let shown = format!("{fault:?}");
+        backend.inner().fault(sample.range(1), fault, times);
+        let error = sample.read(&reader, 1).unwrap_err();
+        assert_eq!(error.kind(), kind, "{shown}: {error}");
+    }
+    sample.read(&reader, 1).unwrap();
+    assert_eq!(reader.blobs()[0].metrics().snapshot().read_errors, 5);
+}
+
+#[test]
+fn what_arrived_before_a_fault_is_kept() {
+    let (engine, sample, dir) = (engine(), Sample::new(4), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    backend.inner().fault(sample.range(3), Fault::Shorten(1), 2);
+    let slices: Vec<_> = (0..4).map(|i| sample.slice(i)).collect();
+    let error = reader.read(&slices, &mut vec![0; 4 * LEN as usize]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    settle(&reader);
+    assert!((0..3).all(|i| sample.try_read(&reader, i)));
+    assert!(!sample.try_read(&reader, 3));
+}
+
+#[test]
+fn an_outage_fails_after_the_deadline_or_is_waited_out() {
+    let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let gate = Gate::default();
+    backend.inner().fault(sample.range(0), Fault::Stall(gate), 1);
+    let hasty = open(&engine, &sample, &dir, &backend, OutagePolicy::FailAfter(Duration::from_millis(20)));
+    assert_eq!(sample.read(&hasty, 0).unwrap_err().kind(), ErrorKind::TimedOut);
+    let waiting = BlobSet::new(&engine, hasty.blobs().to_vec(), OutagePolicy::Wait);
+    backend.inner().fault(sample.range(0), Fault::Fail(ErrorKind::Unavailable), 2);
+    sample.read(&waiting, 0).unwrap();
+    // What waiting can not mend is told at once.
+    backend.inner().fault(sample.range(1), Fault::Fail(ErrorKind::Denied), 1);
+    assert_eq!(sample.read(&waiting, 1).unwrap_err().kind(), ErrorKind::Denied);
+}
+
+/// A file whose disk is full.
+struct Full(File);
+
+impl Storage for Full {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::StorageFull.into())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+}
+
+/// A file whose data can not be made durable.
+struct Unsynced(File);
+
+impl Storage for Unsynced {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Err(io::ErrorKind::Other.into())
+    }
+}
+
+#[test]
+fn a_failing_disk_fails_no_read() {
+    let (engine, sample) = (engine(), Sample::new(3));
+    let wraps: [fn(File) -> Arc<dyn Storage>; 2] = [|f| Arc::new(Full(f)), |f| Arc::new(Unsynced(f))];
+    for wrap in wraps {
+        let (backend, dir) = (sample.backend(), TempDir::new().unwrap());
+        let through = |role, file| match role {
+            Role::Data => Ok(wrap(file)),
+            Role::Map => Ok(Arc::new(file) as Arc<dyn Storage>),
+        };
+        let cache = BlobCache::open_through(&engine, sample.config(&dir), backend.clone(), through).unwrap();
+        let reader = BlobSet::new(&engine, vec![cache], PATIENT);
+        for index in [0, 1, 2, 0, 1, 2] {
+            sample.read(&reader, index).unwrap();
+        }
+        settle(&reader);
+        // A failed sync is told to whoever asked for it, or was met in the background.
+        let _ = reader.blobs()[0].flush();
+        assert_eq!(reader.blobs()[0].ready_count(), 0);
+        assert!((0..3).all(|i| !sample.try_read(&reader, i)));
+    }
+}
+
+#[test]
+fn without_a_directory_every_read_fetches() {
+    let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let config = BlobCacheConfig { work_dir: None, ..sample.config(&dir) };
+    let cache = BlobCache::open(&engine, config, backend.clone()).unwrap();
+    let reader = BlobSet::new(&engine, vec![cache], PATIENT);
+    for _ in 0..3 {
+        sample.read(&reader, 1).unwrap();
+        settle(&reader);
+    }
+    assert_eq!(backend.requests().len(), 3);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn impossible_extents_are_refused_before_any_fetch() {
+    let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    let good = sample.slice(1);
+    let range = |start, len| ByteRange::new(start, len).unwrap();
+    let changes: [fn(&mut ReadSlice); 9] = [
+        |s| s.blob = 1,
+        |s| s.offset = 1,
+        |s| s.extent.index = ChunkIndex(2),
+        |s| s.extent.offset_in_unit = 1,
+        |s| s.extent.offset_in_unit = u32::MAX,
+        |s| s.extent.decoded_offset = u64::MAX - 1,
+        |s| s.extent.decoded_offset = 4097 + 96,
+        |s| s.extent.unit.decoded_len = u32::MAX,
+        |s| s.extent.digest = None,
+    ];
+    let mut bad: Vec<ReadSlice> = Vec::new();
+    for change in changes {
+        let mut slice = good;
+        change(&mut slice);
+        bad.push(slice);
+    }
+    for compressed in [range(0, 0), range(0, 1 << 40)] {
+        let mut slice = good;
+        slice.extent.unit.compressed = compressed;
+        bad.push(slice);
+    }
+    for slice in bad {
+        let mut out = vec![0; slice.len as usize];
+        let error = reader.try_read(&[slice], &mut out).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::OutOfRange | ErrorKind::Corrupt), "{slice:?}: {error}");
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let completion = Box::new(move |result: Result<Vec<u8>>| sender.send(result.is_err()).unwrap());
+        reader.submit(vec![slice], crate::backend::Priority::OnDemand, completion);
+        assert!(receiver.recv().unwrap());
+    }
+    assert!(backend.requests().is_empty());
+}
