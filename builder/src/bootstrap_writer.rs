@@ -58,6 +58,8 @@ pub struct Bootstrap {
     pub bytes: Vec<u8>,
     /// Row of the blob table → place in [`Image::blobs`].
     pub blobs: Vec<usize>,
+    /// Directory entries with root, hard links counted each.
+    pub entry_count: u64,
 }
 
 /// Writes the bootstrap of `image`.
@@ -145,7 +147,15 @@ pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
     for (n, record) in records.iter().enumerate() {
         out.put(chunk_table_offset + 80 * n as u64, record);
     }
-    Ok(Bootstrap { bytes: out.bytes, blobs: numbering.order })
+    Ok(Bootstrap { bytes: out.bytes, blobs: numbering.order, entry_count: u64::from(layout.entry_count) })
+}
+
+/// A blob id, at most 64 bytes, as records hold it.
+pub fn padded_id(id: &str) -> [u8; 64] {
+    let mut out = [0; 64];
+    let len = id.len().min(out.len());
+    out[..len].copy_from_slice(&id.as_bytes()[..len]);
+    out
 }
 
 fn block_number(blocks: u64) -> Result<U32> {

@@ -4,6 +4,8 @@ pub mod bootstrap_writer;
 pub mod content;
 pub mod error;
 pub mod layout;
+pub mod load;
+pub mod merge;
 pub mod oci;
 pub mod overlay;
 pub mod prefetch;

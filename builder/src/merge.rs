@@ -1,0 +1,183 @@
+//! Bootstraps of layers in, the bootstrap of the image out; no data blob is touched.
+//!
+//! Every bootstrap is read back into a tree, the trees are applied to one another lowest
+//! first, and the result is written with the chunk rows carried over: chunk numbers and
+//! offsets inside blobs do not change, blobs are numbered anew by first use.
+
+use rafs::bootstrap::Bootstrap;
+use rafs::format::blob_table::BlobRecord;
+use rafs::format::features::{BlobFeatures, ImageFlags};
+use storage::codec::Codec;
+use storage::digest::Digest;
+use storage::ids::BlobId;
+use zerocopy::byteorder::little_endian::{U32, U64};
+
+use crate::bootstrap_writer::{self, Image, padded_id};
+use crate::load::LoadedChunks;
+use crate::overlay::{self, WhiteoutSpec};
+use crate::prefetch::Patterns;
+use crate::tree::Tree;
+use crate::{Error, ErrorKind, Result};
+
+/// What the caller knows of the blob that a layer brought itself.
+#[derive(Clone, Debug, Default)]
+pub struct OwnBlob {
+    /// Its id; for a blob whose data lies in the original tar, the digest of the blob with its
+    /// context (`--blob-digests`).
+    pub digest: Option<Digest>,
+    /// Its original id (`--original-blob-ids`).
+    pub original_id: Option<BlobId>,
+    /// Its length (`--blob-sizes`).
+    pub size: Option<u64>,
+    /// Digest of its table of content (`--blob-toc-digests`).
+    pub toc_digest: Option<Digest>,
+    /// Length of its table of content (`--blob-toc-sizes`).
+    pub toc_size: Option<u32>,
+}
+
+/// One bootstrap to merge.
+pub struct MergeSource {
+    /// What to call it in messages.
+    pub name: String,
+    /// The opened bootstrap. An inlined one was opened with the id its blob is to have: the
+    /// `--blob-digests` entry, the original id, or the file's name up to the first dot.
+    pub bootstrap: Box<dyn Bootstrap>,
+    /// What is known of its own blob.
+    pub own: OwnBlob,
+}
+
+/// A merged image.
+pub struct Merged {
+    /// The bootstrap.
+    pub bootstrap: Vec<u8>,
+    /// Names of its blobs in table order.
+    pub blobs: Vec<String>,
+    /// Default compressor: the last layer's.
+    pub codec: Codec,
+    /// Directory entries with the root.
+    pub entry_count: u64,
+}
+
+/// Merges `sources`, lowest first.
+///
+/// # Errors
+/// `Inconsistent`: chunk size, version or owners' meaning differ. `Invalid`: no source.
+/// `Limit`, `Corrupt`: as [`crate::bootstrap_writer::write`] and [`LoadedChunks::load`].
+pub fn merge(sources: &[MergeSource], prefetch: &Patterns) -> Result<Merged> {
+    let (first, last) = match sources {
+        [first, .., last] => (first, last),
+        [only] => (only, only),
+        [] => return Err(Error::invalid("nothing to merge: give at least one bootstrap")),
+    };
+    let mut chunks = LoadedChunks::default();
+    let mut merged: Option<Tree> = None;
+    for source in sources {
+        consistent(first, source)?;
+        let records = records(source)?;
+        let mut tree = chunks
+            .load(&*source.bootstrap, &records)
+            .map_err(|e| e.context(format!("read {}", source.name)))?;
+        merged = Some(match merged {
+            None => {
+                // There is nothing below for these to remove.
+                overlay::drop_whiteouts(&mut tree, WhiteoutSpec::Oci);
+                tree
+            }
+            Some(mut lower) => {
+                overlay::apply(&mut lower, tree, WhiteoutSpec::Oci)
+                    .map_err(|e| e.context(format!("merge {}", source.name)))?;
+                lower
+            }
+        });
+    }
+    let tree = merged.unwrap_or_default();
+    let summary = last.bootstrap.summary();
+    let written = bootstrap_writer::write(&Image {
+        tree: &tree,
+        chunks: &chunks,
+        blobs: &chunks.blobs,
+        chunk_size: summary.chunk_size,
+        codec: summary.codec,
+        digester: summary.digester,
+        explicit_ids: summary.flags.contains(ImageFlags::EXPLICIT_UID_GID),
+        force_xattr_flag: true,
+        prefetch: &prefetch.resolve(&tree),
+    })?;
+    let blobs = written.blobs.iter().map(|&b| shown_id(&chunks.blobs[b])).collect();
+    Ok(Merged { bootstrap: written.bytes, blobs, codec: summary.codec, entry_count: written.entry_count })
+}
+
+/// The id in a blob record as text.
+pub fn shown_id(record: &BlobRecord) -> String {
+    let len = record.blob_id.iter().position(|&b| b == 0).unwrap_or(record.blob_id.len());
+    String::from_utf8_lossy(&record.blob_id[..len]).into_owned()
+}
+
+fn consistent(first: &MergeSource, other: &MergeSource) -> Result<()> {
+    let (a, b) = (first.bootstrap.summary(), other.bootstrap.summary());
+    let ids = |flags: ImageFlags| flags.contains(ImageFlags::EXPLICIT_UID_GID);
+    let differs = if a.fs_version != b.fs_version {
+        format!("RAFS version {} and {}", a.fs_version, b.fs_version)
+    } else if a.chunk_size != b.chunk_size {
+        format!("chunk size {:#x} and {:#x}", a.chunk_size, b.chunk_size)
+    } else if a.block_size != b.block_size {
+        format!("block size {} and {}", a.block_size, b.block_size)
+    } else if ids(a.flags) != ids(b.flags) {
+        "one stores owners, the other does not".to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(
+        ErrorKind::Inconsistent,
+        format!(
+            "{} and {} can not be merged: {differs}; build them with the same options",
+            first.name, other.name
+        ),
+    ))
+}
+
+/// The blobs of a source with final names and what the caller knows put in.
+fn records(source: &MergeSource) -> Result<Vec<BlobRecord>> {
+    let blobs = source.bootstrap.blobs();
+    let inlined = |b: &rafs::bootstrap::Blob| b.features.contains(BlobFeatures::INLINED_FS_META);
+    // The layer's own blob is the one that holds its bootstrap, or its only one.
+    let own = blobs.iter().position(inlined).or_else(|| (blobs.len() == 1).then_some(0));
+    let mut records = Vec::with_capacity(blobs.len());
+    for (n, blob) in blobs.iter().enumerate() {
+        let mut record = blob.record;
+        record.blob_id = padded_id(blob.id.as_str());
+        let features = blob.features - BlobFeatures::INLINED_FS_META;
+        record.features = U32::new(features.bits());
+        if own == Some(n) {
+            known(&mut record, features.contains(BlobFeatures::SEPARATE), &source.own);
+        }
+        records.push(record);
+    }
+    Ok(records)
+}
+
+fn known(record: &mut BlobRecord, separate: bool, own: &OwnBlob) {
+    if let Some(id) = &own.original_id {
+        record.blob_id = padded_id(id.as_str());
+    }
+    if let Some(digest) = own.digest {
+        if separate {
+            record.blob_meta_digest = digest.0;
+        } else {
+            record.blob_id = padded_id(&digest.to_string());
+        }
+    }
+    if let Some(size) = own.size {
+        if separate {
+            record.blob_meta_size = U64::new(size);
+        } else {
+            record.compressed_size = U64::new(size);
+        }
+    }
+    if let Some(digest) = own.toc_digest {
+        record.blob_toc_digest = digest.0;
+    }
+    if let Some(size) = own.toc_size {
+        record.blob_toc_size = U32::new(size);
+    }
+}
