@@ -4,12 +4,14 @@
 //! * [`bootstrap`]: bytes in, a validated tree out.
 //! * [`blob_context`]: where the chunks of a blob lie.
 //! * [`fs`]: lookup, attributes, directories, reads and xattrs of one image.
+//! * [`merkle`]: the image root digest and proofs against it.
 
 pub mod blob_context;
 pub mod bootstrap;
 pub mod error;
 pub mod format;
 pub mod fs;
+pub mod merkle;
 #[expect(unsafe_code, reason = "mapping a file and giving its pages back have no safe form")]
 mod sys;
 

@@ -38,3 +38,5 @@ pub const MAX_CONTEXT_SIZE: u64 = 512 << 20;
 pub const MAX_BOOTSTRAP_SIZE: u64 = 2 << 30;
 /// Blob id stored in a bootstrap that is inlined in its own blob.
 pub const INLINED_BLOB_ID: [u8; 64] = [b'x'; 64];
+/// Memory for the names of hard-linked files while the image root is computed.
+pub const MAX_LINK_PATH_BYTES: usize = 512 << 20;

@@ -1,0 +1,280 @@
+//! The root digest and proofs, computed from a bootstrap alone.
+
+use std::ops::ControlFlow;
+
+use storage::digest::{Digest, TaggedDigest};
+
+use super::proof::{Attributes, Child, Data, Directory, Proof, Target, Xattr};
+use super::{DirectoryDigest, Merkle, NO_LINKS, NodeFields};
+use crate::bootstrap::{Attr, Bootstrap, DirEntry, FileType, Nid, Step, Walk};
+use crate::format::limits::MAX_LINK_PATH_BYTES;
+use crate::{Error, ErrorKind, Result};
+
+/// The image root digest of `bootstrap`.
+///
+/// Two walks at most: one to find hard-link groups, one to hash. Memory: 8 bytes for each
+/// name of a regular file, the paths of hard-linked ones, and a hasher per level.
+///
+/// # Errors
+/// `Unsupported`: a chunk has no digest record, or one of another algorithm than the
+/// image's. `Corrupt`: more link names than [`MAX_LINK_PATH_BYTES`].
+pub fn image_root(bootstrap: &dyn Bootstrap) -> Result<TaggedDigest> {
+    let mut tree = Tree::new(bootstrap)?;
+    let node = tree.digest(&mut |_, _, _| {})?;
+    Ok(tree.merkle.root(bootstrap.summary().chunk_size, node))
+}
+
+/// A proof that the entry at `path` (components joined by `/`; empty for the root) is what
+/// it is, which whoever knows the root digest can verify without the image.
+///
+/// # Errors
+/// Those of [`image_root`]. `NotFound`: no such entry.
+pub fn prove(bootstrap: &dyn Bootstrap, path: &[u8]) -> Result<Proof> {
+    let mut chain = vec![bootstrap.root()];
+    let mut names: Vec<&[u8]> = Vec::new();
+    for name in path.split(|&b| b == b'/').filter(|name| !name.is_empty()) {
+        let dir = chain[chain.len() - 1];
+        let entry = bootstrap.lookup(dir, name)?.ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("the image has no \"{}\"", path.escape_ascii()))
+        })?;
+        chain.push(entry.nid);
+        names.push(name);
+    }
+    let mut lists: Vec<Vec<Child>> = vec![Vec::new(); chain.len()];
+    let mut tree = Tree::new(bootstrap)?;
+    let node = tree.digest(&mut |dir, name, node| {
+        if let Some(level) = chain.iter().position(|&nid| nid == dir) {
+            lists[level].push(Child::new(name, node));
+        }
+    })?;
+    let target = chain.pop().unwrap_or(bootstrap.root());
+    let target_children = lists.pop().unwrap_or_default();
+    let directories = chain
+        .iter()
+        .zip(lists)
+        .map(|(&dir, children)| {
+            let attributes = Attributes::new(&bootstrap.attr(dir)?);
+            Ok(Directory { attributes, xattrs: tree.xattrs(dir)?.to_string(), children })
+        })
+        .collect::<Result<_>>()?;
+    Proof::new(
+        tree.merkle.root(bootstrap.summary().chunk_size, node),
+        bootstrap.summary().chunk_size,
+        &names.join(&b'/'),
+        directories,
+        tree.target(target, target_children)?,
+    )
+}
+
+/// The names of a hard-linked inode, and its digest once it is known.
+struct Group {
+    nid: Nid,
+    links: Digest,
+    node: Option<Digest>,
+}
+
+struct Tree<'a> {
+    bootstrap: &'a dyn Bootstrap,
+    merkle: Merkle,
+    /// Hard-link groups, sorted by nid.
+    groups: Vec<Group>,
+}
+
+impl<'a> Tree<'a> {
+    fn new(bootstrap: &'a dyn Bootstrap) -> Result<Self> {
+        let summary = bootstrap.summary();
+        if let Some(blob) = bootstrap.blobs().iter().find(|b| b.digester != summary.digester) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "chunks of blob {} have {} digests in an image of {} ones: such a mixture has no root digest",
+                    blob.id, blob.digester, summary.digester
+                ),
+            ));
+        }
+        let mut tree = Self { bootstrap, merkle: Merkle(summary.digester), groups: Vec::new() };
+        let mut names = tree.link_names()?;
+        names.sort_unstable();
+        for group in names.chunk_by(|a, b| a.0 == b.0) {
+            let paths: Vec<&[u8]> = group.iter().map(|(_, path)| &**path).collect();
+            tree.groups.push(Group { nid: group[0].0, links: tree.merkle.links(&paths), node: None });
+        }
+        Ok(tree)
+    }
+
+    /// Nid and path of every name of an inode that has two or more.
+    ///
+    /// The stored link counts are not asked: what counts are the names there are.
+    fn link_names(&self) -> Result<Vec<(Nid, Box<[u8]>)>> {
+        let mut regular = Vec::new();
+        let mut walk = Walk::new(self.bootstrap, self.bootstrap.root());
+        while let Some(step) = walk.step()? {
+            if let Step::Leaf(DirEntry { nid, file_type: FileType::Regular, .. }) = step {
+                regular.push(nid);
+            }
+        }
+        regular.sort_unstable();
+        let mut linked: Vec<Nid> =
+            regular.windows(2).filter(|pair| pair[0] == pair[1]).map(|pair| pair[0]).collect();
+        linked.dedup();
+        drop(regular);
+        let mut names = Vec::new();
+        if linked.is_empty() {
+            return Ok(names);
+        }
+        let mut total = 0;
+        let mut walk = Walk::new(self.bootstrap, self.bootstrap.root());
+        while let Some(step) = walk.step()? {
+            if let Step::Leaf(entry) = step
+                && linked.binary_search(&entry.nid).is_ok()
+            {
+                total += walk.path().len() + size_of::<(Nid, Box<[u8]>)>();
+                if total > MAX_LINK_PATH_BYTES {
+                    return Err(Error::corrupt(format!(
+                        "the names of hard-linked files take more than {MAX_LINK_PATH_BYTES} bytes"
+                    )));
+                }
+                names.push((entry.nid, walk.path().into()));
+            }
+        }
+        Ok(names)
+    }
+
+    /// Hashes the tree; `on_child` sees (directory, name, node digest) of every entry.
+    fn digest(&mut self, on_child: &mut dyn FnMut(Nid, &[u8], Digest)) -> Result<Digest> {
+        struct Level<'a> {
+            nid: Nid,
+            name: &'a [u8],
+            digest: DirectoryDigest,
+        }
+        let mut levels: Vec<Level<'a>> = Vec::new();
+        let mut walk = Walk::new(self.bootstrap, self.bootstrap.root());
+        while let Some(step) = walk.step()? {
+            let (name, node) = match step {
+                Step::Enter(entry) => {
+                    let mut count = 0u32;
+                    self.bootstrap.children(entry.nid, 0, &mut |_| {
+                        count += 1;
+                        ControlFlow::Continue(())
+                    })?;
+                    let digest = self.merkle.directory(count);
+                    levels.push(Level { nid: entry.nid, name: entry.name, digest });
+                    continue;
+                }
+                Step::Leaf(entry) => (entry.name, self.leaf(entry.nid)?),
+                Step::Leave(nid) => {
+                    let Some(level) = levels.pop() else { continue };
+                    let fields = self.fields(nid, NO_LINKS, level.digest.finish())?;
+                    (level.name, self.merkle.node(&fields))
+                }
+            };
+            match levels.last_mut() {
+                Some(parent) => {
+                    on_child(parent.nid, name, node);
+                    parent.digest.push(name, node);
+                }
+                None => return Ok(node),
+            }
+        }
+        Err(Error::corrupt("the walk ended before its root"))
+    }
+
+    /// Node digest of an inode that is not a directory.
+    fn leaf(&mut self, nid: Nid) -> Result<Digest> {
+        let group = self.groups.binary_search_by_key(&nid, |group| group.nid).ok();
+        if let Some(node) = group.and_then(|at| self.groups[at].node) {
+            return Ok(node);
+        }
+        let links = group.map_or(NO_LINKS, |at| self.groups[at].links);
+        let attr = self.bootstrap.attr(nid)?;
+        let data = match attr.file_type {
+            FileType::Regular => self.merkle.file(attr.size, self.chunks(&attr)?.into_iter()),
+            FileType::Symlink => self.merkle.symlink(&self.bootstrap.read_link(nid)?),
+            FileType::CharDevice | FileType::BlockDevice => {
+                let (major, minor) = attr.device();
+                self.merkle.device(major, minor)
+            }
+            FileType::Fifo | FileType::Socket => self.merkle.special(),
+            FileType::Directory => return Err(Error::corrupt(format!("inode {nid} is a directory"))),
+        };
+        let node = self.merkle.node(&self.fields(nid, links, data)?);
+        if let Some(at) = group {
+            self.groups[at].node = Some(node);
+        }
+        Ok(node)
+    }
+
+    fn fields(&self, nid: Nid, links: Digest, data: Digest) -> Result<NodeFields> {
+        let attr = self.bootstrap.attr(nid)?;
+        Ok(NodeFields {
+            mode: attr.mode,
+            uid: attr.uid,
+            gid: attr.gid,
+            mtime: attr.mtime,
+            mtime_nsec: attr.mtime_nsec,
+            xattrs: self.xattrs(nid)?,
+            links,
+            data,
+        })
+    }
+
+    fn chunks(&self, attr: &Attr) -> Result<Vec<Digest>> {
+        let count = attr.size.div_ceil(u64::from(self.bootstrap.summary().chunk_size));
+        // The door has counted the chunks and found them in 32 bits.
+        let positions = 0..count as u32;
+        positions
+            .map(|position| {
+                let chunk = self.bootstrap.chunk(attr.nid, position)?;
+                let record = self.bootstrap.chunk_info(chunk.blob, chunk.index).ok_or_else(|| {
+                    Error::new(
+                        ErrorKind::Unsupported,
+                        format!("inode {}, chunk {position}: the image has no digest of it", attr.nid),
+                    )
+                })?;
+                Ok(Digest(record.digest))
+            })
+            .collect()
+    }
+
+    fn sorted_xattrs(&self, nid: Nid) -> Result<Vec<(Vec<u8>, &'a [u8])>> {
+        let mut xattrs = Vec::new();
+        self.bootstrap.xattrs(nid, &mut |xattr| {
+            xattrs.push(([xattr.prefix, xattr.suffix].concat(), xattr.value));
+            ControlFlow::Continue(())
+        })?;
+        xattrs.sort_unstable();
+        Ok(xattrs)
+    }
+
+    fn xattrs(&self, nid: Nid) -> Result<Digest> {
+        Ok(self.merkle.xattrs(&self.sorted_xattrs(nid)?))
+    }
+
+    /// Everything about the entry that a proof is for.
+    fn target(&self, nid: Nid, children: Vec<Child>) -> Result<Target> {
+        let attr = self.bootstrap.attr(nid)?;
+        let mut links = Vec::new();
+        if self.groups.binary_search_by_key(&nid, |group| group.nid).is_ok() {
+            links = self.link_names()?;
+            links.retain(|(linked, _)| *linked == nid);
+            links.sort_unstable();
+        }
+        let data = match attr.file_type {
+            FileType::Regular => Data::regular(attr.size, &self.chunks(&attr)?),
+            FileType::Directory => Data::Directory { children },
+            FileType::Symlink => Data::symlink(&self.bootstrap.read_link(nid)?),
+            FileType::CharDevice | FileType::BlockDevice => {
+                let (major, minor) = attr.device();
+                Data::Device { major, minor }
+            }
+            FileType::Fifo | FileType::Socket => Data::Special,
+        };
+        let xattrs = self.sorted_xattrs(nid)?;
+        Ok(Target {
+            attributes: Attributes::new(&attr),
+            xattrs: xattrs.iter().map(|(name, value)| Xattr::new(name, value)).collect(),
+            links: links.iter().map(|(_, path)| super::proof::encode(path)).collect(),
+            data,
+        })
+    }
+}
