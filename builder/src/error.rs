@@ -1,6 +1,7 @@
 //! The one error of this crate.
 
 use std::fmt;
+use std::sync::Arc;
 
 /// Result of this crate's operations.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -33,11 +34,13 @@ pub enum ErrorKind {
 }
 
 /// An error with its kind, what was being done to which object, and its cause.
-#[derive(Debug, thiserror::Error)]
+///
+/// Cheap to clone: one failure of a pipeline is told to every part of it.
+#[derive(Clone, Debug)]
 pub struct Error {
     kind: ErrorKind,
     context: String,
-    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
@@ -49,7 +52,7 @@ impl Error {
     /// Attaches the cause.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        self.source = Some(source.into());
+        self.source = Some(Arc::from(source.into()));
         self
     }
 
@@ -100,6 +103,12 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.context)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|s| &**s as &(dyn std::error::Error + 'static))
     }
 }
 

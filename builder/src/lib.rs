@@ -1,14 +1,18 @@
 //! Trees in, an image out.
 
 pub mod bootstrap_writer;
+pub mod chunks;
 pub mod content;
+mod dedup;
 pub mod error;
 pub mod layout;
 pub mod load;
 pub mod merge;
 pub mod oci;
 pub mod overlay;
+pub mod pipeline;
 pub mod prefetch;
+pub mod sink;
 pub mod source;
 pub mod tree;
 

@@ -94,6 +94,8 @@ pub fn decompress(codec: Codec, src: &[u8], dst: &mut [u8]) -> Result<()> {
 pub struct Compressor {
     codec: Codec,
     zstd: Option<zstd::bulk::Compressor<'static>>,
+    /// Output of the last unit; kept, because most units are small and many.
+    scratch: Vec<u8>,
 }
 
 impl Compressor {
@@ -110,7 +112,7 @@ impl Compressor {
             Codec::Gzip => return Err(Error::new(ErrorKind::Unsupported, "compress chunks with gzip")),
             Codec::None | Codec::Lz4Block => None,
         };
-        Ok(Self { codec, zstd })
+        Ok(Self { codec, zstd, scratch: Vec::new() })
     }
 
     /// Compresses `src`, or answers `None` if that does not make it strictly smaller, in
@@ -119,12 +121,30 @@ impl Compressor {
     /// # Errors
     /// `Io`: the library failed, which only lack of memory can cause.
     pub fn compress(&mut self, src: &[u8]) -> Result<Option<Vec<u8>>> {
-        let out = match (self.codec, &mut self.zstd) {
-            (Codec::Lz4Block, _) => lz4_flex::block::compress(src),
-            (_, Some(zstd)) => zstd.compress(src).map_err(|e| Error::io("compress a chunk with zstd", e))?,
-            (_, None) => return Ok(None),
+        Ok(self.compress_borrowed(src)?.map(<[u8]>::to_vec))
+    }
+
+    /// [`Self::compress`] into a buffer that the next call overwrites.
+    ///
+    /// # Errors
+    /// As [`Self::compress`].
+    pub fn compress_borrowed(&mut self, src: &[u8]) -> Result<Option<&[u8]>> {
+        let bound = match self.codec {
+            Codec::Lz4Block => lz4_flex::block::get_maximum_output_size(src.len()),
+            Codec::Zstd => zstd::zstd_safe::compress_bound(src.len()),
+            Codec::None | Codec::Gzip => return Ok(None),
         };
-        Ok((out.len() < src.len()).then_some(out))
+        if self.scratch.len() < bound {
+            self.scratch.resize(bound, 0);
+        }
+        let len = match &mut self.zstd {
+            Some(zstd) => zstd
+                .compress_to_buffer(src, &mut self.scratch[..])
+                .map_err(|e| Error::io("compress a chunk with zstd", e))?,
+            None => lz4_flex::block::compress_into(src, &mut self.scratch)
+                .map_err(|e| Error::new(ErrorKind::Io, "compress a chunk with lz4").with_source(e))?,
+        };
+        Ok((len < src.len()).then(|| &self.scratch[..len]))
     }
 }
 

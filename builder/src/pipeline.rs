@@ -1,0 +1,175 @@
+//! File bytes in, blob data out: chunk, hash, de-duplicate, compress and write on all cores.
+//!
+//! ```text
+//! layer threads          pool                committer               pool            committer
+//! add_file ─▶ batch ─▶ digest, CRC ─▶ which chunks are new? ─▶ compress the new ─▶ append to the
+//! (~1 MiB of chunks)                  (layer order, then                            layer's sink
+//!                                      stream order)
+//! ```
+//!
+//! A [`Session`] is one build. Each layer gets a [`Layer`] handle, to be driven by a thread of its
+//! own; small files share a batch, so that the cost of handing work over is paid per MiB and not
+//! per file.
+//!
+//! Invariants:
+//!
+//! - What is stored, and where, is decided by the one committer thread: layers in the order they
+//!   were opened, batches of a layer in stream order. The output is the same at any thread count.
+//! - A batch lives in one buffer from reading to writing: compressed chunks are compacted in place,
+//!   because a stored chunk is never longer than its bytes. So memory is the number of buffers,
+//!   and that is fixed ([`hub::Limits`]).
+//! - Layers that are not next to be decided may read ahead until the shared buffers are used up;
+//!   the next one to be decided has a reserve of its own and so always makes progress.
+//! - The first failure anywhere (source, sink, panic) ends everything: every wait is on the hub's
+//!   one lock and is woken by it, and [`Session::finish`] returns that first error.
+
+mod batch;
+mod committer;
+mod hub;
+mod layer;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use rafs::format::limits::{MAX_CHUNK_SIZE, MIN_CHUNK_SIZE};
+use storage::codec::Codec;
+use storage::digest::DigestAlgorithm;
+
+use crate::chunks::BuiltContent;
+use crate::sink::BlobSink;
+use crate::tree::LayerIndex;
+use crate::{Error, ErrorKind, Result};
+use hub::Hub;
+pub use layer::{Extent, Layer};
+
+/// How data is cut, named and stored.
+#[derive(Clone, Copy, Debug)]
+pub struct DataOptions {
+    /// Compression of chunks.
+    pub codec: Codec,
+    /// Digest of chunks.
+    pub digester: DigestAlgorithm,
+    /// Bytes of every chunk but the last of a file: a power of two, 4 KiB to 16 MiB.
+    pub chunk_size: u32,
+    /// Worker threads that hash and compress; 0 means one per core.
+    pub threads: usize,
+}
+
+impl DataOptions {
+    /// Checks the options and resolves `threads`.
+    fn checked(mut self) -> Result<Self> {
+        if !self.chunk_size.is_power_of_two() || !(MIN_CHUNK_SIZE..=MAX_CHUNK_SIZE).contains(&self.chunk_size)
+        {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!(
+                    "chunk size {:#x}: want a power of two from {MIN_CHUNK_SIZE:#x} to {MAX_CHUNK_SIZE:#x}",
+                    self.chunk_size
+                ),
+            ));
+        }
+        if self.codec == Codec::Gzip {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                "compressor gzip: want none, lz4_block or zstd; gzip exists in reference images only",
+            ));
+        }
+        if self.threads == 0 {
+            self.threads = std::thread::available_parallelism().map_or(1, usize::from);
+        }
+        Ok(self)
+    }
+}
+
+/// The data of one layer after the build: section 1 of its blob is in the sink.
+#[derive(Debug)]
+pub struct LayerData {
+    /// Which layer; its chunks are [`crate::chunks::ChunkStore::of_layer`]. A layer without chunks has no blob.
+    pub layer: LayerIndex,
+    /// The sink, ready for the sections that follow the chunk data.
+    pub sink: BlobSink,
+}
+
+/// What a build knows at its end.
+pub struct Output {
+    /// Every distinct chunk, and which chunks each file is made of.
+    pub content: BuiltContent,
+    /// One per layer, in order.
+    pub layers: Vec<LayerData>,
+}
+
+/// One build: the pool, the committer, and what they share.
+pub struct Session {
+    hub: Arc<Hub>,
+    workers: Vec<JoinHandle<()>>,
+    committer: Option<JoinHandle<Option<Output>>>,
+}
+
+impl Session {
+    /// Starts the threads of a build.
+    ///
+    /// # Errors
+    /// `Invalid`: an option is out of range. `Io`: a thread cannot be started.
+    pub fn new(options: DataOptions) -> Result<Self> {
+        let options = options.checked()?;
+        let hub = Arc::new(Hub::new(options));
+        let mut session = Self { hub: Arc::clone(&hub), workers: Vec::new(), committer: None };
+        for number in 0..options.threads {
+            let hub = Arc::clone(&hub);
+            let thread = std::thread::Builder::new()
+                .name(format!("build-{number}"))
+                .spawn(move || worker::run(&hub))
+                .map_err(|e| Error::io("start a build thread", e))?;
+            session.workers.push(thread);
+        }
+        let thread = std::thread::Builder::new()
+            .name("build-commit".into())
+            .spawn(move || committer::run(&hub))
+            .map_err(|e| Error::io("start the commit thread", e))?;
+        session.committer = Some(thread);
+        Ok(session)
+    }
+
+    /// Opens the next layer; its chunk data goes to `sink`.
+    ///
+    /// Layers are decided in the order they are opened, so a thread that drives several must do so
+    /// in that order, one after the other.
+    ///
+    /// # Errors
+    /// The first error of the build, if it has failed already. `Limit`: too many layers.
+    pub fn layer(&self, sink: BlobSink) -> Result<Layer> {
+        let index = self.hub.open_layer(sink)?;
+        Ok(Layer::new(Arc::clone(&self.hub), index))
+    }
+
+    /// Waits for all data to be written. Every layer must have been finished before.
+    ///
+    /// # Errors
+    /// The first error of the build, whoever met it. `Invalid`: a layer is still open.
+    pub fn finish(mut self) -> Result<Output> {
+        self.hub.request_finish();
+        let output = self.committer.take().and_then(|thread| thread.join().ok().flatten());
+        match (self.hub.failure(), output) {
+            (None, Some(output)) => Ok(output),
+            (Some(error), _) => Err(error),
+            (None, None) => Err(Error::new(ErrorKind::Cancelled, "the build was given up")),
+        }
+        // Dropping self stops and joins the pool.
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.hub.close();
+        // A panic of these threads was turned into the build's failure where it happened.
+        if let Some(thread) = self.committer.take() {
+            let _ = thread.join();
+        }
+        for thread in self.workers.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! The pool: hashes chunks, and compresses those that are new.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use storage::codec::Compressor;
+
+use super::DataOptions;
+use super::batch::{Batch, PieceState};
+use super::hub::{Event, Hub, Job};
+use crate::Result;
+
+/// Takes jobs until the build is over.
+pub(super) fn run(hub: &Hub) {
+    let outcome = catch_unwind(AssertUnwindSafe(|| work(hub)));
+    match outcome {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => hub.fail(error),
+        Err(panic) => hub.fail_panicked("a build thread", &*panic),
+    }
+}
+
+fn work(hub: &Hub) -> Result<()> {
+    let mut compressor = Compressor::new(hub.options.codec)?;
+    while let Some(job) = hub.next_job() {
+        match job {
+            Job::Hash(mut batch) => {
+                hash(&hub.options, &mut batch);
+                hub.post(Event::Hashed(batch));
+            }
+            Job::Pack(mut batch) => {
+                pack(&mut compressor, &mut batch)?;
+                hub.post(Event::Packed(batch));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn hash(options: &DataOptions, batch: &mut Batch) {
+    let buffer = &mut batch.buffer;
+    for piece in &mut buffer.pieces {
+        if piece.state == PieceState::Read {
+            let bytes = &buffer.bytes[piece.offset as usize..][..piece.len as usize];
+            piece.digest = options.digester.digest(bytes);
+            piece.crc32 = crc32c::crc32c(bytes);
+            piece.state = PieceState::Hashed;
+        }
+    }
+}
+
+/// Replaces the bytes in the buffer by the stored form of the new chunks, one after another.
+///
+/// In place: what is stored of a chunk is never longer than the chunk, so the write position
+/// never passes the start of the chunk that is read.
+fn pack(compressor: &mut Compressor, batch: &mut Batch) -> Result<()> {
+    let buffer = &mut batch.buffer;
+    let mut end = 0;
+    for piece in &mut buffer.pieces {
+        let PieceState::New(id) = piece.state else { continue };
+        let (start, len) = (piece.offset as usize, piece.len as usize);
+        let stored = match compressor.compress_borrowed(&buffer.bytes[start..start + len])? {
+            Some(packed) => {
+                buffer.bytes[end..end + packed.len()].copy_from_slice(packed);
+                packed.len()
+            }
+            None => {
+                buffer.bytes.copy_within(start..start + len, end);
+                len
+            }
+        };
+        end += stored;
+        piece.state = PieceState::Packed(id, stored as u32);
+    }
+    buffer.filled = end;
+    Ok(())
+}
