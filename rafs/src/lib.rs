@@ -2,11 +2,12 @@
 //!
 //! * [`format`]: the records as they lie on disk.
 //! * [`bootstrap`]: bytes in, a validated tree out.
-//! * [`blob_context`]: where the chunks of a blob lie.
+//! * [`blob_context`], [`blob_file`]: where the chunks of a blob lie, and its other sections.
 //! * [`fs`]: lookup, attributes, directories, reads and xattrs of one image.
 //! * [`merkle`]: the image root digest and proofs against it.
 
 pub mod blob_context;
+pub mod blob_file;
 pub mod bootstrap;
 pub mod error;
 pub mod format;

@@ -40,3 +40,5 @@ pub const MAX_BOOTSTRAP_SIZE: u64 = 2 << 30;
 pub const INLINED_BLOB_ID: [u8; 64] = [b'x'; 64];
 /// Memory for the names of hard-linked files while the image root is computed.
 pub const MAX_LINK_PATH_BYTES: usize = 512 << 20;
+/// Largest table of content, without its tar header.
+pub const MAX_TOC_SIZE: u32 = 0x1_0000;

@@ -12,5 +12,6 @@ pub mod features;
 pub mod inode;
 pub mod limits;
 pub mod superblock;
+pub mod tar_header;
 pub mod toc;
 pub mod xattr;
