@@ -114,7 +114,7 @@ impl ChunkStore {
     }
 
     /// The chunks of one layer's blob, in blob order.
-    pub fn of_layer(&self, layer: LayerIndex) -> impl ExactSizeIterator<Item = ChunkId> + use<> {
+    pub fn of_layer(&self, layer: LayerIndex) -> impl ExactSizeIterator<Item = ChunkId> + Clone + use<> {
         let span = self.span(layer);
         (span.first..span.first + span.count).map(ChunkId)
     }

@@ -1,8 +1,10 @@
 //! Trees in, an image out.
 
+pub mod blob_writer;
 pub mod bootstrap_writer;
 pub mod chunks;
 pub mod content;
+pub mod create;
 mod dedup;
 pub mod error;
 pub mod layout;
@@ -12,6 +14,7 @@ pub mod oci;
 pub mod overlay;
 pub mod pipeline;
 pub mod prefetch;
+pub mod root;
 pub mod sink;
 pub mod source;
 pub mod tree;

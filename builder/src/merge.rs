@@ -8,7 +8,7 @@ use rafs::bootstrap::Bootstrap;
 use rafs::format::blob_table::BlobRecord;
 use rafs::format::features::{BlobFeatures, ImageFlags};
 use storage::codec::Codec;
-use storage::digest::Digest;
+use storage::digest::{Digest, TaggedDigest};
 use storage::ids::BlobId;
 use zerocopy::byteorder::little_endian::{U32, U64};
 
@@ -16,6 +16,7 @@ use crate::bootstrap_writer::{self, Image, padded_id};
 use crate::load::LoadedChunks;
 use crate::overlay::{self, WhiteoutSpec};
 use crate::prefetch::Patterns;
+use crate::root::{RootOptions, image_root};
 use crate::tree::Tree;
 use crate::{Error, ErrorKind, Result};
 
@@ -56,6 +57,8 @@ pub struct Merged {
     pub codec: Codec,
     /// Directory entries with the root.
     pub entry_count: u64,
+    /// Image root digest, from the merged tree.
+    pub root: TaggedDigest,
 }
 
 /// Merges `sources`, lowest first.
@@ -103,8 +106,20 @@ pub fn merge(sources: &[MergeSource], prefetch: &Patterns) -> Result<Merged> {
         force_xattr_flag: true,
         prefetch: &prefetch.resolve(&tree),
     })?;
+    let options = RootOptions {
+        digester: summary.digester,
+        chunk_size: summary.chunk_size,
+        explicit_ids: summary.flags.contains(ImageFlags::EXPLICIT_UID_GID),
+    };
+    let root = image_root(&tree, &chunks, options)?;
     let blobs = written.blobs.iter().map(|&b| shown_id(&chunks.blobs[b])).collect();
-    Ok(Merged { bootstrap: written.bytes, blobs, codec: summary.codec, entry_count: written.entry_count })
+    Ok(Merged {
+        bootstrap: written.bytes,
+        blobs,
+        codec: summary.codec,
+        entry_count: written.entry_count,
+        root,
+    })
 }
 
 /// The id in a blob record as text.

@@ -17,13 +17,21 @@ pub struct BlobSink {
     name: String,
     out: Box<dyn Write + Send>,
     sha256: Hasher,
+    /// Digest of everything, kept apart from the first unhashed byte on.
+    all: Option<Hasher>,
     len: u64,
 }
 
 impl BlobSink {
     /// A sink over `out`; `name` (a path, usually) is what errors call it.
     pub fn new(name: impl Into<String>, out: impl Write + Send + 'static) -> Self {
-        Self { name: name.into(), out: Box::new(out), sha256: DigestAlgorithm::Sha256.hasher(), len: 0 }
+        Self {
+            name: name.into(),
+            out: Box::new(out),
+            sha256: DigestAlgorithm::Sha256.hasher(),
+            all: None,
+            len: 0,
+        }
     }
 
     /// Appends `bytes` and feeds them to the digest.
@@ -32,7 +40,10 @@ impl BlobSink {
     /// `Io`: the writer failed (disk full, reader of a FIFO gone).
     pub fn append(&mut self, bytes: &[u8]) -> Result<()> {
         self.sha256.update(bytes);
-        self.append_unhashed(bytes)
+        if let Some(all) = &mut self.all {
+            all.update(bytes);
+        }
+        self.write(bytes)
     }
 
     /// Appends `bytes` without feeding them to the digest.
@@ -40,6 +51,12 @@ impl BlobSink {
     /// # Errors
     /// As [`Self::append`].
     pub fn append_unhashed(&mut self, bytes: &[u8]) -> Result<()> {
+        let sha256 = &self.sha256;
+        self.all.get_or_insert_with(|| sha256.clone()).update(bytes);
+        self.write(bytes)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.out.write_all(bytes).map_err(|e| {
             Error::io(format!("write blob {} ({} bytes at {})", self.name, bytes.len(), self.len), e)
         })?;
@@ -60,6 +77,11 @@ impl BlobSink {
     /// SHA-256 of everything hashed so far.
     pub fn digest(&self) -> Digest {
         self.sha256.clone().finish()
+    }
+
+    /// SHA-256 of everything written so far.
+    pub fn file_digest(&self) -> Digest {
+        self.all.as_ref().unwrap_or(&self.sha256).clone().finish()
     }
 
     /// Flushes the writer and gives it back.

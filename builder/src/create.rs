@@ -1,0 +1,141 @@
+//! One layer in, one blob and one bootstrap out.
+
+use std::path::Path;
+
+use rafs::format::blob_table::BlobRecord;
+use storage::digest::TaggedDigest;
+use storage::ids::BlobId;
+
+use crate::blob_writer::{BlobOptions, BlobWriter, FinishedBlob};
+use crate::bootstrap_writer::{self, Image};
+use crate::content::ChunkSource as _;
+use crate::overlay::{self, WhiteoutSpec};
+use crate::pipeline::{DataOptions, Session};
+use crate::prefetch::{self, Patterns};
+use crate::root::{RootOptions, image_root};
+use crate::sink::BlobSink;
+use crate::source::dir;
+use crate::tree::{InodeId, Tree};
+use crate::{Error, ErrorKind, Result};
+
+/// How one layer is built.
+#[derive(Clone, Debug)]
+pub struct LayerOptions {
+    /// Chunk size, compressor, digester, threads.
+    pub data: DataOptions,
+    /// Table of content in the blob.
+    pub toc: bool,
+    /// Bootstrap in the blob.
+    pub inline_bootstrap: bool,
+    /// Name of the blob in place of its digest.
+    pub blob_id: Option<BlobId>,
+    /// What marks removed entries. With no layer below, a directory source loses them; a tar
+    /// source keeps them, to be merged later.
+    pub whiteouts: WhiteoutSpec,
+    /// Patterns of the prefetch table.
+    pub prefetch: Patterns,
+    /// False stores owners as 0 and says so (`--repeatable`).
+    pub explicit_ids: bool,
+}
+
+/// Where the layer comes from.
+pub enum LayerSource<'a> {
+    /// A directory.
+    Directory(&'a Path),
+}
+
+/// A built layer.
+pub struct BuiltLayer {
+    /// The bootstrap.
+    pub bootstrap: Vec<u8>,
+    /// The blob. Without chunks and without an inlined bootstrap nothing was written to it.
+    pub blob: FinishedBlob,
+    /// True if the image has file data, so that the bootstrap names the blob.
+    pub has_data: bool,
+    /// Directory entries of the image with its root.
+    pub entry_count: u64,
+    /// Image root digest, computed from the source and its chunk digests.
+    pub root: TaggedDigest,
+}
+
+/// Builds one layer; the blob goes to `sink`.
+///
+/// # Errors
+/// Those of the source, of the format's limits, and of writing.
+pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSink) -> Result<BuiltLayer> {
+    let session = Session::new(options.data)?;
+    let mut layer = session.layer(sink)?;
+    let LayerSource::Directory(path) = source;
+    let read = read_directory(path, options, &mut layer);
+    let (tree, first) = match read {
+        Ok(read) => read,
+        Err(error) => {
+            layer.abort(&error);
+            return Err(error);
+        }
+    };
+    layer.finish()?;
+    let output = session.finish()?;
+    let data = output
+        .layers
+        .into_iter()
+        .next()
+        .ok_or_else(|| Error::new(ErrorKind::Cancelled, "the build ended without its layer"))?;
+    let content = output.content;
+    let of_layer = content.chunks.of_layer(data.layer);
+    let has_data = of_layer.len() > 0;
+    let blob_options = BlobOptions {
+        codec: options.data.codec,
+        digester: options.data.digester,
+        chunk_size: options.data.chunk_size,
+        toc: options.toc,
+        inline_bootstrap: options.inline_bootstrap,
+        id: options.blob_id.clone(),
+    };
+    let rows = of_layer.map(|id| content.row(id));
+    let writer = BlobWriter::new(data.sink, blob_options, content.chunks.decoded_size(data.layer), rows)?;
+    let write = |record: BlobRecord| {
+        bootstrap_writer::write(&Image {
+            tree: &tree,
+            chunks: &content,
+            blobs: &[record],
+            chunk_size: options.data.chunk_size,
+            codec: options.data.codec,
+            digester: options.data.digester,
+            explicit_ids: options.explicit_ids,
+            force_xattr_flag: false,
+            prefetch: &first,
+        })
+    };
+    let (bootstrap, blob) = if options.inline_bootstrap {
+        let bootstrap = write(*writer.record())?;
+        let blob = writer.finish(Some(&bootstrap.bytes))?;
+        (bootstrap, blob)
+    } else {
+        let blob = writer.finish(None)?;
+        (write(blob.record)?, blob)
+    };
+    let root = image_root(
+        &tree,
+        &content,
+        RootOptions {
+            digester: options.data.digester,
+            chunk_size: options.data.chunk_size,
+            explicit_ids: options.explicit_ids,
+        },
+    )?;
+    Ok(BuiltLayer { bootstrap: bootstrap.bytes, blob, has_data, entry_count: bootstrap.entry_count, root })
+}
+
+fn read_directory(
+    path: &Path,
+    options: &LayerOptions,
+    layer: &mut crate::pipeline::Layer,
+) -> Result<(Tree, Vec<InodeId>)> {
+    let mut source = dir::scan(path)?;
+    overlay::drop_whiteouts(&mut source.tree, options.whiteouts);
+    let first = options.prefetch.resolve(&source.tree);
+    let order = prefetch::file_order(&source.tree, &first);
+    source.read_files(&order, |mut file, size| layer.add_file(&mut file, size))?;
+    Ok((source.tree, first))
+}

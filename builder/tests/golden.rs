@@ -1,0 +1,214 @@
+//! Images built from the golden sources against what the reference builder made of them.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+
+use builder::create::{BuiltLayer, LayerOptions, LayerSource, build_layer};
+use builder::merge::{MergeSource, OwnBlob, merge};
+use builder::overlay::WhiteoutSpec;
+use builder::pipeline::DataOptions;
+use builder::prefetch::Patterns;
+use builder::sink::BlobSink;
+use rafs::bootstrap::OpenOptions;
+use storage::codec::Codec;
+use storage::digest::DigestAlgorithm;
+
+fn golden(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(path)
+}
+
+/// Unpacks a golden source as its README says; `None` without the rights for it.
+fn unpacked(name: &str) -> Option<tempfile::TempDir> {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: unpacking devices and trusted xattrs needs root");
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let status = Command::new("tar")
+        .args(["--xattrs", "--xattrs-include=*", "-xpf"])
+        .arg(golden(&format!("src/{name}.tar.gz")))
+        .arg("-C")
+        .arg(dir.path())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    Some(dir)
+}
+
+fn options(codec: Codec, chunk_size: u32) -> LayerOptions {
+    LayerOptions {
+        data: DataOptions { codec, digester: DigestAlgorithm::Blake3, chunk_size, threads: 2 },
+        toc: false,
+        inline_bootstrap: false,
+        blob_id: None,
+        whiteouts: WhiteoutSpec::Oci,
+        prefetch: Patterns::default(),
+        explicit_ids: true,
+    }
+}
+
+/// A blob kept in memory.
+#[derive(Clone, Default)]
+struct Memory(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Memory {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn build(source: LayerSource<'_>, options: &LayerOptions) -> (BuiltLayer, Vec<u8>) {
+    let memory = Memory::default();
+    let built = build_layer(source, options, BlobSink::new("memory", memory.clone())).unwrap();
+    let blob = std::mem::take(&mut *memory.0.lock().unwrap());
+    let opened = rafs::bootstrap::from_bytes(built.bootstrap.clone(), &OpenOptions::default()).unwrap();
+    assert_eq!(rafs::merkle::image_root(&*opened).unwrap(), built.root);
+    assert_eq!(built.blob.size, blob.len() as u64);
+    assert_eq!(built.blob.file_digest, DigestAlgorithm::Sha256.digest(&blob));
+    (built, blob)
+}
+
+/// Reports the first difference instead of dumping two images.
+fn assert_same(what: &str, ours: &[u8], theirs: &[u8]) {
+    let differs = ours.iter().zip(theirs).position(|(a, b)| a != b);
+    assert!(
+        differs.is_none() && ours.len() == theirs.len(),
+        "{what}: first difference at {differs:?}, lengths {} and {}",
+        ours.len(),
+        theirs.len()
+    );
+}
+
+#[test]
+fn uncompressed_images_are_byte_for_byte_the_reference() {
+    let Some(tree) = unpacked("tree") else { return };
+    for (variant, chunk_size) in [("none-4k", 0x1000), ("none-1m", 0x10_0000)] {
+        let (built, blob) = build(LayerSource::Directory(tree.path()), &options(Codec::None, chunk_size));
+        assert_same(variant, &blob, &std::fs::read(golden(&format!("{variant}/image.blob"))).unwrap());
+        assert_same(
+            variant,
+            &built.bootstrap,
+            &std::fs::read(golden(&format!("{variant}/image.boot"))).unwrap(),
+        );
+    }
+}
+
+/// Sets everything to zero that follows from how well a codec library compresses.
+fn without_stored_sizes(boot: &[u8]) -> Vec<u8> {
+    let mut out = boot.to_vec();
+    let number = |at: usize, len: usize| {
+        boot[at..at + len].iter().rev().fold(0usize, |value, &byte| value << 8 | usize::from(byte))
+    };
+    let (table, rows) = (number(1160, 8), number(1168, 4) / 256);
+    for row in 0..rows {
+        // Device slot: tag. Blob record: id, compressed_size, blob_toc_digest, context sizes.
+        out[1408 + 128 * row..][..64].fill(0);
+        let record = &mut out[table + 256 * row..][..256];
+        record[..64].fill(0);
+        record[88..96].fill(0);
+        record[112..128].fill(0);
+        record[136..168].fill(0);
+    }
+    let (chunks, size) = (number(1176, 8), number(1184, 8));
+    for record in out[chunks..chunks + size].chunks_exact_mut(80) {
+        record[40..44].fill(0);
+        record[48..56].fill(0);
+    }
+    out
+}
+
+#[test]
+fn compressed_images_differ_in_stored_sizes_only() {
+    let Some(tree) = unpacked("tree") else { return };
+    let plain = |codec, chunk_size| options(codec, chunk_size);
+    let prefetch = Patterns::read(&b"/files/one_byte\n/dirs\n/no/such\n/files/exact_4k\n"[..]).unwrap();
+    for (variant, options) in [
+        ("default", plain(Codec::Zstd, 0x10_0000)),
+        ("zstd-4k", plain(Codec::Zstd, 0x1000)),
+        ("lz4-1m", plain(Codec::Lz4Block, 0x10_0000)),
+        ("lz4-4k", plain(Codec::Lz4Block, 0x1000)),
+        ("prefetch", LayerOptions { prefetch, ..plain(Codec::Zstd, 0x10_0000) }),
+        ("toc-sha256", {
+            let mut options = LayerOptions { toc: true, ..plain(Codec::Zstd, 0x10_0000) };
+            options.data.digester = DigestAlgorithm::Sha256;
+            options
+        }),
+    ] {
+        let (built, _) = build(LayerSource::Directory(tree.path()), &options);
+        let reference = std::fs::read(golden(&format!("{variant}/image.boot"))).unwrap();
+        assert_same(variant, &without_stored_sizes(&built.bootstrap), &without_stored_sizes(&reference));
+    }
+}
+
+/// Sections of a blob by name, found by walking the tar headers back from its end.
+fn sections(blob: &[u8]) -> Vec<(String, &[u8])> {
+    let (mut out, mut end) = (Vec::new(), blob.len());
+    while end > 0 {
+        let header = tar::Header::from_byte_slice(&blob[end - 512..end]);
+        let size = header.size().unwrap() as usize;
+        let name = header.path().unwrap().display().to_string();
+        out.push((name, &blob[end - 512 - size..end - 512]));
+        end -= 512 + size;
+    }
+    out
+}
+
+#[test]
+fn inlined_bootstraps_are_the_reference() {
+    let with_toc = |source| (source, true, WhiteoutSpec::None, Patterns::everything());
+    for (variant, (source, toc, whiteouts, prefetch)) in [
+        ("inline-toc", with_toc("tree")),
+        ("upper-inline-toc", with_toc("upper")),
+        ("inline-old", ("upper", false, WhiteoutSpec::Oci, Patterns::default())),
+    ] {
+        let Some(tree) = unpacked(source) else { return };
+        let plain = options(Codec::Zstd, 0x10_0000);
+        let options = LayerOptions { toc, inline_bootstrap: true, whiteouts, prefetch, ..plain };
+        let (_, blob) = build(LayerSource::Directory(tree.path()), &options);
+        let reference = std::fs::read(golden(&format!("{variant}/layer.blob"))).unwrap();
+        let (ours, theirs) = (sections(&blob), sections(&reference));
+        assert_eq!(ours.len(), theirs.len());
+        for ((name, ours), (want, theirs)) in ours.into_iter().zip(theirs) {
+            assert_eq!(name, want);
+            match name.as_str() {
+                "blob.digest" => assert_same(variant, ours, theirs),
+                "image.boot" => {
+                    let decode = |bytes: &[u8]| match toc {
+                        true => zstd::decode_all(bytes).unwrap(),
+                        false => bytes.to_vec(),
+                    };
+                    let plain = |bytes: &[u8]| without_stored_sizes(&decode(bytes));
+                    assert_same(variant, &plain(ours), &plain(theirs));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// The bootstrap in a golden layer, opened under the name of its blob.
+fn layer_source(variant: &str) -> MergeSource {
+    let blob = std::fs::read(golden(&format!("{variant}/layer.blob"))).unwrap();
+    let id = DigestAlgorithm::Sha256.digest(&blob).to_string();
+    let inlined_blob_id = Some(storage::ids::BlobId::new(&id).unwrap());
+    let (_, boot) = sections(&blob).into_iter().find(|(name, _)| name == "image.boot").unwrap();
+    let boot = zstd::decode_all(boot).unwrap();
+    let bootstrap = rafs::bootstrap::from_bytes(boot, &OpenOptions { inlined_blob_id }).unwrap();
+    MergeSource { name: variant.into(), bootstrap, own: OwnBlob::default() }
+}
+
+#[test]
+fn merged_bootstraps_are_byte_for_byte_the_reference() {
+    let sources = [layer_source("inline-toc"), layer_source("upper-inline-toc")];
+    let merged = merge(&sources, &Patterns::everything()).unwrap();
+    let opened = rafs::bootstrap::from_bytes(merged.bootstrap.clone(), &OpenOptions::default()).unwrap();
+    assert_eq!(rafs::merkle::image_root(&*opened).unwrap(), merged.root);
+    assert_same("merged", &merged.bootstrap, &std::fs::read(golden("merged/image.boot")).unwrap());
+}
