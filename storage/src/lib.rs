@@ -31,6 +31,7 @@ pub mod error;
 pub mod extent;
 pub mod ids;
 pub mod metrics;
+pub mod oci;
 pub mod read;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

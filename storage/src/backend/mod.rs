@@ -1,5 +1,11 @@
 //! Where bytes come from: one read-only source for one blob.
 
+pub mod http;
+pub mod layout;
+pub mod localfs;
+pub mod registry;
+pub mod retry;
+
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;

@@ -1,0 +1,498 @@
+//! The transport of remote sources: kept connections, TLS, timeouts, and errors that
+//! name what was asked and what helps.
+//!
+//! Redirects are never followed here and proxies never used unless asked for: both
+//! decide who sees credentials, so the callers decide them.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use reqwest::header::{HeaderMap, RETRY_AFTER};
+use reqwest::{Request, Response, StatusCode, Url};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{DigitallySignedStruct, SignatureScheme};
+
+use super::ReadContext;
+use super::retry::{Failure, within};
+use crate::{Error, ErrorKind, Result};
+
+/// How this program names itself to servers.
+const USER_AGENT: &str = concat!("nydus/", env!("CARGO_PKG_VERSION"));
+/// Idle connections kept to one host: as many as reads usually run side by side.
+const MAX_IDLE_CONNECTIONS: usize = 16;
+/// An error page is read this far for its message.
+const MAX_ERROR_BODY: usize = 4096;
+/// A server's own words are shown this far.
+const MAX_ERROR_TEXT: usize = 200;
+
+/// How to reach servers.
+#[derive(Clone, Debug)]
+pub struct HttpOptions {
+    /// Longest wait for a connection, TLS included; `None` waits for ever.
+    pub connect_timeout: Option<Duration>,
+    /// Longest silence of a server that owes an answer or more of one; `None` waits for ever.
+    pub progress_timeout: Option<Duration>,
+    /// PEM files with roots trusted beside the system's.
+    pub ca_files: Vec<PathBuf>,
+    /// Accept any certificate.
+    pub skip_verify: bool,
+    /// Use the proxies of `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY`, except for `NO_PROXY`.
+    pub proxy_from_environment: bool,
+}
+
+impl Default for HttpOptions {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Some(Duration::from_secs(5)),
+            progress_timeout: Some(Duration::from_secs(15)),
+            ca_files: Vec::new(),
+            skip_verify: false,
+            proxy_from_environment: false,
+        }
+    }
+}
+
+/// A pool of connections. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Http {
+    client: reqwest::Client,
+    progress_timeout: Option<Duration>,
+}
+
+impl Http {
+    /// A pool without connections.
+    ///
+    /// # Errors
+    /// `NotFound`, `Io`, `Invalid`: a CA file is missing, unreadable or holds no certificate.
+    pub fn new(options: &HttpOptions) -> Result<Self> {
+        let mut builder = reqwest::Client::builder()
+            .tls_backend_preconfigured(tls_config(options)?)
+            .user_agent(USER_AGENT)
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .referer(false)
+            .http2_adaptive_window(true)
+            .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
+            .tcp_nodelay(true);
+        if let Some(timeout) = options.connect_timeout {
+            builder = builder.connect_timeout(timeout);
+        }
+        builder = builder.no_proxy();
+        if options.proxy_from_environment {
+            for proxy in environment_proxies(|name| std::env::var(name).ok())? {
+                builder = builder.proxy(proxy);
+            }
+        }
+        let client = builder
+            .build()
+            .map_err(|e| Error::new(ErrorKind::Invalid, "set up the HTTP client").with_source(e))?;
+        Ok(Self { client, progress_timeout: options.progress_timeout })
+    }
+
+    /// Sends `request` and awaits the head of its answer, whatever its status.
+    ///
+    /// A request whose body is a stream may take as long as the context allows.
+    ///
+    /// # Errors
+    /// A passing failure if the server can not be reached or falls silent; a final one if
+    /// it can not be trusted; `TimedOut`, `Cancelled` as the context says.
+    pub async fn send(
+        &self,
+        request: Request,
+        context: &ReadContext,
+    ) -> std::result::Result<Answer, Failure> {
+        let what = format!("{} {}", request.method(), shown(request.url()));
+        let streams = request.body().is_some_and(|body| body.as_bytes().is_none());
+        let silence = if streams { None } else { self.progress_timeout };
+        let answer = progress(silence, &what, context, self.client.execute(request)).await?;
+        Ok(Answer { what, response: answer, silence: self.progress_timeout })
+    }
+}
+
+/// Awaits `step` of an exchange no longer than `silence` and the context allow.
+async fn progress<T>(
+    silence: Option<Duration>,
+    what: &str,
+    context: &ReadContext,
+    step: impl Future<Output = std::result::Result<T, reqwest::Error>>,
+) -> std::result::Result<T, Failure> {
+    within(context, what, async {
+        let result = match silence {
+            Some(silence) => tokio::time::timeout(silence, step).await.map_err(|_| {
+                let why = format!("{what}: the server was silent for {} ms", silence.as_millis());
+                Failure::passing(Error::new(ErrorKind::Unavailable, why))
+            })?,
+            None => step.await,
+        };
+        result.map_err(|e| transport_failure(what, e))
+    })
+    .await
+}
+
+/// The head of an answer, its body still to come.
+#[derive(Debug)]
+pub struct Answer {
+    what: String,
+    response: Response,
+    silence: Option<Duration>,
+}
+
+impl Answer {
+    /// `METHOD URL` of the request, fit to be shown.
+    pub fn what(&self) -> &str {
+        &self.what
+    }
+
+    /// The status.
+    pub fn status(&self) -> StatusCode {
+        self.response.status()
+    }
+
+    /// The headers.
+    pub fn headers(&self) -> &HeaderMap {
+        self.response.headers()
+    }
+
+    /// A header's value, if it is there and text.
+    pub fn header(&self, name: impl reqwest::header::AsHeaderName) -> Option<&str> {
+        self.headers().get(name)?.to_str().ok()
+    }
+
+    /// Where the answer comes from.
+    pub fn url(&self) -> &Url {
+        self.response.url()
+    }
+
+    /// The next bytes of the body; `None` at its end.
+    ///
+    /// # Errors
+    /// A passing failure: reset, truncation, silence. `TimedOut`, `Cancelled`.
+    pub async fn chunk(&mut self, context: &ReadContext) -> std::result::Result<Option<Bytes>, Failure> {
+        progress(self.silence, &self.what, context, self.response.chunk()).await
+    }
+
+    /// The whole body, at most `cap` bytes.
+    ///
+    /// # Errors
+    /// Those of [`Answer::chunk`]; `Invalid`: it is longer.
+    pub async fn bytes(mut self, cap: u64, context: &ReadContext) -> std::result::Result<Vec<u8>, Failure> {
+        let mut all = Vec::new();
+        while let Some(piece) = self.chunk(context).await? {
+            if (all.len() + piece.len()) as u64 > cap {
+                let why = format!("{}: the answer is longer than {cap} bytes", self.what);
+                return Err(Error::new(ErrorKind::Invalid, why).into());
+            }
+            all.extend_from_slice(&piece);
+        }
+        Ok(all)
+    }
+
+    /// Turns an unwelcome answer into a failure that says what it means and what helps;
+    /// `login` is the name a login of this server goes by.
+    pub async fn into_failure(mut self, login: &str, context: &ReadContext) -> Failure {
+        let status = self.status();
+        let retry_after = self.header(RETRY_AFTER).and_then(|v| parse_retry_after(v, SystemTime::now()));
+        let mut page = Vec::new();
+        // The page only embellishes the message; what can not be read is left out.
+        while page.len() < MAX_ERROR_BODY && self.response.status() != StatusCode::NOT_MODIFIED {
+            match self.chunk(context).await {
+                Ok(Some(piece)) => page.extend_from_slice(&piece),
+                Ok(None) | Err(_) => break,
+            }
+        }
+        page.truncate(MAX_ERROR_BODY);
+        let (kind, passing, meaning) = judge(status, login);
+        let mut text = format!("{}: {status}", self.what);
+        for part in [error_text(&page).as_str(), meaning.as_str()].into_iter().filter(|part| !part.is_empty())
+        {
+            text = format!("{text}; {part}");
+        }
+        Failure { error: Error::new(kind, text), passing, retry_after }
+    }
+}
+
+/// Kind, whether it may pass, and the remedy of an unwelcome status.
+fn judge(status: StatusCode, login: &str) -> (ErrorKind, bool, String) {
+    match status.as_u16() {
+        401 => (ErrorKind::Denied, false, format!("log in with `docker login {login}` or set `auth`")),
+        403 => (ErrorKind::Denied, false, format!("the login used for {login} does not allow this")),
+        404 | 410 => (ErrorKind::NotFound, false, String::new()),
+        407 => {
+            (ErrorKind::Denied, false, "the proxy wants a login: put USER:PASSWORD@ in its URL".to_owned())
+        }
+        408 | 425 | 429 | 500 | 502..=504 | 506..=599 => (ErrorKind::Unavailable, true, String::new()),
+        416 => (ErrorKind::OutOfRange, false, "the object ends before the range asked for".to_owned()),
+        405 | 501 | 505 => {
+            (ErrorKind::Unsupported, false, "the server does not support this request".to_owned())
+        }
+        _ => (ErrorKind::Invalid, false, String::new()),
+    }
+}
+
+/// The message in a registry's error page, without control characters, cut short.
+fn error_text(page: &[u8]) -> String {
+    #[derive(serde::Deserialize)]
+    struct Page {
+        errors: Vec<Item>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Item {
+        #[serde(default)]
+        code: String,
+        #[serde(default)]
+        message: String,
+    }
+    let text = match serde_json::from_slice::<Page>(page) {
+        Ok(page) => {
+            page.errors.iter().map(|e| format!("{}: {}", e.code, e.message)).collect::<Vec<_>>().join(", ")
+        }
+        Err(_) => return String::new(),
+    };
+    text.chars().filter(|c| !c.is_control()).take(MAX_ERROR_TEXT).collect()
+}
+
+/// `Retry-After`: seconds or a date.
+fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration> {
+    match value.trim().parse() {
+        Ok(seconds) => Some(Duration::from_secs(seconds)),
+        Err(_) => Some(httpdate::parse_http_date(value.trim()).ok()?.duration_since(now).unwrap_or_default()),
+    }
+}
+
+/// A URL fit for messages: without user, password, query and fragment, which may hold secrets.
+pub fn shown(url: &Url) -> impl fmt::Display {
+    let mut url = url.clone();
+    // Both fail only for URLs without a host, which have no user either.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    url.set_query(None);
+    url.set_fragment(None);
+    url
+}
+
+/// True if credentials meant for `a` may go to `b`.
+pub fn same_origin(a: &Url, b: &Url) -> bool {
+    a.scheme() == b.scheme() && a.host() == b.host() && a.port_or_known_default() == b.port_or_known_default()
+}
+
+/// Parses an absolute http or https URL.
+///
+/// # Errors
+/// `Invalid`: not one. `what` says whose it is.
+pub fn parse_url(what: &str, text: &str) -> Result<Url> {
+    match Url::parse(text) {
+        Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Ok(url),
+        _ => Err(Error::new(ErrorKind::Invalid, format!("{what}: not an http or https URL"))),
+    }
+}
+
+/// A failure below HTTP.
+fn transport_failure(what: &str, error: reqwest::Error) -> Failure {
+    let untrusted = certificate_error(&error);
+    let (kind, passing, why) = if untrusted {
+        let remedy = "its certificate is not trusted; add its CA to `ca_cert_files`, or set `skip_verify`";
+        (ErrorKind::Denied, false, remedy)
+    } else if error.is_builder() {
+        (ErrorKind::Invalid, false, "not a valid request")
+    } else if error.is_connect() {
+        (ErrorKind::Unavailable, true, "no connection")
+    } else {
+        (ErrorKind::Unavailable, true, "the connection broke")
+    };
+    let error = Error::new(kind, format!("{what}: {why}")).with_source(error.without_url());
+    Failure { error, passing, retry_after: None }
+}
+
+fn certificate_error(error: &reqwest::Error) -> bool {
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        let tls = inner.and_then(|e| e.downcast_ref()).or_else(|| error.downcast_ref::<rustls::Error>());
+        if matches!(tls, Some(rustls::Error::InvalidCertificate(_))) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+/// The proxies that the usual variables name; lower case wins, as in curl.
+fn environment_proxies(variable: impl Fn(&str) -> Option<String>) -> Result<Vec<reqwest::Proxy>> {
+    let get = |upper: &str| {
+        variable(&upper.to_ascii_lowercase()).or_else(|| variable(upper)).filter(|value| !value.is_empty())
+    };
+    let except = get("NO_PROXY").and_then(|list| reqwest::NoProxy::from_string(&list));
+    let all = get("ALL_PROXY");
+    let mut proxies = Vec::new();
+    for (name, https) in [("HTTPS_PROXY", true), ("HTTP_PROXY", false)] {
+        let Some(url) = get(name).or_else(|| all.clone()) else { continue };
+        let proxy = if https { reqwest::Proxy::https(&url) } else { reqwest::Proxy::http(&url) };
+        let proxy = proxy
+            .map_err(|_| Error::new(ErrorKind::Invalid, format!("{name}: not the URL of an http proxy")))?;
+        proxies.push(proxy.no_proxy(except.clone()));
+    }
+    Ok(proxies)
+}
+
+/// TLS with ring, the system's roots and the private ones.
+fn tls_config(options: &HttpOptions) -> Result<rustls::ClientConfig> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| Error::new(ErrorKind::Unsupported, "set up TLS").with_source(e))?;
+    let mut config = if options.skip_verify {
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
+    } else {
+        builder.with_root_certificates(roots(&options.ca_files)?)
+    }
+    .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+fn roots(ca_files: &[PathBuf]) -> Result<rustls::RootCertStore> {
+    let mut roots = rustls::RootCertStore::empty();
+    // A machine without system roots still reaches plain http and private CAs; what is
+    // missing shows as an untrusted certificate.
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    for path in ca_files {
+        let what = || format!("CA file {}", path.display());
+        let pem = std::fs::read(path).map_err(|e| Error::io(what(), e))?;
+        let mut count = 0;
+        for certificate in CertificateDer::pem_slice_iter(&pem) {
+            let added =
+                certificate.map_err(|e| e.to_string()).and_then(|c| roots.add(c).map_err(|e| e.to_string()));
+            added.map_err(|e| Error::new(ErrorKind::Invalid, format!("{}: {e}", what())))?;
+            count += 1;
+        }
+        if count == 0 {
+            return Err(Error::new(ErrorKind::Invalid, format!("{}: no PEM certificate in it", what())));
+        }
+    }
+    Ok(roots)
+}
+
+/// `skip_verify`: any certificate will do; handshake signatures are still checked.
+#[derive(Debug)]
+struct AnyCertificate(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for AnyCertificate {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> std::result::Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shown_urls_hold_no_secrets() {
+        let url = Url::parse("https://user:pw@h.io:8443/v2/a/blobs/x?X-Amz-Signature=s3cr3t#f").unwrap();
+        assert_eq!(shown(&url).to_string(), "https://h.io:8443/v2/a/blobs/x");
+    }
+
+    #[test]
+    fn origins_are_scheme_host_and_port() {
+        let u = |s| Url::parse(s).unwrap();
+        assert!(same_origin(&u("https://a/x"), &u("https://a:443/y?z")));
+        for other in ["http://a/", "https://b/", "https://a:444/", "https://a.b/"] {
+            assert!(!same_origin(&u("https://a/x"), &u(other)), "{other}");
+        }
+    }
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        let now = httpdate::parse_http_date("Wed, 21 Oct 2026 07:28:00 GMT").unwrap();
+        let cases = [
+            ("3", Some(3)),
+            ("Wed, 21 Oct 2026 07:28:30 GMT", Some(30)),
+            ("Wed, 21 Oct 2026 07:00:00 GMT", Some(0)),
+            ("soon", None),
+            ("-1", None),
+        ];
+        for (value, seconds) in cases {
+            assert_eq!(parse_retry_after(value, now), seconds.map(Duration::from_secs), "{value}");
+        }
+    }
+
+    #[test]
+    fn statuses_have_kinds_and_only_some_pass() {
+        for (code, kind, passing) in [
+            (401, ErrorKind::Denied, false),
+            (403, ErrorKind::Denied, false),
+            (404, ErrorKind::NotFound, false),
+            (416, ErrorKind::OutOfRange, false),
+            (429, ErrorKind::Unavailable, true),
+            (500, ErrorKind::Unavailable, true),
+            (501, ErrorKind::Unsupported, false),
+            (503, ErrorKind::Unavailable, true),
+        ] {
+            let (k, p, _) = judge(StatusCode::from_u16(code).unwrap(), "h");
+            assert_eq!((k, p), (kind, passing), "{code}");
+        }
+        assert_eq!(
+            error_text(b"{\"errors\":[{\"code\":\"DENIED\",\"message\":\"no\\u001b[31m\"}]}"),
+            "DENIED: no[31m"
+        );
+        assert_eq!(error_text(b"<html>"), "");
+    }
+
+    #[test]
+    fn broken_ca_files_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ca.pem");
+        std::fs::write(&path, "no certificate").unwrap();
+        let options = |path: PathBuf| HttpOptions { ca_files: vec![path], ..HttpOptions::default() };
+        let err = Http::new(&options(path)).unwrap_err();
+        assert!(err.kind() == ErrorKind::Invalid && err.to_string().contains("ca.pem"), "{err}");
+        assert_eq!(Http::new(&options(dir.path().join("gone.pem"))).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn proxies_come_from_the_usual_variables() {
+        let set = |list: &'static [(&str, &str)]| {
+            environment_proxies(|name| list.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned()))
+        };
+        assert_eq!(set(&[]).unwrap().len(), 0);
+        assert_eq!(set(&[("https_proxy", "http://p:3128"), ("NO_PROXY", "localhost")]).unwrap().len(), 1);
+        assert_eq!(set(&[("ALL_PROXY", "http://p:3128")]).unwrap().len(), 2);
+        let err = set(&[("HTTP_PROXY", "http://user:secret@[bad")]).unwrap_err();
+        assert!(!err.to_string().contains("secret"));
+    }
+}

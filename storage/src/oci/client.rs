@@ -1,0 +1,397 @@
+//! A client of one registry (OCI distribution specification): requests with logins,
+//! manifests, blobs.
+//!
+//! Authorization goes to the registry's own origin and nowhere else: [`RegistryClient::send`]
+//! attaches it only there, whatever URL it is given, and redirects are followed one by one
+//! through it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use reqwest::header::{
+    ACCEPT, AUTHORIZATION, CONTENT_LENGTH, HeaderMap, HeaderValue, LOCATION, WWW_AUTHENTICATE,
+};
+use reqwest::{Body, Method, Request, StatusCode, Url};
+
+use super::auth::{AuthFiles, Credentials, Secret};
+use super::challenge::Challenge;
+use super::manifest::{self, Document, MAX_MANIFEST_SIZE};
+use super::reference::{Reference, api_host, check_host, is_loopback};
+use super::token::{Access, Authenticator, Login, header_value};
+use crate::backend::ReadContext;
+use crate::backend::http::{Answer, Http, HttpOptions, parse_url, same_origin};
+use crate::backend::retry::{Failure, RetryPolicy, with_retries};
+use crate::digest::TaggedDigest;
+use crate::{Error, ErrorKind, Result};
+
+/// Redirects followed in a row.
+pub const MAX_REDIRECTS: usize = 5;
+
+/// Whether a registry is spoken to with TLS.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Scheme {
+    /// TLS; on this machine plain http, and TLS if the server asks for it.
+    #[default]
+    Auto,
+    /// TLS.
+    Https,
+    /// Plain http.
+    Http,
+}
+
+/// How to reach registries.
+#[derive(Clone, Debug)]
+pub struct RegistryOptions {
+    /// Transport. With `skip_verify` a registry without TLS is accepted, too.
+    pub http: HttpOptions,
+    /// TLS or not.
+    pub scheme: Scheme,
+    /// Where logins come from.
+    pub login: Login,
+    /// A bearer token to begin with.
+    pub token: Option<Secret>,
+    /// How manifests and whole blobs are retried.
+    pub retry: RetryPolicy,
+}
+
+impl Default for RegistryOptions {
+    fn default() -> Self {
+        Self {
+            http: HttpOptions::default(),
+            scheme: Scheme::Auto,
+            login: Login::Files(AuthFiles::from_environment()),
+            token: None,
+            retry: RetryPolicy::COMMANDS,
+        }
+    }
+}
+
+/// One request to a registry, or to a place it named.
+#[derive(Debug)]
+pub struct Call {
+    /// The method.
+    pub method: Method,
+    /// From [`RegistryClient::url`], or a `Location` resolved by [`RegistryClient::location`].
+    pub url: Url,
+    /// What it needs a token for.
+    pub access: Access,
+    /// Headers beside `Authorization`.
+    pub headers: HeaderMap,
+    /// The body.
+    pub body: Option<Body>,
+}
+
+impl Call {
+    /// A request without headers and body.
+    pub fn new(method: Method, url: Url, access: Access) -> Self {
+        Self { method, url, access, headers: HeaderMap::new(), body: None }
+    }
+}
+
+/// A client of one registry. Cheap to clone; clones share connections and tokens.
+#[derive(Clone, Debug)]
+pub struct RegistryClient {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    http: Http,
+    /// As users name it.
+    host: String,
+    secure_base: Url,
+    plain_base: Url,
+    /// Spoken to without TLS now. Relaxed: it guards nothing, a late look costs one request.
+    plain: AtomicBool,
+    /// May `plain` change to what the server turns out to speak?
+    switch: Switch,
+    auth: Authenticator,
+    retry: RetryPolicy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Switch {
+    Never,
+    /// Loopback: a server that answers plain http with 400 may want TLS.
+    ToSecure,
+    /// `skip_verify`: a server that does not speak TLS is accepted without.
+    ToPlain,
+}
+
+impl RegistryClient {
+    /// For the registry that users name `host`. Does no I/O except reading CA files.
+    ///
+    /// # Errors
+    /// `Invalid`: not a host name, or a bad CA file; `NotFound`, `Io`: a CA file is missing.
+    pub fn new(host: &str, options: RegistryOptions) -> Result<Self> {
+        check_host(host)?;
+        let loopback = is_loopback(host);
+        let (plain, switch) = match options.scheme {
+            Scheme::Http => (true, Switch::Never),
+            Scheme::Auto if loopback => (true, Switch::ToSecure),
+            Scheme::Auto | Scheme::Https if options.http.skip_verify => (false, Switch::ToPlain),
+            Scheme::Auto | Scheme::Https => (false, Switch::Never),
+        };
+        let http = Http::new(&options.http)?;
+        let base = |scheme| parse_url(host, &format!("{scheme}://{}/v2/", api_host(host)));
+        let in_clear = plain || switch != Switch::Never;
+        let inner = Inner {
+            secure_base: base("https")?,
+            plain_base: base("http")?,
+            plain: AtomicBool::new(plain),
+            switch,
+            auth: Authenticator::new(http.clone(), host, options.login, options.token, in_clear),
+            http,
+            host: host.to_owned(),
+            retry: options.retry,
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The registry as users name it.
+    pub fn host(&self) -> &str {
+        &self.inner.host
+    }
+
+    /// How this client's own requests are retried.
+    pub fn retry(&self) -> RetryPolicy {
+        self.inner.retry
+    }
+
+    /// Replaces the login from now on.
+    pub fn set_credentials(&self, credentials: Credentials) {
+        self.inner.auth.set_credentials(credentials);
+    }
+
+    fn base(&self) -> &Url {
+        match self.inner.plain.load(Ordering::Relaxed) {
+            true => &self.inner.plain_base,
+            false => &self.inner.secure_base,
+        }
+    }
+
+    /// The URL of `path` below `/v2/`: `REPOSITORY/manifests/NAME`, `REPOSITORY/blobs/DIGEST`, …
+    ///
+    /// # Errors
+    /// `Invalid`: not a path.
+    pub fn url(&self, path: &str) -> Result<Url> {
+        self.base()
+            .join(path)
+            .map_err(|e| Error::new(ErrorKind::Invalid, format!("URL path {path:?}")).with_source(e))
+    }
+
+    /// The `Location` of an answer, made absolute.
+    ///
+    /// # Errors
+    /// `Invalid`: there is none, or it is not an http or https URL.
+    pub fn location(answer: &Answer) -> Result<Url> {
+        answer
+            .header(LOCATION)
+            .and_then(|location| answer.url().join(location).ok())
+            .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
+            .ok_or_else(|| {
+                let why = format!("{}: {} without a usable Location", answer.what(), answer.status());
+                Error::new(ErrorKind::Invalid, why)
+            })
+    }
+
+    /// True if `url` is the registry itself, which alone is given credentials.
+    fn is_own(&self, url: &Url) -> bool {
+        match self.inner.switch {
+            Switch::Never => same_origin(url, self.base()),
+            // A URL made before the switch is meant for the same server.
+            _ => same_origin(url, &self.inner.plain_base) || same_origin(url, &self.inner.secure_base),
+        }
+    }
+
+    /// Sends one request, logging in if the registry asks for it. Follows no redirect and
+    /// repeats nothing else; any status is an answer.
+    ///
+    /// # Errors
+    /// Transport failures; those of the token server; `Denied`: 401 and no login helps. A
+    /// passing failure if the login was renewed but the body is a stream that is spent.
+    pub async fn send(&self, call: Call, context: &ReadContext) -> std::result::Result<Answer, Failure> {
+        let Call { method, url, access, headers, body } = call;
+        let own = self.is_own(&url);
+        let mut request = Request::new(method, url);
+        *request.headers_mut() = headers;
+        *request.body_mut() = body;
+        if !own {
+            return self.inner.http.send(request, context).await;
+        }
+        let used = self.inner.auth.header(&access, context).await?;
+        if let Some(header) = &used {
+            request.headers_mut().insert(AUTHORIZATION, header_value(header)?);
+        }
+        let again = request.try_clone();
+        let answer = self.exchange(request, context).await?;
+        if answer.status() != StatusCode::UNAUTHORIZED {
+            return Ok(answer);
+        }
+        let values = answer.headers().get_all(WWW_AUTHENTICATE);
+        let challenges: Vec<_> =
+            values.iter().filter_map(|v| v.to_str().ok()).flat_map(Challenge::parse).collect();
+        let what = answer.what().to_owned();
+        let refused = answer.into_failure(self.host(), context).await;
+        if challenges.is_empty() {
+            return Err(refused);
+        }
+        let Some(header) = self.inner.auth.renew(&access, challenges, used.as_ref(), context).await? else {
+            return Err(refused);
+        };
+        let Some(mut request) = again else {
+            let why = format!("{what}: the login was renewed, the request must be sent again");
+            return Err(Failure::passing(Error::new(ErrorKind::Unavailable, why)));
+        };
+        request.headers_mut().insert(AUTHORIZATION, header_value(&header)?);
+        self.exchange(request, context).await
+    }
+
+    /// Sends to the registry itself in the scheme it speaks, learning it at first contact.
+    async fn exchange(
+        &self,
+        mut request: Request,
+        context: &ReadContext,
+    ) -> std::result::Result<Answer, Failure> {
+        let plain = self.inner.plain.load(Ordering::Relaxed);
+        let set = |request: &mut Request, plain| {
+            // Between http and https this can not fail.
+            let _ = request.url_mut().set_scheme(if plain { "http" } else { "https" });
+        };
+        set(&mut request, plain);
+        let again = if self.inner.switch == Switch::Never { None } else { request.try_clone() };
+        let result = self.inner.http.send(request, context).await;
+        let other = match (&result, self.inner.switch) {
+            (Ok(answer), Switch::ToSecure) => plain && answer.status() == StatusCode::BAD_REQUEST,
+            (Err(failure), Switch::ToPlain) => !plain && failure.passing,
+            _ => false,
+        };
+        let (true, Some(mut request)) = (other, again) else { return result };
+        set(&mut request, !plain);
+        match self.inner.http.send(request, context).await {
+            Ok(answer) => {
+                self.inner.plain.store(!plain, Ordering::Relaxed);
+                Ok(answer)
+            }
+            // An untrusted certificate is the answer; anything else says that the first one stands.
+            Err(failure) if failure.error.kind() == ErrorKind::Denied => Err(failure),
+            Err(_) => result,
+        }
+    }
+
+    /// Sends GET or HEAD and follows redirects; any other status is an answer.
+    async fn follow(
+        &self,
+        method: Method,
+        url: Url,
+        access: &Access,
+        headers: &HeaderMap,
+        context: &ReadContext,
+    ) -> std::result::Result<Answer, Failure> {
+        let mut url = url;
+        for _ in 0..=MAX_REDIRECTS {
+            let mut call = Call::new(method.clone(), url, access.clone());
+            call.headers.clone_from(headers);
+            let answer = self.send(call, context).await?;
+            if !is_redirect(answer.status()) {
+                return Ok(answer);
+            }
+            url = Self::location(&answer)?;
+        }
+        Err(too_many_redirects(&method, &url).into())
+    }
+
+    /// The manifest or index that `reference` names, verified: against the digest of the
+    /// reference if it has one, against the one the registry states otherwise.
+    ///
+    /// # Errors
+    /// `NotFound`, `Denied`, `Unavailable`, `TimedOut`, `Cancelled`; `Corrupt`: another digest.
+    pub async fn get_manifest(&self, reference: &Reference, context: &ReadContext) -> Result<Document> {
+        let path = format!("{}/manifests/{}", reference.repository(), reference.manifest_name());
+        let access = Access::pull(reference.repository());
+        let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(manifest::ACCEPT))]);
+        with_retries(self.inner.retry, context, || async {
+            let answer = self.follow(Method::GET, self.url(&path)?, &access, &headers, context).await?;
+            if answer.status() != StatusCode::OK {
+                return Err(answer.into_failure(self.host(), context).await);
+            }
+            let stated = answer.header("docker-content-digest").and_then(|v| v.parse().ok());
+            let media_type = answer.header("content-type").unwrap_or_default().to_owned();
+            let bytes = answer.bytes(MAX_MANIFEST_SIZE, context).await?;
+            Ok(Document::new(bytes.into(), &media_type, reference.digest().or(stated))?)
+        })
+        .await
+        .map_err(|e| e.context(format_args!("manifest of {reference}")))
+    }
+
+    /// Digest of the manifest at `reference`, or `None` if there is none; fetches no body.
+    ///
+    /// # Errors
+    /// `Denied`, `Unavailable`, `TimedOut`, `Cancelled`; `Invalid`: the registry states no digest.
+    pub async fn manifest_digest(
+        &self,
+        reference: &Reference,
+        context: &ReadContext,
+    ) -> Result<Option<TaggedDigest>> {
+        let path = format!("{}/manifests/{}", reference.repository(), reference.manifest_name());
+        let access = Access::pull(reference.repository());
+        let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(manifest::ACCEPT))]);
+        with_retries(self.inner.retry, context, || async {
+            let answer = self.follow(Method::HEAD, self.url(&path)?, &access, &headers, context).await?;
+            match answer.status() {
+                StatusCode::OK => match answer.header("docker-content-digest").and_then(|v| v.parse().ok()) {
+                    Some(digest) => Ok(Some(digest)),
+                    None => {
+                        let why = format!("{}: no digest in the answer", answer.what());
+                        Err(Error::new(ErrorKind::Invalid, why).into())
+                    }
+                },
+                StatusCode::NOT_FOUND => Ok(None),
+                _ => Err(answer.into_failure(self.host(), context).await),
+            }
+        })
+        .await
+        .map_err(|e| e.context(format_args!("manifest of {reference}")))
+    }
+
+    /// Size of a blob, or `None` if the repository does not hold it.
+    ///
+    /// # Errors
+    /// `Denied`, `Unavailable`, `TimedOut`, `Cancelled`; `Unsupported`: the registry states no size.
+    pub async fn blob_size(
+        &self,
+        repository: &str,
+        digest: TaggedDigest,
+        context: &ReadContext,
+    ) -> Result<Option<u64>> {
+        let path = format!("{repository}/blobs/{digest}");
+        let access = Access::pull(repository);
+        with_retries(self.inner.retry, context, || async {
+            let answer =
+                self.follow(Method::HEAD, self.url(&path)?, &access, &HeaderMap::new(), context).await?;
+            match answer.status() {
+                StatusCode::OK => match answer.header(CONTENT_LENGTH).and_then(|v| v.parse().ok()) {
+                    Some(size) => Ok(Some(size)),
+                    None => {
+                        let why = format!("{}: no Content-Length in the answer", answer.what());
+                        Err(Error::new(ErrorKind::Unsupported, why).into())
+                    }
+                },
+                StatusCode::NOT_FOUND => Ok(None),
+                _ => Err(answer.into_failure(self.host(), context).await),
+            }
+        })
+        .await
+    }
+}
+
+/// A status that names another place for the same request.
+pub fn is_redirect(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
+}
+
+/// The error for a chain of more than [`MAX_REDIRECTS`].
+pub fn too_many_redirects(method: &Method, url: &Url) -> Error {
+    let url = crate::backend::http::shown(url);
+    Error::new(ErrorKind::Invalid, format!("{method} {url}: more than {MAX_REDIRECTS} redirects"))
+}

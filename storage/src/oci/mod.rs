@@ -1,0 +1,19 @@
+//! OCI distribution: names, logins, manifests, and the places images lie in.
+//!
+//! ```text
+//!   reference ─┐                      ┌─ registry: client ── token ── challenge, auth
+//!              ├─ image: one image ───┤
+//!   manifest ──┘      │               └─ disk: layout
+//!                     └─ nydus: its bootstrap, and a source of its blobs
+//! ```
+//!
+//! Nothing a server or a layout says is believed before its size and digest are checked.
+
+pub mod auth;
+pub mod challenge;
+pub mod client;
+pub mod layout;
+pub mod manifest;
+pub mod reference;
+pub mod stream;
+pub mod token;
