@@ -253,3 +253,56 @@ pub(crate) fn overlong(range: ByteRange) -> Error {
         format!("bytes {range}: the source sent more than {} bytes; does it ignore ranges?", range.len()),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Fault, FaultyBackend, Gate};
+
+    #[test]
+    fn a_fetch_is_whole_or_an_error() {
+        let engine = Engine::new(EngineConfig::default()).unwrap();
+        let backend = FaultyBackend::new(vec![7; 5000]);
+        let range = ByteRange::new(10, 4000).unwrap();
+        let context = ReadContext::on_demand(None);
+        assert_eq!(engine.fetch(&backend, range, &context).unwrap(), [7; 4000]);
+        for fault in [Fault::Shorten(1), Fault::Lengthen(1)] {
+            backend.fault(range, fault, 1);
+            assert_eq!(engine.fetch(&backend, range, &context).unwrap_err().kind(), ErrorKind::Corrupt);
+        }
+        let gate = Gate::default();
+        backend.fault(range, Fault::Stall(gate), 2);
+        let soon = std::time::Instant::now() + Duration::from_millis(10);
+        let hasty = ReadContext::on_demand(Some(soon));
+        assert_eq!(engine.fetch(&backend, range, &hasty).unwrap_err().kind(), ErrorKind::TimedOut);
+        context.cancel.cancel();
+        assert_eq!(engine.fetch(&backend, range, &context).unwrap_err().kind(), ErrorKind::Cancelled);
+    }
+
+    #[test]
+    fn a_panicking_job_is_an_error_and_frees_its_place() {
+        let engine = Engine::new(EngineConfig { cpu_jobs: 1, ..EngineConfig::default() }).unwrap();
+        let handle = engine.handle().clone();
+        for _ in 0..3 {
+            let result: Result<()> = engine.block_on(handle.compute(|| panic!("a panic on plan")));
+            assert_eq!(result.unwrap_err().kind(), ErrorKind::Cancelled);
+        }
+        assert_eq!(engine.block_on(handle.compute(|| 5)).unwrap(), 5);
+    }
+
+    #[test]
+    fn a_task_may_drop_the_engine() {
+        let engine = Engine::new(EngineConfig::default()).unwrap();
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let (go, gone) = tokio::sync::oneshot::channel();
+        let task = Arc::clone(&engine);
+        engine.spawn(async move {
+            let _ = gone.await;
+            drop(task);
+            sender.send(()).unwrap();
+        });
+        drop(engine);
+        go.send(()).unwrap();
+        receiver.recv().unwrap();
+    }
+}

@@ -160,3 +160,25 @@ impl CacheMetrics {
         counter.fetch_add(1, Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_fall_into_classes() {
+        let metrics = BackendMetrics::default();
+        metrics.record(1023, Duration::from_millis(1), false);
+        metrics.record(1024, Duration::from_millis(2), false);
+        metrics.record(0, Duration::from_secs(9), true);
+        metrics.record(1 << 20, Duration::ZERO, false);
+        let snapshot = metrics.snapshot("registry");
+        assert_eq!((snapshot.read_count, snapshot.read_errors), (4, 1));
+        assert_eq!(snapshot.read_amount_total, 1023 + 1024 + (1 << 20));
+        assert_eq!(snapshot.read_count_block_size_dist, [2, 1, 0, 0, 0, 0, 0, 1]);
+        assert_eq!(snapshot.read_cumulative_latency_millis_dist, [1, 2, 0, 0, 0, 0, 0, 9000]);
+        assert_eq!(snapshot.read_latency_sizes_dist[0], [1, 0, 0, 0, 0, 0, 0, 1]);
+        let json = serde_json::to_value(snapshot).unwrap();
+        assert_eq!(json["backend_type"], "registry");
+    }
+}

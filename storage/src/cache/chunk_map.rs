@@ -16,29 +16,38 @@
 //! in common memory and no read-modify-write; a torn one matches nothing and is not
 //! ready. Invariants:
 //! - A record reaches the file only after the data it vouches for is durable.
-//! - Data under a record is replaced only after the record was cleared and synced, and
-//!   only while no other cache has the map open: others may be reading it.
+//! - Set records lie in the data file in the order of their indexes and do not overlap,
+//!   whatever the images that made them claim. A chunk that has no room between its
+//!   neighbours is not cached.
+//! - Records that are in the way go, durably, before data is written, and only while no
+//!   other cache has the map open: others may be reading what they vouch for. Readers of
+//!   this process look at the record before and after they read.
 //! - A map that is malformed or belongs to another file is replaced, never repaired:
 //!   whoever has it open keeps it.
 //!
 //! Byte locks on the map: byte 0 is held shared while the cache is open (an evictor asks
-//! for it exclusively), `LOCK_BASE + index` by the process that fetches that chunk.
+//! for it exclusively); byte 1 while records are set; the chunk's decoded range, moved by
+//! `LOCK_BASE`, by the process that fetches the chunk.
 
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::hash::{BuildHasher as _, RandomState};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::data_file::{Storage, open_own, replace};
 use super::lock::{self, Kind};
 use crate::extent::ChunkExtent;
-use crate::ids::{BlobId, ChunkIndex};
+use crate::ids::{BlobId, ByteRange, ChunkIndex};
 use crate::{Error, ErrorKind, Result};
 
 /// First bytes of our maps; a foreign map has others.
@@ -55,6 +64,15 @@ pub(super) const LOCK_BASE: u64 = 1 << 40;
 
 /// Byte that an open cache holds shared.
 const USE_LOCK: u64 = 0;
+
+/// Byte that whoever sets records holds.
+const SET_LOCK: u64 = 1;
+
+/// Longest decoded space, so that its locks fit behind `LOCK_BASE`.
+pub(super) const MAX_DECODED_SIZE: u64 = 1 << 62;
+
+/// Records read at once while looking for a neighbour.
+const BATCH: u32 = 1024;
 
 /// Looks at a map that somebody holds exclusively, and the pause between them: its holder
 /// writes and syncs one record, so two seconds are ample.
@@ -98,16 +116,20 @@ impl Record {
     }
 
     /// True for a record of no chunk.
-    pub(super) fn is_empty(&self) -> bool {
+    fn is_empty(&self) -> bool {
         self.as_bytes().iter().all(|b| *b == 0)
     }
 
-    /// 32 bits of the record for the mirror, never 0. Chunks of one image that share an
-    /// index and these bits would have to be made on purpose, by the image's own author.
-    fn fold(&self) -> u32 {
-        let words = self.as_bytes().chunks_exact(4).map(|w| u32::from_le_bytes([w[0], w[1], w[2], w[3]]));
-        words.fold(0u32, |sum, word| sum.rotate_left(5) ^ word).max(1)
+    /// First byte in the data file, and the one behind the last.
+    fn place(&self) -> (u64, u64) {
+        let start = self.decoded_offset.get();
+        (start, start.saturating_add(self.len.get().into()))
     }
+}
+
+/// True if a chunk has room between its neighbours.
+fn fits(before: Option<(u64, u64)>, place: (u64, u64), behind: Option<(u64, u64)>) -> bool {
+    before.is_none_or(|(_, end)| end <= place.0) && behind.is_none_or(|(start, _)| place.1 <= start)
 }
 
 /// The map of one blob.
@@ -115,24 +137,52 @@ pub(super) struct ChunkMap {
     storage: Arc<dyn Storage>,
     /// The same file, for locks. Closing it frees them all.
     file: Arc<File>,
-    /// Per chunk the fold of its record once this process knows it ready, else 0. Set
-    /// after the data was written (`Release`), read before it is read (`Acquire`).
-    mirror: Box<[AtomicU32]>,
-    /// Held while the use lock is exclusive.
+    /// Per chunk a mark of its record once this process knows it ready, else 0. Set after
+    /// the data was written (`Release`), read before it is read (`Acquire`).
+    mirror: Box<[AtomicU64]>,
+    /// Makes marks that an image's author can not foresee.
+    marks: RandomState,
+    /// Held while the use lock is exclusive: taken before `clearing`.
     upgrade: Mutex<()>,
+    /// Held to write while records are cleared and until that is durable: who finds a
+    /// place empty may write its data at once.
+    clearing: RwLock<()>,
+    held: Arc<Held>,
 }
 
-/// The right to fetch one chunk, across processes. Given back on drop.
+/// Where the chunks lie that this process has locked, by index; in order and apart like
+/// the records. The system's locks only tell processes apart. Nothing blocks under it.
+#[derive(Default)]
+struct Held(Mutex<BTreeMap<u32, (u64, u64)>>);
+
+impl Held {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, (u64, u64)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The right to fetch one chunk, in this process and among processes. Given back on drop.
 pub(super) struct ChunkLock {
     file: Arc<File>,
-    offset: u64,
+    held: Arc<Held>,
+    index: ChunkIndex,
+    /// `None`: only held in this process so far.
+    range: Option<ByteRange>,
 }
 
 impl Drop for ChunkLock {
     fn drop(&mut self) {
-        // Can only fail for a bad descriptor; closing frees the lock as well.
-        let _ = lock::unlock(&self.file, self.offset);
+        if let Some(range) = self.range {
+            // Can only fail for a bad descriptor; closing frees the lock as well.
+            let _ = lock::unlock(&self.file, range);
+        }
+        self.held.lock().remove(&self.index.0);
     }
+}
+
+/// One byte of the map file, for a lock.
+fn byte(offset: u64) -> io::Result<ByteRange> {
+    ByteRange::new(offset, 1).map_err(io::Error::other)
 }
 
 impl ChunkMap {
@@ -178,7 +228,10 @@ impl ChunkMap {
             .map_err(|e| failed("create it", e))?,
         };
         let mut tries = USE_TRIES;
-        while !lock::try_lock(&file, Kind::Shared, USE_LOCK).map_err(|e| failed("lock it", e))? {
+        while !byte(USE_LOCK)
+            .and_then(|byte| lock::try_lock(&file, Kind::Shared, byte))
+            .map_err(|e| failed("lock it", e))?
+        {
             tries -= 1;
             if tries == 0 {
                 let what = format!("chunk map {}: in exclusive use; retry later", path.display());
@@ -187,27 +240,48 @@ impl ChunkMap {
             std::thread::sleep(USE_PAUSE);
         }
         let storage = file.try_clone().and_then(wrap).map_err(|e| failed("duplicate the descriptor", e))?;
-        let mirror = (0..chunk_count).map(|_| AtomicU32::new(0)).collect();
-        Ok(Self { storage, file: Arc::new(file), mirror, upgrade: Mutex::default() })
+        Ok(Self {
+            storage,
+            file: Arc::new(file),
+            mirror: (0..chunk_count).map(|_| AtomicU64::new(0)).collect(),
+            marks: RandomState::new(),
+            upgrade: Mutex::default(),
+            clearing: RwLock::default(),
+            held: Arc::default(),
+        })
     }
 
     /// True if the data file holds the chunk of `record`, written by whichever process.
+    ///
+    /// Bytes read after a true answer are the chunk's if a second answer, after reading
+    /// them, is true as well.
     pub(super) fn is_ready(&self, index: ChunkIndex, record: &Record) -> bool {
         let Some(mark) = self.mirror.get(index.0 as usize) else { return false };
-        if mark.load(Ordering::Acquire) == record.fold() {
+        let own = self.mark_of(record);
+        if mark.load(Ordering::Acquire) == own {
             return true;
         }
+        if self.load(index) != *record {
+            return false;
+        }
+        mark.store(own, Ordering::SeqCst);
+        // Whoever clears it writes the record first and the mark second, so one of us
+        // sees the other.
         let ready = self.load(index) == *record;
-        if ready {
-            mark.store(record.fold(), Ordering::Release);
+        if !ready {
+            self.unmark(index);
         }
         ready
     }
 
+    fn mark_of(&self, record: &Record) -> u64 {
+        self.marks.hash_one(record).max(1)
+    }
+
     /// The record on disk; one that can not be read counts as empty.
-    pub(super) fn load(&self, index: ChunkIndex) -> Record {
+    fn load(&self, index: ChunkIndex) -> Record {
         let mut record = Record::new_zeroed();
-        match self.storage.read_at(record.as_mut_bytes(), offset(index)) {
+        match self.storage.read_at(record.as_mut_bytes(), offset(index.0)) {
             Ok(()) => record,
             Err(_) => Record::new_zeroed(),
         }
@@ -216,25 +290,82 @@ impl ChunkMap {
     /// Tells this process that the chunk's data is in the file.
     pub(super) fn mark(&self, index: ChunkIndex, record: &Record) {
         if let Some(mark) = self.mirror.get(index.0 as usize) {
-            mark.store(record.fold(), Ordering::Release);
+            mark.store(self.mark_of(record), Ordering::Release);
         }
     }
 
     /// Takes back [`ChunkMap::mark`].
     pub(super) fn unmark(&self, index: ChunkIndex) {
         if let Some(mark) = self.mirror.get(index.0 as usize) {
-            mark.store(0, Ordering::Release);
+            mark.store(0, Ordering::SeqCst);
         }
     }
 
-    /// Writes records whose data is durable, neighbours with one write.
-    pub(super) fn set(&self, records: &mut [(ChunkIndex, Record)]) -> io::Result<()> {
-        records.sort_by_key(|(index, _)| *index);
-        for run in records.chunk_by(|(a, _), (b, _)| a.0.checked_add(1) == Some(b.0)) {
-            let bytes: Vec<u8> = run.iter().flat_map(|(_, record)| record.as_bytes()).copied().collect();
-            self.storage.write_at(&bytes, offset(run[0].0))?;
+    /// True if `record` is set or may be: nothing else is set there, or overlaps it.
+    pub(super) fn has_room(&self, index: ChunkIndex, record: &Record) -> bool {
+        let _settled = self.clearing.read().unwrap_or_else(PoisonError::into_inner);
+        let found = self.load(index);
+        if found == *record {
+            return true;
         }
-        Ok(())
+        let before = self.neighbour(index, false).map(|r| r.place());
+        let behind = self.neighbour(index, true).map(|r| r.place());
+        found.is_empty() && fits(before, record.place(), behind)
+    }
+
+    /// The nearest set record before or behind an index.
+    fn neighbour(&self, index: ChunkIndex, behind: bool) -> Option<Record> {
+        let count = u32::try_from(self.mirror.len()).unwrap_or(u32::MAX);
+        let mut batch = Vec::new();
+        let (mut first, mut last) = if behind { (index.0.checked_add(1)?, count) } else { (0, index.0) };
+        while first < last {
+            let (from, to) = if behind {
+                (first, last.min(first.saturating_add(BATCH)))
+            } else {
+                (last.saturating_sub(BATCH).max(first), last)
+            };
+            self.load_batch(from, to, &mut batch);
+            let mut set = batch.iter().filter(|r| !r.is_empty());
+            if let Some(record) = if behind { set.next() } else { set.next_back() } {
+                return Some(*record);
+            }
+            (first, last) = if behind { (to, last) } else { (first, from) };
+        }
+        None
+    }
+
+    /// Reads the records `from..to`; none if they were never written or can not be read.
+    fn load_batch(&self, from: u32, to: u32, batch: &mut Vec<Record>) {
+        batch.clear();
+        // Most of a young map is a hole, which is cheaper to ask for than to read.
+        let start = i64::try_from(offset(from)).unwrap_or(i64::MAX);
+        match lseek(&self.file, start, Whence::SeekData) {
+            Err(Errno::ENXIO) => return,
+            Ok(data) if u64::try_from(data).is_ok_and(|data| data >= offset(to)) => return,
+            // Data, or a file system that can not tell.
+            _ => {}
+        }
+        batch.resize((to - from) as usize, Record::new_zeroed());
+        if self.storage.read_at(batch.as_mut_slice().as_mut_bytes(), offset(from)).is_err() {
+            batch.clear();
+        }
+    }
+
+    /// Sets records whose data is durable, neighbours with one write. Leaves out, and
+    /// answers, those that others have taken the room of.
+    pub(super) fn set(&self, records: &mut Vec<(ChunkIndex, Record)>) -> io::Result<Vec<ChunkIndex>> {
+        records.sort_by_key(|(index, _)| *index);
+        let byte = byte(SET_LOCK)?;
+        lock::lock(&self.file, Kind::Exclusive, byte)?;
+        let refused: Vec<_> =
+            records.extract_if(.., |(index, record)| !self.has_room(*index, record)).collect();
+        let written =
+            records.chunk_by(|(a, _), (b, _)| a.0.checked_add(1) == Some(b.0)).try_for_each(|run| {
+                let bytes: Vec<u8> = run.iter().flat_map(|(_, record)| record.as_bytes()).copied().collect();
+                self.storage.write_at(&bytes, offset(run[0].0.0))
+            });
+        lock::unlock(&self.file, byte)?;
+        written.map(|()| refused.into_iter().map(|(index, _)| index).collect())
     }
 
     /// Runs `action` if no other cache has the map open, which none gets meanwhile.
@@ -242,49 +373,80 @@ impl ChunkMap {
         // Two threads share one description, hence one lock. Held during I/O, but only by
         // those who replace what another image left here.
         let _one = self.upgrade.lock().unwrap_or_else(PoisonError::into_inner);
-        if !lock::try_lock(&self.file, Kind::Exclusive, USE_LOCK)? {
+        let byte = byte(USE_LOCK)?;
+        if !lock::try_lock(&self.file, Kind::Exclusive, byte)? {
             return Ok(None);
         }
         let result = action();
-        lock::try_lock(&self.file, Kind::Shared, USE_LOCK)?;
+        lock::try_lock(&self.file, Kind::Shared, byte)?;
         Ok(Some(result))
     }
 
     /// Forgets chunks, durably: their data may be overwritten or punched out afterwards.
     pub(super) fn clear(&self, chunks: &[ChunkIndex]) -> io::Result<()> {
+        let _clearing = self.clearing.write().unwrap_or_else(PoisonError::into_inner);
         for index in chunks {
             if index.0 as usize >= self.mirror.len() {
                 return Err(io::ErrorKind::InvalidInput.into());
             }
+            self.storage.write_at(Record::new_zeroed().as_bytes(), offset(index.0))?;
             self.unmark(*index);
-            self.storage.write_at(Record::new_zeroed().as_bytes(), offset(*index))?;
         }
+        self.storage.sync()
+    }
+
+    /// Forgets all chunks, durably.
+    pub(super) fn clear_all(&self) -> io::Result<()> {
+        let _clearing = self.clearing.write().unwrap_or_else(PoisonError::into_inner);
+        let count = u32::try_from(self.mirror.len()).unwrap_or(u32::MAX);
+        let mut batch = Vec::new();
+        for from in (0..count).step_by(BATCH as usize) {
+            self.load_batch(from, count.min(from.saturating_add(BATCH)), &mut batch);
+            if batch.iter().any(|r| !r.is_empty()) {
+                batch.fill(Record::new_zeroed());
+                self.storage.write_at(batch.as_slice().as_bytes(), offset(from))?;
+            }
+        }
+        self.mirror.iter().for_each(|mark| mark.store(0, Ordering::SeqCst));
         self.storage.sync()
     }
 
     /// Number of records set on disk.
     pub(super) fn ready_count(&self) -> u32 {
-        const BATCH: usize = 1024;
-        let mut buffer = vec![Record::new_zeroed(); BATCH.min(self.mirror.len())];
-        let mut count = 0;
-        for first in (0..self.mirror.len()).step_by(BATCH) {
-            let batch = &mut buffer[..BATCH.min(self.mirror.len() - first)];
-            let start = HEADER_SIZE + first as u64 * RECORD_SIZE;
-            if self.storage.read_at(batch.as_mut_bytes(), start).is_ok() {
-                count += batch.iter().filter(|r| !r.is_empty()).count();
-            }
+        let count = u32::try_from(self.mirror.len()).unwrap_or(u32::MAX);
+        let (mut ready, mut batch) = (0, Vec::new());
+        for from in (0..count).step_by(BATCH as usize) {
+            self.load_batch(from, count.min(from.saturating_add(BATCH)), &mut batch);
+            ready += batch.iter().filter(|r| !r.is_empty()).count();
         }
-        u32::try_from(count).unwrap_or(u32::MAX)
+        u32::try_from(ready).unwrap_or(u32::MAX)
     }
 
-    /// Asks for the right to fetch a chunk; `None` if another open cache has it.
-    pub(super) fn try_lock(&self, index: ChunkIndex) -> io::Result<Option<ChunkLock>> {
-        let offset = LOCK_BASE + u64::from(index.0);
-        let held = lock::try_lock(&self.file, Kind::Exclusive, offset)?;
-        Ok(held.then(|| ChunkLock { file: Arc::clone(&self.file), offset }))
+    /// Asks for the right to fetch a chunk; `None` if somebody works on it, or on one that
+    /// is in its way.
+    pub(super) fn try_lock(&self, index: ChunkIndex, record: &Record) -> io::Result<Option<ChunkLock>> {
+        let place = record.place();
+        let range = ByteRange::new(place.0.saturating_add(LOCK_BASE), place.1 - place.0);
+        let range = range.map_err(io::Error::other)?;
+        {
+            let mut held = self.held.lock();
+            let before = held.range(..index.0).next_back().map(|(_, place)| *place);
+            let behind = held.range(index.0..).next().map(|(_, place)| *place);
+            if held.contains_key(&index.0) || !fits(before, place, behind) {
+                return Ok(None);
+            }
+            held.insert(index.0, place);
+        }
+        let (file, held) = (Arc::clone(&self.file), Arc::clone(&self.held));
+        let mut lock = ChunkLock { file, held, index, range: None };
+        if !lock::try_lock(&self.file, Kind::Exclusive, range)? {
+            return Ok(None);
+        }
+        lock.range = Some(range);
+        Ok(Some(lock))
     }
 }
 
-fn offset(index: ChunkIndex) -> u64 {
-    HEADER_SIZE + u64::from(index.0) * RECORD_SIZE
+fn offset(index: u32) -> u64 {
+    HEADER_SIZE + u64::from(index) * RECORD_SIZE
 }

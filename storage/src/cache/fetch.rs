@@ -22,7 +22,7 @@ use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
 use super::Inner;
-use super::chunk_map::ChunkLock;
+use super::chunk_map::{ChunkLock, Record};
 use super::inflight::{Lead, Outcome};
 use super::plan::plan;
 use crate::backend::{Priority, ReadContext};
@@ -47,7 +47,7 @@ const CORRUPT_RETRIES: u32 = 1;
 /// A chunk that this process alone fetches.
 pub(super) struct Claimed {
     pub(super) lead: Lead,
-    /// `None`: nothing is kept, or the file system has no locks.
+    /// `None`: it will not be cached.
     pub(super) lock: Option<ChunkLock>,
 }
 
@@ -101,14 +101,14 @@ fn claim(inner: &Inner, leads: Vec<Lead>) -> (Vec<Claimed>, Vec<Lead>) {
             claimed.push(Claimed { lead, lock: None });
             continue;
         };
-        let lock = match files.map.try_lock(lead.extent().index) {
+        let lock = match files.map.try_lock(lead.extent().index, &Record::of(lead.extent())) {
             Ok(Some(lock)) => Some(lock),
             Ok(None) => {
                 contended.push(lead);
                 continue;
             }
             Err(error) => {
-                debug!(blob = %inner.id, %error, "chunk lock; fetching without it");
+                debug!(blob = %inner.id, %error, "no lock for a chunk; it is not cached");
                 None
             }
         };

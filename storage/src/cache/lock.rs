@@ -1,8 +1,8 @@
-//! Open file description locks on single bytes: who works on what, across processes.
+//! Open file description locks on ranges of bytes: who works on what, across processes.
 //!
 //! The kernel drops a lock with the last descriptor of its description, so a dead
 //! process frees what it held. Two opens of one file exclude each other even within a
-//! process. The locked byte need not exist.
+//! process. The locked bytes need not exist.
 
 use std::fs::File;
 use std::io;
@@ -10,6 +10,8 @@ use std::os::fd::AsFd as _;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+
+use crate::ids::ByteRange;
 
 /// What a lock allows others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,16 +22,12 @@ pub(super) enum Kind {
     Exclusive,
 }
 
-/// Locks the byte at `offset` unless another description holds it; true if held now.
+/// Locks `range` unless another description holds some of it; true if held now.
 ///
-/// A file system without such locks answers true: each process then works alone, which
-/// costs a second fetch and no correctness.
-pub(super) fn try_lock(file: &File, kind: Kind, offset: u64) -> io::Result<bool> {
-    let kind = match kind {
-        Kind::Shared => libc::F_RDLCK,
-        Kind::Exclusive => libc::F_WRLCK,
-    };
-    match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&byte(kind, offset)?)) {
+/// A file system without such locks answers true: each process then works alone, and
+/// must not share the directory with others.
+pub(super) fn try_lock(file: &File, kind: Kind, range: ByteRange) -> io::Result<bool> {
+    match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&flock(kind.code(), range)?)) {
         Ok(_) => Ok(true),
         Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
         Err(Errno::EINVAL | Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(true),
@@ -37,19 +35,36 @@ pub(super) fn try_lock(file: &File, kind: Kind, offset: u64) -> io::Result<bool>
     }
 }
 
-/// Gives back the byte at `offset`.
-pub(super) fn unlock(file: &File, offset: u64) -> io::Result<()> {
-    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&byte(libc::F_UNLCK, offset)?))?;
+/// Locks `range`, waiting for other descriptions. For work that takes no time.
+pub(super) fn lock(file: &File, kind: Kind, range: ByteRange) -> io::Result<()> {
+    match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLKW(&flock(kind.code(), range)?)) {
+        Ok(_) | Err(Errno::EINVAL | Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Gives back `range`.
+pub(super) fn unlock(file: &File, range: ByteRange) -> io::Result<()> {
+    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&flock(libc::F_UNLCK, range)?))?;
     Ok(())
 }
 
-fn byte(kind: libc::c_int, offset: u64) -> io::Result<libc::flock> {
+impl Kind {
+    fn code(self) -> libc::c_int {
+        match self {
+            Self::Shared => libc::F_RDLCK,
+            Self::Exclusive => libc::F_WRLCK,
+        }
+    }
+}
+
+fn flock(kind: libc::c_int, range: ByteRange) -> io::Result<libc::flock> {
     let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
     Ok(libc::flock {
         l_type: kind.try_into().map_err(invalid)?,
         l_whence: libc::SEEK_SET.try_into().map_err(invalid)?,
-        l_start: offset.try_into().map_err(invalid)?,
-        l_len: 1,
+        l_start: range.start().try_into().map_err(invalid)?,
+        l_len: range.len().try_into().map_err(invalid)?,
         l_pid: 0,
     })
 }

@@ -54,7 +54,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use self::chunk_map::{ChunkLock, ChunkMap, Record};
+use self::chunk_map::{ChunkLock, ChunkMap, MAX_DECODED_SIZE, Record};
 use self::data_file::Storage;
 use self::fetch::Claimed;
 use self::inflight::{Inflight, Waiter};
@@ -195,7 +195,7 @@ impl BlobCache {
         let BlobCacheConfig { work_dir, id, decoded_size, chunk_count, data_file, meta, .. } = config;
         if chunk_count > MAX_CHUNK_COUNT
             || u64::from(chunk_count) > decoded_size
-            || i64::try_from(decoded_size).is_err()
+            || decoded_size > MAX_DECODED_SIZE
         {
             let what = format!("blob {id}: {chunk_count} chunks in {decoded_size} bytes");
             return Err(Error::new(ErrorKind::Invalid, what));
@@ -254,7 +254,8 @@ impl BlobCache {
 
     /// Forgets chunks durably, so that their place may be punched out afterwards.
     ///
-    /// The caller sees to it that nobody reads them meanwhile.
+    /// Reads of this process in the meantime are right or miss. The caller sees to it that
+    /// nobody fetches these chunks, and that no other process has the cache open.
     ///
     /// # Errors
     /// `OutOfRange`: no such chunk. `Io`: the map can not be written; nothing may be
@@ -335,17 +336,15 @@ impl Files {
         record: Record,
         at: u64,
         bytes: &[u8],
-        lock: Option<ChunkLock>,
+        lock: ChunkLock,
     ) -> std::io::Result<bool> {
-        let found = self.map.load(index);
-        if found == record {
-            self.map.mark(index, &record);
+        if self.map.is_ready(index, &record) {
             return Ok(false);
         }
-        // Another chunk is ready under this index. It must not vouch for our bytes, and
-        // whoever reads it must not see them.
-        if !found.is_empty() {
-            let cleared = self.map.alone(|| self.map.clear(&[index]))?;
+        // What is in the way must not vouch for our bytes, and whoever reads it must not
+        // see them.
+        if !self.map.has_room(index, &record) {
+            let cleared = self.map.alone(|| self.map.clear_all())?;
             cleared.unwrap_or_else(|| {
                 Err(std::io::Error::other("another image in use has other content under this blob's name"))
             })?;
@@ -431,7 +430,7 @@ impl Inner {
         lead.answer(inflight::Outcome::Bytes(bytes.clone()));
         CacheMetrics::tick(&self.metrics.fetched_chunks);
         meta::keep(self);
-        let Some(files) = &self.files else { return };
+        let (Some(files), Some(lock)) = (&self.files, lock) else { return };
         let extent = lead.extent();
         match files.store(extent.index, Record::of(extent), extent.decoded_offset, bytes, lock) {
             Ok(false) => {}

@@ -37,3 +37,60 @@ pub fn plan(units: &[FetchUnit]) -> Vec<Range<usize>> {
     }
     groups
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::codec::Codec;
+    use crate::extent::Cipher;
+    use crate::ids::ByteRange;
+
+    fn unit(start: u64, len: u64) -> FetchUnit {
+        let compressed = ByteRange::new(start, len).unwrap();
+        FetchUnit { compressed, codec: Codec::None, cipher: Cipher::None, decoded_len: 1 }
+    }
+
+    #[test]
+    fn neighbours_merge_within_gap_and_range() {
+        // Units as (start, length); how many units each group has.
+        type Case = (&'static [(u64, u64)], &'static [usize]);
+        let table: [Case; 7] = [
+            (&[], &[]),
+            (&[(7, 1)], &[1]),
+            (&[(0, 10), (10, 10), (20, 1)], &[3]),
+            (&[(0, 10), (10 + MAX_GAP, 1)], &[2]),
+            (&[(0, 10), (11 + MAX_GAP, 1)], &[1, 1]),
+            (&[(0, MAX_RANGE + 1), (MAX_RANGE + 1, 1)], &[1, 1]),
+            (&[(0, 10), (9, 10), (19, 1)], &[1, 2]),
+        ];
+        for (places, want) in table {
+            let units: Vec<_> = places.iter().map(|(start, len)| unit(*start, *len)).collect();
+            let sizes: Vec<_> = plan(&units).into_iter().map(|group| group.len()).collect();
+            assert_eq!(sizes, want, "{places:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_unit_is_in_one_group_that_keeps_the_bounds(
+            mut places in proptest::collection::vec((0..MAX_RANGE * 4, 1..MAX_RANGE), 0..50),
+        ) {
+            places.sort_unstable();
+            let units: Vec<_> = places.iter().map(|(start, len)| unit(*start, *len)).collect();
+            let groups = plan(&units);
+            let covered: Vec<_> = groups.iter().cloned().flatten().collect();
+            prop_assert_eq!(covered, (0..units.len()).collect::<Vec<_>>());
+            for group in groups {
+                let members = &units[group];
+                for pair in members.windows(2) {
+                    let gap = pair[1].compressed.start().checked_sub(pair[0].compressed.end());
+                    prop_assert!(gap.is_some_and(|gap| gap <= MAX_GAP));
+                }
+                let whole = members[members.len() - 1].compressed.end() - members[0].compressed.start();
+                prop_assert!(members.len() == 1 || whole <= MAX_RANGE);
+            }
+        }
+    }
+}

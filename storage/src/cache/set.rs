@@ -56,10 +56,9 @@ impl Reader for BlobSet {
             let what = format!("read: {total} bytes into a buffer of {}", dst.len());
             return Err(Error::new(ErrorKind::OutOfRange, what));
         }
-        if !slices.iter().all(|slice| self.shared.blobs[slice.blob as usize].is_ready(&slice.extent)) {
+        if !self.shared.copy_ready(slices, dst)? {
             return Ok(false);
         }
-        self.shared.copy_stored(slices.iter(), dst)?;
         if let Some(first) = slices.first() {
             CacheMetrics::tick(&self.shared.blobs[first.blob as usize].inner.metrics.whole_hits);
         }
@@ -119,6 +118,34 @@ impl Shared {
         Ok(())
     }
 
+    fn is_ready(&self, slice: &ReadSlice) -> bool {
+        self.blobs[slice.blob as usize].is_ready(&slice.extent)
+    }
+
+    /// Copies the slices, which fill `dst`, if all are ready; true if so. A chunk that is
+    /// forgotten meanwhile may be overwritten, hence the second look.
+    fn copy_ready(&self, slices: &[ReadSlice], dst: &mut [u8]) -> Result<bool> {
+        if !slices.iter().all(|slice| self.is_ready(slice)) {
+            return Ok(false);
+        }
+        self.copy_stored(slices.iter(), dst)?;
+        Ok(slices.iter().all(|slice| self.is_ready(slice)))
+    }
+
+    /// Copies each slice to its place in `out`. Answers `out` and the chunks that are no
+    /// longer ready.
+    fn copy_parts(&self, mut out: Vec<u8>, parts: &[(ReadSlice, usize)]) -> Result<(Vec<u8>, Vec<Chunk>)> {
+        let mut forgotten: Vec<Chunk> = Vec::new();
+        for (slice, at) in parts {
+            let part = &mut out[*at..*at + slice.len as usize];
+            let chunk = (slice.blob, slice.extent);
+            if !self.copy_ready(std::slice::from_ref(slice), part)? && !forgotten.contains(&chunk) {
+                forgotten.push(chunk);
+            }
+        }
+        Ok((out, forgotten))
+    }
+
     /// Copies ready slices, which fill `dst`, with one read for each run of bytes that lie
     /// together in a data file.
     fn copy_stored<'a>(&self, slices: impl Iterator<Item = &'a ReadSlice>, dst: &mut [u8]) -> Result<()> {
@@ -170,53 +197,53 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
     }
 
     let all = wanted.len();
-    let mut stored: Vec<(usize, usize)> = Vec::new();
-    wanted.retain(|(blob, extent)| {
-        let ready = shared.blobs[*blob as usize].is_ready(extent);
+    let mut stored = Vec::new();
+    wanted.retain(|chunk| {
+        let ready = shared.blobs[chunk.0 as usize].is_ready(&chunk.1);
         if ready {
-            stored.extend(&places[&(*blob, extent.index.0)]);
+            stored.push(*chunk);
         }
         !ready
     });
     count(shared, slices, all, wanted.len());
 
     let mut out = vec![0; total];
-    while !wanted.is_empty() {
-        let mut waiting = start(shared, &wanted, context);
-        wanted.clear();
-        while let Some((chunk, led, outcome)) = waiting.next().await {
-            let own = &places[&(chunk.0, chunk.1.index.0)];
-            match outcome {
-                Outcome::Bytes(bytes) => copy_chunk(&bytes, own, slices, &mut out)?,
-                Outcome::Stored => stored.extend(own),
-                // Our leader gave up before we did: ask again, as leader if need be.
-                Outcome::Failed(e)
-                    if !led
-                        && matches!(e.kind(), ErrorKind::TimedOut | ErrorKind::Cancelled)
-                        && context.deadline.is_none_or(|deadline| Instant::now() < deadline) =>
-                {
-                    wanted.push(chunk);
+    loop {
+        while !wanted.is_empty() {
+            let mut waiting = start(shared, &wanted, context);
+            wanted.clear();
+            while let Some((chunk, led, outcome)) = waiting.next().await {
+                match outcome {
+                    Outcome::Bytes(bytes) => {
+                        copy_chunk(&bytes, &places[&(chunk.0, chunk.1.index.0)], slices, &mut out)?;
+                    }
+                    Outcome::Stored => stored.push(chunk),
+                    // Our leader gave up before we did: ask again, as leader if need be.
+                    Outcome::Failed(e)
+                        if !led
+                            && matches!(e.kind(), ErrorKind::TimedOut | ErrorKind::Cancelled)
+                            && context.deadline.is_none_or(|deadline| Instant::now() < deadline) =>
+                    {
+                        wanted.push(chunk);
+                    }
+                    Outcome::Failed(e) => return Err(e),
                 }
-                Outcome::Failed(e) => return Err(e),
             }
         }
+        if stored.is_empty() {
+            return Ok(out);
+        }
+        let reader = Arc::clone(shared);
+        let parts: Vec<_> = stored
+            .drain(..)
+            .flat_map(|chunk: Chunk| places[&(chunk.0, chunk.1.index.0)].iter())
+            .map(|(place, at)| (slices[*place], *at))
+            .collect();
+        // The disk may be slow; a chunk that was forgotten since is fetched again.
+        let (filled, forgotten) = shared.engine.blocking(move || reader.copy_parts(out, &parts)).await??;
+        out = filled;
+        wanted = forgotten;
     }
-    if stored.is_empty() {
-        return Ok(out);
-    }
-    let slices = slices.to_vec();
-    let reader = Arc::clone(shared);
-    shared
-        .engine
-        .blocking(move || {
-            for (place, at) in stored {
-                let slice = &slices[place];
-                let part = &mut out[at..at + slice.len as usize];
-                reader.copy_stored(std::iter::once(slice), part)?;
-            }
-            Ok(out)
-        })
-        .await?
 }
 
 /// Starts or joins the fetch of every wanted chunk.

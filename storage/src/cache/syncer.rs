@@ -14,7 +14,7 @@ pub(super) struct Written {
     pub(super) index: ChunkIndex,
     pub(super) record: Record,
     /// Held until other processes can see the record.
-    pub(super) _lock: Option<ChunkLock>,
+    pub(super) _lock: ChunkLock,
 }
 
 /// The queue of one blob.
@@ -68,7 +68,10 @@ impl Syncer {
     fn settle(&self, group: &[Written]) -> std::io::Result<()> {
         self.data.sync()?;
         let mut records: Vec<_> = group.iter().map(|w| (w.index, w.record)).collect();
-        self.map.set(&mut records)
+        for refused in self.map.set(&mut records)? {
+            self.map.unmark(refused);
+        }
+        Ok(())
     }
 
     fn queue(&self) -> MutexGuard<'_, (Vec<Written>, bool)> {

@@ -168,7 +168,7 @@ fn no_crash_leaves_a_record_without_its_data() {
     assert!(most >= 40, "the check saw only {most} records");
     // And random ones.
     let cases = (0..=run.events.len(), any::<u64>());
-    proptest!(ProptestConfig::with_cases(512), |((cut, seed) in cases)| {
+    proptest!(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() }, |((cut, seed) in cases)| {
         let mut state = seed | 1;
         let (data, map) = crash(&run, cut, || {
             // xorshift: one bit a sector.

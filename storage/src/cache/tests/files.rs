@@ -129,7 +129,97 @@ fn other_content_under_the_same_name_is_neither_trusted_nor_overwritten_in_use()
     assert!(other.try_read(&hostile, 2));
     flush(&hostile);
     drop(hostile);
-    assert_eq!(trusted(&engine, &sample, &dir), 3);
+    assert_eq!(trusted(&engine, &sample, &dir), 0);
+}
+
+/// `sample` whose chunk 2 claims the middle of what chunks 0 and 1 fill.
+fn overlapping(sample: &Sample) -> Sample {
+    let mut other = Sample::new(sample.extents.len() as u32);
+    other.extents[2].decoded_offset = 2000;
+    other
+}
+
+/// Reads a chunk of [`overlapping`], whose place in `decoded` is not its bytes.
+fn read_overlapping(honest: &Sample, other: &Sample, reader: &BlobSet, index: usize) {
+    let mut out = vec![0; LEN as usize];
+    reader.read(&[other.slice(index)], &mut out).unwrap();
+    assert!(out == honest.bytes(index), "wrong bytes in chunk {index}");
+}
+
+#[test]
+fn chunks_that_claim_the_place_of_others_change_nothing() {
+    let (engine, sample) = (engine(), Sample::new(4));
+    let hostile = overlapping(&sample);
+    // Among images: the honest one is in use.
+    let dir = filled(&engine, &sample);
+    let reader = open(&engine, &sample, &dir, &sample.backend(), PATIENT);
+    let intruder = open(&engine, &hostile, &dir, &hostile.backend(), PATIENT);
+    for index in [2, 0, 1, 3, 2] {
+        read_overlapping(&sample, &hostile, &intruder, index);
+        settle(&intruder);
+        assert!((0..4).all(|i| sample.try_read(&reader, i)));
+    }
+    // Within one image: whoever comes, all read right.
+    let dir = TempDir::new().unwrap();
+    let reader = open(&engine, &hostile, &dir, &hostile.backend(), PATIENT);
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (reader, sample, hostile) = (&reader, &sample, &hostile);
+            scope.spawn(move || {
+                for round in 0..50 {
+                    read_overlapping(sample, hostile, reader, (thread + round) % 4);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn records_keep_order_and_distance() {
+    let (sample, dir) = (Sample::new(3000), TempDir::new().unwrap());
+    let engine = engine();
+    let cache = BlobCache::open(&engine, sample.config(&dir), sample.backend()).unwrap();
+    let map = &cache.inner.files.as_ref().unwrap().map;
+    let record = |index: u32, offset| {
+        let extent = ChunkExtent { decoded_offset: offset, ..sample.extents[index as usize] };
+        (ChunkIndex(index), Record::of(&extent))
+    };
+    let place = |index: u32| sample.extents[index as usize].decoded_offset;
+    let far = [record(5, place(5)), record(2990, place(2990))];
+    assert!(map.set(&mut far.to_vec()).unwrap().is_empty());
+    assert_eq!(map.ready_count(), 2);
+    // (index, offset, has room)
+    let cases = [
+        (5, place(5), true),
+        (5, place(6), false),
+        (4, place(4), true),
+        (4, place(5) - 1, false),
+        (6, place(5) + 1, false),
+        (6, 0, false),
+        (1500, place(1500), true),
+        (1500, place(2990), false),
+        (2999, place(2989), false),
+        (2999, place(2999), true),
+        (0, place(2999), false),
+    ];
+    for (index, offset, room) in cases {
+        let (index, record) = record(index, offset);
+        assert_eq!(map.has_room(index, &record), room, "chunk {index} at {offset}");
+        let refused = map.set(&mut vec![(index, record)]).unwrap();
+        assert_eq!(refused.is_empty(), room, "chunk {index} at {offset}");
+    }
+    // The same holds for what is only locked so far.
+    let lock = |index, offset| {
+        let (index, record) = record(index, offset);
+        map.try_lock(index, &record).unwrap()
+    };
+    let held = lock(10, place(10));
+    assert!(held.is_some() && lock(10, place(10)).is_none() && lock(11, place(10)).is_none());
+    assert!(lock(9, place(11)).is_none() && lock(11, place(11)).is_some());
+    drop(held);
+    assert!(lock(10, place(10)).is_some());
+    map.clear_all().unwrap();
+    assert_eq!(map.ready_count(), 0);
 }
 
 #[test]

@@ -70,7 +70,8 @@ fn a_dead_leaders_chunk_is_free() {
     // Another process leads chunk 0 and gets nowhere.
     let path = dir.path().join("sample.blob.data.chunk_map");
     let other = File::options().read(true).write(true).open(path).unwrap();
-    assert!(lock::try_lock(&other, lock::Kind::Exclusive, chunk_map::LOCK_BASE).unwrap());
+    let range = ByteRange::new(chunk_map::LOCK_BASE, 1).unwrap();
+    assert!(lock::try_lock(&other, lock::Kind::Exclusive, range).unwrap());
     let waiting = submit(&sample, &reader, 0);
     // Chunk 1 is nobody's: it is read meanwhile. A hasty reader of chunk 0 gives up.
     sample.read(&reader, 1).unwrap();
