@@ -5,10 +5,12 @@
 //! * [`blob_context`], [`blob_file`]: where the chunks of a blob lie, and its other sections.
 //! * [`fs`]: lookup, attributes, directories, reads and xattrs of one image.
 //! * [`merkle`]: the image root digest and proofs against it.
+//! * [`check`]: every fault of an image, not the first.
 
 pub mod blob_context;
 pub mod blob_file;
 pub mod bootstrap;
+pub mod check;
 pub mod error;
 pub mod format;
 pub mod fs;

@@ -27,6 +27,7 @@ pub use chunks::is_batch_member;
 pub use faults::Faults;
 pub use open::{OpenOptions, adopt, from_bytes, open};
 pub use v6::V6;
+pub(crate) use validate::validate;
 pub use walk::{Step, Walk};
 
 use std::borrow::Cow;

@@ -49,7 +49,7 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn Bootstrap>> {
 /// # Errors
 /// As [`open`], without `Io`.
 pub fn from_bytes(bytes: Vec<u8>, options: &OpenOptions) -> Result<Box<dyn Bootstrap>> {
-    V6::new(Image::Owned(bytes), options).map(|v6| Box::new(v6) as Box<dyn Bootstrap>)
+    V6::from_vec(bytes, options).map(|v6| Box::new(v6) as Box<dyn Bootstrap>)
 }
 
 /// Copies the bootstrap at `source` into `work_dir` as `<sha256>.boot`, mode 0600, and

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use storage::ids::ChunkIndex;
 use zerocopy::byteorder::little_endian::U32;
 
-use super::bytes::{Image, record, records};
+use super::bytes::{Image, records};
 use super::faults::Faults;
 use super::open::OpenOptions;
 use super::validate::{Validated, validate};
@@ -37,6 +37,33 @@ impl V6 {
         let validated = validate(&image, options.inlined_blob_id.as_ref(), &mut Faults::stop_at_first())?;
         image.release_pages();
         Ok(Self { image, validated })
+    }
+
+    /// Validates a bootstrap in memory.
+    ///
+    /// # Errors
+    /// As [`super::from_bytes`].
+    pub(crate) fn from_vec(bytes: Vec<u8>, options: &OpenOptions) -> Result<Self> {
+        Self::new(Image::Owned(bytes), options)
+    }
+
+    /// All chunk-info records, in stored order.
+    pub fn chunk_table(&self) -> &[ChunkInfo] {
+        let (offset, count) = self.summary().chunk_table;
+        // The door has checked the table's bounds.
+        records(&self.image, offset, count, "chunk table").unwrap_or(&[])
+    }
+
+    /// Row of a chunk's record in [`V6::chunk_table`].
+    pub fn chunk_row(&self, blob: u32, index: ChunkIndex) -> Option<usize> {
+        self.validated.rows.get(blob, index.0)
+    }
+
+    /// The prefetch table as stored.
+    pub fn prefetch_table(&self) -> &[U32] {
+        let (offset, count) = self.summary().prefetch_table;
+        // The door has checked the table's bounds.
+        records(&self.image, offset, count.into(), "prefetch table").unwrap_or(&[])
     }
 
     fn view(&self) -> View<'_> {
@@ -198,16 +225,12 @@ impl Bootstrap for V6 {
     }
 
     fn chunk_info(&self, blob: u32, index: ChunkIndex) -> Option<&ChunkInfo> {
-        let row = self.validated.rows.get(blob, index.0)? as u64;
-        let offset = self.summary().chunk_table.0 + row * size_of::<ChunkInfo>() as u64;
-        record(&self.image, offset, "chunk record").ok()
+        self.chunk_table().get(self.chunk_row(blob, index)?)
     }
 
     fn prefetch(&self) -> Vec<Nid> {
-        let (offset, count) = self.summary().prefetch_table;
-        let table: &[U32] = records(&self.image, offset, count.into(), "prefetch table").unwrap_or(&[]);
         // A hint: numbers that name no inode are passed over.
-        let nids = table.iter().map(|nid| Nid(nid.get().into())).take_while(|nid| nid.0 != 0);
+        let nids = self.prefetch_table().iter().map(|nid| Nid(nid.get().into())).take_while(|nid| nid.0 != 0);
         nids.filter(|&nid| self.validated.inodes.contains(nid)).collect()
     }
 }
