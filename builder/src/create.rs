@@ -3,14 +3,16 @@
 use std::path::Path;
 
 use rafs::format::blob_table::BlobRecord;
+use storage::codec::Codec;
 use storage::digest::TaggedDigest;
 use storage::ids::BlobId;
 
 use crate::blob_writer::{BlobOptions, BlobWriter, FinishedBlob};
 use crate::bootstrap_writer::{self, Image};
+use crate::chunks::BuiltContent;
 use crate::content::ChunkSource as _;
 use crate::overlay::{self, WhiteoutSpec};
-use crate::pipeline::{DataOptions, Session};
+use crate::pipeline::{DataOptions, Layer, Session};
 use crate::prefetch::{self, Patterns};
 use crate::root::{RootOptions, image_root};
 use crate::sink::BlobSink;
@@ -65,9 +67,7 @@ pub struct BuiltLayer {
 pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSink) -> Result<BuiltLayer> {
     let session = Session::new(options.data)?;
     let mut layer = session.layer(sink)?;
-    let LayerSource::Directory(path) = source;
-    let read = read_directory(path, options, &mut layer);
-    let (tree, first) = match read {
+    let (tree, first) = match read(source, options.whiteouts, &options.prefetch, &mut layer) {
         Ok(read) => read,
         Err(error) => {
             layer.abort(&error);
@@ -127,14 +127,64 @@ pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSi
     Ok(BuiltLayer { bootstrap: bootstrap.bytes, blob, has_data, entry_count: bootstrap.entry_count, root })
 }
 
+/// Reads layers, lowest first, into one tree, cutting and hashing their data but storing none:
+/// what a built image is compared with. `whiteouts` are consumed; with `None` a single layer
+/// keeps them.
+///
+/// # Errors
+/// Those of the sources.
+pub fn read_layers(
+    layers: Vec<LayerSource<'_>>,
+    data: DataOptions,
+    whiteouts: WhiteoutSpec,
+) -> Result<(Tree, BuiltContent)> {
+    let session = Session::new(DataOptions { codec: Codec::None, ..data })?;
+    let mut merged: Option<Tree> = None;
+    for source in layers {
+        let mut layer = session.layer(BlobSink::new("nowhere", std::io::sink()))?;
+        let (tree, _) = match read(source, whiteouts, &Patterns::default(), &mut layer) {
+            Ok(read) => read,
+            Err(error) => {
+                layer.abort(&error);
+                return Err(error);
+            }
+        };
+        layer.finish()?;
+        merged = Some(match merged {
+            None => {
+                let mut tree = tree;
+                overlay::drop_whiteouts(&mut tree, whiteouts);
+                tree
+            }
+            Some(mut lower) => {
+                overlay::apply(&mut lower, tree, whiteouts)?;
+                lower
+            }
+        });
+    }
+    Ok((merged.unwrap_or_default(), session.finish()?.content))
+}
+
+fn read(
+    source: LayerSource<'_>,
+    whiteouts: WhiteoutSpec,
+    prefetch: &Patterns,
+    layer: &mut Layer,
+) -> Result<(Tree, Vec<InodeId>)> {
+    match source {
+        LayerSource::Directory(path) => read_directory(path, whiteouts, prefetch, layer),
+    }
+}
+
 fn read_directory(
     path: &Path,
-    options: &LayerOptions,
-    layer: &mut crate::pipeline::Layer,
+    whiteouts: WhiteoutSpec,
+    patterns: &Patterns,
+    layer: &mut Layer,
 ) -> Result<(Tree, Vec<InodeId>)> {
     let mut source = dir::scan(path)?;
-    overlay::drop_whiteouts(&mut source.tree, options.whiteouts);
-    let first = options.prefetch.resolve(&source.tree);
+    overlay::drop_whiteouts(&mut source.tree, whiteouts);
+    let first = patterns.resolve(&source.tree);
     let order = prefetch::file_order(&source.tree, &first);
     source.read_files(&order, |mut file, size| layer.add_file(&mut file, size))?;
     Ok((source.tree, first))

@@ -1,3 +1,72 @@
-//! `nydus-image`: builds, checks and converts images.
+//! `nydus-image`: builds, merges, checks, inspects and converts images.
+//!
+//! Results go to stdout, diagnosis to stderr. Exit 0: done; 1: failed or the answer is no;
+//! 2: usage, or images that can not be merged with one another.
 
-fn main() {}
+mod check;
+mod cli;
+mod create;
+mod inspect;
+mod logging;
+mod merge;
+mod output;
+mod version;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help goes to stdout with 0, misuse to stderr with 2. Nobody is left to tell if
+            // that fails.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("Error: {}", chain(&error));
+            let inconsistent = error
+                .downcast_ref::<builder::Error>()
+                .is_some_and(|e| e.kind() == builder::ErrorKind::Inconsistent);
+            ExitCode::from(if inconsistent { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    if cli.version {
+        print!("{}", version::block());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some(command) = cli.command else {
+        Cli::command().print_help()?;
+        return Ok(ExitCode::SUCCESS);
+    };
+    // Clients parse stdout and stderr of a single inspect request together.
+    let silent = matches!(&command, Command::Inspect(args) if args.request.is_some());
+    logging::init(cli.log_file.as_deref(), cli.log_level, silent)?;
+    match command {
+        Command::Create(args) => create::run(&args),
+        Command::Merge(args) => merge::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Chunkdict(_) => Err(cli::not_built("chunkdict")),
+        Command::Optimize(_) => Err(cli::not_built("optimize")),
+        Command::Export(_) => Err(cli::not_built("export")),
+        Command::Stat(_) => Err(cli::not_built("stat")),
+        Command::Compact(_) => Err(cli::not_built("compact")),
+        Command::Unpack(_) => Err(cli::not_built("unpack")),
+    }
+}
+
+/// The error and its causes on one line.
+fn chain(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -1,0 +1,171 @@
+//! `nydus-image create`: a directory or tar stream in, blob and bootstrap out.
+
+use std::io::BufWriter;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context as _, bail};
+use builder::create::{LayerOptions, LayerSource, build_layer};
+use builder::overlay;
+use builder::pipeline::DataOptions;
+use builder::prefetch::Patterns;
+use builder::sink::BlobSink;
+use rafs::format::limits;
+use storage::codec::Codec;
+use storage::digest::DigestAlgorithm;
+use storage::ids::BlobId;
+
+use crate::cli::{
+    self, Compressor, ConversionType, CreateArgs, Digester, Feature, FsVersion, PrefetchPolicy, WhiteoutSpec,
+};
+use crate::output::{self, Output, Summary};
+
+/// Bytes gathered before a write to the blob.
+const WRITE_BUFFER: usize = 1 << 20;
+
+/// Runs the command.
+pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
+    refuse_unbuilt(args)?;
+    let options = options(args)?;
+    let mut blob_output = match (&args.blob, &args.blob_dir) {
+        (Some(path), _) => Output::at(path)?,
+        (None, Some(dir)) => Output::in_dir(dir)?,
+        (None, None) => bail!("no place for the blob: give --blob or --blob-dir"),
+    };
+    let sink =
+        BlobSink::new(blob_output.name(), BufWriter::with_capacity(WRITE_BUFFER, blob_output.writer()?));
+    let built = build_layer(LayerSource::Directory(&args.source), &options, sink)?;
+    // A FIFO's reader waits for the end of file.
+    drop(built.blob.out);
+
+    let id = match &options.blob_id {
+        Some(id) => id.to_string(),
+        None => built.blob.id.to_string(),
+    };
+    let stored = built.has_data || options.inline_bootstrap;
+    if stored {
+        blob_output.commit(&id)?;
+    } else {
+        blob_output.discard()?;
+    }
+    let bootstrap_path = if options.inline_bootstrap {
+        String::new()
+    } else {
+        output::write_bootstrap(args.bootstrap.as_deref(), args.blob_dir.as_deref(), &built.bootstrap)?
+            .display()
+            .to_string()
+    };
+    if !args.disable_check {
+        let open = rafs::bootstrap::OpenOptions { inlined_blob_id: Some(BlobId::new(&id)?) };
+        rafs::bootstrap::from_bytes(built.bootstrap, &open).context("check of the new bootstrap")?;
+    }
+    let blobs = if built.has_data { vec![id] } else { Vec::new() };
+    let root = built.root.to_string();
+    tracing::info!(
+        "built {} entries, blob {} ({} bytes), root digest {root}",
+        built.entry_count,
+        blobs.first().map_or("none", String::as_str),
+        built.blob.size,
+    );
+    Summary {
+        bootstrap: &bootstrap_path,
+        blobs: &blobs,
+        compressor: options.data.codec.name(),
+        root: &root,
+        seconds: started.elapsed().as_secs_f64(),
+    }
+    .write(args.output_json.as_deref())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn options(args: &CreateArgs) -> anyhow::Result<LayerOptions> {
+    Ok(LayerOptions {
+        data: DataOptions {
+            codec: match args.compressor {
+                Compressor::None => Codec::None,
+                Compressor::Lz4Block => Codec::Lz4Block,
+                Compressor::Zstd => Codec::Zstd,
+            },
+            digester: match args.digester {
+                Digester::Blake3 => DigestAlgorithm::Blake3,
+                Digester::Sha256 => DigestAlgorithm::Sha256,
+            },
+            chunk_size: chunk_size(&args.chunk_size)?,
+            threads: args.threads,
+        },
+        toc: args.features.contains(&Feature::BlobToc),
+        inline_bootstrap: args.blob_inline_meta,
+        blob_id: args.blob_id.as_deref().map(BlobId::new).transpose().context("--blob-id")?,
+        whiteouts: match args.whiteout_spec {
+            WhiteoutSpec::Oci => overlay::WhiteoutSpec::Oci,
+            WhiteoutSpec::Overlayfs => overlay::WhiteoutSpec::Overlayfs,
+            WhiteoutSpec::None => overlay::WhiteoutSpec::None,
+        },
+        prefetch: prefetch_patterns(args.prefetch_policy)?,
+        explicit_ids: !args.repeatable,
+    })
+}
+
+/// The patterns on stdin, which is read for policy `fs` only.
+pub fn prefetch_patterns(policy: PrefetchPolicy) -> anyhow::Result<Patterns> {
+    match policy {
+        PrefetchPolicy::None => Ok(Patterns::default()),
+        PrefetchPolicy::Fs => Ok(Patterns::read(std::io::stdin().lock())?),
+        PrefetchPolicy::Blob => Err(cli::not_built("--prefetch-policy blob")),
+    }
+}
+
+fn chunk_size(text: &str) -> anyhow::Result<u32> {
+    let range = u64::from(limits::MIN_CHUNK_SIZE)..=u64::from(limits::MAX_CHUNK_SIZE);
+    let size = cli::number("--chunk-size", text)?;
+    match u32::try_from(size) {
+        Ok(small) if size.is_power_of_two() && range.contains(&size) => Ok(small),
+        _ => {
+            bail!("--chunk-size {text}: want a power of two from {:#x} to {:#x}", range.start(), range.end())
+        }
+    }
+}
+
+/// Refuses by name what the contract has and this build has not.
+fn refuse_unbuilt(args: &CreateArgs) -> anyhow::Result<()> {
+    use ConversionType as T;
+    let name = args.conversion.name();
+    let conflicts =
+        matches!(args.conversion, T::TarTarfs | T::EstargztocRef | T::EstargzRafs | T::EstargzRef);
+    if conflicts && args.blob_cache_dir.is_some() {
+        bail!("conversion type `{name}` conflicts with `--blob-cache-dir`");
+    }
+    if args.conversion != T::DirRafs {
+        return Err(cli::not_built(&format!("--type {name}")));
+    }
+    let batch = cli::number("--batch-size", &args.batch_size)?;
+    let offset = args.blob_offset.as_deref().map(|t| cli::number("--blob-offset", t)).transpose()?;
+    let length = args.blob_data_size.as_deref().map(|t| cli::number("--blob-data-size", t)).transpose()?;
+    let unbuilt = [
+        (args.fs_version == FsVersion::V5, "--fs-version 5"),
+        (batch != 0, "--batch-size"),
+        (args.encrypt, "--encrypt"),
+        (args.chunk_dict.is_some(), "--chunk-dict"),
+        (args.parent_bootstrap.is_some(), "--parent-bootstrap"),
+        (args.external_blob.is_some(), "--external-blob"),
+        (args.blob_cache_dir.is_some(), "--blob-cache-dir"),
+        (args.attributes.is_some(), "--attributes"),
+        (args.config.is_some(), "--config"),
+        (args.blob_meta.is_some(), "--blob-meta"),
+        (offset.unwrap_or(0) != 0, "--blob-offset"),
+        (length.unwrap_or(0) != 0, "--blob-data-size"),
+        (args.prefetch_policy == PrefetchPolicy::Blob, "--prefetch-policy blob"),
+    ];
+    match unbuilt.iter().find(|(set, _)| *set) {
+        Some((_, what)) => Err(cli::not_built(what)),
+        None => exists(&args.source),
+    }
+}
+
+/// Says so before anything is written.
+fn exists(source: &Path) -> anyhow::Result<()> {
+    std::fs::metadata(source).with_context(|| format!("source {}", source.display()))?;
+    Ok(())
+}

@@ -1,0 +1,121 @@
+//! `nydus-image merge`: bootstraps of layers in, the bootstrap of the image out.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::time::Instant;
+
+use anyhow::{Context as _, anyhow, bail};
+use builder::merge::{MergeSource, OwnBlob, merge};
+use rafs::bootstrap::OpenOptions;
+use storage::digest::Digest;
+use storage::ids::BlobId;
+
+use crate::cli::{self, MergeArgs};
+use crate::create::prefetch_patterns;
+use crate::output::{self, Summary};
+
+/// Runs the command.
+pub fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
+    let unbuilt = [(args.chunk_dict.is_some(), "--chunk-dict"), (args.config.is_some(), "--config")];
+    if let Some((_, what)) = unbuilt.iter().find(|(set, _)| *set) {
+        return Err(cli::not_built(what));
+    }
+    let owns = own_blobs(args)?;
+    let mut sources = Vec::new();
+    if let Some(parent) = &args.parent_bootstrap {
+        sources.push(source(parent, OwnBlob::default())?);
+    }
+    for (path, own) in args.sources.iter().zip(owns) {
+        sources.push(source(path, own)?);
+    }
+    let merged = merge(&sources, &prefetch_patterns(args.prefetch_policy)?)?;
+    let path =
+        output::write_bootstrap(args.bootstrap.as_deref(), args.blob_dir.as_deref(), &merged.bootstrap)?;
+    let root = merged.root.to_string();
+    tracing::info!(
+        "merged {} entries of {} blobs, root digest {root}",
+        merged.entry_count,
+        merged.blobs.len()
+    );
+    Summary {
+        bootstrap: &path.display().to_string(),
+        blobs: &merged.blobs,
+        compressor: merged.codec.name(),
+        root: &root,
+        seconds: started.elapsed().as_secs_f64(),
+    }
+    .write(args.output_json.as_deref())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn source(path: &Path, own: OwnBlob) -> anyhow::Result<MergeSource> {
+    let id = match (&own.original_id, own.digest) {
+        (_, Some(digest)) => Some(BlobId::new(&digest.to_string())?),
+        (Some(id), None) => Some(id.clone()),
+        // Whether the file's name is a good id matters only if the bootstrap was inlined.
+        (None, None) => BlobId::new(&stem(path)).ok(),
+    };
+    let bootstrap = rafs::bootstrap::open(path, &OpenOptions { inlined_blob_id: id })?;
+    Ok(MergeSource { name: path.display().to_string(), bootstrap, own })
+}
+
+/// The file's name up to its first dot.
+fn stem(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.split('.').next().unwrap_or_default().to_owned()
+}
+
+fn own_blobs(args: &MergeArgs) -> anyhow::Result<Vec<OwnBlob>> {
+    let count = args.sources.len();
+    let digests = list::<HexDigest>("--blob-digests", &args.blob_digests, count)?;
+    let originals = list::<Id>("--original-blob-ids", &args.original_blob_ids, count)?;
+    let sizes = list::<u64>("--blob-sizes", &args.blob_sizes, count)?;
+    let toc_digests = list::<HexDigest>("--blob-toc-digests", &args.blob_toc_digests, count)?;
+    let toc_sizes = list::<u32>("--blob-toc-sizes", &args.blob_toc_sizes, count)?;
+    let mut owns = vec![OwnBlob::default(); count];
+    for (n, own) in owns.iter_mut().enumerate() {
+        own.digest = digests.get(n).map(|d| d.0);
+        own.original_id = originals.get(n).map(|id| id.0.clone());
+        own.size = sizes.get(n).copied();
+        own.toc_digest = toc_digests.get(n).map(|d| d.0);
+        own.toc_size = toc_sizes.get(n).copied();
+    }
+    Ok(owns)
+}
+
+/// The values of a comma-separated flag: none, or one for each source.
+fn list<T>(flag: &str, values: &[String], count: usize) -> anyhow::Result<Vec<T>>
+where
+    T: FromStr,
+    T::Err: std::fmt::Display,
+{
+    if values.is_empty() {
+        return Ok(Vec::new());
+    }
+    if values.len() != count {
+        bail!("{flag} has {} values for {count} sources: want one for each", values.len());
+    }
+    values.iter().map(|v| v.trim().parse().map_err(|e| anyhow!("{e}")).context(flag.to_owned())).collect()
+}
+
+struct HexDigest(Digest);
+
+impl FromStr for HexDigest {
+    type Err = storage::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Digest::from_hex(text.strip_prefix("sha256:").unwrap_or(text)).map(Self)
+    }
+}
+
+struct Id(BlobId);
+
+impl FromStr for Id {
+    type Err = storage::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        BlobId::new(text).map(Self)
+    }
+}

@@ -1,0 +1,204 @@
+//! Output files: nothing half-written ever stands under its final name.
+//!
+//! A regular file is written beside its place and renamed when complete. A FIFO or device is
+//! opened once and written front to back.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use serde_json::{Value, json};
+use tempfile::NamedTempFile;
+
+use crate::version;
+
+/// Mode of files under a name the caller chose, before the umask.
+const NAMED_MODE: u32 = 0o666;
+/// Mode of files in a blob directory.
+const BLOB_DIR_MODE: u32 = 0o600;
+
+/// A file being written.
+pub enum Output {
+    /// A FIFO or device.
+    Stream(PathBuf, Option<File>),
+    /// A file that gets its name when complete.
+    Whole(PathBuf, NamedTempFile),
+    /// A file whose name follows from its content.
+    InDir(PathBuf, NamedTempFile),
+}
+
+impl Output {
+    /// A file at `path`.
+    pub fn at(path: &Path) -> anyhow::Result<Self> {
+        let special = std::fs::metadata(path).is_ok_and(|m| {
+            let kind = m.file_type();
+            kind.is_fifo() || kind.is_char_device() || kind.is_block_device()
+        });
+        if special {
+            let file = OpenOptions::new()
+                .write(true)
+                .open(path)
+                .with_context(|| format!("open {} for writing", path.display()))?;
+            return Ok(Self::Stream(path.to_owned(), Some(file)));
+        }
+        let dir = match path.parent() {
+            Some(dir) if !dir.as_os_str().is_empty() => dir,
+            _ => Path::new("."),
+        };
+        Ok(Self::Whole(path.to_owned(), temporary(dir, NAMED_MODE)?))
+    }
+
+    /// A file in `dir`, which is made if it does not exist.
+    pub fn in_dir(dir: &Path) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(dir).with_context(|| format!("make directory {}", dir.display()))?;
+        Ok(Self::InDir(dir.to_owned(), temporary(dir, BLOB_DIR_MODE)?))
+    }
+
+    /// What to call it in messages.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Stream(path, _) | Self::Whole(path, _) => path.display().to_string(),
+            Self::InDir(dir, _) => format!("in {}", dir.display()),
+        }
+    }
+
+    /// The one handle to write through.
+    pub fn writer(&mut self) -> anyhow::Result<File> {
+        match self {
+            Self::Stream(path, file) => {
+                file.take().with_context(|| format!("{} is opened only once", path.display()))
+            }
+            Self::Whole(_, file) | Self::InDir(_, file) => {
+                file.as_file().try_clone().with_context(|| format!("reopen {}", file.path().display()))
+            }
+        }
+    }
+
+    /// Gives the complete file its name; in a directory that is `name`, and a file that has it
+    /// already is kept. Returns the path.
+    pub fn commit(self, name: &str) -> anyhow::Result<PathBuf> {
+        match self {
+            Self::Stream(path, _) => Ok(path),
+            Self::Whole(path, file) => {
+                synced(&file)?;
+                file.persist(&path).with_context(|| format!("name {}", path.display()))?;
+                Ok(path)
+            }
+            Self::InDir(dir, file) => {
+                let path = dir.join(name);
+                synced(&file)?;
+                match file.persist_noclobber(&path) {
+                    Ok(_) => Ok(path),
+                    Err(e) if e.error.kind() == std::io::ErrorKind::AlreadyExists => Ok(path),
+                    Err(e) => Err(e).with_context(|| format!("name {}", path.display())),
+                }
+            }
+        }
+    }
+
+    /// Nothing is to be stored: a regular file of that name goes away.
+    pub fn discard(self) -> anyhow::Result<()> {
+        if let Self::Whole(path, _) = &self
+            && std::fs::symlink_metadata(path).is_ok_and(|m| m.is_file())
+        {
+            std::fs::remove_file(path).with_context(|| format!("remove {}", path.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes `bytes` to `path` at once.
+pub fn write_file(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let mut output = Output::at(path)?;
+    output.writer()?.write_all(bytes).with_context(|| format!("write {}", path.display()))?;
+    output.commit("")?;
+    Ok(())
+}
+
+/// Writes the bootstrap to `path`, or into `dir` under its SHA-256; returns where.
+pub fn write_bootstrap(path: Option<&Path>, dir: Option<&Path>, bytes: &[u8]) -> anyhow::Result<PathBuf> {
+    let mut output = match (path, dir) {
+        (Some(path), _) => Output::at(path)?,
+        (None, Some(dir)) => Output::in_dir(dir)?,
+        (None, None) => anyhow::bail!("no place for the bootstrap: give --bootstrap or --blob-dir"),
+    };
+    let name = output.name();
+    output.writer()?.write_all(bytes).with_context(|| format!("write bootstrap {name}"))?;
+    output.commit(&storage::digest::DigestAlgorithm::Sha256.digest(bytes).to_string())
+}
+
+/// The summary that `-J` asks for.
+pub struct Summary<'a> {
+    /// Path of the bootstrap, empty if it is inlined.
+    pub bootstrap: &'a str,
+    /// Ids of data blobs in table order.
+    pub blobs: &'a [String],
+    /// Default compressor.
+    pub compressor: &'a str,
+    /// Image root digest.
+    pub root: &'a str,
+    /// Seconds the work took.
+    pub seconds: f64,
+}
+
+impl Summary<'_> {
+    /// Writes it to `path`, if any.
+    pub fn write(&self, path: Option<&Path>) -> anyhow::Result<()> {
+        let Some(path) = path else { return Ok(()) };
+        let value: Value = json!({
+            "version": version::DESCRIBE,
+            "bootstrap": self.bootstrap,
+            "blobs": self.blobs,
+            "external_bootstrap": "",
+            "external_blobs": [],
+            "trace": { "consumed_time": { "total": self.seconds }, "registered_events": {} },
+            "fs_version": "6",
+            "compressor": self.compressor,
+            "root": self.root,
+        });
+        write_file(path, value.to_string().as_bytes())
+    }
+}
+
+fn temporary(dir: &Path, mode: u32) -> anyhow::Result<NamedTempFile> {
+    tempfile::Builder::new()
+        .prefix(".nydus-image-")
+        .permissions(std::fs::Permissions::from_mode(mode))
+        .tempfile_in(dir)
+        .with_context(|| format!("make a file in {}", dir.display()))
+}
+
+fn synced(file: &NamedTempFile) -> anyhow::Result<()> {
+    file.as_file().sync_data().with_context(|| format!("sync {}", file.path().display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_appear_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        let mut output = Output::at(&path).unwrap();
+        output.writer().unwrap().write_all(b"abc").unwrap();
+        assert!(!path.exists());
+        drop(output);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        write_file(&path, b"whole").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"whole");
+        Output::at(&path).unwrap().discard().unwrap();
+        assert!(!path.exists());
+
+        let blobs = dir.path().join("blobs");
+        for _ in 0..2 {
+            let mut output = Output::in_dir(&blobs).unwrap();
+            output.writer().unwrap().write_all(b"x").unwrap();
+            assert_eq!(output.commit("id").unwrap(), blobs.join("id"));
+        }
+        assert_eq!(std::fs::metadata(blobs.join("id")).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(std::fs::read_dir(&blobs).unwrap().count(), 1);
+    }
+}
