@@ -12,8 +12,10 @@
 pub mod auth;
 pub mod challenge;
 pub mod client;
+pub mod image;
 pub mod layout;
 pub mod manifest;
+pub mod nydus;
 pub mod reference;
 pub mod stream;
 pub mod token;
