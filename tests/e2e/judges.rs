@@ -1,9 +1,8 @@
 //! The judges agree about our own test images before we are judged with them.
 
-use support::layout::Layout;
-use support::mount::chroot;
-use support::{Result, image, needs_programs, recipes, reference, tree};
-use tests as support;
+use tests::layout::Layout;
+use tests::mount::chroot;
+use tests::{Result, image, needs_programs, recipes, reference, tree};
 
 /// umoci unpacks every recipe, and the same tree whatever the compression of the layers.
 /// (umoci of Debian 12 knows no zstd; skopeo turns it into gzip first.)

@@ -173,24 +173,35 @@ fn append(tar: &mut tar::Builder<Vec<u8>>, entry: &Entry) -> Result<()> {
     if matches!(entry.kind, Kind::Directory) && !path.ends_with(b"/") {
         path.push(b'/');
     }
-    let path = as_path(&path);
-    match &entry.kind {
-        Kind::File(bytes) => {
-            header.set_size(bytes.len() as u64);
-            tar.append_data(&mut header, path, bytes.as_slice())?;
-        }
-        Kind::Symlink(target) | Kind::HardLink(target) => {
-            tar.append_link(&mut header, path, as_path(target))?;
-        }
+    let (data, target): (&[u8], Option<&[u8]>) = match &entry.kind {
+        Kind::File(bytes) => (bytes, None),
+        Kind::Symlink(target) | Kind::HardLink(target) => (&[], Some(target)),
         Kind::CharDevice(major, minor) | Kind::BlockDevice(major, minor) => {
             header.set_device_major(*major)?;
             header.set_device_minor(*minor)?;
-            tar.append_data(&mut header, path, std::io::empty())?;
+            (&[], None)
         }
-        Kind::Directory | Kind::Fifo => tar.append_data(&mut header, path, std::io::empty())?,
+        Kind::Directory | Kind::Fifo => (&[], None),
+    };
+    header.set_size(data.len() as u64);
+    if path.len() <= SHORT && target.is_none_or(|target| target.len() <= SHORT) {
+        // By hand: the crate refuses `..` and absolute paths, which hostile images hold.
+        header.as_old_mut().name[..path.len()].copy_from_slice(&path);
+        if let Some(target) = target {
+            header.set_link_name_literal(target)?;
+        }
+        header.set_cksum();
+        tar.append(&header, data)?;
+    } else if let Some(target) = target {
+        tar.append_link(&mut header, as_path(&path), as_path(target))?;
+    } else {
+        tar.append_data(&mut header, as_path(&path), data)?;
     }
     Ok(())
 }
+
+/// Bytes of a name that fit the header itself.
+const SHORT: usize = 100;
 
 /// `-1.25 s` is written as POSIX wants it, `-1.25`: the fraction counts away from zero.
 fn pax_time(seconds: i64, nanoseconds: u32) -> String {

@@ -18,6 +18,7 @@ pub mod binaries;
 pub mod command;
 pub mod daemon;
 pub mod image;
+pub mod journey;
 pub mod layout;
 pub mod mount;
 pub mod need;

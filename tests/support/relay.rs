@@ -28,6 +28,8 @@ pub enum Rule {
     Pass,
     /// Hold every request, unanswered, until the rule changes.
     Stall,
+    /// Forward after this long, as a registry far away does.
+    Slow(Duration),
     /// Answer with this status.
     Refuse(u16),
     /// Forward the head and this many bytes, then drop the connection.
@@ -64,6 +66,10 @@ struct Shared {
     rule: watch::Sender<Rule>,
     /// Requests that [`Rule::Stall`] holds now.
     stalled: watch::Sender<usize>,
+    /// Requests for blob bytes that have come and are not answered yet.
+    active: watch::Sender<usize>,
+    /// Requests for blob bytes that have come so far.
+    arrived: watch::Sender<usize>,
     log: Mutex<Log>,
 }
 
@@ -111,6 +117,8 @@ impl Relay {
             bearer,
             rule: watch::Sender::new(Rule::Pass),
             stalled: watch::Sender::new(0),
+            active: watch::Sender::new(0),
+            arrived: watch::Sender::new(0),
             log: Mutex::default(),
         });
         runtime.spawn(accept(listener, Arc::clone(&shared)));
@@ -137,13 +145,35 @@ impl Relay {
     /// # Errors
     /// Not within 30 seconds.
     pub fn wait_stalled(&self, count: usize) -> Result<()> {
-        let mut stalled = self.shared.stalled.subscribe();
+        self.wait(&self.shared.stalled, count).context("stalled requests")
+    }
+
+    /// Waits until `count` requests for blob bytes have come since the start of the relay.
+    ///
+    /// # Errors
+    /// Not within 30 seconds.
+    pub fn wait_arrived(&self, count: usize) -> Result<()> {
+        self.wait(&self.shared.arrived, count).context("arrived requests")
+    }
+
+    /// Requests for blob bytes that have come since the start of the relay.
+    pub fn arrived(&self) -> usize {
+        *self.shared.arrived.borrow()
+    }
+
+    /// Requests for blob bytes that are on their way at this moment.
+    pub fn active(&self) -> usize {
+        *self.shared.active.borrow()
+    }
+
+    fn wait(&self, counter: &watch::Sender<usize>, count: usize) -> Result<()> {
+        let mut counter = counter.subscribe();
         let runtime = self.runtime.as_ref().context("the relay has ended")?;
         runtime.block_on(async {
-            let wait = stalled.wait_for(|now| *now >= count);
+            let wait = counter.wait_for(|now| *now >= count);
             match tokio::time::timeout(Duration::from_secs(30), wait).await {
                 Ok(Ok(_)) => Ok(()),
-                _ => bail!("fewer than {count} requests were stalled within 30 s"),
+                _ => bail!("fewer than {count} within 30 s"),
             }
         })
     }
@@ -223,16 +253,18 @@ async fn relay(shared: &Shared, mut request: Request<Incoming>) -> Result<Respon
         return Ok(challenge);
     }
     let mut rule = Rule::Pass;
-    let mut is_fetch = false;
+    let mut active = None;
     if let Some(fetch) = blob_fetch(&request) {
+        active = Some(Held::count(&shared.active));
         shared.log().fetches.push(fetch);
-        is_fetch = true;
+        shared.arrived.send_modify(|count| *count += 1);
         rule = *shared.rule.borrow();
         if rule == Rule::Stall {
             rule = stall(shared).await?;
         }
     }
     match rule {
+        Rule::Slow(delay) => tokio::time::sleep(delay).await,
         Rule::Refuse(status) => {
             let mut response = Response::new(text("refused by rule".into()));
             *response.status_mut() = StatusCode::from_u16(status)?;
@@ -251,7 +283,7 @@ async fn relay(shared: &Shared, mut request: Request<Incoming>) -> Result<Respon
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
     let response = sender.send_request(request).await?;
-    if !is_fetch {
+    if active.is_none() {
         return Ok(response.map(|body| body.map_err(std::io::Error::other).boxed()));
     }
     pour(shared, response, rule).await
@@ -286,16 +318,25 @@ async fn pour(shared: &Shared, response: Response<Incoming>, rule: Rule) -> Resu
     Ok(Response::from_parts(head, BodyExt::boxed(http_body_util::StreamBody::new(stream))))
 }
 
-/// Holds a request until the rule is another one. The count falls also when the client hangs up.
-async fn stall(shared: &Shared) -> Result<Rule> {
-    struct Held<'a>(&'a watch::Sender<usize>);
-    impl Drop for Held<'_> {
-        fn drop(&mut self) {
-            self.0.send_modify(|count| *count -= 1);
-        }
+/// One in a counter of requests; it goes also when the client hangs up.
+struct Held<'a>(&'a watch::Sender<usize>);
+
+impl<'a> Held<'a> {
+    fn count(counter: &'a watch::Sender<usize>) -> Self {
+        counter.send_modify(|count| *count += 1);
+        Self(counter)
     }
-    shared.stalled.send_modify(|count| *count += 1);
-    let _held = Held(&shared.stalled);
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}
+
+/// Holds a request until the rule is another one.
+async fn stall(shared: &Shared) -> Result<Rule> {
+    let _held = Held::count(&shared.stalled);
     let mut rule = shared.rule.subscribe();
     Ok(*rule.wait_for(|rule| *rule != Rule::Stall).await?)
 }
