@@ -124,7 +124,7 @@ struct Validator<'a, 'f> {
 impl<'a> Validator<'a, '_> {
     fn run(&mut self) -> Result<()> {
         let root = self.view.header.root;
-        let inode = self.view.inode(root).map_err(|e| e.context("root"))?;
+        let inode = self.view.inode(root).map_err(|e| Error::corrupt(format!("root: {e}")))?;
         if inode.attr.file_type != FileType::Directory {
             return Err(Error::corrupt(format!("root inode {root} is not a directory")));
         }
