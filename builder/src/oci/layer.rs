@@ -8,20 +8,15 @@
 //! reaches the end without an error has read exactly the layer that manifest and config name.
 //! A tar ends before its file does, so whoever stops early calls [`LayerReader::finish`].
 
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufReader, Read};
 
-use flate2::bufread::MultiGzDecoder;
 use storage::digest::{Digest, DigestAlgorithm, Hasher};
 
+use crate::source::decompress::Decompressor;
 use crate::{Error, ErrorKind, Result};
 
 /// Bytes read ahead of the decompressor.
 const INPUT_BUFFER: usize = 256 << 10;
-/// Largest window a zstd layer may ask for, as a power of two: 128 MiB, what `zstd --long` and
-/// every container runtime accept by default.
-const ZSTD_WINDOW_LOG_MAX: u32 = 27;
-const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
-const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
 /// What is known of a layer before it is read.
 #[derive(Clone, Debug)]
@@ -36,13 +31,7 @@ pub struct LayerPromise {
 
 /// Decompressed, verified bytes of one layer.
 pub struct LayerReader {
-    inner: Verified<Decoder>,
-}
-
-enum Decoder {
-    Plain(BufReader<Verified<Stored>>),
-    Gzip(MultiGzDecoder<BufReader<Verified<Stored>>>),
-    Zstd(zstd::Decoder<'static, BufReader<Verified<Stored>>>),
+    inner: Verified<Decompressor<BufReader<Verified<Stored>>>>,
 }
 
 type Stored = Box<dyn Read + Send>;
@@ -62,18 +51,9 @@ impl LayerReader {
             state: Some(DigestAlgorithm::Sha256.hasher()),
             size: 0,
         };
-        let mut input = BufReader::with_capacity(INPUT_BUFFER, stored);
-        let failed = |e| Error::io(format!("{}: reading", promise.name), e);
-        let head = input.fill_buf().map_err(failed)?;
-        let decoder = if head.starts_with(&GZIP_MAGIC) {
-            Decoder::Gzip(MultiGzDecoder::new(input))
-        } else if head.starts_with(&ZSTD_MAGIC) {
-            let mut decoder = zstd::Decoder::with_buffer(input).map_err(failed)?;
-            decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).map_err(failed)?;
-            Decoder::Zstd(decoder)
-        } else {
-            Decoder::Plain(input)
-        };
+        let input = BufReader::with_capacity(INPUT_BUFFER, stored);
+        let decoder =
+            Decompressor::new(input).map_err(|e| Error::io(format!("{}: reading", promise.name), e))?;
         Ok(Self {
             inner: Verified {
                 inner: decoder,
@@ -118,35 +98,6 @@ impl Read for LayerReader {
             }
             _ => e,
         })
-    }
-}
-
-impl Read for Decoder {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Plain(input) => input.read(buf),
-            Self::Gzip(decoder) => match decoder.read(buf)? {
-                0 if !buf.is_empty() => drain(decoder.get_mut()),
-                got => Ok(got),
-            },
-            Self::Zstd(decoder) => match decoder.read(buf) {
-                Ok(0) if !buf.is_empty() => drain(decoder.get_mut()),
-                Ok(got) => Ok(got),
-                Err(e) if e.get_ref().is_some_and(|inner| inner.is::<Error>()) => Err(e),
-                // libzstd's complaints arrive as `Other`.
-                Err(e) => Err(io::Error::new(io::ErrorKind::InvalidData, e)),
-            },
-        }
-    }
-}
-
-/// Reaches the end of the stored bytes, so that their digest is compared.
-fn drain(input: &mut impl BufRead) -> io::Result<usize> {
-    loop {
-        match input.fill_buf()?.len() {
-            0 => return Ok(0),
-            len => input.consume(len),
-        }
     }
 }
 

@@ -39,7 +39,10 @@ pub struct Layer {
     chunks: u64,
     /// A full chunk of zeros went into this layer with its bytes; further ones need none.
     zero_seen: bool,
+    /// Nothing more to tell the hub when this is dropped.
     finished: bool,
+    /// What the last file failed with: the reason for giving the layer up.
+    error: Option<Error>,
 }
 
 impl Layer {
@@ -53,6 +56,7 @@ impl Layer {
             chunks: 0,
             zero_seen: false,
             finished: false,
+            error: None,
         }
     }
 
@@ -68,7 +72,7 @@ impl Layer {
     /// # Errors
     /// `Mismatch`: `data` is shorter or longer than `size`. `Io`: reading failed. `Limit`: too many
     /// chunks. Otherwise the first error of the build. The caller names the file, see
-    /// [`Error::context`]. Any error fails the build.
+    /// [`Error::context`]. After an error the layer can only be dropped or [aborted](Self::abort).
     pub fn add_file(&mut self, data: &mut dyn Read, size: u64) -> Result<FileId> {
         self.add_sparse_file(data, size, &[Extent { offset: 0, len: size }])
     }
@@ -79,13 +83,15 @@ impl Layer {
     /// # Errors
     /// As [`Self::add_file`]; `Corrupt`: the extents overlap, are out of order, or pass `size`.
     pub fn add_sparse_file(&mut self, data: &mut dyn Read, size: u64, extents: &[Extent]) -> Result<FileId> {
-        self.add(data, size, extents).inspect_err(|error| self.hub.fail(error.clone()))
+        self.add(data, size, extents).inspect_err(|error| self.error = Some(error.clone()))
     }
 
-    /// Fails the build with `error`, which this layer's source met outside of a file's data.
-    pub fn abort(mut self, error: &Error) {
+    /// Fails the build with `error` and returns its first failure, which is `error` unless another
+    /// part of the build failed before (and perhaps caused it).
+    pub fn abort(mut self, error: Error) -> Error {
         self.finished = true;
         self.hub.fail(error.clone());
+        self.hub.failure().unwrap_or(error)
     }
 
     /// Ends the layer. Its data may still be on the way; [`super::Session::finish`] waits for it.
@@ -93,6 +99,9 @@ impl Layer {
     /// # Errors
     /// The first error of the build, if it has failed already.
     pub fn finish(mut self) -> Result<()> {
+        if let Some(error) = self.error.take() {
+            return Err(self.abort(error));
+        }
         self.flush();
         self.finished = true;
         let (layer, batches) = (self.index, self.batches);
@@ -198,8 +207,9 @@ impl Layer {
 impl Drop for Layer {
     fn drop(&mut self) {
         if !self.finished {
-            let layer = self.index.0;
-            self.hub.fail(Error::new(ErrorKind::Cancelled, format!("layer {layer} was given up")));
+            let given_up =
+                || Error::new(ErrorKind::Cancelled, format!("layer {} was given up", self.index.0));
+            self.hub.fail(self.error.take().unwrap_or_else(given_up));
         }
     }
 }

@@ -199,6 +199,7 @@ fn bad_extents_and_sizes_are_refused() {
         let session = Session::new(options(Codec::None, 0x1000, 1)).unwrap();
         let mut layer = session.layer(BlobSink::new("test", std::io::sink())).unwrap();
         let error = layer.add_sparse_file(&mut [1u8; 64].as_slice(), size, extents).unwrap_err();
+        assert_eq!(layer.finish().unwrap_err().kind(), error.kind());
         assert_eq!(session.finish().err().map(|e| e.kind()), Some(error.kind()));
         error.kind()
     };

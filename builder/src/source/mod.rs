@@ -1,3 +1,5 @@
 //! Where entries come from.
 
+pub mod decompress;
 pub mod dir;
+pub mod tar;

@@ -1,0 +1,154 @@
+//! A layer as a source: a tar stream, plain or compressed.
+//!
+//! One pass over the stream yields the tree of the layer and feeds file data to the pipeline;
+//! nothing is staged on disk. Overlay markers (whiteouts) stay ordinary entries of the tree, see
+//! [`crate::overlay`].
+//!
+//! What the archive says is not trusted: paths are normalised and may not leave the tree, nothing
+//! is put beneath a symlink or a file, hard links point at what precedes them in the same archive,
+//! extension headers, sparse maps and the number of entries are bounded, and a stream that is
+//! shorter than its headers say is an error. Of several entries with one path the last one stays,
+//! as in extraction.
+
+mod fields;
+mod member;
+#[cfg(test)]
+mod tests;
+
+use std::io::{BufReader, Read};
+
+use self::member::{Kind, Member, Members};
+use crate::pipeline::Layer;
+use crate::source::decompress::Decompressor;
+use crate::tree::{Children, Content, Inode, InodeId, Metadata, Tree, XattrPool, Xattrs, components, shown};
+use crate::{Error, Result};
+
+/// Bytes read ahead of the decompressor.
+const INPUT_BUFFER: usize = 256 << 10;
+
+/// How a tar stream is read.
+#[derive(Clone, Copy, Debug)]
+pub struct TarOptions {
+    /// Entries of one archive, duplicates included.
+    pub max_entries: u32,
+    /// Refuse a stream that ends between two entries, without end marker. Not needed where a
+    /// digest vouches for the stream; some layers in registries lack the marker.
+    pub require_end: bool,
+}
+
+impl Default for TarOptions {
+    fn default() -> Self {
+        // 16 Mi entries are ten times the largest images known; at 256 bytes an entry they bound
+        // what a hostile layer can make the builder hold.
+        Self { max_entries: 1 << 24, require_end: true }
+    }
+}
+
+/// Reads the layer `input` to its end: tar, tar.gz or tar.zst, told by the first bytes. File data
+/// goes to `layer`, which is finished.
+///
+/// `name` is what messages call the layer.
+///
+/// # Errors
+/// `Corrupt`: the archive is damaged, cut short or hostile. `Unsupported`, `Limit`: an entry that
+/// the format or this build can not take. Otherwise the first error of the build, which fails in
+/// any of these cases. Messages name layer and entry.
+pub fn read_layer(name: &str, input: impl Read, layer: Layer, options: TarOptions) -> Result<Tree> {
+    let mut reader =
+        LayerReader { layer, tree: Tree::new(), pool: XattrPool::default(), options, entries: 0, seen: None };
+    match reader.read(input) {
+        Ok(()) => {
+            reader.layer.finish()?;
+            Ok(reader.tree)
+        }
+        Err(error) => {
+            let error = match reader.seen.take() {
+                Some(path) => error.context(format_args!("{name}: after entry {}", shown(&path))),
+                None => error.context(name),
+            };
+            Err(reader.layer.abort(error))
+        }
+    }
+}
+
+struct LayerReader {
+    layer: Layer,
+    tree: Tree,
+    pool: XattrPool,
+    options: TarOptions,
+    entries: u32,
+    /// The last entry that was complete, for errors between entries.
+    seen: Option<Vec<u8>>,
+}
+
+impl LayerReader {
+    fn read(&mut self, input: impl Read) -> Result<()> {
+        let input = BufReader::with_capacity(INPUT_BUFFER, input);
+        let input = Decompressor::new(input).map_err(|e| Error::io("read the first bytes", e))?;
+        let mut members = Members::new(input);
+        while let Some(member) = members.next(self.options.require_end)? {
+            self.entries += 1;
+            if self.entries > self.options.max_entries {
+                return Err(Error::limit(format!("more than {} entries", self.options.max_entries)));
+            }
+            let path = member.path.clone();
+            self.entry(member, &mut members)
+                .map_err(|e| e.context(format_args!("entry {}", shown(&path))))
+                .inspect_err(|_| self.seen = None)?;
+            self.seen = Some(path);
+        }
+        members.drain()
+    }
+
+    fn entry<R: Read>(&mut self, member: Member, members: &mut Members<R>) -> Result<()> {
+        // Refused before any of its data is stored.
+        let path = components(&member.path)?.join(&b'/');
+        let (major, minor) = member.device;
+        let content = match member.kind {
+            Kind::HardLink => return self.hard_link(&path, &member.link),
+            Kind::Regular => {
+                let mut data = members.data();
+                let file = match &member.extents {
+                    Some(extents) => self.layer.add_sparse_file(&mut data, member.size, extents)?,
+                    None => self.layer.add_file(&mut data, member.size)?,
+                };
+                Content::Regular { file, size: member.size }
+            }
+            Kind::Directory => Content::Directory(Children::new()),
+            Kind::Symlink => Content::Symlink(member.link.into()),
+            Kind::CharDevice => Content::CharDevice { major, minor },
+            Kind::BlockDevice => Content::BlockDevice { major, minor },
+            Kind::Fifo => Content::Fifo,
+        };
+        let xattrs = self.pool.intern(Xattrs::new(member.xattrs)?);
+        let metadata = Metadata {
+            mode: member.mode,
+            uid: member.uid,
+            gid: member.gid,
+            mtime: member.mtime.0,
+            mtime_nsec: member.mtime.1,
+            xattrs,
+        };
+        self.tree.insert(&path, Inode::new(metadata, content))?;
+        Ok(())
+    }
+
+    fn hard_link(&mut self, path: &[u8], target: &[u8]) -> Result<()> {
+        let refused = |why: &str| Error::bad_source(format!("hard link to {}, which {why}", shown(target)));
+        let inside = components(target).map_err(|e| e.context("hard link"))?.join(&b'/');
+        let id: InodeId =
+            self.tree.lookup(&inside).ok_or_else(|| refused("does not precede it in this layer"))?;
+        let inode = self.tree.inode(id);
+        if inode.is_dir() {
+            return Err(refused("is a directory"));
+        }
+        if inode.is_regular() {
+            return self.tree.link(path, id);
+        }
+        // Only regular files keep several names (rafs-v6 section 4.5); of anything else the
+        // second name is an inode of its own.
+        let copy = inode.clone();
+        self.tree.insert(path, copy)?;
+        Ok(())
+    }
+}
