@@ -33,7 +33,7 @@ fn bytes(seed: u32, len: usize) -> Vec<u8> {
     (0..len)
         .map(|i| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            if seed % 3 == 0 { (i / 64) as u8 ^ seed as u8 } else { (state >> 24) as u8 }
+            if seed.is_multiple_of(3) { (i / 64) as u8 ^ seed as u8 } else { (state >> 24) as u8 }
         })
         .collect()
 }

@@ -136,7 +136,8 @@ mod tests {
 
     #[test]
     fn times_round_down() {
-        let cases: &[(&[u8], Option<(i64, u32)>)] = &[
+        type Case = (&'static [u8], Option<(i64, u32)>);
+        let cases: &[Case] = &[
             (b"1350244992.023960108", Some((1_350_244_992, 23_960_108))),
             (b"12", Some((12, 0))),
             (b"12.", Some((12, 0))),
