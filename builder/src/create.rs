@@ -70,8 +70,7 @@ pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSi
     let (tree, first) = match read(source, options.whiteouts, &options.prefetch, &mut layer) {
         Ok(read) => read,
         Err(error) => {
-            layer.abort(&error);
-            return Err(error);
+            return Err(layer.abort(error));
         }
     };
     layer.finish()?;
@@ -145,8 +144,7 @@ pub fn read_layers(
         let (tree, _) = match read(source, whiteouts, &Patterns::default(), &mut layer) {
             Ok(read) => read,
             Err(error) => {
-                layer.abort(&error);
-                return Err(error);
+                return Err(layer.abort(error));
             }
         };
         layer.finish()?;

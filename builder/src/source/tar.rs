@@ -45,34 +45,28 @@ impl Default for TarOptions {
 }
 
 /// Reads the layer `input` to its end: tar, tar.gz or tar.zst, told by the first bytes. File data
-/// goes to `layer`, which is finished.
+/// goes to `layer`, which the caller finishes, or aborts with the error.
 ///
 /// `name` is what messages call the layer.
 ///
 /// # Errors
 /// `Corrupt`: the archive is damaged, cut short or hostile. `Unsupported`, `Limit`: an entry that
-/// the format or this build can not take. Otherwise the first error of the build, which fails in
-/// any of these cases. Messages name layer and entry.
-pub fn read_layer(name: &str, input: impl Read, layer: Layer, options: TarOptions) -> Result<Tree> {
+/// the format or this build can not take. Otherwise what `input` fails with, or the first error of
+/// the build. Messages name layer and entry.
+pub fn read_layer(name: &str, input: impl Read, layer: &mut Layer, options: TarOptions) -> Result<Tree> {
     let mut reader =
         LayerReader { layer, tree: Tree::new(), pool: XattrPool::default(), options, entries: 0, seen: None };
     match reader.read(input) {
-        Ok(()) => {
-            reader.layer.finish()?;
-            Ok(reader.tree)
-        }
-        Err(error) => {
-            let error = match reader.seen.take() {
-                Some(path) => error.context(format_args!("{name}: after entry {}", shown(&path))),
-                None => error.context(name),
-            };
-            Err(reader.layer.abort(error))
-        }
+        Ok(()) => Ok(reader.tree),
+        Err(error) => Err(match reader.seen {
+            Some(path) => error.context(format_args!("{name}: after entry {}", shown(&path))),
+            None => error.context(name),
+        }),
     }
 }
 
-struct LayerReader {
-    layer: Layer,
+struct LayerReader<'a> {
+    layer: &'a mut Layer,
     tree: Tree,
     pool: XattrPool,
     options: TarOptions,
@@ -81,7 +75,7 @@ struct LayerReader {
     seen: Option<Vec<u8>>,
 }
 
-impl LayerReader {
+impl LayerReader<'_> {
     fn read(&mut self, input: impl Read) -> Result<()> {
         let input = BufReader::with_capacity(INPUT_BUFFER, input);
         let input = Decompressor::new(input).map_err(|e| Error::io("read the first bytes", e))?;

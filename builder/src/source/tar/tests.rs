@@ -39,8 +39,12 @@ fn read_with(archive: &[u8], options: TarOptions) -> Result<Read> {
         DataOptions { codec: Codec::None, digester: DigestAlgorithm::Blake3, chunk_size: 0x1000, threads: 1 };
     let session = Session::new(data).unwrap();
     let sink = Memory::default();
-    let layer = session.layer(BlobSink::new("blob", sink.clone())).unwrap();
-    let tree = read_layer("layer 7", archive, layer, options)?;
+    let mut layer = session.layer(BlobSink::new("blob", sink.clone())).unwrap();
+    let tree = match read_layer("layer 7", archive, &mut layer, options) {
+        Ok(tree) => tree,
+        Err(error) => return Err(layer.abort(error)),
+    };
+    layer.finish()?;
     let output = session.finish()?;
     let blob = sink.0.lock().unwrap().clone();
     Ok(Read { tree, output, blob })
