@@ -258,7 +258,11 @@ fn forged_inodes() {
     });
     // A directory of chunks; directories whose data lies elsewhere.
     inode(fields, "files", 0, 0x09, 2);
-    inode("beyond the file", "files", 0, 0x01, 2);
+    refused("default", "beyond the file", |f| {
+        let at = f.inode("files");
+        f.put16(at, 1);
+        f.put32(at + 16, 1 << 30);
+    });
     inode("bad first entry", "dirs/empty_dir", 8, 4, 8);
     inode("without a tail", "dirs/empty_dir", 8, 4096, 8);
     inode("overlap", "dirs", 8, 1 << 40, 8);
