@@ -31,8 +31,8 @@ type Key = (ChunkIndex, Record);
 /// The chunks of one blob that this process is fetching.
 #[derive(Default)]
 pub(super) struct Inflight {
-    /// One entry a chunk from the first asker until its [`Lead`] is dropped. Nothing
-    /// blocks under the lock.
+    /// One entry a chunk from the first asker until its [`Lead`] is dropped or fails: who
+    /// asks after a failure was told starts afresh. Nothing blocks under the lock.
     table: Mutex<HashMap<Key, watch::Receiver<Option<Outcome>>>>,
 }
 
@@ -79,6 +79,9 @@ impl Lead {
 
     /// Answers the waiters now; the chunk stays led until the drop. The first answer counts.
     pub(super) fn answer(&self, outcome: Outcome) {
+        if matches!(outcome, Outcome::Failed(_)) {
+            self.leave();
+        }
         self.answer.send_if_modified(|slot| {
             let first = slot.is_none();
             if first {
@@ -86,6 +89,15 @@ impl Lead {
             }
             first
         });
+    }
+
+    /// Removes this lead from the table, unless another has taken its place.
+    fn leave(&self) {
+        let key = (self.extent.index, Record::of(&self.extent));
+        let mut table = self.table.lock();
+        if table.get(&key).is_some_and(|receiver| receiver.same_channel(&self.answer.subscribe())) {
+            table.remove(&key);
+        }
     }
 }
 
@@ -95,7 +107,7 @@ impl Drop for Lead {
             ErrorKind::Cancelled,
             format!("chunk {}: its fetch was abandoned", self.extent.index),
         )));
-        self.table.lock().remove(&(self.extent.index, Record::of(&self.extent)));
+        self.leave();
     }
 }
 
