@@ -53,7 +53,8 @@ pub trait Reader: Send + Sync {
     /// `dst.len()` is the sum of the slices' lengths.
     ///
     /// # Errors
-    /// `Io`: the local file can not be read. `OutOfRange`: a slice outside its chunk or blob.
+    /// `OutOfRange`: a slice outside its chunk or blob. `Corrupt`: a chunk without a digest
+    /// where only verified ones are served.
     fn try_read(&self, slices: &[ReadSlice], dst: &mut [u8]) -> Result<bool>;
 
     /// Fetches what is missing and hands all bytes to `completion`, on success, failure,

@@ -97,7 +97,7 @@ fn claim(inner: &Inner, leads: Vec<Lead>) -> (Vec<Claimed>, Vec<Lead>) {
             lead.answer(Outcome::Stored);
             continue;
         }
-        let Some(files) = &inner.files else {
+        let Some(files) = inner.files() else {
             claimed.push(Claimed { lead, lock: None });
             continue;
         };

@@ -158,6 +158,8 @@ struct Inner {
     meta: std::sync::Mutex<Option<(MetaSpec, PathBuf)>>,
     metrics: Arc<CacheMetrics>,
     backend_metrics: Arc<BackendMetrics>,
+    /// The cache file could not be read: from then on nothing is kept.
+    unreadable: AtomicBool,
     /// A failing cache has been reported.
     write_warned: AtomicBool,
 }
@@ -227,6 +229,7 @@ impl BlobCache {
                 meta: std::sync::Mutex::new(meta),
                 metrics: config.metrics,
                 backend_metrics: config.backend_metrics,
+                unreadable: AtomicBool::new(false),
                 write_warned: AtomicBool::new(false),
             }),
         }))
@@ -356,8 +359,13 @@ impl Files {
 }
 
 impl Inner {
+    /// The files, while they serve.
+    fn files(&self) -> Option<&Files> {
+        self.files.as_ref().filter(|_| !self.unreadable.load(Ordering::Relaxed))
+    }
+
     fn is_ready(&self, extent: &ChunkExtent) -> bool {
-        self.files.as_ref().is_some_and(|files| files.map.is_ready(extent.index, &Record::of(extent)))
+        self.files().is_some_and(|files| files.map.is_ready(extent.index, &Record::of(extent)))
     }
 
     /// Checks that an extent is possible for this blob, and verifiable unless told otherwise.
@@ -386,12 +394,17 @@ impl Inner {
         Ok(())
     }
 
-    /// Reads a ready chunk's bytes from the data file.
-    fn read_stored(&self, extent: &ChunkExtent, offset: u32, dst: &mut [u8]) -> Result<()> {
-        let failed =
-            |e| Error::io(format!("blob {}, chunk {}: read the cache file", self.id, extent.index), e);
-        let Some(files) = &self.files else { return Err(failed(std::io::ErrorKind::NotFound.into())) };
-        files.data.read_at(dst, extent.decoded_offset + u64::from(offset)).map_err(failed)
+    /// Reads a ready chunk's bytes from the data file; false if that is impossible, in
+    /// which case the backend serves from now on.
+    fn read_stored(&self, extent: &ChunkExtent, offset: u32, dst: &mut [u8]) -> bool {
+        let Some(files) = self.files() else { return false };
+        let read = files.data.read_at(dst, extent.decoded_offset + u64::from(offset));
+        if let Err(error) = &read
+            && !self.unreadable.swap(true, Ordering::Relaxed)
+        {
+            warn!(blob = %self.id, chunk = %extent.index, %error, "the cache file can not be read; reads go on from the backend");
+        }
+        read.is_ok()
     }
 
     /// Joins or starts the fetch of chunks that are not ready. Answers a waiter for each
@@ -430,7 +443,7 @@ impl Inner {
         lead.answer(inflight::Outcome::Bytes(bytes.clone()));
         CacheMetrics::tick(&self.metrics.fetched_chunks);
         meta::keep(self);
-        let (Some(files), Some(lock)) = (&self.files, lock) else { return };
+        let (Some(files), Some(lock)) = (self.files(), lock) else { return };
         let extent = lead.extent();
         match files.store(extent.index, Record::of(extent), extent.decoded_offset, bytes, lock) {
             Ok(false) => {}

@@ -56,7 +56,7 @@ impl Reader for BlobSet {
             let what = format!("read: {total} bytes into a buffer of {}", dst.len());
             return Err(Error::new(ErrorKind::OutOfRange, what));
         }
-        if !self.shared.copy_ready(slices, dst)? {
+        if !self.shared.copy_ready(slices, dst) {
             return Ok(false);
         }
         if let Some(first) = slices.first() {
@@ -124,52 +124,39 @@ impl Shared {
 
     /// Copies the slices, which fill `dst`, if all are ready; true if so. A chunk that is
     /// forgotten meanwhile may be overwritten, hence the second look.
-    fn copy_ready(&self, slices: &[ReadSlice], dst: &mut [u8]) -> Result<bool> {
-        if !slices.iter().all(|slice| self.is_ready(slice)) {
-            return Ok(false);
-        }
-        self.copy_stored(slices.iter(), dst)?;
-        Ok(slices.iter().all(|slice| self.is_ready(slice)))
+    fn copy_ready(&self, slices: &[ReadSlice], dst: &mut [u8]) -> bool {
+        slices.iter().all(|slice| self.is_ready(slice))
+            && self.copy_stored(slices, dst)
+            && slices.iter().all(|slice| self.is_ready(slice))
     }
 
     /// Copies each slice to its place in `out`. Answers `out` and the chunks that are no
     /// longer ready.
-    fn copy_parts(&self, mut out: Vec<u8>, parts: &[(ReadSlice, usize)]) -> Result<(Vec<u8>, Vec<Chunk>)> {
+    fn copy_parts(&self, mut out: Vec<u8>, parts: &[(ReadSlice, usize)]) -> (Vec<u8>, Vec<Chunk>) {
         let mut forgotten: Vec<Chunk> = Vec::new();
         for (slice, at) in parts {
             let part = &mut out[*at..*at + slice.len as usize];
             let chunk = (slice.blob, slice.extent);
-            if !self.copy_ready(std::slice::from_ref(slice), part)? && !forgotten.contains(&chunk) {
+            if !self.copy_ready(std::slice::from_ref(slice), part) && !forgotten.contains(&chunk) {
                 forgotten.push(chunk);
             }
         }
-        Ok((out, forgotten))
+        (out, forgotten)
     }
 
     /// Copies ready slices, which fill `dst`, with one read for each run of bytes that lie
-    /// together in a data file.
-    fn copy_stored<'a>(&self, slices: impl Iterator<Item = &'a ReadSlice>, dst: &mut [u8]) -> Result<()> {
-        let place = |s: &ReadSlice| s.extent.decoded_offset + u64::from(s.offset);
-        let mut run: Option<(&ReadSlice, usize)> = None;
+    /// together in a data file. False if a file can not be read.
+    fn copy_stored(&self, slices: &[ReadSlice], dst: &mut [u8]) -> bool {
+        let place = |s: &ReadSlice| (s.blob, s.extent.decoded_offset + u64::from(s.offset));
+        let behind = |s: &ReadSlice| (s.blob, place(s).1 + u64::from(s.len));
         let mut rest = dst;
-        for slice in slices {
-            if let Some((first, len)) = &mut run {
-                if first.blob == slice.blob && place(first) + *len as u64 == place(slice) {
-                    *len += slice.len as usize;
-                    continue;
-                }
-                let (part, behind) = std::mem::take(&mut rest).split_at_mut(*len);
-                self.blobs[first.blob as usize].inner.read_stored(&first.extent, first.offset, part)?;
-                rest = behind;
-            }
-            run = Some((slice, slice.len as usize));
-        }
-        match run {
-            Some((first, _)) => {
-                self.blobs[first.blob as usize].inner.read_stored(&first.extent, first.offset, rest)
-            }
-            None => Ok(()),
-        }
+        slices.chunk_by(|a, b| behind(a) == place(b)).all(|run| {
+            let len = run.iter().map(|slice| slice.len as usize).sum();
+            let (part, others) = std::mem::take(&mut rest).split_at_mut(len);
+            rest = others;
+            let blob = &self.blobs[run[0].blob as usize];
+            blob.inner.read_stored(&run[0].extent, run[0].offset, part)
+        })
     }
 }
 
@@ -240,7 +227,7 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
             .map(|(place, at)| (slices[*place], *at))
             .collect();
         // The disk may be slow; a chunk that was forgotten since is fetched again.
-        let (filled, forgotten) = shared.engine.blocking(move || reader.copy_parts(out, &parts)).await??;
+        let (filled, forgotten) = shared.engine.blocking(move || reader.copy_parts(out, &parts)).await?;
         out = filled;
         wanted = forgotten;
     }

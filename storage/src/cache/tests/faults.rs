@@ -115,6 +115,29 @@ fn a_failing_disk_fails_no_read() {
 }
 
 #[test]
+fn an_unreadable_cache_file_fails_no_read() {
+    let (engine, sample, dir) = (engine(), Sample::new(3), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    for index in 0..3 {
+        sample.read(&reader, index).unwrap();
+    }
+    flush(&reader);
+    assert!(sample.try_read(&reader, 2));
+    File::options().write(true).open(dir.path().join("sample.blob.data")).unwrap().set_len(5000).unwrap();
+    // Together, so that a part that is still there meets one that is gone.
+    let slices: Vec<_> = (0..3).map(|i| sample.slice(i)).collect();
+    let mut out = vec![0; 3 * LEN as usize];
+    reader.read(&slices, &mut out).unwrap();
+    assert!(out == [sample.bytes(0), sample.bytes(1), sample.bytes(2)].concat());
+    // The next start does not trust the file.
+    drop(reader);
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    assert!((0..3).all(|i| !sample.try_read(&reader, i)));
+    sample.read(&reader, 2).unwrap();
+}
+
+#[test]
 fn without_a_directory_every_read_fetches() {
     let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
     let backend = sample.backend();
