@@ -1,79 +1,15 @@
 //! Images built from the golden sources against what the reference builder made of them.
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::{Arc, Mutex};
+mod common;
 
-use builder::create::{BuiltLayer, LayerOptions, LayerSource, build_layer};
+use builder::create::{LayerOptions, LayerSource};
 use builder::merge::{MergeSource, OwnBlob, merge};
 use builder::overlay::WhiteoutSpec;
-use builder::pipeline::DataOptions;
 use builder::prefetch::Patterns;
-use builder::sink::BlobSink;
+use common::{build, golden, options, unpacked};
 use rafs::bootstrap::OpenOptions;
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
-
-fn golden(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(path)
-}
-
-/// Unpacks a golden source as its README says; `None` without the rights for it.
-fn unpacked(name: &str) -> Option<tempfile::TempDir> {
-    if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: unpacking devices and trusted xattrs needs root");
-        return None;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let status = Command::new("tar")
-        .args(["--xattrs", "--xattrs-include=*", "-xpf"])
-        .arg(golden(&format!("src/{name}.tar.gz")))
-        .arg("-C")
-        .arg(dir.path())
-        .status()
-        .unwrap();
-    assert!(status.success());
-    Some(dir)
-}
-
-fn options(codec: Codec, chunk_size: u32) -> LayerOptions {
-    LayerOptions {
-        data: DataOptions { codec, digester: DigestAlgorithm::Blake3, chunk_size, threads: 2 },
-        toc: false,
-        inline_bootstrap: false,
-        blob_id: None,
-        whiteouts: WhiteoutSpec::Oci,
-        prefetch: Patterns::default(),
-        explicit_ids: true,
-    }
-}
-
-/// A blob kept in memory.
-#[derive(Clone, Default)]
-struct Memory(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Memory {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-fn build(source: LayerSource<'_>, options: &LayerOptions) -> (BuiltLayer, Vec<u8>) {
-    let memory = Memory::default();
-    let built = build_layer(source, options, BlobSink::new("memory", memory.clone())).unwrap();
-    let blob = std::mem::take(&mut *memory.0.lock().unwrap());
-    let opened = rafs::bootstrap::from_bytes(built.bootstrap.clone(), &OpenOptions::default()).unwrap();
-    assert_eq!(rafs::merkle::image_root(&*opened).unwrap(), built.root);
-    assert_eq!(built.blob.size, blob.len() as u64);
-    assert_eq!(built.blob.file_digest, DigestAlgorithm::Sha256.digest(&blob));
-    (built, blob)
-}
 
 /// Reports the first difference instead of dumping two images.
 fn assert_same(what: &str, ours: &[u8], theirs: &[u8]) {
