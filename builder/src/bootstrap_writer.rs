@@ -438,7 +438,7 @@ impl InodeWriter<'_> {
                 a.blob == b.blob && a.uncompressed_offset + chunk_size == b.uncompressed_offset
             });
         let span = if contiguous { size.next_power_of_two() } else { chunk_size };
-        u32::from(inode::CHUNK_FORMAT_INDEXES) | span.trailing_zeros() - u32::from(limits::BLOCK_BITS)
+        u32::from(inode::CHUNK_FORMAT_INDEXES) | (span.trailing_zeros() - u32::from(limits::BLOCK_BITS))
     }
 }
 

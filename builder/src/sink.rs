@@ -18,7 +18,7 @@ pub struct BlobSink {
     out: Box<dyn Write + Send>,
     sha256: Hasher,
     /// Digest of everything, kept apart from the first unhashed byte on.
-    all: Option<Hasher>,
+    all: Option<Box<Hasher>>,
     len: u64,
 }
 
@@ -52,7 +52,7 @@ impl BlobSink {
     /// As [`Self::append`].
     pub fn append_unhashed(&mut self, bytes: &[u8]) -> Result<()> {
         let sha256 = &self.sha256;
-        self.all.get_or_insert_with(|| sha256.clone()).update(bytes);
+        self.all.get_or_insert_with(|| Box::new(sha256.clone())).update(bytes);
         self.write(bytes)
     }
 
@@ -81,7 +81,7 @@ impl BlobSink {
 
     /// SHA-256 of everything written so far.
     pub fn file_digest(&self) -> Digest {
-        self.all.as_ref().unwrap_or(&self.sha256).clone().finish()
+        self.all.as_deref().unwrap_or(&self.sha256).clone().finish()
     }
 
     /// Flushes the writer and gives it back.
