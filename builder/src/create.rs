@@ -1,5 +1,6 @@
 //! One layer in, one blob and one bootstrap out.
 
+use std::io::Read;
 use std::path::Path;
 
 use rafs::format::blob_table::BlobRecord;
@@ -17,6 +18,7 @@ use crate::prefetch::{self, Patterns};
 use crate::root::{RootOptions, image_root};
 use crate::sink::BlobSink;
 use crate::source::dir;
+use crate::source::tar::{self, TarOptions};
 use crate::tree::{InodeId, Tree};
 use crate::{Error, ErrorKind, Result};
 
@@ -44,6 +46,13 @@ pub struct LayerOptions {
 pub enum LayerSource<'a> {
     /// A directory.
     Directory(&'a Path),
+    /// A tar stream, plain or compressed with gzip or zstd, read once from front to end.
+    Tar {
+        /// What messages call it.
+        name: String,
+        /// The stream.
+        input: Box<dyn Read + 'a>,
+    },
 }
 
 /// A built layer.
@@ -171,6 +180,11 @@ fn read(
 ) -> Result<(Tree, Vec<InodeId>)> {
     match source {
         LayerSource::Directory(path) => read_directory(path, whiteouts, prefetch, layer),
+        LayerSource::Tar { name, input } => {
+            let tree = tar::read_layer(&name, input, layer, TarOptions::default())?;
+            let first = prefetch.resolve(&tree);
+            Ok((tree, first))
+        }
     }
 }
 

@@ -27,6 +27,7 @@ use storage::extent::{ChunkExtent, FetchUnit};
 use storage::ids::{ByteRange, ChunkIndex};
 
 use crate::cli::{self, CheckArgs};
+use crate::create::tar_source;
 use crate::output::Summary;
 
 /// Differences and faults described before the rest is only counted.
@@ -250,11 +251,8 @@ fn sources(bootstrap: &dyn Bootstrap, args: &CheckArgs, report: &mut String) -> 
     for source in &args.source {
         let path = Path::new(source);
         let meta = std::fs::metadata(path).with_context(|| format!("--source {}", path.display()))?;
-        if !meta.is_dir() {
-            return Err(cli::not_built("--source with anything but a directory"));
-        }
-        directories = true;
-        layers.push(LayerSource::Directory(path));
+        directories |= meta.is_dir();
+        layers.push(if meta.is_dir() { LayerSource::Directory(path) } else { tar_source(path)? });
     }
     // A single layer may have been built with its markers kept.
     let mut marked = false;

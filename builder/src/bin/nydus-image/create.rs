@@ -1,5 +1,6 @@
 //! `nydus-image create`: a directory or tar stream in, blob and bootstrap out.
 
+use std::fs::File;
 use std::io::BufWriter;
 use std::path::Path;
 use std::process::ExitCode;
@@ -36,7 +37,12 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     };
     let sink =
         BlobSink::new(blob_output.name(), BufWriter::with_capacity(WRITE_BUFFER, blob_output.writer()?));
-    let built = build_layer(LayerSource::Directory(&args.source), &options, sink)?;
+    let source = match args.conversion {
+        ConversionType::DirRafs => LayerSource::Directory(&args.source),
+        // Opened once and read front to back: it may be a FIFO.
+        _ => tar_source(&args.source)?,
+    };
+    let built = build_layer(source, &options, sink)?;
     // A FIFO's reader waits for the end of file.
     drop(built.blob.out);
 
@@ -78,6 +84,13 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     }
     .write(args.output_json.as_deref())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The tar stream at `path`.
+pub fn tar_source(path: &Path) -> anyhow::Result<LayerSource<'static>> {
+    let name = path.display().to_string();
+    let file = File::open(path).with_context(|| format!("open source {name}"))?;
+    Ok(LayerSource::Tar { name, input: Box::new(file) })
 }
 
 fn options(args: &CreateArgs) -> anyhow::Result<LayerOptions> {
@@ -137,7 +150,7 @@ fn refuse_unbuilt(args: &CreateArgs) -> anyhow::Result<()> {
     if conflicts && args.blob_cache_dir.is_some() {
         bail!("conversion type `{name}` conflicts with `--blob-cache-dir`");
     }
-    if args.conversion != T::DirRafs {
+    if !matches!(args.conversion, T::DirRafs | T::TarRafs | T::TargzRafs) {
         return Err(cli::not_built(&format!("--type {name}")));
     }
     let batch = cli::number("--batch-size", &args.batch_size)?;
