@@ -37,6 +37,11 @@ use crate::{Error, ErrorKind, Result, codec};
 /// beside a fetch, long beside the two system calls of a look.
 const CLAIM_PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
 
+/// How long a reader without a deadline waits for another process to fetch; one with a
+/// deadline waits half its time. A process that is stopped keeps its locks: then the chunk
+/// is fetched here as well, past the cache.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(30);
+
 /// First and longest pause between attempts while a source is out and the policy is to
 /// wait: soon enough for a blip, and no burden on a source that comes back.
 const OUTAGE_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -65,8 +70,14 @@ type Failure = (Work, Error);
 /// Sees to it that all of `leads` are answered.
 pub(super) async fn lead(inner: Arc<Inner>, mut leads: Vec<Lead>, context: ReadContext) {
     let mut pause = CLAIM_PAUSE.0;
+    let begun = Instant::now();
+    let patience = context.deadline.map_or(CLAIM_PATIENCE, |at| at.saturating_duration_since(begun) / 2);
     loop {
-        let (claimed, contended) = claim(&inner, leads);
+        let (mut claimed, mut contended) = claim(&inner, leads);
+        if !contended.is_empty() && begun.elapsed() >= patience {
+            debug!(blob = %inner.id, chunks = contended.len(), "another process is slow; fetching past the cache");
+            claimed.extend(contended.drain(..).map(|lead| Claimed { lead, lock: None }));
+        }
         for group in group(claimed) {
             let task = fetch(Arc::clone(&inner), group, context.clone());
             inner.engine.spawn(task);

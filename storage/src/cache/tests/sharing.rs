@@ -86,6 +86,21 @@ fn a_dead_leaders_chunk_is_free() {
 }
 
 #[test]
+fn a_stopped_leader_costs_time_and_no_read() {
+    let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let policy = OutagePolicy::FailAfter(Duration::from_secs(1));
+    let reader = open(&engine, &sample, &dir, &backend, policy);
+    let path = dir.path().join("sample.blob.data.chunk_map");
+    let other = File::options().read(true).write(true).open(path).unwrap();
+    let range = ByteRange::new(chunk_map::LOCK_BASE, 1).unwrap();
+    assert!(lock::try_lock(&other, lock::Kind::Exclusive, range).unwrap());
+    sample.read(&reader, 0).unwrap();
+    settle(&reader);
+    assert!(!sample.try_read(&reader, 0), "the place is the other's");
+}
+
+#[test]
 fn a_follower_outlives_its_leader() {
     let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
     let backend = sample.backend();
