@@ -1,5 +1,7 @@
 //! Where bytes come from: one read-only source for one blob.
 
+#[cfg(test)]
+pub(crate) mod fault_server;
 pub mod http;
 pub mod layout;
 pub mod localfs;

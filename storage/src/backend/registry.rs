@@ -444,3 +444,6 @@ impl Backend for RegistryBlob {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

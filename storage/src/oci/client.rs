@@ -395,3 +395,6 @@ pub fn too_many_redirects(method: &Method, url: &Url) -> Error {
     let url = crate::backend::http::shown(url);
     Error::new(ErrorKind::Invalid, format!("{method} {url}: more than {MAX_REDIRECTS} redirects"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -296,5 +296,4 @@ fn from_io(what: &str, error: io::Error) -> Error {
 }
 
 #[cfg(test)]
-#[path = "nydus_tests.rs"]
 mod tests;

@@ -1,9 +1,9 @@
 use std::os::unix::fs::PermissionsExt as _;
 
-use super::super::client::RegistryOptions;
-use super::super::layout::REF_NAME;
-use super::super::manifest::{NYDUS_ARTIFACT_TYPE, OCI_INDEX, OCI_MANIFEST};
 use super::*;
+use crate::oci::client::RegistryOptions;
+use crate::oci::layout::REF_NAME;
+use crate::oci::manifest::{NYDUS_ARTIFACT_TYPE, OCI_INDEX, OCI_MANIFEST};
 
 /// A layout under construction.
 struct Maker {
