@@ -89,18 +89,19 @@ impl LayoutWriter {
         self.root.join("blobs/sha256")
     }
 
-    /// Takes a finished blob. It gets its name when the image is published.
+    /// Takes a finished blob and says what became of it. It gets its name when the image is
+    /// published.
     ///
     /// # Errors
     /// `Io`: the bytes cannot be made durable.
-    pub fn put(&self, blob: SpooledBlob) -> Result<()> {
+    pub fn put(&self, blob: SpooledBlob) -> Result<&'static str> {
         let there = fs::metadata(self.root.join(blob_name(&blob.digest())));
         if there.is_ok_and(|m| m.is_file() && m.len() == blob.size()) {
-            return Ok(());
+            return Ok("exists already");
         }
         blob.make_durable()?;
         self.pending.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(blob);
-        Ok(())
+        Ok("")
     }
 
     /// Names the blobs, then the image.
@@ -169,12 +170,14 @@ impl ArchiveWriter {
         self.spool.path().to_owned()
     }
 
-    /// Takes a finished blob.
-    pub fn put(&self, blob: SpooledBlob) {
+    /// Takes a finished blob and says what became of it.
+    pub fn put(&self, blob: SpooledBlob) -> &'static str {
         let mut blobs = self.blobs.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if !blobs.iter().any(|b| b.digest() == blob.digest()) {
-            blobs.push(blob);
+        if blobs.iter().any(|b| b.digest() == blob.digest()) {
+            return "exists already";
         }
+        blobs.push(blob);
+        ""
     }
 
     /// Writes the archive under a temporary name and renames it.

@@ -43,7 +43,7 @@ pub fn parse_document(name: &str, media_type: Option<&str>, bytes: &[u8]) -> Res
     let own = value.get("mediaType").and_then(Value::as_str);
     let kind = own.or(media_type).unwrap_or_default();
     let is_index = matches!(kind, media::OCI_INDEX | media::DOCKER_LIST)
-        || (kind.is_empty() || !media::is_manifest(kind)) && value.get("manifests").is_some();
+        || (!media::is_manifest(kind) && value.get("manifests").is_some());
     if value.get("schemaVersion").and_then(Value::as_u64) != Some(2) {
         return Err(Error::new(
             ErrorKind::Unsupported,
@@ -82,7 +82,7 @@ pub fn select(
         };
         let chosen = choose(name, index.manifests(), want)?;
         let bytes = fetch(chosen)?;
-        document = parse_document(name, Some(&chosen.media_type().to_string()), &bytes)?;
+        document = parse_document(name, Some(chosen.media_type().as_ref()), &bytes)?;
     }
     Err(Error::new(ErrorKind::Corrupt, format!("{name}: indexes are nested deeper than {MAX_INDEX_DEPTH}")))
 }

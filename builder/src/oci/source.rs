@@ -11,6 +11,7 @@ use super::manifest::{self, Document, MAX_CONFIG_SIZE, MAX_MANIFEST_SIZE, Source
 use super::media;
 use super::objects::{Object, Objects};
 use super::platform::Platform;
+use super::registry::{RegistryOptions, Repository};
 use super::transport::{DockerArchiveImage, Transport};
 use crate::{Error, ErrorKind, Result};
 
@@ -55,12 +56,16 @@ pub struct ImageSource {
 }
 
 impl ImageSource {
-    /// Opens an image on the local disk.
+    /// Opens an image, `platform`'s (`None`: the host's) if there are several.
     ///
     /// # Errors
     /// `NotFound`: the path or the tag; `Corrupt`, `Mismatch`: the metadata; `Unsupported`: an
-    /// image that cannot be converted, or [`Transport::Registry`] (see [`ImageSource::from_store`]).
-    pub fn open_local(transport: &Transport, platform: Option<&Platform>) -> Result<Self> {
+    /// image that cannot be converted; `Storage`: the registry.
+    pub fn open(
+        transport: &Transport,
+        platform: Option<&Platform>,
+        options: &RegistryOptions,
+    ) -> Result<Self> {
         match transport {
             Transport::Layout { path, tag } => {
                 Self::from_layout(transport, Objects::directory(path), tag.as_deref(), platform)
@@ -71,10 +76,9 @@ impl ImageSource {
             Transport::DockerArchive { path, image } => {
                 Self::from_docker_archive(transport, path, image, platform)
             }
-            Transport::Registry(_) => Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("{transport}: a registry is not a local image"),
-            )),
+            Transport::Registry(reference) => {
+                Repository::new(reference, options, |_| {})?.into_source(transport.to_string(), platform)
+            }
         }
     }
 
@@ -103,7 +107,7 @@ impl ImageSource {
             objects.read_blob(&digest, MAX_MANIFEST_SIZE)
         };
         let document = match matching[..] {
-            [one] => manifest::parse_document(&name, Some(&one.media_type().to_string()), &bytes(one)?)?,
+            [one] => manifest::parse_document(&name, Some(one.media_type().as_ref()), &bytes(one)?)?,
             [] => return Err(Error::new(ErrorKind::NotFound, format!("{name}: no such image; {}", names()))),
             _ if tag.is_none() => {
                 return Err(Error::new(

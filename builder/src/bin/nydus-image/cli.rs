@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use crate::convert::ConvertArgs;
 use builder::{Error, ErrorKind};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -53,6 +54,8 @@ pub enum Command {
     Check(Box<CheckArgs>),
     /// Answer questions about a bootstrap.
     Inspect(InspectArgs),
+    /// Convert an OCI image to a Nydus image.
+    Convert(Box<ConvertArgs>),
     /// Not built yet.
     #[command(hide = true)]
     Chunkdict(Unbuilt),

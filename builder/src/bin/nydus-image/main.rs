@@ -5,11 +5,14 @@
 
 mod check;
 mod cli;
+mod convert;
 mod create;
 mod inspect;
+mod interrupt;
 mod logging;
 mod merge;
 mod output;
+mod progress;
 mod version;
 
 use std::process::ExitCode;
@@ -57,6 +60,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Merge(args) => merge::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Convert(args) => convert::run(&args),
         Command::Chunkdict(_) => Err(cli::not_built("chunkdict")),
         Command::Optimize(_) => Err(cli::not_built("optimize")),
         Command::Export(_) => Err(cli::not_built("export")),

@@ -4,62 +4,10 @@ use std::fs;
 use std::io::Read;
 use std::process::Command;
 
-use serde_json::{Value, json};
-use storage::digest::DigestAlgorithm;
+use serde_json::json;
 
 use super::*;
-
-/// A layout in the making.
-struct Layout {
-    dir: tempfile::TempDir,
-    manifests: Vec<Value>,
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    format!("sha256:{}", DigestAlgorithm::Sha256.digest(bytes))
-}
-
-impl Layout {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        fs::create_dir_all(dir.path().join("blobs/sha256")).unwrap();
-        fs::write(dir.path().join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
-        Self { dir, manifests: Vec::new() }
-    }
-
-    fn blob(&self, media_type: &str, bytes: &[u8]) -> Value {
-        let digest = sha256(bytes);
-        fs::write(self.dir.path().join("blobs/sha256").join(&digest[7..]), bytes).unwrap();
-        json!({"mediaType": media_type, "digest": digest, "size": bytes.len()})
-    }
-
-    fn image(&self, layers: &[(&str, &[u8])]) -> Value {
-        let diff_ids: Vec<String> = layers.iter().map(|(_, bytes)| sha256(bytes)).collect();
-        let config = json!({"os": "linux", "architecture": "amd64", "x-kept": 1,
-            "rootfs": {"type": "layers", "diff_ids": diff_ids}});
-        let manifest = json!({
-            "schemaVersion": 2, "mediaType": media::OCI_MANIFEST,
-            "config": self.blob(media::OCI_CONFIG, config.to_string().as_bytes()),
-            "layers": layers.iter().map(|(kind, bytes)| self.blob(kind, bytes)).collect::<Vec<_>>(),
-        });
-        self.blob(media::OCI_MANIFEST, manifest.to_string().as_bytes())
-    }
-
-    fn add(&mut self, mut descriptor: Value, tag: &str) {
-        descriptor["annotations"] = json!({media::ANNOTATION_REF_NAME: tag});
-        self.manifests.push(descriptor);
-        let index = json!({"schemaVersion": 2, "manifests": self.manifests});
-        fs::write(self.dir.path().join("index.json"), index.to_string()).unwrap();
-    }
-
-    fn open(&self, tag: &str, platform: Option<&str>) -> Result<ImageSource> {
-        let platform = platform.map(|p| p.parse::<Platform>().unwrap());
-        let text = format!("oci:{}{tag}", self.dir.path().display());
-        ImageSource::open_local(&text.parse().unwrap(), platform.as_ref())
-    }
-}
-
-const TAR: &str = "application/vnd.oci.image.layer.v1.tar";
+use crate::oci::testing::{Layout, TAR};
 
 fn first_layer(source: &ImageSource) -> String {
     let mut text = String::new();
@@ -130,19 +78,19 @@ fn damaged_metadata_is_noticed() {
     let image = layout.image(&[(TAR, b"data")]);
     layout.add(image.clone(), "a");
     let name = image["digest"].as_str().unwrap()[7..].to_owned();
-    let path = layout.dir.path().join("blobs/sha256").join(name);
+    let path = layout.path().join("blobs/sha256").join(name);
     let good = fs::read(&path).unwrap();
     fs::write(&path, [&good[..], b" "].concat()).unwrap();
     assert_eq!(layout.open("", None).err().unwrap().kind(), ErrorKind::Mismatch);
     fs::write(&path, &good).unwrap();
     layout.open("", None).unwrap();
     for (file, kind) in [("index.json", ErrorKind::Corrupt), ("oci-layout", ErrorKind::Unsupported)] {
-        let saved = fs::read(layout.dir.path().join(file)).unwrap();
-        fs::write(layout.dir.path().join(file), "[]").unwrap();
+        let saved = fs::read(layout.path().join(file)).unwrap();
+        fs::write(layout.path().join(file), "[]").unwrap();
         assert!([kind, ErrorKind::Unsupported].contains(&layout.open("", None).err().unwrap().kind()));
-        fs::write(layout.dir.path().join(file), saved).unwrap();
+        fs::write(layout.path().join(file), saved).unwrap();
     }
-    fs::remove_file(layout.dir.path().join("oci-layout")).unwrap();
+    fs::remove_file(layout.path().join("oci-layout")).unwrap();
     assert!(layout.open("", None).err().unwrap().to_string().contains("not an OCI layout"));
 }
 
@@ -161,22 +109,22 @@ fn archives_by_skopeo_are_read() {
     let mut layout = Layout::new();
     let image = layout.image(&[(TAR, &tar)]);
     layout.add(image, "t");
-    let from = format!("oci:{}:t", layout.dir.path().display());
+    let from = format!("oci:{}:t", layout.path().display());
     for (scheme, tag, again) in [("docker-archive", ":r/x:1", ":r/x:1"), ("oci-archive", ":t", "")] {
-        let to = layout.dir.path().join(format!("{scheme}.tar"));
+        let to = layout.path().join(format!("{scheme}.tar"));
         let done = Command::new("skopeo")
             .args(["--insecure-policy", "copy", "--quiet", &from, &format!("{scheme}:{}{tag}", to.display())])
             .output()
             .unwrap();
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         let text = format!("{scheme}:{}{again}", to.display());
-        let source = ImageSource::open_local(&text.parse().unwrap(), None).unwrap();
+        let source = ImageSource::open(&text.parse().unwrap(), None, &RegistryOptions::default()).unwrap();
         let mut bytes = Vec::new();
         source.open_layer(0, |r| r).unwrap().read_to_end(&mut bytes).unwrap();
         assert!(bytes == tar, "{scheme}: layer differs");
     }
-    let archive = layout.dir.path().join("docker-archive.tar");
+    let archive = layout.path().join("docker-archive.tar");
     let wrong = format!("docker-archive:{}:r/y:1", archive.display());
-    let err = ImageSource::open_local(&wrong.parse().unwrap(), None).err().unwrap();
+    let err = ImageSource::open(&wrong.parse().unwrap(), None, &RegistryOptions::default()).err().unwrap();
     assert!(err.kind() == ErrorKind::NotFound && err.to_string().contains("r/x:1"), "{err}");
 }

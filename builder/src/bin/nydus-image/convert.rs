@@ -1,0 +1,175 @@
+//! `nydus-image convert SOURCE TARGET`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use builder::convert::{self, ConvertOptions, Converted};
+use builder::oci::platform::Platform;
+use builder::oci::registry::RegistryOptions;
+use builder::oci::source::ImageSource;
+use builder::oci::target::Target;
+use builder::oci::transport::Transport;
+use builder::pipeline::DataOptions;
+use clap::Args;
+use serde_json::{Value, json};
+use storage::codec::Codec;
+use storage::digest::DigestAlgorithm;
+
+use crate::interrupt::Interrupt;
+use crate::progress;
+
+/// Layers read and blobs uploaded at a time unless told otherwise: enough to hide a registry's
+/// latency, few enough to keep the memory of decompressors small.
+const DEFAULT_JOBS: usize = 4;
+
+/// Convert an OCI image to a Nydus image.
+///
+/// Images are named as by skopeo: oci:PATH[:TAG], oci-archive:PATH[:TAG],
+/// docker://HOST/REPO[:TAG|@DIGEST], docker-archive:PATH (source only). Logins come from the
+/// files of docker and podman, proxies from HTTP_PROXY, HTTPS_PROXY and NO_PROXY.
+#[derive(Args, Debug)]
+pub struct ConvertArgs {
+    /// Image to convert
+    source: Transport,
+    /// Where the Nydus image goes
+    target: Transport,
+    /// Which image of an index, as OS/ARCH[/VARIANT] [default: this machine's]
+    #[arg(long)]
+    platform: Option<Platform>,
+    /// Threads that hash and compress, 0 for one per core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Layers read, and blobs uploaded, at a time
+    #[arg(long, default_value_t = DEFAULT_JOBS)]
+    jobs: usize,
+    /// Compressor of chunks: none, lz4_block or zstd
+    #[arg(long, default_value = "zstd")]
+    compressor: Codec,
+    /// Digest of chunks: sha256 or blake3
+    #[arg(long, default_value = "sha256")]
+    digester: DigestAlgorithm,
+    /// Bytes of a chunk, hexadecimal with 0x or decimal: a power of two, 4 KiB to 16 MiB
+    #[arg(long, default_value_t = ChunkSize(convert::DEFAULT_CHUNK_SIZE))]
+    chunk_size: ChunkSize,
+    /// Speak http instead of https to registries; loopback addresses are spoken to so by default
+    #[arg(long)]
+    plain_http: bool,
+    /// PEM file with a CA to trust beside the system's; may be given several times
+    #[arg(long = "ca-file", value_name = "FILE")]
+    ca_files: Vec<PathBuf>,
+    /// Write the result as JSON to this file
+    #[arg(short = 'J', long, value_name = "FILE")]
+    output_json: Option<PathBuf>,
+}
+
+/// A chunk size as typed; its range is checked by the builder.
+#[derive(Clone, Copy, Debug)]
+struct ChunkSize(u32);
+
+impl std::str::FromStr for ChunkSize {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(s: &str) -> std::result::Result<Self, Self::Err> {
+        match s.strip_prefix("0x") {
+            Some(hex) => u32::from_str_radix(hex, 16),
+            None => s.parse(),
+        }
+        .map(Self)
+    }
+}
+
+impl std::fmt::Display for ChunkSize {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// Runs the command.
+pub fn run(args: &ConvertArgs) -> Result<ExitCode> {
+    args.run()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+impl ConvertArgs {
+    fn run(&self) -> Result<()> {
+        let interrupt = Interrupt::install()?;
+        let observer = progress::observer();
+        let registry = RegistryOptions {
+            plain_http: self.plain_http,
+            ca_files: self.ca_files.clone(),
+            cancel: interrupt.token().clone(),
+        };
+        let source = ImageSource::open(&self.source, self.platform.as_ref(), &registry)?;
+        let target = Target::open(&self.target, &registry)?;
+        let options = ConvertOptions {
+            data: DataOptions {
+                codec: self.compressor,
+                digester: self.digester,
+                chunk_size: self.chunk_size.0,
+                threads: self.threads,
+            },
+            jobs: self.jobs.max(1),
+            observer: &*observer,
+            cancel: interrupt.token(),
+        };
+        let converted = convert::convert(&source, target, &options)?;
+        drop(observer);
+        if let Some(path) = &self.output_json {
+            let text = serde_json::to_string(&self.report(&converted))?;
+            std::fs::write(path, text).with_context(|| format!("--output-json {}", path.display()))?;
+        }
+        self.print(&converted);
+        Ok(())
+    }
+
+    fn report(&self, done: &Converted) -> Value {
+        let layers: Vec<Value> = done
+            .layers
+            .iter()
+            .map(|layer| {
+                json!({
+                    "source": layer.source.map(|d| format!("sha256:{d}")),
+                    "diff_id": format!("sha256:{}", layer.diff_id),
+                    "blob": format!("sha256:{}", layer.blob),
+                    "size": layer.size,
+                    "chunks": layer.chunk_count,
+                    "used": layer.used,
+                })
+            })
+            .collect();
+        json!({
+            "version": crate::version::DESCRIBE,
+            "source": self.source.to_string(),
+            "target": self.target.to_string(),
+            "manifest": format!("sha256:{}", done.manifest),
+            "bootstrap": format!("sha256:{}", done.bootstrap),
+            "bootstrap_size": done.bootstrap_size,
+            "root": done.root.to_string(),
+            "entries": done.entry_count,
+            "blobs": done.blobs,
+            "layers": layers,
+            "source_size": done.source_size,
+            "size": done.size,
+            "fs_version": "6",
+            "compressor": self.compressor.name(),
+            "digester": self.digester.name(),
+            "chunk_size": self.chunk_size.0,
+        })
+    }
+
+    fn print(&self, done: &Converted) {
+        println!("{}", self.target);
+        println!("manifest   sha256:{}", done.manifest);
+        println!("root       {}", done.root);
+        println!("entries    {}", done.entry_count);
+        match done.source_size {
+            0 => println!("size       {} bytes", done.size),
+            source => println!(
+                "size       {} bytes, {:.1} % of the source's {source}",
+                done.size,
+                done.size as f64 * 100.0 / source as f64
+            ),
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! `convert`: an OCI image in, a Nydus OCI image out.
+//!
+//! ```text
+//! source layers ─▶ tar reader ─▶ build session ─▶ chunk data of each layer, spooled at the target
+//!                       │                                   │
+//!                       └─▶ a tree per layer ─┬─▶ its bootstrap, inlined in its blob ─▶ blob layers
+//!                                             └─▶ merged tree ─▶ bootstrap ─▶ root digest
+//!                                                                    └─▶ bootstrap layer, config, manifest
+//! ```
+//!
+//! Decisions:
+//!
+//! - Every source layer becomes one blob layer, also one without file data of its own (its blob
+//!   then holds metadata only) and one that upper layers hide completely. So history, diff ids
+//!   and layers keep their one-to-one order, and layers can be merged again later. The merged
+//!   bootstrap names only the blobs that a surviving file uses (rafs-v6 section 11.2); nothing
+//!   else is ever fetched for a mount.
+//! - A chunk that a lower layer of the image has stored is not stored again; the upper layer's
+//!   bootstrap then names the lower layer's blob.
+//! - Whiteouts without anything below them vanish in the merged tree.
+//! - Nothing is published before every layer has matched its digests and the merged bootstrap
+//!   has passed the reader's own checks.
+
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::Path;
+use std::sync::Mutex;
+
+use rafs::format::blob_table::BlobRecord;
+use rafs::format::features::BlobFeatures;
+use storage::codec::Codec;
+use storage::digest::{Digest, DigestAlgorithm, TaggedDigest};
+use tempfile::NamedTempFile;
+use tokio_util::sync::CancellationToken;
+use zerocopy::byteorder::little_endian::{U32, U64};
+
+use crate::blob_writer::{BlobOptions, BlobWriter};
+use crate::bootstrap_writer::{self, Image, padded_id};
+use crate::chunks::BuiltContent;
+use crate::content::ChunkSource as _;
+use crate::oci::image::{self, BlobLayer, ManifestParts, RootStatement};
+use crate::oci::read::{ImageContent, ReadOptions, read_layers};
+use crate::oci::source::ImageSource;
+use crate::oci::spool::{SpooledBlob, TEMP_PREFIX};
+use crate::oci::target::Target;
+use crate::overlay::{self, WhiteoutSpec};
+use crate::pipeline::{DataOptions, LayerData};
+use crate::progress::{Observer, check};
+use crate::root::{RootOptions, image_root};
+use crate::sink::BlobSink;
+use crate::tree::Tree;
+use crate::{Error, ErrorKind, Result};
+
+/// Chunk size of converted images.
+pub const DEFAULT_CHUNK_SIZE: u32 = 0x40000;
+
+/// Write buffer of a blob's temporary file.
+const WRITE_BUFFER: usize = 256 << 10;
+
+/// How an image is converted.
+pub struct ConvertOptions<'a> {
+    /// Chunking, compression and threads.
+    pub data: DataOptions,
+    /// Layers read, and blobs uploaded, at a time.
+    pub jobs: usize,
+    /// Hears of progress.
+    pub observer: &'a dyn Observer,
+    /// Ends the work; nothing is published then.
+    pub cancel: &'a CancellationToken,
+}
+
+/// One layer of the result.
+#[derive(Clone, Debug)]
+pub struct ConvertedLayer {
+    /// Digest of the source layer's stored bytes, if its source tells.
+    pub source: Option<Digest>,
+    /// Digest of the source layer's tar.
+    pub diff_id: Digest,
+    /// Digest of the blob.
+    pub blob: Digest,
+    /// Bytes of the blob.
+    pub size: u64,
+    /// Chunks stored in it.
+    pub chunk_count: u64,
+    /// True if the merged bootstrap names it.
+    pub used: bool,
+}
+
+/// The result of a conversion.
+#[derive(Clone, Debug)]
+pub struct Converted {
+    /// Digest of the manifest.
+    pub manifest: Digest,
+    /// Digest of the merged bootstrap, uncompressed.
+    pub bootstrap: Digest,
+    /// Bytes of the merged bootstrap.
+    pub bootstrap_size: u64,
+    /// The image root digest.
+    pub root: TaggedDigest,
+    /// Directory entries of the merged tree, root included.
+    pub entry_count: u64,
+    /// One for each source layer, lowest first.
+    pub layers: Vec<ConvertedLayer>,
+    /// Ids of the blobs that the merged bootstrap names, in its order.
+    pub blobs: Vec<String>,
+    /// Stored bytes of the source's layers, as far as it tells.
+    pub source_size: u64,
+    /// Stored bytes of all layers of the result.
+    pub size: u64,
+}
+
+/// Converts `source` into `target`.
+///
+/// # Errors
+/// Those of the source (`Mismatch`, `Corrupt`, `Unsupported`, …), of the format's limits and of
+/// the target; `Cancelled`. Nothing is published then, and temporary files are gone.
+pub fn convert(source: &ImageSource, target: Target, options: &ConvertOptions<'_>) -> Result<Converted> {
+    let spool_dir = target.spool_dir();
+    let mut files = Vec::new();
+    let read = ReadOptions {
+        data: options.data,
+        jobs: options.jobs,
+        observer: options.observer,
+        cancel: options.cancel,
+    };
+    let content = read_layers(source, &read, |_| {
+        let (file, sink) = blob_file(&spool_dir)?;
+        files.push(file);
+        Ok(sink)
+    })?;
+    check(options.cancel)?;
+
+    let Merged { bootstrap, root, entry_count, blobs, layers, spooled } =
+        finish_layers(content, files, &options.data)?;
+    put_all(&target, spooled, options)?;
+
+    let bootstrap_digest = DigestAlgorithm::Sha256.digest(&bootstrap);
+    let statement = RootStatement { root, chunk_size: options.data.chunk_size, bootstrap: bootstrap_digest };
+    let packed = image::pack_bootstrap(&spool_dir, &bootstrap, &statement)?;
+    let blob_layers: Vec<BlobLayer> =
+        layers.iter().map(|l| BlobLayer { digest: l.digest, size: l.size }).collect();
+    let config = image::config(source.config(), &blob_layers, packed.diff_id)?;
+    let config = SpooledBlob::from_bytes(&spool_dir, &config)?;
+    let manifest = image::manifest(&ManifestParts {
+        config: (config.digest(), config.size()),
+        blobs: &blob_layers,
+        bootstrap: (packed.blob.digest(), packed.blob.size()),
+        root,
+        annotations: source.annotations(),
+    })?;
+    let size = blob_layers.iter().map(|l| l.size).sum::<u64>() + packed.blob.size();
+    put_all(&target, vec![("bootstrap".into(), packed.blob), ("config".into(), config)], options)?;
+    check(options.cancel)?;
+    let manifest = target.publish(&manifest)?;
+
+    let layers = source
+        .layers()
+        .iter()
+        .zip(&layers)
+        .map(|(promise, layer)| ConvertedLayer {
+            source: promise.stored.map(|(digest, _)| digest),
+            diff_id: promise.diff_id,
+            blob: layer.digest,
+            size: layer.size,
+            chunk_count: layer.chunk_count,
+            used: blobs.contains(&layer.digest.to_string()),
+        })
+        .collect();
+    Ok(Converted {
+        manifest,
+        bootstrap: bootstrap_digest,
+        bootstrap_size: bootstrap.len() as u64,
+        root,
+        entry_count,
+        layers,
+        blobs,
+        source_size: source.stored_size(),
+        size,
+    })
+}
+
+/// A temporary file for one blob, and the sink that fills it.
+fn blob_file(dir: &Path) -> Result<(NamedTempFile, BlobSink)> {
+    let failed = |e| Error::io(format!("temporary file in {}", dir.display()), e);
+    let file = tempfile::Builder::new().prefix(TEMP_PREFIX).tempfile_in(dir).map_err(failed)?;
+    let out: File = file.as_file().try_clone().map_err(failed)?;
+    let sink = BlobSink::new(file.path().display().to_string(), BufWriter::with_capacity(WRITE_BUFFER, out));
+    Ok((file, sink))
+}
+
+struct FinishedLayer {
+    digest: Digest,
+    size: u64,
+    chunk_count: u64,
+}
+
+struct Merged {
+    bootstrap: Vec<u8>,
+    root: TaggedDigest,
+    entry_count: u64,
+    blobs: Vec<String>,
+    layers: Vec<FinishedLayer>,
+    spooled: Vec<(String, SpooledBlob)>,
+}
+
+/// Completes the blob of each layer, merges the trees and writes the merged bootstrap.
+fn finish_layers(content: ImageContent, files: Vec<NamedTempFile>, data: &DataOptions) -> Result<Merged> {
+    let ImageContent { output, trees } = content;
+    let chunks = output.content;
+    let mut writer = Writer { chunks: &chunks, data, records: Vec::new(), owners: Vec::new() };
+    let (mut layers, mut spooled) = (Vec::new(), Vec::new());
+    let mut merged = Tree::new();
+    let count = trees.len();
+    let parts = trees.into_iter().zip(files.into_iter().zip(output.layers));
+    for (number, (tree, (file, layer))) in parts.enumerate() {
+        let finished = writer
+            .finish_blob(&tree, layer, number)
+            .map_err(|e| e.context(format!("blob of layer {} of {count}", number + 1)))?;
+        let blob = SpooledBlob::adopt(file, finished.digest, finished.size);
+        spooled.push((format!("blob {} of {count}", number + 1), blob));
+        layers.push(finished);
+        overlay::apply(&mut merged, tree, WhiteoutSpec::Oci)?;
+    }
+    let written = writer.bootstrap(&merged, &writer.records, true)?;
+    let named = |&place: &usize| layers[writer.owners[place]].digest.to_string();
+    let blobs = written.blobs.iter().map(named).collect();
+    let options = RootOptions { digester: data.digester, chunk_size: data.chunk_size, explicit_ids: true };
+    let root = image_root(&merged, &chunks, options)?;
+    verify(&written.bytes, root)?;
+    Ok(Merged { bootstrap: written.bytes, root, entry_count: written.entry_count, blobs, layers, spooled })
+}
+
+/// Opens the bootstrap as a mount would: nothing is published that a reader refuses.
+fn verify(bootstrap: &[u8], root: TaggedDigest) -> Result<()> {
+    let ours = "the merged bootstrap fails its own check; this is a bug, please report it";
+    let opened = rafs::bootstrap::from_bytes(bootstrap.to_vec(), &rafs::bootstrap::OpenOptions::default())
+        .map_err(|e| Error::from(e).context(ours))?;
+    let found = rafs::merkle::image_root(&*opened)?;
+    if found != root {
+        return Err(Error::new(ErrorKind::Mismatch, format!("{ours}: root {found} instead of {root}")));
+    }
+    Ok(())
+}
+
+/// Writes blobs and bootstraps of one image.
+struct Writer<'a> {
+    chunks: &'a BuiltContent,
+    data: &'a DataOptions,
+    /// Blobs with chunks, lowest layer first, as other bootstraps name them.
+    records: Vec<BlobRecord>,
+    /// The layer of each record.
+    owners: Vec<usize>,
+}
+
+impl Writer<'_> {
+    fn finish_blob(&mut self, tree: &Tree, layer: LayerData, number: usize) -> Result<FinishedLayer> {
+        let own = self.chunks.chunks.of_layer(layer.layer);
+        let chunk_count = own.len() as u64;
+        let options = BlobOptions {
+            codec: self.data.codec,
+            digester: self.data.digester,
+            chunk_size: self.data.chunk_size,
+            toc: true,
+            inline_bootstrap: true,
+            id: None,
+        };
+        let decoded_size = self.chunks.chunks.decoded_size(layer.layer);
+        let writer = BlobWriter::new(layer.sink, options, decoded_size, own.map(|id| self.chunks.row(id)))?;
+        let mut records = self.records.clone();
+        if chunk_count > 0 {
+            records.push(*writer.record());
+        }
+        let bootstrap = self.bootstrap(tree, &records, false)?;
+        let blob = writer.finish(Some(&bootstrap.bytes))?;
+        if chunk_count > 0 {
+            let mut record = blob.record;
+            record.blob_id = padded_id(&blob.file_digest.to_string());
+            record.compressed_size = U64::new(blob.size);
+            // The bootstrap that names this blob is not in it (rafs-v6 section 11.3).
+            record.features = U32::new(record.features.get() & !BlobFeatures::INLINED_FS_META.bits());
+            self.records.push(record);
+            self.owners.push(number);
+        }
+        Ok(FinishedLayer { digest: blob.file_digest, size: blob.size, chunk_count })
+    }
+
+    fn bootstrap(
+        &self,
+        tree: &Tree,
+        blobs: &[BlobRecord],
+        merged: bool,
+    ) -> Result<bootstrap_writer::Bootstrap> {
+        bootstrap_writer::write(&Image {
+            tree,
+            chunks: self.chunks,
+            blobs,
+            chunk_size: self.data.chunk_size,
+            codec: self.data.codec,
+            digester: self.data.digester,
+            explicit_ids: true,
+            force_xattr_flag: merged,
+            prefetch: &[],
+        })
+    }
+}
+
+/// Hands blobs to the target, `jobs` at a time; the first error stops the others.
+fn put_all(target: &Target, blobs: Vec<(String, SpooledBlob)>, options: &ConvertOptions<'_>) -> Result<()> {
+    let workers = options.jobs.clamp(1, blobs.len().max(1));
+    let queue = Mutex::new(blobs.into_iter());
+    let failure: Mutex<Option<Error>> = Mutex::new(None);
+    let fail = |error: Error| {
+        let mut first = failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        first.get_or_insert(error);
+    };
+    let failed = || failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_some();
+    let next = || queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+    let work = || {
+        while !failed() {
+            let Some((name, blob)) = next() else { break };
+            let done = check(options.cancel).and_then(|()| target.put(blob, &name, options.observer));
+            if let Err(error) = done {
+                fail(error.context(name));
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for worker in 1..workers {
+            let started = std::thread::Builder::new().name(format!("put-{worker}")).spawn_scoped(scope, work);
+            // This thread does the work as well, so a missing helper only costs time.
+            if let Err(error) = started {
+                tracing::warn!(%error, "an upload thread cannot be started");
+            }
+        }
+        work();
+    });
+    failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+/// Defaults of conversions: a digest that registries share, and the codec with the best ratio.
+pub fn default_data_options() -> DataOptions {
+    DataOptions {
+        codec: Codec::Zstd,
+        digester: DigestAlgorithm::Sha256,
+        chunk_size: DEFAULT_CHUNK_SIZE,
+        threads: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests;
