@@ -11,9 +11,20 @@
 //! storage with a completion that writes the reply itself, so no FUSE thread ever waits for a
 //! source.
 
+pub mod adapter;
+pub mod api;
 pub mod cli;
 pub mod config;
+pub mod daemon;
+pub mod failures;
+pub mod image;
+pub mod limits;
 pub mod logging;
+pub mod metrics;
+pub mod mount;
+pub mod node;
+pub mod table;
+pub mod transport;
 pub mod version;
 
 #[expect(unsafe_code, reason = "one C struct without a constructor")]

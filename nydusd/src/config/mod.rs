@@ -28,6 +28,7 @@ use serde_json::{Value, json};
 use storage::digest::{Digest, TaggedDigest};
 use storage::read::OutagePolicy;
 
+pub(crate) use backend::check_basic_auth;
 pub use backend::{BackendConfig, LocalFsConfig, RegistryConfig};
 use section::Section;
 

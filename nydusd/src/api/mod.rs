@@ -1,0 +1,9 @@
+//! The HTTP API on a unix socket: the snapshotter's contract.
+//!
+//! [`Server`] moves bytes, [`routes`] decides, [`types`] are the documents.
+
+mod routes;
+mod server;
+mod types;
+
+pub use server::Server;

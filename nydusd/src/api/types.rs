@@ -1,0 +1,58 @@
+//! The API's documents.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::version::BuildInfo;
+
+/// Daemon info (contract 3.4).
+#[derive(Debug, Serialize)]
+pub(super) struct Info<'a> {
+    pub version: BuildInfo,
+    pub id: Option<&'a str>,
+    pub supervisor: Option<&'a str>,
+    pub state: &'static str,
+    pub backend_collection: Option<BTreeMap<String, Backend>>,
+}
+
+/// One mounted file system.
+#[derive(Debug, Serialize)]
+pub(super) struct Backend {
+    pub backend_type: &'static str,
+    pub mountpoint: String,
+    pub mounted_time: String,
+    pub config: serde_json::Value,
+    /// Beyond the contract: what is mounted, and whether every byte of it is verified.
+    pub bootstrap: String,
+    pub verified: bool,
+}
+
+/// Body of `PUT /api/v1/daemon`.
+#[derive(Debug, Deserialize)]
+pub(super) struct Configure {
+    pub log_level: String,
+}
+
+/// Blob cache metrics (contract 3.8). Prefetch is not built: its figures are zero.
+#[derive(Debug, Serialize)]
+pub(super) struct BlobCache {
+    pub underlying_files: Vec<String>,
+    pub store_path: String,
+    #[serde(flatten)]
+    pub counters: storage::metrics::CacheSnapshot,
+    pub entries_count: u64,
+    pub prefetch_workers: u64,
+    pub prefetch_unmerged_chunks: u64,
+    pub prefetch_cumulative_time_millis: u64,
+    pub prefetch_begin_time_secs: u64,
+    pub prefetch_begin_time_millis: u64,
+    pub prefetch_end_time_secs: u64,
+    pub prefetch_end_time_millis: u64,
+    pub buffered_backend_size: u64,
+    pub data_all_ready: bool,
+    /// Beyond the contract: chunks of all blobs.
+    pub chunks_total: u64,
+    /// Beyond the contract: stored bytes of chunk data in all blobs.
+    pub compressed_bytes_total: u64,
+}

@@ -1,0 +1,293 @@
+//! The daemon's life: start, serve, stop.
+//!
+//! ```text
+//! INIT ──mount──▶ READY ──threads──▶ RUNNING ──signal, exit, umount──▶ STOPPED
+//! ```
+//!
+//! The main thread is the control plane: signals, the API, the end of FUSE threads. Starting
+//! (which may fetch, and stats its own mount) runs beside it, so that a signal ends a daemon
+//! that is stuck in its start, too. The API socket appears only when the mount has answered.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use storage::engine::{Engine, EngineConfig};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::adapter::Adapter;
+use crate::cli::FuseArgs;
+use crate::transport::fusedev::FuseMount;
+use crate::{api, image, mount};
+
+/// Longest wait for the disk at an orderly end: whoever stops us waits a second in all.
+const FLUSH_LIMIT: Duration = Duration::from_millis(400);
+
+/// Where the daemon is in its life. The names are the API's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// Not mounted.
+    Init = 0,
+    /// Mounted, not served.
+    Ready = 1,
+    /// Mounted and served.
+    Running = 2,
+    /// Going away.
+    Stopped = 3,
+}
+
+impl State {
+    /// The API's word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Init => "INIT",
+            Self::Ready => "READY",
+            Self::Running => "RUNNING",
+            Self::Stopped => "STOPPED",
+        }
+    }
+
+    fn from_u8(value: u8) -> Self {
+        match value {
+            0 => Self::Init,
+            1 => Self::Ready,
+            2 => Self::Running,
+            _ => Self::Stopped,
+        }
+    }
+}
+
+/// What ends the daemon.
+#[derive(Debug)]
+pub enum End {
+    /// The API's `exit`: the mount stays.
+    Exit,
+    /// A FUSE thread stopped: the mount is gone, or reading failed.
+    Fuse(anyhow::Result<()>),
+}
+
+/// Everything one daemon has.
+pub struct Daemon {
+    args: FuseArgs,
+    state: AtomicU8,
+    adapter: Arc<Adapter>,
+    fuse: OnceLock<FuseMount>,
+    engine: OnceLock<Arc<Engine>>,
+    /// Unbounded, but at most one message a FUSE thread and an API call.
+    ends: mpsc::UnboundedSender<End>,
+}
+
+impl Daemon {
+    fn new(args: FuseArgs, ends: mpsc::UnboundedSender<End>) -> Self {
+        Self {
+            args,
+            state: AtomicU8::new(State::Init as u8),
+            adapter: Arc::default(),
+            fuse: OnceLock::new(),
+            engine: OnceLock::new(),
+            ends,
+        }
+    }
+
+    /// Where it is in its life.
+    pub fn state(&self) -> State {
+        State::from_u8(self.state.load(Ordering::Acquire))
+    }
+
+    fn set_state(&self, state: State) {
+        tracing::info!("state {}", state.name());
+        self.state.store(state as u8, Ordering::Release);
+    }
+
+    /// Its id, if it was given one.
+    pub fn id(&self) -> Option<&str> {
+        self.args.global.id.as_deref()
+    }
+
+    /// The mounts and their counters.
+    pub fn adapter(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    /// Ends the daemon and leaves the mount in place. Returns at once.
+    pub fn exit(&self) {
+        // A closed channel means that the end has come already.
+        let _ = self.ends.send(End::Exit);
+    }
+
+    /// Mounts and serves. Blocks until the mount has answered.
+    fn start(&self) -> anyhow::Result<()> {
+        let args = &self.args;
+        check_place(&args.mountpoint, args.global.apisock.as_deref())?;
+        let plan = image::plan(args)?;
+        let engine = Engine::new(EngineConfig::default())?;
+        let engine = self.engine.get_or_init(|| engine);
+        let spec = image::resolve(engine, plan)?;
+        for warning in &spec.config.warnings {
+            tracing::warn!("configuration: {warning}");
+        }
+        let mount = mount::open(engine, spec, self.adapter.table())?;
+        let fuse = FuseMount::new(&args.mountpoint)?;
+        let fuse = self.fuse.get_or_init(|| fuse);
+        self.set_state(State::Ready);
+        let ends = self.ends.clone();
+        fuse.serve(Arc::clone(&self.adapter), args.fuse_threads, move |result| {
+            // The receiver goes away only when the daemon is ending anyway.
+            let _ = ends.send(End::Fuse(result));
+        })?;
+        // Comes back only when the kernel's FUSE_INIT and this request were answered.
+        std::fs::metadata(fuse.mountpoint())
+            .with_context(|| format!("the new mount {} does not answer", fuse.mountpoint().display()))?;
+        self.set_state(State::Running);
+        tracing::info!(
+            "serving bootstrap sha256:{} on {}",
+            mount.bootstrap_digest(),
+            fuse.mountpoint().display()
+        );
+        Ok(())
+    }
+
+    /// Unmounts, whoever still uses the mount, and makes the cache durable.
+    fn stop(&self, unmount: bool) {
+        self.set_state(State::Stopped);
+        if let Some(fuse) = self.fuse.get() {
+            if unmount {
+                if let Err(e) = fuse.unmount() {
+                    tracing::error!("{e:#}");
+                }
+            } else {
+                fuse.abandon();
+            }
+        }
+        let (done, flushed) = std::sync::mpsc::sync_channel(1);
+        let mounts = self.adapter.table().mounts();
+        let flush = move || {
+            for mount in mounts {
+                for cache in mount.caches() {
+                    if let Err(e) = cache.flush() {
+                        tracing::warn!("{}", crate::logging::chain(&e));
+                    }
+                }
+            }
+            // Nobody listens any more if the limit has passed.
+            let _ = done.send(());
+        };
+        // What is not durable in time is fetched again after the next start: no harm.
+        if std::thread::Builder::new().name("flush".to_owned()).spawn(flush).is_ok() {
+            let _ = flushed.recv_timeout(FLUSH_LIMIT);
+        }
+    }
+}
+
+/// A crashed predecessor's mount and a live one's socket are not ours to take.
+fn check_place(mountpoint: &Path, apisock: Option<&Path>) -> anyhow::Result<()> {
+    if let Some(socket) = apisock
+        && std::os::unix::net::UnixStream::connect(socket).is_ok()
+    {
+        bail!("another daemon answers on the API socket {}; stop it first", socket.display());
+    }
+    match std::fs::metadata(mountpoint) {
+        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => bail!(
+            "the mountpoint {0} holds the dead mount of a daemon that is gone; remove it with `umount -l {0}`",
+            mountpoint.display()
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Runs one daemon to its end and answers the exit code. Does not return before the mount,
+/// if any, is gone or meant to stay.
+///
+/// The caller exits without dropping anything: fetches may still be waiting for their source,
+/// and joining them would take as long as the source does.
+pub fn run(args: FuseArgs) -> i32 {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            crate::logging::print_failure(&anyhow::Error::new(e).context("start the control plane"));
+            return 1;
+        }
+    };
+    let (ends, receiver) = mpsc::unbounded_channel();
+    let daemon = Arc::new(Daemon::new(args, ends));
+    let result = runtime.block_on(control(&daemon, receiver));
+    // Never dropped: see above.
+    std::mem::forget((daemon, runtime));
+    match result {
+        Ok(()) => 0,
+        Err(e) => {
+            tracing::error!("{e:#}");
+            crate::logging::print_failure(&e);
+            1
+        }
+    }
+}
+
+/// The control plane: waits for the start, serves the API, waits for the end.
+async fn control(daemon: &Arc<Daemon>, mut ends: mpsc::UnboundedReceiver<End>) -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).context("catch SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("catch SIGINT")?;
+    let (started, start) = oneshot::channel();
+    let starter = Arc::clone(daemon);
+    std::thread::Builder::new()
+        .name("start".to_owned())
+        .spawn(move || {
+            // The receiver is gone if a signal came first.
+            let _ = started.send(starter.start());
+        })
+        .context("start the start thread")?;
+
+    let unmount = tokio::select! {
+        biased;
+        _ = terminate.recv() => true,
+        _ = interrupt.recv() => true,
+        result = start => {
+            if let Err(e) = result.context("the start thread panicked").flatten() {
+                daemon.stop(true);
+                return Err(e);
+            }
+            return serve(daemon, &mut ends, terminate, interrupt).await;
+        }
+    };
+    daemon.stop(unmount);
+    Ok(())
+}
+
+/// Serves the API until something ends the daemon.
+async fn serve(
+    daemon: &Arc<Daemon>,
+    ends: &mut mpsc::UnboundedReceiver<End>,
+    mut terminate: tokio::signal::unix::Signal,
+    mut interrupt: tokio::signal::unix::Signal,
+) -> anyhow::Result<()> {
+    let socket: Option<PathBuf> = daemon.args.global.apisock.clone();
+    let server = match &socket {
+        Some(path) => match api::Server::bind(path, Arc::clone(daemon)) {
+            Ok(server) => Some(server),
+            Err(e) => {
+                daemon.stop(true);
+                return Err(e);
+            }
+        },
+        None => None,
+    };
+    let result = tokio::select! {
+        _ = terminate.recv() => Ok(true),
+        _ = interrupt.recv() => Ok(true),
+        end = ends.recv() => match end {
+            Some(End::Exit) => Ok(false),
+            // The mount is gone; unmounting again is harmless and clears a half-dead one.
+            Some(End::Fuse(result)) => result.map(|()| true),
+            None => Ok(true),
+        },
+    };
+    if let Some(server) = server {
+        server.close().await;
+    }
+    daemon.stop(*result.as_ref().unwrap_or(&true));
+    result.map(|_| ())
+}

@@ -1,0 +1,127 @@
+//! What to mount: from the command line and the configuration to a [`MountSpec`].
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use storage::backend::BlobSource;
+use storage::backend::http::HttpOptions;
+use storage::backend::registry::{RegistrySource, Rewrite};
+use storage::backend::retry::RetryPolicy;
+use storage::engine::Engine;
+use storage::oci::auth::{Credentials, Secret};
+use storage::oci::client::{RegistryClient, RegistryOptions, Scheme};
+use storage::oci::token::Login;
+
+use crate::cli::FuseArgs;
+use crate::config::{BackendConfig, Config, RegistryConfig};
+use crate::mount::MountSpec;
+
+/// Environment variable that replaces the registry's `auth` (contract 1.4).
+const PULL_AUTH: &str = "IMAGE_PULL_AUTH";
+
+/// What the command line asks for, nothing fetched yet.
+#[derive(Debug)]
+pub enum Plan {
+    /// A bootstrap file and where its blobs are.
+    Bootstrap(PathBuf, Config),
+}
+
+/// Reads the configuration and decides what to mount.
+///
+/// # Errors
+/// Nothing to mount, or a configuration that is refused.
+pub fn plan(args: &FuseArgs) -> anyhow::Result<Plan> {
+    // Without a bootstrap the configuration is not even opened: clients leave unusable ones.
+    let Some(bootstrap) = &args.bootstrap else {
+        bail!(
+            "nothing to mount: give --image, or --bootstrap with --config or --localfs-dir \
+             (mounting through the API is not built yet)"
+        );
+    };
+    let mut config = match (&args.global.config, &args.localfs_dir) {
+        (Some(path), _) => Config::load(path)?,
+        (None, Some(dir)) => Config::localfs_dir(dir),
+        (None, None) => bail!("--bootstrap needs --config or --localfs-dir to find the image's blobs"),
+    };
+    apply_arguments(&mut config, args);
+    apply_pull_auth(&mut config)?;
+    Ok(Plan::Bootstrap(bootstrap.clone(), config))
+}
+
+/// What the command line says goes before the document.
+fn apply_arguments(config: &mut Config, args: &FuseArgs) {
+    config.expect_root = args.expect_root.or(config.expect_root);
+    config.expect_bootstrap = args.expect_bootstrap.or(config.expect_bootstrap);
+    config.allow_unverified |= args.allow_unverified;
+    config.read_timeout = args.read_timeout.unwrap_or(config.read_timeout);
+    config.on_outage = args.on_outage.unwrap_or(config.on_outage);
+    for (flag, given) in [
+        ("--prefetch-files", args.prefetch_files.is_some()),
+        ("--backend-source", args.backend_source.is_some()),
+    ] {
+        if given {
+            config.warnings.push(format!("{flag} has no effect yet"));
+        }
+    }
+}
+
+fn apply_pull_auth(config: &mut Config) -> anyhow::Result<()> {
+    let Some(auth) = std::env::var_os(PULL_AUTH) else { return Ok(()) };
+    if let BackendConfig::Registry(registry) = &mut config.backend {
+        let auth = auth.into_string().ok().with_context(|| format!("{PULL_AUTH} is not base64"))?;
+        crate::config::check_basic_auth(PULL_AUTH, &auth)?;
+        registry.auth = Some(auth);
+    }
+    Ok(())
+}
+
+/// Turns the plan into what [`crate::mount::open`] needs; fetches what that takes.
+///
+/// # Errors
+/// The source refuses or does not have the image.
+pub fn resolve(_engine: &Arc<Engine>, plan: Plan) -> anyhow::Result<MountSpec> {
+    let Plan::Bootstrap(bootstrap, config) = plan;
+    let source = blob_source(&config)?;
+    Ok(MountSpec { mountpoint: "/".to_owned(), bootstrap, source, config })
+}
+
+/// The source that a configuration describes.
+fn blob_source(config: &Config) -> anyhow::Result<Arc<dyn BlobSource>> {
+    Ok(match &config.backend {
+        BackendConfig::LocalFs(local) => Arc::new(storage::backend::localfs::LocalFs::new(
+            local.dir.clone(),
+            local.alt_dirs.clone(),
+            local.blob_file.clone(),
+        )?),
+        BackendConfig::OciLayout(path) => {
+            Arc::new(storage::backend::layout::OciLayoutSource::new(path.clone()))
+        }
+        BackendConfig::Registry(registry) => Arc::new(registry_source(registry)?),
+    })
+}
+
+/// A registry with the login and transport of the configuration alone: a daemon must not
+/// depend on whose login files lie around.
+fn registry_source(config: &RegistryConfig) -> anyhow::Result<RegistrySource> {
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    let defaults = HttpOptions::default();
+    let options = RegistryOptions {
+        http: HttpOptions {
+            connect_timeout: config.connect_timeout,
+            // Time without a byte, not time for the whole answer: a slow link is no outage.
+            progress_timeout: config.timeout,
+            ca_files: config.ca_cert_files.clone(),
+            skip_verify: config.skip_verify,
+            ..defaults
+        },
+        scheme: if config.scheme == "http" { Scheme::Http } else { Scheme::Https },
+        login: Login::Fixed(Credentials::from_base64(&text(&config.auth))?),
+        token: config.registry_token.clone().map(Secret::new),
+        retry: RetryPolicy::COMMANDS,
+    };
+    let client = RegistryClient::new(&config.host, options)?;
+    let rewrite = Rewrite::new(&text(&config.blob_url_scheme), &text(&config.blob_redirected_host))?;
+    // Readers are served until their deadline; `retry_limit` promises no more than that.
+    Ok(RegistrySource::new(client, &config.repo, rewrite, RetryPolicy::READS)?)
+}

@@ -1,0 +1,49 @@
+//! The limit of open files.
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// Descriptors left to the rest of the system (contract 1.2).
+const RESERVED: u64 = 16_384;
+/// Most that is asked for without the user's word.
+const MOST: u64 = 1_000_000;
+
+/// Raises the limit of open files towards `wanted`; 0 leaves it. What the system refuses is
+/// logged and lived with.
+pub fn raise_nofile(wanted: u64) {
+    if wanted == 0 {
+        return;
+    }
+    let system =
+        std::fs::read_to_string("/proc/sys/fs/file-max").ok().and_then(|text| text.trim().parse().ok());
+    let (soft, hard) = match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok(limits) => limits,
+        Err(e) => return tracing::warn!("the limit of open files is unknown and left alone: {e}"),
+    };
+    let target = target(wanted, soft, system.unwrap_or(MOST));
+    if target != soft
+        && let Err(e) = setrlimit(Resource::RLIMIT_NOFILE, target, target)
+            .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, target.min(hard), hard))
+    {
+        tracing::warn!("the limit of open files stays {soft} instead of {target}: {e}");
+    }
+}
+
+/// min(wanted, max(soft, min(system − reserve, 10^6))).
+fn target(wanted: u64, soft: u64, system: u64) -> u64 {
+    wanted.min(soft.max(system.saturating_sub(RESERVED).min(MOST)))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_target_follows_the_contract() {
+        for (wanted, soft, system, target) in [
+            (1_000_000, 1024, u64::MAX, 1_000_000),
+            (4096, 1024, u64::MAX, 4096),
+            (1_000_000, 1024, 40_000, 23_616),
+            (1_000_000, 50_000, 40_000, 50_000),
+        ] {
+            assert_eq!(super::target(wanted, soft, system), target);
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! One mounted image and all it owns: bootstrap, caches, counters.
+//!
+//! [`open`] is the only way in: the bootstrap is copied under its digest into the cache
+//! directory, compared with what was demanded, validated, and joined with one cache a blob.
+//! Nothing is asked of the source unless a blob holds batches, whose context says where
+//! chunks lie.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use anyhow::{Context as _, bail};
+use rafs::blob_context::{BlobContext, stored_range};
+use rafs::bootstrap::{Blob, Bootstrap, Nid, OpenOptions, adopt};
+use rafs::fs::{Rafs, RafsOptions};
+use storage::backend::{Backend, BlobSource, ReadContext};
+use storage::cache::{BlobCache, BlobCacheConfig, BlobSet, MetaSpec, Siblings};
+use storage::digest::Digest;
+use storage::engine::Engine;
+use storage::extent::ChunkExtent;
+use storage::ids::ChunkIndex;
+use storage::metrics::{BackendMetrics, CacheMetrics};
+use storage::read::Reader;
+
+use crate::config::Config;
+use crate::failures::Failures;
+use crate::metrics::FsMetrics;
+use crate::node::NodeId;
+use crate::table::{MountTable, Place};
+
+/// Chunks of one fetch unit at most: a batch of 16 MiB of chunks of one block each.
+const MAX_UNIT_CHUNKS: u32 = 4096;
+
+/// One mounted image.
+pub struct Mount {
+    place: Place,
+    mountpoint: String,
+    rafs: Arc<Rafs>,
+    reader: Arc<dyn Reader>,
+    caches: Vec<Arc<BlobCache>>,
+    config: Config,
+    /// SHA-256 of the bootstrap.
+    bootstrap_digest: Digest,
+    mounted_at: SystemTime,
+    metrics: Arc<FsMetrics>,
+    cache_metrics: Arc<CacheMetrics>,
+    backend_metrics: Arc<BackendMetrics>,
+    failures: Failures,
+}
+
+impl std::fmt::Debug for Mount {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mount")
+            .field("mountpoint", &self.mountpoint)
+            .field("bootstrap", &self.bootstrap_digest)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What is needed to mount an image.
+#[derive(Debug)]
+pub struct MountSpec {
+    /// Where it appears inside the daemon; `/` today.
+    pub mountpoint: String,
+    /// Its bootstrap; copied before use.
+    pub bootstrap: PathBuf,
+    /// Where its blobs are.
+    pub source: Arc<dyn BlobSource>,
+    /// The rest.
+    pub config: Config,
+}
+
+/// Opens the image and attaches it to `table`.
+///
+/// # Errors
+/// The bootstrap is unreadable, malformed or not the one demanded; the cache directory can
+/// not be used; a blob context that reads depend on can not be had.
+pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Result<Arc<Mount>> {
+    let MountSpec { mountpoint, bootstrap, source, config } = spec;
+    let work_dir = &config.work_dir;
+    std::fs::create_dir_all(work_dir)
+        .with_context(|| format!("make the cache directory {}", work_dir.display()))?;
+    let (path, digest) = adopt(&bootstrap, work_dir, config.expect_bootstrap)?;
+    let bootstrap: Arc<dyn Bootstrap> = Arc::from(rafs::bootstrap::open(&path, &OpenOptions::default())?);
+    if let Some(expected) = config.expect_root {
+        let found = rafs::merkle::image_root(&*bootstrap)?;
+        if found != expected {
+            bail!(
+                "the image root digest is {found}, but {expected} is demanded; mount the image that was \
+                 meant, or correct --expect-root"
+            );
+        }
+    }
+
+    let blobs = bootstrap.blobs();
+    let backends = blobs.iter().map(|blob| source.blob(&blob.id)).collect::<storage::Result<Vec<_>>>()?;
+    let needed = Rafs::needs_context(&*bootstrap);
+    let contexts = blobs
+        .iter()
+        .zip(&backends)
+        .zip(needed)
+        .map(|((blob, backend), needed)| match needed {
+            true => load_context(engine, &config, blob, &**backend).map(Some),
+            false => Ok(None),
+        })
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let options = RafsOptions { allow_unverified: config.allow_unverified };
+    let rafs = Arc::new(Rafs::new(Arc::clone(&bootstrap), contexts, options)?);
+    if rafs.is_unverified() {
+        tracing::warn!("the image has chunks without digests: their data is served UNVERIFIED");
+    }
+
+    let cache_metrics = Arc::<CacheMetrics>::default();
+    let backend_metrics = Arc::<BackendMetrics>::default();
+    let mut caches = Vec::with_capacity(blobs.len());
+    for ((number, blob), backend) in (0u32..).zip(blobs).zip(backends) {
+        let base = BlobCacheConfig::new(work_dir, blob.id.clone(), blob.decoded_size, blob.chunk_count);
+        let cache_config = BlobCacheConfig {
+            meta: meta_spec(blob),
+            siblings: Some(siblings(&rafs, number)),
+            allow_unverified: config.allow_unverified,
+            metrics: Arc::clone(&cache_metrics),
+            backend_metrics: Arc::clone(&backend_metrics),
+            ..base
+        };
+        caches.push(BlobCache::open(engine, cache_config, backend)?);
+    }
+    let reader: Arc<dyn Reader> = Arc::new(BlobSet::new(engine, caches.clone(), config.outage_policy()));
+
+    let failures = Failures::new(Arc::clone(&rafs));
+    let mount = table.attach(move |place| Mount {
+        place,
+        mountpoint,
+        rafs,
+        reader,
+        caches,
+        config,
+        bootstrap_digest: digest,
+        mounted_at: SystemTime::now(),
+        metrics: Arc::default(),
+        cache_metrics,
+        backend_metrics,
+        failures,
+    });
+    mount.context("no mount index is free; unmount an image first")
+}
+
+/// The context of a blob that reads depend on: from the cache directory if a valid one lies
+/// there, else from the source.
+fn load_context(
+    engine: &Engine,
+    config: &Config,
+    blob: &Blob,
+    backend: &dyn Backend,
+) -> anyhow::Result<BlobContext> {
+    let path = config.work_dir.join(format!("{}.blob.meta", blob.id));
+    match std::fs::read(&path) {
+        Ok(bytes) => match BlobContext::from_cache_file(blob, &bytes) {
+            Ok(context) => return Ok(context),
+            Err(e) => tracing::warn!("{} is not usable and fetched anew: {e}", path.display()),
+        },
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => tracing::warn!("{} can not be read and is fetched: {e}", path.display()),
+    }
+    let context = ReadContext::on_demand(config.outage_policy().deadline());
+    let stored = engine
+        .fetch(backend, stored_range(blob)?, &context)
+        .with_context(|| format!("fetch the context of blob {}", blob.id))?;
+    let context = BlobContext::from_stored(blob, &stored)?;
+    if let Err(e) = write_atomically(&path, &context.to_cache_file()) {
+        tracing::warn!("{} can not be kept: {e}", path.display());
+    }
+    Ok(context)
+}
+
+fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::Builder::new().prefix(".meta-").tempfile_in(dir)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_data()?;
+    file.persist(path)?;
+    Ok(())
+}
+
+/// How the cache keeps the blob's context beside its data.
+fn meta_spec(blob: &Blob) -> Option<MetaSpec> {
+    let range = stored_range(blob).ok()?;
+    let blob = blob.clone();
+    let to_cache_file = Arc::new(move |stored: &[u8]| {
+        BlobContext::from_stored(&blob, stored).ok().map(|context| context.to_cache_file())
+    });
+    Some(MetaSpec { range, to_cache_file })
+}
+
+/// All chunks of a batch unit. Its members have consecutive numbers.
+fn siblings(rafs: &Arc<Rafs>, blob: u32) -> Siblings {
+    let rafs = Arc::clone(rafs);
+    Arc::new(move |extent: &ChunkExtent| {
+        let same_unit = |index: u32| {
+            rafs.chunk_extent(blob, ChunkIndex(index)).ok().filter(|other| other.unit == extent.unit)
+        };
+        if extent.len == extent.unit.decoded_len {
+            return vec![*extent];
+        }
+        let own = extent.index.0;
+        let before = (own.saturating_sub(MAX_UNIT_CHUNKS)..own).rev().map_while(same_unit);
+        let mut members: Vec<ChunkExtent> = before.collect();
+        members.reverse();
+        members.push(*extent);
+        members.extend((own + 1..own.saturating_add(MAX_UNIT_CHUNKS)).map_while(same_unit));
+        members
+    })
+}
+
+impl Mount {
+    /// A mount for tests: an image with a reader of the test's choosing and no caches.
+    #[cfg(test)]
+    pub(crate) fn for_tests(place: Place, rafs: Arc<Rafs>, reader: Arc<dyn Reader>) -> Self {
+        Self {
+            place,
+            mountpoint: "/".to_owned(),
+            failures: Failures::new(Arc::clone(&rafs)),
+            rafs,
+            reader,
+            caches: Vec::new(),
+            config: Config::localfs_dir(Path::new("/nonexistent")),
+            bootstrap_digest: Digest([0; 32]),
+            mounted_at: SystemTime::now(),
+            metrics: Arc::default(),
+            cache_metrics: Arc::default(),
+            backend_metrics: Arc::default(),
+        }
+    }
+
+    /// Where it appears inside the daemon.
+    pub fn mountpoint(&self) -> &str {
+        &self.mountpoint
+    }
+
+    /// Its index, generation and references.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The image.
+    pub fn rafs(&self) -> &Rafs {
+        &self.rafs
+    }
+
+    /// Its data.
+    pub fn reader(&self) -> &Arc<dyn Reader> {
+        &self.reader
+    }
+
+    /// One cache a blob, in the order of the blob table.
+    pub fn caches(&self) -> &[Arc<BlobCache>] {
+        &self.caches
+    }
+
+    /// What it was configured with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// SHA-256 of its bootstrap.
+    pub fn bootstrap_digest(&self) -> Digest {
+        self.bootstrap_digest
+    }
+
+    /// When it was mounted.
+    pub fn mounted_at(&self) -> SystemTime {
+        self.mounted_at
+    }
+
+    /// Counters of file system operations.
+    pub fn metrics(&self) -> &Arc<FsMetrics> {
+        &self.metrics
+    }
+
+    /// Counters of its caches.
+    pub fn cache_metrics(&self) -> &CacheMetrics {
+        &self.cache_metrics
+    }
+
+    /// Counters of its source.
+    pub fn backend_metrics(&self) -> &BackendMetrics {
+        &self.backend_metrics
+    }
+
+    /// Where failed reads are reported.
+    pub fn failures(&self) -> &Failures {
+        &self.failures
+    }
+
+    /// True if extended attributes are shown at all.
+    pub fn has_xattrs(&self) -> bool {
+        self.config.enable_xattr && self.rafs.bootstrap().summary().has_xattrs
+    }
+
+    /// The node id of `nid`: FUSE's root for the root of the image at `/`.
+    pub fn node(&self, nid: Nid) -> Option<NodeId> {
+        if self.mountpoint == "/" && nid == self.rafs.bootstrap().root() {
+            return Some(NodeId::ROOT);
+        }
+        NodeId::new(self.place.index, nid)
+    }
+
+    /// The inode behind a node id of this mount.
+    pub fn nid(&self, node: NodeId) -> Nid {
+        if node == NodeId::ROOT { self.rafs.bootstrap().root() } else { node.nid() }
+    }
+}

@@ -1,0 +1,327 @@
+//! Host FUSE: a mount on this host, served from `/dev/fuse`.
+//!
+//! N threads each block in read(2) on the connection's descriptor. All requests but READ go
+//! through fuse-backend-rs's server, which answers inline from memory. A READ is answered
+//! inline when its data is in the cache; otherwise it is handed to storage with a completion
+//! that writes the reply, from whatever thread it runs on. So no thread here ever waits for a
+//! source, and any number of stalled reads leave metadata and cached data prompt.
+//!
+//! A read that waits for its source can not be interrupted: the pages it fills belong to the
+//! page cache, and whoever waits for a page may be killed without an answer from us.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use anyhow::{Context as _, bail};
+use fuse_backend_rs::api::server::Server;
+use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, FuseSession, Reader, Writer};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use storage::backend::Priority;
+use storage::read::ReadSlice;
+use zerocopy::{FromBytes as _, IntoBytes as _};
+
+use super::message::{self, InHeader, OUT_HEADER_LEN, OutHeader, ReadIn};
+use crate::adapter::{Adapter, ReadPlan};
+use crate::failures::Failure;
+use crate::metrics::InflightGuard;
+
+/// Source in the mount table (contract 1.8).
+const SOURCE: &str = "rafs";
+
+/// A whole request or reply: 1 MiB of data and a page for its head. The kernel demands that
+/// the receive buffer hold the largest write it was allowed. Pages are touched as used.
+const BUFFER_SIZE: usize = (1 << 20) + 4096;
+
+/// Stack of a serving thread: frames here are small, buffers are on the heap.
+const STACK_SIZE: usize = 256 << 10;
+
+/// A mounted connection to the kernel.
+pub struct FuseMount {
+    mountpoint: PathBuf,
+    /// Taken to unmount.
+    session: Mutex<Option<FuseSession>>,
+    connection: Arc<Connection>,
+}
+
+/// The descriptor that requests come from and replies go to.
+struct Connection {
+    fd: OwnedFd,
+}
+
+impl FuseMount {
+    /// Mounts on the directory `mountpoint`, read-only.
+    ///
+    /// # Errors
+    /// Not a usable directory, a dead mount in its place, or the kernel refuses.
+    pub fn new(mountpoint: &Path) -> anyhow::Result<Self> {
+        let mountpoint = usable_mountpoint(mountpoint)?;
+        let mut session = FuseSession::new(&mountpoint, SOURCE, "", true)?;
+        session.mount().with_context(|| format!("mount on {}", mountpoint.display()))?;
+        let file = session.get_fuse_file().context("the FUSE session has no descriptor")?;
+        let fd = OwnedFd::from(file.try_clone().context("duplicate the FUSE descriptor")?);
+        // The crate asks for non-blocking reads; our threads wait in read(2).
+        fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_RDWR)).context("make the FUSE descriptor blocking")?;
+        let connection = Arc::new(Connection { fd });
+        Ok(Self { mountpoint, session: Mutex::new(Some(session)), connection })
+    }
+
+    /// The canonical mountpoint.
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// Starts `count` threads that serve `adapter` until the kernel ends the connection. Each
+    /// calls `ended` when it stops.
+    ///
+    /// # Errors
+    /// The system refuses a thread.
+    pub fn serve(
+        &self,
+        adapter: Arc<Adapter>,
+        count: u16,
+        ended: impl Fn(anyhow::Result<()>) + Clone + Send + 'static,
+    ) -> anyhow::Result<Vec<JoinHandle<()>>> {
+        let server = Arc::new(Server::new(Arc::clone(&adapter)));
+        (0..count)
+            .map(|number| {
+                let mut worker = Worker {
+                    adapter: Arc::clone(&adapter),
+                    server: Arc::clone(&server),
+                    connection: Arc::clone(&self.connection),
+                    slices: Vec::new(),
+                };
+                let ended = ended.clone();
+                std::thread::Builder::new()
+                    .name(format!("fuse-{number}"))
+                    .stack_size(STACK_SIZE)
+                    .spawn(move || ended(worker.run()))
+                    .context("start a FUSE thread")
+            })
+            .collect()
+    }
+
+    /// Takes the mount out of the tree at once, whoever still uses it. Repeated calls and a
+    /// mount that is gone already are fine.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn unmount(&self) -> anyhow::Result<()> {
+        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match session {
+            Some(mut session) => {
+                session.umount().with_context(|| format!("unmount {}", self.mountpoint.display()))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Leaves the mount in place when this value is dropped.
+    pub fn abandon(&self) {
+        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner).take();
+        std::mem::forget(session);
+    }
+}
+
+/// Canonical path of a directory to mount on.
+fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
+    match path.canonicalize().and_then(|real| Ok((std::fs::metadata(&real)?.is_dir(), real))) {
+        Ok((true, real)) => Ok(real),
+        Ok((false, real)) => bail!("the mountpoint {} is not a directory", real.display()),
+        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => bail!(
+            "the mountpoint {0} holds a dead FUSE mount (its daemon is gone); remove it with `umount -l {0}`",
+            path.display()
+        ),
+        Err(e) => Err(e).with_context(|| format!("the mountpoint {} can not be used", path.display())),
+    }
+}
+
+impl Connection {
+    /// Writes one reply. A request that is gone (interrupted, connection ended) needs none.
+    fn reply(&self, header: OutHeader, data: &[u8]) {
+        let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(data)];
+        match nix::sys::uio::writev(&self.fd, &parts) {
+            Ok(_) | Err(Errno::ENOENT | Errno::ENODEV | Errno::ENOTCONN) => {}
+            Err(e) => {
+                tracing::warn!("reply to FUSE request {}: {e}", header.unique);
+                if header.error == 0 {
+                    self.reply(OutHeader::refusal(header.unique, libc::EIO), &[]);
+                }
+            }
+        }
+    }
+}
+
+/// A READ on its way. Answers EIO if it is dropped unanswered, so that no reader waits for
+/// an answer that nobody will give.
+struct PendingRead {
+    connection: Arc<Connection>,
+    unique: u64,
+    plan: ReadPlan,
+    offset: u64,
+    slices: Vec<ReadSlice>,
+    started: Instant,
+    answered: bool,
+    _inflight: InflightGuard,
+}
+
+impl PendingRead {
+    fn finish(mut self, result: storage::Result<Vec<u8>>) {
+        self.answered = true;
+        let len = self.plan.len;
+        let result = result.and_then(|data| match data.len() == len as usize {
+            true => Ok(data),
+            false => Err(storage::Error::new(
+                storage::ErrorKind::Io,
+                format!("storage answered {} bytes instead of {len}", data.len()),
+            )),
+        });
+        let metrics = self.plan.mount.metrics();
+        match result {
+            Ok(data) => {
+                metrics.record_read(Some(len), self.started.elapsed());
+                self.connection.reply(OutHeader::data(self.unique, len), &data);
+            }
+            Err(error) => {
+                metrics.record_read(None, self.started.elapsed());
+                self.connection.reply(OutHeader::refusal(self.unique, libc::EIO), &[]);
+                let slices = std::mem::take(&mut self.slices);
+                report(&self.plan, self.offset, slices, &error);
+            }
+        }
+    }
+}
+
+impl Drop for PendingRead {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.connection.reply(OutHeader::refusal(self.unique, libc::EIO), &[]);
+        }
+    }
+}
+
+fn report(plan: &ReadPlan, offset: u64, slices: Vec<ReadSlice>, error: &storage::Error) {
+    let cause = crate::logging::chain(error);
+    plan.mount.failures().report(Failure { nid: plan.nid, offset, len: plan.len, slices, cause });
+}
+
+/// One serving thread.
+struct Worker {
+    adapter: Arc<Adapter>,
+    server: Arc<Server<Arc<Adapter>>>,
+    connection: Arc<Connection>,
+    /// Chunks of the current READ; kept for its capacity.
+    slices: Vec<ReadSlice>,
+}
+
+impl Worker {
+    /// Serves until the kernel ends the connection.
+    fn run(&mut self) -> anyhow::Result<()> {
+        let mut request = vec![0; BUFFER_SIZE];
+        let mut reply = vec![0; BUFFER_SIZE];
+        loop {
+            match nix::unistd::read(&self.connection.fd, &mut request) {
+                Ok(len) => self.answer(&mut request[..len], &mut reply),
+                // ENOENT: the request was interrupted before we took it.
+                Err(Errno::ENOENT | Errno::EINTR | Errno::EAGAIN) => {}
+                Err(Errno::ENODEV | Errno::ECONNABORTED) => return Ok(()),
+                Err(e) => return Err(e).context("read from /dev/fuse"),
+            }
+        }
+    }
+
+    /// Answers one request. A panic fails this request and no other.
+    fn answer(&mut self, request: &mut [u8], reply: &mut [u8]) {
+        let Some((header, _)) = message::parse(request) else {
+            tracing::warn!("a FUSE request of {} bytes is too short", request.len());
+            return;
+        };
+        let outcome = catch_unwind(AssertUnwindSafe(|| match header.opcode {
+            message::OP_READ => self.read(&header, &request[size_of::<InHeader>()..], reply),
+            opcode if opcode > message::OP_MAX => {
+                self.connection.reply(OutHeader::refusal(header.unique, libc::ENOSYS), &[]);
+            }
+            _ => self.delegate(request, reply),
+        }));
+        let silent = [message::OP_FORGET, message::OP_BATCH_FORGET, message::OP_INTERRUPT];
+        if outcome.is_err() && !silent.contains(&header.opcode) {
+            tracing::error!("FUSE request {} of inode {} panicked", header.opcode, header.nodeid);
+            self.connection.reply(OutHeader::refusal(header.unique, libc::EIO), &[]);
+        }
+    }
+
+    /// Everything but READ: fuse-backend-rs decodes, calls the adapter and replies.
+    fn delegate(&self, request: &mut [u8], reply: &mut [u8]) {
+        let fd = self.connection.fd.as_raw_fd();
+        let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(request));
+        let writer = FuseDevWriter::<()>::new(fd, reply);
+        let result = match (reader, writer) {
+            (Ok(reader), Ok(writer)) => {
+                self.server.handle_message(reader, Writer::FuseDev(writer), None, None).map_err(io_error)
+            }
+            (Err(e), _) | (_, Err(e)) => Err(io::Error::other(e.to_string())),
+        };
+        if let Err(e) = result {
+            // The usual reason is a request that was gone before its answer.
+            tracing::debug!("FUSE request: {e}");
+        }
+    }
+
+    fn read(&mut self, header: &InHeader, body: &[u8], reply: &mut [u8]) {
+        let started = Instant::now();
+        let refuse = |errno| self.connection.reply(OutHeader::refusal(header.unique, errno), &[]);
+        let Ok((read, _)) = ReadIn::read_from_prefix(body) else { return refuse(libc::EINVAL) };
+        let node = crate::node::NodeId(header.nodeid);
+        // A reply fits the buffer, whatever the kernel asks for.
+        let size = read.size.min((BUFFER_SIZE - OUT_HEADER_LEN) as u32);
+        self.slices.clear();
+        let plan = match self.adapter.plan_read(node, read.offset, size, &mut self.slices) {
+            Ok(plan) => plan,
+            Err(e) => return refuse(e.raw_os_error().unwrap_or(libc::EIO)),
+        };
+        let out = OutHeader::data(header.unique, plan.len);
+        let data = &mut reply[..plan.len as usize];
+        match plan.mount.reader().try_read(&self.slices, data) {
+            Ok(true) => {
+                plan.mount.metrics().record_read(Some(plan.len), started.elapsed());
+                self.connection.reply(out, data);
+            }
+            Ok(false) => self.submit(header, plan, read.offset, started),
+            Err(error) => {
+                plan.mount.metrics().record_read(None, started.elapsed());
+                refuse(libc::EIO);
+                report(&plan, read.offset, self.slices.clone(), &error);
+            }
+        }
+    }
+
+    /// Leaves a READ to storage; its completion replies.
+    fn submit(&self, header: &InHeader, plan: ReadPlan, offset: u64, started: Instant) {
+        let inflight = self.adapter.inflight().enter(plan.nid.0, header.opcode, header.unique, started);
+        let reader = Arc::clone(plan.mount.reader());
+        let pending = PendingRead {
+            connection: Arc::clone(&self.connection),
+            unique: header.unique,
+            plan,
+            offset,
+            slices: self.slices.clone(),
+            started,
+            answered: false,
+            _inflight: inflight,
+        };
+        reader.submit(
+            self.slices.clone(),
+            Priority::OnDemand,
+            Box::new(move |result| pending.finish(result)),
+        );
+    }
+}
+
+fn io_error(error: fuse_backend_rs::Error) -> io::Error {
+    io::Error::other(error.to_string())
+}

@@ -1,0 +1,7 @@
+//! Ways to the kernel.
+
+pub mod fusedev;
+mod message;
+
+#[cfg(test)]
+mod tests;
