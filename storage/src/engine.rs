@@ -10,7 +10,7 @@
 //! Invariants:
 //! - Workers never compute for long and never wait for a disk; what does goes through
 //!   [`Handle::compute`] or [`Handle::blocking`].
-//! - What fetches in flight may hold in memory is bounded by one [`Budget`] for all blobs.
+//! - What fetches in flight may hold in memory is bounded by one budget for all blobs.
 //! - Only [`Engine`] owns the threads. Everything else holds a [`Handle`], so that
 //!   dropping the engine ends the tasks instead of waiting for them to drop it.
 //! - Nothing ticks: an idle engine uses no CPU.

@@ -1,5 +1,7 @@
 //! One leader a chunk: among threads, among processes, and after its death.
 
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
 use std::sync::mpsc;
 
 use super::*;
@@ -83,6 +85,48 @@ fn a_dead_leaders_chunk_is_free() {
     // Death closes descriptors and gives nothing back in order.
     drop(other);
     assert!(waiting.recv().unwrap().unwrap() == sample.bytes(0));
+}
+
+/// Directory in which a copy of this test program leads chunk 0 and gets nowhere.
+const HANG_IN: &str = "STORAGE_TEST_HANG_IN";
+
+#[test]
+fn a_killed_process_frees_its_chunk() {
+    let (engine, sample) = (engine(), Sample::new(2));
+    let backend = sample.backend();
+    if let Some(dir) = std::env::var_os(HANG_IN) {
+        let gate = Gate::default();
+        backend.inner().fault(sample.range(0), Fault::Stall(gate.clone()), 1);
+        let id = BlobId::new("sample").unwrap();
+        let config = BlobCacheConfig::new(dir, id, sample.decoded.len() as u64, 2);
+        let cache = BlobCache::open(&engine, config, backend).unwrap();
+        let reader = BlobSet::new(&engine, vec![cache], OutagePolicy::Wait);
+        let waiting = submit(&sample, &reader, 0);
+        engine.block_on(gate.arrivals(1));
+        eprintln!("\nfetching");
+        let _ = waiting.recv();
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "cache::tests::sharing::a_killed_process_frees_its_chunk", "--nocapture"])
+        .env(HANG_IN, dir.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap() == "fetching"), "the child ended early");
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    let waiting = submit(&sample, &reader, 0);
+    sample.read(&reader, 1).unwrap();
+    assert!(waiting.try_recv().is_err());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(waiting.recv().unwrap().unwrap() == sample.bytes(0));
+    assert_eq!(backend.requests(), [sample.range(1), sample.range(0)]);
+    settle(&reader);
+    assert!(sample.try_read(&reader, 0));
 }
 
 #[test]
