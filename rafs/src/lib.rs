@@ -6,6 +6,8 @@
 //! * [`fs`]: lookup, attributes, directories, reads and xattrs of one image.
 //! * [`merkle`]: the image root digest and proofs against it.
 //! * [`check`]: every fault of an image, not the first.
+//!
+#![doc = include_str!("../FORMAT.md")]
 
 pub mod blob_context;
 pub mod blob_file;
