@@ -137,15 +137,49 @@ impl Merkle {
         TaggedDigest { algorithm: self.0, digest: hasher.finish() }
     }
 
-    fn tagged(self, tag: &[u8]) -> Hasher {
-        let mut hasher = self.0.hasher();
-        hasher.update(tag);
-        hasher
+    fn tagged(self, tag: &[u8]) -> Input {
+        let mut input = Input { algorithm: self.0, start: Vec::with_capacity(256), hasher: None };
+        input.update(tag);
+        input
+    }
+}
+
+/// The input of one digest. Nearly all are short: they are gathered and hashed in one call,
+/// which is several times faster than a running hasher.
+struct Input {
+    algorithm: DigestAlgorithm,
+    start: Vec<u8>,
+    hasher: Option<Hasher>,
+}
+
+impl Input {
+    /// One BLAKE3 chunk.
+    const GATHER: usize = 1024;
+
+    fn update(&mut self, data: &[u8]) {
+        match &mut self.hasher {
+            Some(hasher) => hasher.update(data),
+            None if self.start.len() + data.len() <= Self::GATHER => self.start.extend_from_slice(data),
+            None => {
+                let mut hasher = self.algorithm.hasher();
+                hasher.update(&self.start);
+                hasher.update(data);
+                self.start = Vec::new();
+                self.hasher = Some(hasher);
+            }
+        }
+    }
+
+    fn finish(self) -> Digest {
+        match self.hasher {
+            Some(hasher) => hasher.finish(),
+            None => self.algorithm.digest(&self.start),
+        }
     }
 }
 
 /// The digest of a directory, growing child by child.
-pub struct DirectoryDigest(Hasher);
+pub struct DirectoryDigest(Input);
 
 impl DirectoryDigest {
     /// Adds the next child in byte order of names.
@@ -161,11 +195,11 @@ impl DirectoryDigest {
 }
 
 /// A count; no list of an image reaches 2^32 (names, xattrs and chunks are bounded far below).
-fn count(hasher: &mut Hasher, n: usize) {
+fn count(hasher: &mut Input, n: usize) {
     hasher.update(&(n as u32).to_le_bytes());
 }
 
-fn bytes(hasher: &mut Hasher, bytes: &[u8]) {
+fn bytes(hasher: &mut Input, bytes: &[u8]) {
     count(hasher, bytes.len());
     hasher.update(bytes);
 }
@@ -198,6 +232,10 @@ mod tests {
             data,
             direct(&[b"rafs-directory-v1\0\x01\0\0\0\x01\0\0\0x".as_slice(), &[9; 32]].concat())
         );
+        // Long inputs take the other path of `Input`.
+        let chunks = vec![Digest([7; 32]); 100];
+        let long = [&b"rafs-file-v1\0\x05\0\0\0\0\0\0\0\x64\0\0\0"[..], &[7; 3200]].concat();
+        assert_eq!(merkle.file(5, chunks.into_iter()), direct(&long));
         let fields = NodeFields {
             mode: 0o40755,
             uid: 1,

@@ -16,8 +16,7 @@ fuzz_target!(|data: &[u8]| {
     if record.ci_uncompressed_size.get() > 1 << 20 {
         return;
     }
-    let contexts =
-        [BlobContext::from_stored(&blob, stored), BlobContext::from_cache_file(&blob, stored)];
+    let contexts = [BlobContext::from_stored(&blob, stored), BlobContext::from_cache_file(&blob, stored)];
     for context in contexts.into_iter().flatten() {
         for index in 0..context.chunk_count() {
             let entry = context.entry(ChunkIndex(index)).expect("the number is in range");
