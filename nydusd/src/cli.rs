@@ -85,12 +85,20 @@ pub struct FuseArgs {
     pub mountpoint: PathBuf,
 
     /// Image to mount: docker://HOST/REPO[:TAG|@DIGEST] or oci:PATH[:TAG]
-    #[arg(long, value_name = "REF", conflicts_with_all = ["bootstrap", "config", "localfs_dir", "shared_dir", "expect_bootstrap"])]
+    #[arg(long, value_name = "REF", conflicts_with_all = ["bootstrap", "config", "localfs_dir", "shared_dir"])]
     pub image: Option<String>,
 
     /// Cache directory of --image [default: /var/lib/nydus/cache for root, else $XDG_CACHE_HOME/nydus]
     #[arg(long, value_name = "DIR", requires = "image")]
     pub cache_dir: Option<PathBuf>,
+
+    /// Trust the roots in this PEM file, too, when fetching --image
+    #[arg(long, value_name = "FILE", requires = "image")]
+    pub ca_cert: Vec<PathBuf>,
+
+    /// Speak plain http to the registry of --image [default: only on loopback]
+    #[arg(long, requires = "image")]
+    pub plain_http: bool,
 
     /// Bootstrap (metadata file) of the image
     #[arg(short = 'B', long, value_name = "FILE", conflicts_with = "shared_dir")]

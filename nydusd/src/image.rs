@@ -4,13 +4,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use storage::backend::BlobSource;
 use storage::backend::http::HttpOptions;
 use storage::backend::registry::{RegistrySource, Rewrite};
 use storage::backend::retry::RetryPolicy;
+use storage::backend::{BlobSource, ReadContext};
 use storage::engine::Engine;
-use storage::oci::auth::{Credentials, Secret};
+use storage::oci::auth::{AuthFiles, Credentials, Secret};
 use storage::oci::client::{RegistryClient, RegistryOptions, Scheme};
+use storage::oci::image::{Image, ImageName};
+use storage::oci::manifest::Platform;
+use storage::oci::nydus::{FetchOptions, NydusImage};
 use storage::oci::token::Login;
 
 use crate::cli::FuseArgs;
@@ -24,7 +27,9 @@ const PULL_AUTH: &str = "IMAGE_PULL_AUTH";
 #[derive(Debug)]
 pub enum Plan {
     /// A bootstrap file and where its blobs are.
-    Bootstrap(PathBuf, Config),
+    Bootstrap(PathBuf, Box<Config>),
+    /// An image by its name. Its manifest says what the bootstrap is.
+    Named(ImageName, Box<RegistryOptions>, Box<Config>),
 }
 
 /// Reads the configuration and decides what to mount.
@@ -32,6 +37,9 @@ pub enum Plan {
 /// # Errors
 /// Nothing to mount, or a configuration that is refused.
 pub fn plan(args: &FuseArgs) -> anyhow::Result<Plan> {
+    if let Some(name) = &args.image {
+        return plan_named(name, args);
+    }
     // Without a bootstrap the configuration is not even opened: clients leave unusable ones.
     let Some(bootstrap) = &args.bootstrap else {
         bail!(
@@ -46,7 +54,53 @@ pub fn plan(args: &FuseArgs) -> anyhow::Result<Plan> {
     };
     apply_arguments(&mut config, args);
     apply_pull_auth(&mut config)?;
-    Ok(Plan::Bootstrap(bootstrap.clone(), config))
+    Ok(Plan::Bootstrap(bootstrap.clone(), Box::new(config)))
+}
+
+/// `--image`: everything has a default.
+fn plan_named(name: &str, args: &FuseArgs) -> anyhow::Result<Plan> {
+    let name: ImageName = name.parse()?;
+    let login = match std::env::var(PULL_AUTH) {
+        Ok(auth) => Login::Fixed(Credentials::from_base64(&auth).with_context(|| PULL_AUTH.to_owned())?),
+        Err(_) => Login::Files(AuthFiles::from_environment()),
+    };
+    let options = RegistryOptions {
+        http: HttpOptions {
+            ca_files: args.ca_cert.clone(),
+            // Somebody typed this command, and expects of it what other tools do.
+            proxy_from_environment: true,
+            ..HttpOptions::default()
+        },
+        scheme: if args.plain_http { Scheme::Http } else { Scheme::Auto },
+        login,
+        ..RegistryOptions::default()
+    };
+    let backend = match &name {
+        ImageName::Layout { path, .. } => BackendConfig::OciLayout(path.clone()),
+        ImageName::Registry(reference) => BackendConfig::Registry(RegistryConfig {
+            ca_cert_files: args.ca_cert.clone(),
+            ..RegistryConfig::new(reference.host(), reference.repository())
+        }),
+    };
+    let work_dir = match &args.cache_dir {
+        Some(dir) => dir.clone(),
+        None => default_cache_dir()?,
+    };
+    let mut config = Config::new(backend, work_dir);
+    apply_arguments(&mut config, args);
+    Ok(Plan::Named(name, Box::new(options), Box::new(config)))
+}
+
+/// Root's cache belongs to the host, anyone else's to their account.
+fn default_cache_dir() -> anyhow::Result<PathBuf> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(PathBuf::from("/var/lib/nydus/cache"));
+    }
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("XDG_CACHE_HOME")
+        .or_else(|| set("HOME").map(|home| home.join(".cache")))
+        .map(|cache| cache.join("nydus"))
+        .context("neither XDG_CACHE_HOME nor HOME is set; say --cache-dir")
 }
 
 /// What the command line says goes before the document.
@@ -80,10 +134,50 @@ fn apply_pull_auth(config: &mut Config) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// The source refuses or does not have the image.
-pub fn resolve(_engine: &Arc<Engine>, plan: Plan) -> anyhow::Result<MountSpec> {
-    let Plan::Bootstrap(bootstrap, config) = plan;
-    let source = blob_source(&config)?;
-    Ok(MountSpec { mountpoint: "/".to_owned(), bootstrap, source, config })
+pub fn resolve(engine: &Arc<Engine>, plan: Plan) -> anyhow::Result<MountSpec> {
+    match plan {
+        Plan::Bootstrap(bootstrap, config) => Ok(MountSpec {
+            mountpoint: "/".to_owned(),
+            bootstrap,
+            fetched: None,
+            stated_root: None,
+            source: blob_source(&config)?,
+            config: *config,
+        }),
+        Plan::Named(name, options, config) => fetch(engine, name, *options, *config),
+    }
+}
+
+/// Fetches manifest and bootstrap. The manifest is the authority: what it names is verified
+/// against its digests on the way in.
+fn fetch(
+    engine: &Arc<Engine>,
+    name: ImageName,
+    options: RegistryOptions,
+    config: Config,
+) -> anyhow::Result<MountSpec> {
+    let work_dir = &config.work_dir;
+    let context = || format!("the cache directory {} can not be used", work_dir.display());
+    std::fs::create_dir_all(work_dir).with_context(context)?;
+    let fetched = tempfile::Builder::new().prefix(".fetch-").tempfile_in(work_dir).with_context(context)?;
+    let fetched = fetched.into_temp_path();
+    let image = Image::open(name, options)?;
+    let fetch = FetchOptions {
+        platform: Platform::host(),
+        bootstrap: fetched.to_path_buf(),
+        rewrite: Rewrite::default(),
+    };
+    let context = ReadContext::on_demand(config.outage_policy().deadline());
+    let nydus = engine.block_on(NydusImage::fetch(&image, fetch, &context))?;
+    tracing::info!("image {} is manifest {}", image.name(), nydus.manifest_digest);
+    Ok(MountSpec {
+        mountpoint: "/".to_owned(),
+        bootstrap: nydus.bootstrap,
+        fetched: Some(fetched),
+        stated_root: nydus.root_digest,
+        source: nydus.source,
+        config,
+    })
 }
 
 /// The source that a configuration describes.

@@ -16,7 +16,7 @@ use rafs::bootstrap::{Blob, Bootstrap, Nid, OpenOptions, adopt};
 use rafs::fs::{Rafs, RafsOptions};
 use storage::backend::{Backend, BlobSource, ReadContext};
 use storage::cache::{BlobCache, BlobCacheConfig, BlobSet, MetaSpec, Siblings};
-use storage::digest::Digest;
+use storage::digest::{Digest, TaggedDigest};
 use storage::engine::Engine;
 use storage::extent::ChunkExtent;
 use storage::ids::ChunkIndex;
@@ -65,6 +65,10 @@ pub struct MountSpec {
     pub mountpoint: String,
     /// Its bootstrap; copied before use.
     pub bootstrap: PathBuf,
+    /// Set if `bootstrap` was fetched only for this mount: removed when this value goes.
+    pub fetched: Option<tempfile::TempPath>,
+    /// The image root digest that the image's manifest states.
+    pub stated_root: Option<TaggedDigest>,
     /// Where its blobs are.
     pub source: Arc<dyn BlobSource>,
     /// The rest.
@@ -77,21 +81,14 @@ pub struct MountSpec {
 /// The bootstrap is unreadable, malformed or not the one demanded; the cache directory can
 /// not be used; a blob context that reads depend on can not be had.
 pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Result<Arc<Mount>> {
-    let MountSpec { mountpoint, bootstrap, source, config } = spec;
+    let MountSpec { mountpoint, bootstrap, fetched, stated_root, source, config } = spec;
     let work_dir = &config.work_dir;
     std::fs::create_dir_all(work_dir)
         .with_context(|| format!("make the cache directory {}", work_dir.display()))?;
     let (path, digest) = adopt(&bootstrap, work_dir, config.expect_bootstrap)?;
     let bootstrap: Arc<dyn Bootstrap> = Arc::from(rafs::bootstrap::open(&path, &OpenOptions::default())?);
-    if let Some(expected) = config.expect_root {
-        let found = rafs::merkle::image_root(&*bootstrap)?;
-        if found != expected {
-            bail!(
-                "the image root digest is {found}, but {expected} is demanded; mount the image that was \
-                 meant, or correct --expect-root"
-            );
-        }
-    }
+    drop(fetched);
+    check_root(&*bootstrap, stated_root, config.expect_root)?;
 
     let blobs = bootstrap.blobs();
     let backends = blobs.iter().map(|blob| source.blob(&blob.id)).collect::<storage::Result<Vec<_>>>()?;
@@ -144,6 +141,31 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         failures,
     });
     mount.context("no mount index is free; unmount an image first")
+}
+
+/// Compares the image root digest with what the manifest states and what was demanded.
+fn check_root(
+    bootstrap: &dyn Bootstrap,
+    stated: Option<TaggedDigest>,
+    expected: Option<TaggedDigest>,
+) -> anyhow::Result<()> {
+    if stated.is_none() && expected.is_none() {
+        return Ok(());
+    }
+    let found = rafs::merkle::image_root(bootstrap)?;
+    if let Some(stated) = stated.filter(|stated| *stated != found) {
+        bail!(
+            "the image root digest is {found}, but the image's manifest states {stated}; the image is \
+             damaged or forged: convert or push it again"
+        );
+    }
+    if let Some(expected) = expected.filter(|expected| *expected != found) {
+        bail!(
+            "the image root digest is {found}, but {expected} is demanded; mount the image that was \
+             meant, or correct `expect_root`"
+        );
+    }
+    Ok(())
 }
 
 /// The context of a blob that reads depend on: from the cache directory if a valid one lies

@@ -144,6 +144,24 @@ impl LocalFsConfig {
 }
 
 impl RegistryConfig {
+    /// A repository with every default of the contract.
+    pub fn new(host: &str, repo: &str) -> Self {
+        Self {
+            scheme: "https".to_owned(),
+            host: host.to_owned(),
+            repo: repo.to_owned(),
+            auth: None,
+            registry_token: None,
+            blob_url_scheme: None,
+            blob_redirected_host: None,
+            skip_verify: false,
+            ca_cert_files: Vec::new(),
+            timeout: Some(Duration::from_secs(5)),
+            connect_timeout: Some(Duration::from_secs(5)),
+            retry_limit: 0,
+        }
+    }
+
     fn read(section: &mut Section, warnings: &mut Vec<String>) -> Result<Self, ConfigError> {
         let text = |value: Option<String>| value.filter(|text| !text.is_empty());
         let seconds = |value: Option<u64>| match value.unwrap_or(5) {

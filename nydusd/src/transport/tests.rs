@@ -21,7 +21,7 @@ const PROMPT: Duration = Duration::from_secs(20);
 /// Page and chunk size of the golden image used.
 const PAGE: usize = 4096;
 
-/// One-page reads of `x` are cached; all others wait in line.
+/// Reads of one chunk are cached; all others wait in line.
 #[derive(Default)]
 struct Stalled {
     waiting: Mutex<Vec<(usize, Completion)>>,
@@ -45,9 +45,9 @@ impl Reader for Stalled {
 impl Stalled {
     fn wait_for(&self, count: usize) {
         let waiting = self.waiting.lock().unwrap();
-        let (_, timeout) =
+        let (waiting, timeout) =
             self.arrived.wait_timeout_while(waiting, PROMPT, |waiting| waiting.len() < count).unwrap();
-        assert!(!timeout.timed_out(), "{} of {count} reads arrived", self.waiting.lock().unwrap().len());
+        assert!(!timeout.timed_out(), "{} of {count} reads arrived", waiting.len());
     }
 }
 
@@ -58,7 +58,8 @@ fn golden(variant: &str) -> PathBuf {
 /// A file of the image by its path.
 fn find(rafs: &Rafs, path: &str) -> rafs::bootstrap::Nid {
     let bootstrap = rafs.bootstrap();
-    path.split('/').fold(bootstrap.root(), |dir, name| bootstrap.lookup(dir, name.as_bytes()).unwrap().unwrap().nid)
+    path.split('/')
+        .fold(bootstrap.root(), |dir, name| bootstrap.lookup(dir, name.as_bytes()).unwrap().unwrap().nid)
 }
 
 /// Runs `what` and fails the test if it takes long.
@@ -97,7 +98,8 @@ fn stalled_reads_hold_nobody_up() {
     let big = root.join("files/exact_1m");
     let readers: Vec<_> = (0..64)
         .map(|number| {
-            let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&big).unwrap();
+            let file =
+                std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&big).unwrap();
             std::thread::spawn(move || {
                 // O_DIRECT: each read is a request of its own, whatever the page cache does.
                 let mut buffer = vec![0u8; 2 * PAGE];
@@ -128,10 +130,13 @@ fn stalled_reads_hold_nobody_up() {
             _ => drop(completion),
         }
     }
-    let results: Vec<_> = readers.into_iter().map(|reader| promptly(move || reader.join().unwrap())).collect();
+    let results: Vec<_> =
+        readers.into_iter().map(|reader| promptly(move || reader.join().unwrap())).collect();
     let good = results.iter().filter(|result| matches!(result, Ok(b'd'))).count();
-    let failed =
-        results.iter().filter(|result| matches!(result, Err(e) if e.raw_os_error() == Some(libc::EIO))).count();
+    let failed = results
+        .iter()
+        .filter(|result| matches!(result, Err(e) if e.raw_os_error() == Some(libc::EIO)))
+        .count();
     assert_eq!((good, failed), (22, 42), "{results:?}");
     assert!(adapter.inflight().entries().is_empty());
 

@@ -1,0 +1,61 @@
+//! One HTTP request at a time over the API socket.
+
+use std::path::Path;
+
+use anyhow::{Context as _, bail};
+use http_body_util::{BodyExt as _, Full};
+use hyper::{Method, Request};
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+
+/// A connection to a daemon. Each request opens its own: a daemon is asked rarely.
+pub struct Client<'a> {
+    socket: &'a Path,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl<'a> Client<'a> {
+    /// For the daemon at `socket`. Connects with the first request.
+    pub fn new(socket: &'a Path) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(Self { socket, runtime })
+    }
+
+    /// The document at `path`.
+    pub fn get(&self, path: &str) -> anyhow::Result<Value> {
+        let body = self.request(Method::GET, path, String::new())?;
+        serde_json::from_slice(&body).context("the daemon's answer is not JSON")
+    }
+
+    /// Sends `document` to `path`.
+    pub fn put(&self, path: &str, document: &Value) -> anyhow::Result<()> {
+        self.request(Method::PUT, path, document.to_string()).map(drop)
+    }
+
+    fn request(&self, method: Method, path: &str, body: String) -> anyhow::Result<Vec<u8>> {
+        self.runtime.block_on(async {
+            let stream = tokio::net::UnixStream::connect(self.socket)
+                .await
+                .with_context(|| format!("connect to {}", self.socket.display()))?;
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+            tokio::spawn(connection);
+            let request = Request::builder()
+                .method(method)
+                .uri(path)
+                .header(hyper::header::HOST, "nydusd")
+                .body(Full::<bytes::Bytes>::from(body))?;
+            let response = sender.send_request(request).await?;
+            let status = response.status();
+            let body = response.into_body().collect().await?.to_bytes();
+            if status.is_client_error() || status.is_server_error() {
+                let text = serde_json::from_slice::<Value>(&body)
+                    .ok()
+                    .and_then(|error| error["message"].as_str().map(str::to_owned))
+                    .unwrap_or_else(|| String::from_utf8_lossy(&body).into_owned());
+                bail!("{path}: the daemon answers {status}: {text}");
+            }
+            Ok(body.to_vec())
+        })
+    }
+}
