@@ -1,7 +1,7 @@
 //! Inodes, directories, xattrs and chunk indexes in place.
 //!
 //! Every answer is checked against the bytes on its own, so any nid may be asked; what
-//! needs the whole tree (order, cycles, `..`) is [`super::validate`]'s.
+//! needs the whole tree (order, cycles, `..`) is [`mod@super::validate`]'s.
 
 use std::ops::Range;
 

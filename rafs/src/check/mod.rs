@@ -2,7 +2,7 @@
 //!
 //! [`structure`] runs the door's own validation, collecting instead of stopping, and then
 //! what the door lets pass because no reader depends on it: link counts, totals, order of
-//! the chunk table. [`data`] decodes every chunk of a blob and compares it with its digest.
+//! the chunk table. [`data()`] decodes every chunk of a blob and compares it with its digest.
 
 mod data;
 
