@@ -3,12 +3,13 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
+use std::io::Read as _;
 use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
@@ -19,12 +20,11 @@ use builder::overlay::WhiteoutSpec;
 use builder::pipeline::DataOptions;
 use rafs::blob_context::{BlobContext, stored_range};
 use rafs::bootstrap::{Blob, Bootstrap, FileType, OpenOptions};
+use rafs::format::limits::MAX_BOOTSTRAP_SIZE;
 use rafs::fs::{Rafs, RafsOptions};
-use rayon::prelude::*;
-use storage::codec::{Codec, decompress};
+use storage::codec::Codec;
 use storage::digest::TaggedDigest;
-use storage::extent::{ChunkExtent, FetchUnit};
-use storage::ids::{ByteRange, ChunkIndex};
+use storage::ids::ByteRange;
 
 use crate::cli::{self, CheckArgs};
 use crate::create::tar_source;
@@ -42,7 +42,7 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let expected: Option<TaggedDigest> =
         args.expect_root.as_deref().map(str::parse).transpose().context("--expect-root")?;
     let path = args.bootstrap().context("no bootstrap given")?;
-    let shared: Arc<dyn Bootstrap> = Arc::from(rafs::bootstrap::open(path, &OpenOptions::default())?);
+    let Some(shared) = structure(path)? else { return Ok(ExitCode::FAILURE) };
     let bootstrap = &*shared;
     let mut ok = true;
 
@@ -82,6 +82,32 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     }
     .write(args.output_json.as_deref())?;
     Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Names every broken rule of the bootstrap; opens it if there is none.
+fn structure(path: &Path) -> anyhow::Result<Option<Arc<dyn Bootstrap>>> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).with_context(|| format!("open bootstrap {}", path.display()))?;
+    file.take(MAX_BOOTSTRAP_SIZE + 1)
+        .read_to_end(&mut bytes)
+        .with_context(|| format!("read bootstrap {}", path.display()))?;
+    if bytes.len() as u64 > MAX_BOOTSTRAP_SIZE {
+        bail!("{} is larger than {MAX_BOOTSTRAP_SIZE} bytes: not a bootstrap", path.display());
+    }
+    let options = OpenOptions::default();
+    let report = rafs::check::structure(bytes.clone(), &options)
+        .with_context(|| format!("check {}", path.display()))?;
+    for fault in report.faults.iter().take(SHOWN) {
+        eprintln!("{}: {fault}", path.display());
+    }
+    let more = report.suppressed + report.faults.len().saturating_sub(SHOWN) as u64;
+    if more > 0 {
+        eprintln!("{}: {more} further faults", path.display());
+    }
+    if !report.is_clean() {
+        return Ok(None);
+    }
+    Ok(Some(Arc::from(rafs::bootstrap::from_bytes(bytes, &options)?)))
 }
 
 fn describe(bootstrap: &dyn Bootstrap) -> anyhow::Result<String> {
@@ -148,29 +174,20 @@ fn data(bootstrap: &Arc<dyn Bootstrap>, args: &CheckArgs, report: &mut String) -
     let rafs = Rafs::new(Arc::clone(bootstrap), contexts, RafsOptions { allow_unverified: true })?;
     let mut ok = true;
     for (number, (blob, file)) in (0u32..).zip(bootstrap.blobs().iter().zip(&files)) {
-        let units = units(&rafs, number, blob)?;
-        let chunks: usize = units.iter().map(|(_, members)| members.len()).sum();
-        let faults = Mutex::new((Vec::new(), 0u64));
-        units.par_iter().for_each(|(unit, members)| {
-            for fault in unit_faults(file, unit, members) {
-                // Only a panic poisons the lock, and that ends the program.
-                if let Ok(mut faults) = faults.lock() {
-                    faults.1 += 1;
-                    faults.0.push(fault);
-                    faults.0.sort_unstable();
-                    faults.0.truncate(SHOWN);
-                }
-            }
-        });
-        let (shown, count) = faults.into_inner().unwrap_or_default();
-        for (index, fault) in &shown {
-            eprintln!("blob {}: chunk {index}: {fault}", blob.id);
+        let found = rafs::check::data(&rafs, number, &mut |range| read_range(file, range))?;
+        for fault in found.faults.iter().take(SHOWN) {
+            eprintln!("{fault}");
         }
-        if count > shown.len() as u64 {
-            eprintln!("blob {}: {} further chunks are damaged", blob.id, count - shown.len() as u64);
+        let damaged = found.faults.len() as u64 + found.suppressed;
+        if damaged > SHOWN as u64 {
+            eprintln!("blob {}: {} further faults", blob.id, damaged - SHOWN as u64);
         }
-        ok &= count == 0;
-        writeln!(report, "blob {}: {chunks} chunks read, {count} damaged", blob.id)?;
+        ok &= damaged == 0;
+        writeln!(
+            report,
+            "blob {}: {} chunks match their digests, {damaged} faults, {} chunks without a digest",
+            blob.id, found.verified, found.unverified
+        )?;
     }
     Ok(ok)
 }
@@ -185,58 +202,15 @@ fn open_blob(blob: &Blob, count: usize, args: &CheckArgs) -> anyhow::Result<File
     File::open(&path).with_context(|| format!("open blob {}", path.display()))
 }
 
-/// A fetch unit and the chunks in it that have digests.
-type Unit = (FetchUnit, Vec<ChunkExtent>);
-
-fn units(rafs: &Rafs, number: u32, blob: &Blob) -> anyhow::Result<Vec<Unit>> {
-    let mut units: Vec<Unit> = Vec::new();
-    for index in (0..blob.chunk_count).map(ChunkIndex) {
-        let extent = rafs.chunk_extent(number, index)?;
-        // Chunks that this image does not use have no digest here.
-        if extent.digest.is_none() {
-            continue;
-        }
-        match units.last_mut() {
-            Some((unit, members)) if *unit == extent.unit => members.push(extent),
-            _ => units.push((extent.unit, vec![extent])),
-        }
-    }
-    Ok(units)
-}
-
-fn unit_faults(file: &File, unit: &FetchUnit, members: &[ChunkExtent]) -> Vec<(u32, String)> {
-    let all = |fault: String| members.iter().map(|m| (m.index.0, fault.clone())).collect();
-    let stored = match read_range(file, unit.compressed) {
-        Ok(stored) => stored,
-        Err(error) => return all(error.to_string()),
-    };
-    let mut decoded = vec![0; unit.decoded_len as usize];
-    if let Err(error) = decompress(unit.codec, &stored, &mut decoded) {
-        return all(error.to_string());
-    }
-    let mut faults = Vec::new();
-    for member in members {
-        let start = member.offset_in_unit as usize;
-        let bytes = decoded.get(start..start + member.len as usize);
-        let fault = match (bytes, member.digest) {
-            (None, _) => Some("lies outside its unit".to_owned()),
-            (Some(bytes), Some(expected)) if expected.algorithm.digest(bytes) != expected.digest => {
-                Some("its digest differs".to_owned())
-            }
-            _ => None,
-        };
-        faults.extend(fault.map(|f| (member.index.0, f)));
-    }
-    faults
-}
-
-fn read_range(file: &File, range: ByteRange) -> anyhow::Result<Vec<u8>> {
-    let size = file.metadata()?.len();
+fn read_range(file: &File, range: ByteRange) -> rafs::Result<Vec<u8>> {
+    let failed = |e| rafs::Error::io(format!("read bytes {range} of a blob"), e);
+    let size = file.metadata().map_err(failed)?.len();
     if range.end() > size {
-        bail!("bytes {range} are wanted of a file of {size}: it is truncated");
+        return Err(rafs::Error::corrupt(format!("bytes {range} of a blob file of {size}: it is truncated")));
     }
-    let mut bytes = vec![0; usize::try_from(range.len())?];
-    file.read_exact_at(&mut bytes, range.start())?;
+    // Units and contexts were capped when the bootstrap was checked.
+    let mut bytes = vec![0; range.len() as usize];
+    file.read_exact_at(&mut bytes, range.start()).map_err(failed)?;
     Ok(bytes)
 }
 

@@ -1,14 +1,12 @@
 //! The judges nobody here wrote: the kernel's EROFS and Debian's fsck.erofs.
 
-mod common;
-
 use std::path::Path;
 use std::process::Command;
 
+use crate::common::{build, options, unpacked};
 use builder::create::{LayerSource, read_layers};
 use builder::overlay::WhiteoutSpec;
 use builder::root::{RootOptions, image_root};
-use common::{build, options, unpacked};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rafs::bootstrap::{Bootstrap, OpenOptions};
 use storage::codec::{Codec, decompress};

@@ -1,12 +1,10 @@
 //! Images built from the golden sources against what the reference builder made of them.
 
-mod common;
-
+use crate::common::{build, golden, options, sections, unpacked};
 use builder::create::{LayerOptions, LayerSource};
 use builder::merge::{MergeSource, OwnBlob, merge};
 use builder::overlay::WhiteoutSpec;
 use builder::prefetch::Patterns;
-use common::{build, golden, options, unpacked};
 use rafs::bootstrap::OpenOptions;
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
@@ -81,19 +79,6 @@ fn compressed_images_differ_in_stored_sizes_only() {
         let reference = std::fs::read(golden(&format!("{variant}/image.boot"))).unwrap();
         assert_same(variant, &without_stored_sizes(&built.bootstrap), &without_stored_sizes(&reference));
     }
-}
-
-/// Sections of a blob by name, found by walking the tar headers back from its end.
-fn sections(blob: &[u8]) -> Vec<(String, &[u8])> {
-    let (mut out, mut end) = (Vec::new(), blob.len());
-    while end > 0 {
-        let header = tar::Header::from_byte_slice(&blob[end - 512..end]);
-        let size = header.size().unwrap() as usize;
-        let name = header.path().unwrap().display().to_string();
-        out.push((name, &blob[end - 512 - size..end - 512]));
-        end -= 512 + size;
-    }
-    out
 }
 
 #[test]

@@ -76,3 +76,16 @@ pub fn build(source: LayerSource<'_>, options: &LayerOptions) -> (BuiltLayer, Ve
     assert_eq!(built.blob.file_digest, DigestAlgorithm::Sha256.digest(&blob));
     (built, blob)
 }
+
+/// Sections of a blob by name, found by walking the tar headers back from its end.
+pub fn sections(blob: &[u8]) -> Vec<(String, &[u8])> {
+    let (mut out, mut end) = (Vec::new(), blob.len());
+    while end > 0 {
+        let header = tar::Header::from_byte_slice(&blob[end - 512..end]);
+        let size = header.size().unwrap() as usize;
+        let name = header.path().unwrap().display().to_string();
+        out.push((name, &blob[end - 512 - size..end - 512]));
+        end -= 512 + size;
+    }
+    out
+}

@@ -1,0 +1,6 @@
+//! Built images before their judges: the golden set, the kernel, and clients of the command.
+
+mod cli;
+mod common;
+mod golden;
+mod kernel;
