@@ -54,6 +54,13 @@ pub enum DockerArchiveImage {
     Index(usize),
 }
 
+impl Transport {
+    /// True if `text` begins like the name of an image rather than like a path.
+    pub fn is_named(text: &str) -> bool {
+        ["oci:", "oci-archive:", "docker:", "docker-archive:"].iter().any(|scheme| text.starts_with(scheme))
+    }
+}
+
 const FORMS: &str = "want oci:PATH[:TAG], oci-archive:PATH[:TAG], docker://HOST/REPO[:TAG|@DIGEST] or \
                      docker-archive:PATH";
 

@@ -13,11 +13,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
+use builder::chunks::BuiltContent;
 use builder::compare::{CompareOptions, Side, compare};
 use builder::create::{LayerSource, read_layers};
 use builder::load::LoadedChunks;
+use builder::oci::read::read_tree;
+use builder::oci::registry::RegistryOptions;
+use builder::oci::source::ImageSource;
+use builder::oci::transport::Transport;
 use builder::overlay::WhiteoutSpec;
 use builder::pipeline::DataOptions;
+use builder::tree::Tree;
 use rafs::blob_context::{BlobContext, stored_range};
 use rafs::bootstrap::{Blob, Bootstrap, FileType, OpenOptions};
 use rafs::format::limits::MAX_BOOTSTRAP_SIZE;
@@ -28,7 +34,9 @@ use storage::ids::ByteRange;
 
 use crate::cli::{self, CheckArgs};
 use crate::create::tar_source;
+use crate::interrupt::Interrupt;
 use crate::output::Summary;
+use crate::progress;
 
 /// Differences and faults described before the rest is only counted.
 const SHOWN: usize = 20;
@@ -220,12 +228,56 @@ fn sources(bootstrap: &dyn Bootstrap, args: &CheckArgs, report: &mut String) -> 
     let records: Vec<_> = bootstrap.blobs().iter().map(|b| b.record).collect();
     let mut image_chunks = LoadedChunks::default();
     let image = image_chunks.load(bootstrap, &records)?;
+    let directories = args.source.iter().any(|source| Path::new(source).is_dir());
+    let (tree, content) = match image_source(args)? {
+        Some(source) => read_image(&source, summary)?,
+        None => read_files(&image, summary, args)?,
+    };
+    let found = compare(
+        Side { tree: &tree, chunks: &content },
+        Side { tree: &image, chunks: &image_chunks },
+        CompareOptions { chunk_size: summary.chunk_size, limit: SHOWN, ignore_root_mtime: directories },
+    );
+    for difference in &found.first {
+        eprintln!("{difference}");
+    }
+    if found.count > found.first.len() as u64 {
+        eprintln!("{} further differences", found.count - found.first.len() as u64);
+    }
+    writeln!(report, "source: {} entries compared, {} differences", found.entries, found.count)?;
+    Ok(found.count == 0)
+}
+
+/// The source as an image: a single one, named as `convert` names images.
+fn image_source(args: &CheckArgs) -> anyhow::Result<Option<ImageSource>> {
+    let [source] = &args.source[..] else { return Ok(None) };
+    let named = source.to_str().filter(|s| Transport::is_named(s) && !Path::new(s).exists());
+    let Some(named) = named else { return Ok(None) };
+    let transport: Transport = named.parse().context("--source")?;
+    let source = ImageSource::open(&transport, args.platform.as_ref(), &RegistryOptions::default())?;
+    Ok(Some(source))
+}
+
+/// The merged tree of an image's layers.
+fn read_image(
+    source: &ImageSource,
+    summary: &rafs::bootstrap::Summary,
+) -> anyhow::Result<(Tree, BuiltContent)> {
+    let interrupt = Interrupt::install()?;
+    let observer = progress::observer();
+    Ok(read_tree(source, summary, crate::convert::DEFAULT_JOBS, &*observer, interrupt.token())?)
+}
+
+/// The merged tree of directories and tar streams, lowest first.
+fn read_files(
+    image: &Tree,
+    summary: &rafs::bootstrap::Summary,
+    args: &CheckArgs,
+) -> anyhow::Result<(Tree, BuiltContent)> {
     let mut layers = Vec::new();
-    let mut directories = false;
     for source in &args.source {
         let path = Path::new(source);
         let meta = std::fs::metadata(path).with_context(|| format!("--source {}", path.display()))?;
-        directories |= meta.is_dir();
         layers.push(if meta.is_dir() { LayerSource::Directory(path) } else { tar_source(path)? });
     }
     // A single layer may have been built with its markers kept.
@@ -242,18 +294,5 @@ fn sources(bootstrap: &dyn Bootstrap, args: &CheckArgs, report: &mut String) -> 
         chunk_size: summary.chunk_size,
         threads: 0,
     };
-    let (tree, content) = read_layers(layers, data, whiteouts)?;
-    let found = compare(
-        Side { tree: &tree, chunks: &content },
-        Side { tree: &image, chunks: &image_chunks },
-        CompareOptions { chunk_size: summary.chunk_size, limit: SHOWN, ignore_root_mtime: directories },
-    );
-    for difference in &found.first {
-        eprintln!("{difference}");
-    }
-    if found.count > found.first.len() as u64 {
-        eprintln!("{} further differences", found.count - found.first.len() as u64);
-    }
-    writeln!(report, "source: {} entries compared, {} differences", found.entries, found.count)?;
-    Ok(found.count == 0)
+    Ok(read_layers(layers, data, whiteouts)?)
 }

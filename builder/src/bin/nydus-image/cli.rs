@@ -431,6 +431,10 @@ pub struct CheckArgs {
     /// once each), or an OCI image as `convert` takes it.
     #[arg(long, value_name = "source")]
     pub source: Vec<OsString>,
+
+    /// Which image of an index --source means, as OS/ARCH[/VARIANT] [default: this machine's].
+    #[arg(long, value_name = "platform", requires = "source")]
+    pub platform: Option<builder::oci::platform::Platform>,
 }
 
 impl CheckArgs {

@@ -21,7 +21,7 @@ use crate::progress;
 
 /// Layers read and blobs uploaded at a time unless told otherwise: enough to hide a registry's
 /// latency, few enough to keep the memory of decompressors small.
-const DEFAULT_JOBS: usize = 4;
+pub const DEFAULT_JOBS: usize = 4;
 
 /// Convert an OCI image to a Nydus image.
 ///
