@@ -1,6 +1,6 @@
 //! The RAFS format, and a file system that speaks no FUSE.
 //!
-//! * [`format`]: the records as they lie on disk.
+//! * [`mod@format`]: the records as they lie on disk.
 //! * [`bootstrap`]: bytes in, a validated tree out.
 //! * [`blob_context`], [`blob_file`]: where the chunks of a blob lie, and its other sections.
 //! * [`fs`]: lookup, attributes, directories, reads and xattrs of one image.
