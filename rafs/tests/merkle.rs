@@ -32,6 +32,13 @@ fn the_root_depends_on_digester_and_chunk_size_alone() {
     }
 }
 
+/// Computed by `tests/root_digest.py` from `src/tree.tar.gz` unpacked, not from a bootstrap.
+#[test]
+fn the_root_is_that_of_the_second_implementation() {
+    let want = "sha256:054509254e1b09f005d5ed2041afa0fa82e039bccef3706a17d158cba71e64b7";
+    assert_eq!(root("toc-sha256").to_string(), want);
+}
+
 fn paths(bootstrap: &dyn Bootstrap) -> Vec<Vec<u8>> {
     let mut walk = Walk::new(bootstrap, bootstrap.root());
     let mut paths = Vec::new();
