@@ -12,6 +12,8 @@
 
 mod fields;
 mod member;
+mod pax;
+mod sparse;
 #[cfg(test)]
 mod tests;
 

@@ -6,20 +6,19 @@
 
 use std::io::{self, BufReader, Read};
 
-use tar::{GnuExtSparseHeader, GnuSparseHeader, Header};
+use tar::Header;
 
 use super::fields;
+use super::pax::Extensions;
 use crate::pipeline::Extent;
-use crate::tree::{Xattr, shown, split_xattr};
+use crate::tree::{Xattr, shown};
 use crate::{Error, ErrorKind, Result};
 
-const BLOCK: usize = 512;
+pub(super) const BLOCK: usize = 512;
 /// Bytes read ahead of the parser.
 const INPUT_BUFFER: usize = 128 << 10;
 /// Largest pax or long-name header, and all global headers together.
 const MAX_EXTENSION: u64 = 1 << 20;
-/// Stretches of data in one sparse file.
-const MAX_EXTENTS: usize = 1 << 17;
 /// Bytes that may follow the end marker; writers pad to 10 KiB, some to a disk block.
 const MAX_TRAILER: u64 = 64 << 20;
 
@@ -60,33 +59,10 @@ pub(super) struct Members<R: Read> {
     /// Bytes of the stream so far.
     position: u64,
     /// Data of the current member that is still to come, and the padding behind it.
-    left: u64,
+    pub(super) left: u64,
     padding: u64,
     global: Extensions,
     global_size: u64,
-}
-
-/// Values of pax records that matter here; for a local header, over the global ones.
-#[derive(Clone, Debug, Default)]
-struct Extensions {
-    path: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-    size: Option<u64>,
-    uid: Option<u64>,
-    gid: Option<u64>,
-    mtime: Option<(i64, u32)>,
-    xattrs: Vec<Xattr>,
-    sparse: PaxSparse,
-}
-
-/// The three ways in which pax headers describe a sparse file.
-#[derive(Clone, Debug, Default)]
-struct PaxSparse {
-    major: Option<u64>,
-    minor: Option<u64>,
-    real_size: Option<u64>,
-    /// Offsets and lengths in turns, of versions 0.0 and 0.1.
-    map: Option<Vec<u64>>,
 }
 
 impl<R: Read> Members<R> {
@@ -150,8 +126,9 @@ impl<R: Read> Members<R> {
                 b'V' => {}
                 _ => {
                     let mut extensions = local.take().unwrap_or_else(|| self.global.clone());
+                    let sparse_name = extensions.sparse.name.take();
                     // Long names win over pax paths, as in container runtimes.
-                    extensions.path = long_path.or(extensions.path);
+                    extensions.path = sparse_name.or(long_path).or(extensions.path);
                     extensions.link = long_link.or(extensions.link);
                     return self.member(&header, extensions).map(Some);
                 }
@@ -257,106 +234,6 @@ impl<R: Read> Members<R> {
         })
     }
 
-    /// The map of an old GNU sparse file: four entries in the header, 21 in each block after it.
-    fn gnu_sparse(&mut self, header: &Header) -> Result<(u64, Option<Vec<Extent>>)> {
-        let gnu = header.as_gnu().ok_or_else(|| Error::bad_source("a sparse entry without GNU header"))?;
-        let size = unsigned(&gnu.realsize, "real size")?;
-        let mut extents = Vec::new();
-        let mut add = |entries: &[GnuSparseHeader]| -> Result<()> {
-            for entry in entries.iter().filter(|e| !e.is_empty()) {
-                let offset = unsigned(&entry.offset, "sparse offset")?;
-                push_extent(&mut extents, offset, unsigned(&entry.numbytes, "sparse length")?)?;
-            }
-            Ok(())
-        };
-        add(&gnu.sparse)?;
-        let mut more = gnu.is_extended();
-        while more {
-            let mut block = GnuExtSparseHeader::new();
-            self.exact(block.as_mut_bytes(), "a sparse map")?;
-            add(block.sparse())?;
-            more = block.is_extended();
-        }
-        self.sparse(size, extents)
-    }
-
-    /// The map of a pax sparse file: in the records (0.0, 0.1) or in front of the data (1.0).
-    fn pax_sparse(&mut self, pax: &PaxSparse) -> Result<(u64, Option<Vec<Extent>>)> {
-        let map = match (pax.major, pax.minor, &pax.map) {
-            (None, None, None) => return Ok((self.left, None)),
-            (None | Some(0), None | Some(0 | 1), Some(map)) => map.clone(),
-            (Some(1), Some(0), None) => self.sparse_map()?,
-            (major, minor, _) => {
-                return Err(Error::new(
-                    ErrorKind::Unsupported,
-                    format!(
-                        "a sparse file of GNU format {}.{}; known are 0.0, 0.1 and 1.0",
-                        major.unwrap_or(0),
-                        minor.unwrap_or(0)
-                    ),
-                ));
-            }
-        };
-        let size = pax.real_size.ok_or_else(|| Error::bad_source("a sparse file without its real size"))?;
-        if !map.len().is_multiple_of(2) {
-            return Err(Error::bad_source("a sparse map with an offset that has no length"));
-        }
-        let mut extents = Vec::new();
-        for pair in map.chunks_exact(2) {
-            push_extent(&mut extents, pair[0], pair[1])?;
-        }
-        self.sparse(size, extents)
-    }
-
-    /// The map in front of the data: decimal numbers, a line each, the count of pairs first,
-    /// padded to a block.
-    fn sparse_map(&mut self) -> Result<Vec<u64>> {
-        let mut numbers = Vec::new();
-        let mut wanted = None;
-        let mut digits = Vec::new();
-        while wanted.is_none_or(|w| numbers.len() < w) {
-            let mut block = [0; BLOCK];
-            if self.left < BLOCK as u64 {
-                return Err(Error::bad_source("a sparse map that is longer than the entry"));
-            }
-            self.exact(&mut block, "a sparse map")?;
-            self.left -= BLOCK as u64;
-            for &byte in &block {
-                if wanted.is_some_and(|w| numbers.len() == w) {
-                    break;
-                }
-                if byte != b'\n' {
-                    digits.push(byte);
-                    continue;
-                }
-                let number =
-                    fields::decimal(&digits).ok_or_else(|| Error::bad_source("a malformed sparse map"))?;
-                digits.clear();
-                match wanted {
-                    Some(_) => numbers.push(number),
-                    None if number as usize <= MAX_EXTENTS => wanted = Some(number as usize * 2),
-                    None => return Err(too_many_extents()),
-                }
-            }
-            if digits.len() > 20 {
-                return Err(Error::bad_source("a malformed sparse map"));
-            }
-        }
-        Ok(numbers)
-    }
-
-    /// Checks that the extents take just the stored data.
-    fn sparse(&self, size: u64, extents: Vec<Extent>) -> Result<(u64, Option<Vec<Extent>>)> {
-        let total = extents.iter().try_fold(0u64, |sum, e| sum.checked_add(e.len));
-        if total != Some(self.left) {
-            return Err(Error::bad_source(format!(
-                "its sparse map does not describe the {} bytes that are stored",
-                self.left
-            )));
-        }
-        Ok((size, Some(extents)))
-    }
-
     fn long_name(&mut self, header: &Header) -> Result<Vec<u8>> {
         let mut name = self.extension(header)?;
         if let Some(end) = name.iter().position(|&b| b == 0) {
@@ -394,7 +271,7 @@ impl<R: Read> Members<R> {
         Ok(Some(()))
     }
 
-    fn exact(&mut self, bytes: &mut [u8], what: &str) -> Result<()> {
+    pub(super) fn exact(&mut self, bytes: &mut [u8], what: &str) -> Result<()> {
         let mut filled = 0;
         while filled < bytes.len() {
             match self.some(&mut bytes[filled..])? {
@@ -474,91 +351,6 @@ impl<R: Read> Read for Data<'_, R> {
     }
 }
 
-impl Extensions {
-    /// Applies the records of one header. An empty value withdraws an earlier one.
-    fn apply(&mut self, data: &[u8]) -> Result<()> {
-        for (key, value) in fields::pax_records(data)? {
-            let bad = || {
-                Error::bad_source(format!(
-                    "pax record {}: malformed value {}",
-                    shown(key),
-                    shown(&value[..value.len().min(64)])
-                ))
-            };
-            let text = || (!value.is_empty()).then(|| value.to_vec());
-            let count = || match value {
-                [] => Ok(None),
-                _ => fields::decimal(value).map(Some).ok_or_else(bad),
-            };
-            match key {
-                b"path" => self.path = text(),
-                b"linkpath" => self.link = text(),
-                b"size" => self.size = count()?,
-                b"uid" => self.uid = count()?,
-                b"gid" => self.gid = count()?,
-                b"mtime" if value.is_empty() => self.mtime = None,
-                b"mtime" => self.mtime = Some(fields::time(value).ok_or_else(bad)?),
-                b"GNU.sparse.name" => self.path = text(),
-                b"GNU.sparse.major" => self.sparse.major = count()?,
-                b"GNU.sparse.minor" => self.sparse.minor = count()?,
-                b"GNU.sparse.size" | b"GNU.sparse.realsize" => self.sparse.real_size = count()?,
-                b"GNU.sparse.map" => {
-                    let numbers = value.split(|&b| b == b',').filter(|_| !value.is_empty());
-                    let map = numbers.map(fields::decimal).collect::<Option<Vec<u64>>>().ok_or_else(bad)?;
-                    self.sparse.map = Some(map);
-                }
-                b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
-                    let number = fields::decimal(value).ok_or_else(bad)?;
-                    self.sparse.map.get_or_insert_default().push(number);
-                }
-                _ => {
-                    if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                        self.set_xattr(Xattr { name: name.into(), value: value.into() }, true);
-                    } else if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
-                        self.set_xattr(fields::libarchive_xattr(name, value).ok_or_else(bad)?, false);
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Adds an attribute. `replace` says whether it wins over one of that name; libarchive writes
-    /// both forms and the plain one is exact.
-    fn set_xattr(&mut self, xattr: Xattr, replace: bool) {
-        // What the format has no place for can not be set by a runtime on Linux either
-        // (`com.apple.…` in layers made on a Mac).
-        if split_xattr(&xattr.name).is_none() {
-            tracing::debug!(name = %shown(&xattr.name), "xattr dropped: not a namespace of Linux");
-            return;
-        }
-        match self.xattrs.iter_mut().find(|x| x.name == xattr.name) {
-            Some(there) if replace => *there = xattr,
-            Some(_) => {}
-            None => self.xattrs.push(xattr),
-        }
-    }
-}
-
-fn push_extent(extents: &mut Vec<Extent>, offset: u64, len: u64) -> Result<()> {
-    if extents.len() >= MAX_EXTENTS {
-        return Err(too_many_extents());
-    }
-    // Readers disagree on whether a stretch starts on a block of its own; this one is the same
-    // for all of them.
-    if len > 0 && extents.last().is_some_and(|last| !last.len.is_multiple_of(BLOCK as u64)) {
-        return Err(Error::bad_source("a sparse file whose data is not cut at multiples of 512 bytes"));
-    }
-    if len > 0 {
-        extents.push(Extent { offset, len });
-    }
-    Ok(())
-}
-
-fn too_many_extents() -> Error {
-    Error::limit(format!("a sparse file of more than {MAX_EXTENTS} pieces"))
-}
-
 /// Compares the checksum; some old writers summed signed bytes.
 fn check_sum(header: &Header) -> Result<()> {
     let bytes = header.as_bytes();
@@ -571,7 +363,7 @@ fn check_sum(header: &Header) -> Result<()> {
     }
 }
 
-fn unsigned(field: &[u8], what: &str) -> Result<u64> {
+pub(super) fn unsigned(field: &[u8], what: &str) -> Result<u64> {
     fields::number(field)
         .and_then(|n| u64::try_from(n).ok())
         .ok_or_else(|| Error::bad_source(format!("a header whose {what} is not a number")))

@@ -348,6 +348,54 @@ fn sparse_files_of_every_gnu_format_read_as_their_dense_form() {
     }
 }
 
+/// GNU tar itself writes every format with a file that has holes, a long name and odd owners.
+#[test]
+fn archives_of_gnu_tar_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = "long-".repeat(40);
+    let mut file = std::fs::File::create(dir.path().join(&name)).unwrap();
+    let mut want = vec![0; 3 << 20];
+    for at in (0..40).map(|i| i * 70_001) {
+        std::os::unix::fs::FileExt::write_all_at(&file, b"some data", at).unwrap();
+        want[at as usize..][..9].copy_from_slice(b"some data");
+    }
+    file.set_len(3 << 20).unwrap();
+    file.flush().unwrap();
+    std::os::unix::fs::symlink("t".repeat(300), dir.path().join("sym")).unwrap();
+    std::fs::hard_link(dir.path().join(&name), dir.path().join("z-link")).unwrap();
+    for format in [
+        &["--format=gnu"][..],
+        &["--format=posix", "--sparse-version=0.0"],
+        &["--format=posix", "--sparse-version=0.1"],
+        &["--format=posix", "--sparse-version=1.0"],
+        &["--format=posix", "--sparse-version=1.0", "--gzip"],
+    ] {
+        let run = std::process::Command::new("tar")
+            .args(["--sparse", "--sort=name", "--owner=o:4294967294", "--group=g:3000000", "--mtime=@-5.25"])
+            .args(format)
+            .args(["-cf", "-", "-C"])
+            .arg(dir.path())
+            .arg(".")
+            .output();
+        let run = match run {
+            Ok(run) if run.status.success() => run,
+            other => {
+                eprintln!("skipped {format:?}: no GNU tar that does this: {other:?}");
+                continue;
+            }
+        };
+        assert!(run.stdout.len() < 1 << 20, "{format:?}: holes are not stored");
+        let read = read(&run.stdout).unwrap_or_else(|e| panic!("{format:?}: {e}"));
+        assert!(read.data(&name) == want, "{format:?}");
+        assert_eq!(read.tree.lookup(b"z-link"), read.tree.lookup(name.as_bytes()));
+        assert_eq!(read.inode("sym").content, Content::Symlink("t".repeat(300).into_bytes().into()));
+        let meta = &read.inode("sym").metadata;
+        assert_eq!((meta.uid, meta.gid), (4_294_967_294, 3_000_000));
+        let time = if format[0] == "--format=gnu" { (-6, 0) } else { (-6, 750_000_000) };
+        assert_eq!((meta.mtime, meta.mtime_nsec), time, "{format:?}");
+    }
+}
+
 #[test]
 fn bad_sparse_maps_are_refused() {
     let version = |major: &'static [u8], extra: &[(&str, &[u8])], data: &[u8]| {
