@@ -222,6 +222,45 @@ fn forged_chunk_records() {
     });
 }
 
+/// A blob that claims 2^24 chunks and has few records: accepted, and no memory is spent on
+/// the claim (4 bytes a chunk would be 64 MiB).
+#[test]
+fn a_huge_chunk_count_costs_nothing() {
+    let mut f = Forge::new("default");
+    let nid = f.nid("files/one_byte");
+    let old = f.image.chunk(nid, 0).unwrap().index.0;
+    let table = f.chunks();
+    let record = (0..163)
+        .map(|row| table + row * 80)
+        .find(|at| f.bytes[at + 72..at + 76] == old.to_le_bytes())
+        .unwrap();
+    let last = (1u32 << 24) - 1;
+    f.put32(BLOBS + 72, 1 << 24);
+    f.put64(BLOBS + 88, 1 << 36);
+    f.put64(BLOBS + 96, 1 << 36);
+    f.put64(BLOBS + 128, 1 << 28);
+    f.put32(SLOT + 64, 1 << 24);
+    f.put64(record + 56, u64::from(last) << 12);
+    f.put32(record + 72, last);
+    let index = f.inode("files/one_byte") + 64;
+    f.put(index, &[0xff, 0xff, 1, 0xff]);
+    f.put32(index + 4, last);
+    let before = resident();
+    let image = open_bytes(f.bytes);
+    assert!(resident() - before < 16 << 20);
+    let chunk = image.chunk(nid, 0).unwrap();
+    assert_eq!(chunk.index.0, last);
+    assert_eq!(image.chunk_info(0, chunk.index).unwrap().uncompressed_size.get(), 1);
+    assert!(image.chunk_info(0, storage::ids::ChunkIndex(last - 1)).is_none());
+    assert_eq!(visit_all(&*image), 417);
+}
+
+/// Resident bytes of this process.
+fn resident() -> i64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<i64>().unwrap() * 4096
+}
+
 #[test]
 fn forged_inodes() {
     let inode = |why: &'static str, path: &'static str, offset: usize, value: u64, len: usize| {

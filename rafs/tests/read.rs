@@ -3,9 +3,10 @@
 mod support;
 
 use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
 use rafs::ErrorKind;
 use rafs::blob_context::{BlobContext, stored_range};
-use rafs::bootstrap::{FileType, Nid};
+use rafs::bootstrap::{FileType, Nid, Step, Walk};
 use rafs::fs::{Rafs, RafsOptions, SeekKind};
 use storage::ids::ChunkIndex;
 use support::{GoldenImage, golden_bytes, open_bytes};
@@ -130,6 +131,51 @@ fn compact_inodes_are_read() {
     assert_eq!((attr.file_type, attr.mode, attr.size), (FileType::Regular, want.mode, want.size));
     assert_eq!((attr.uid, attr.gid, attr.mtime, attr.nlink), (7, 8, 1_600_000_000, want.nlink));
     assert_eq!(image.read_file(nid, 10), golden.read_file(nid, 10));
+}
+
+/// The regular files of an image with their whole content: the model of reads.
+fn files(image: &GoldenImage) -> Vec<(Nid, Vec<u8>)> {
+    let bootstrap = &**image.rafs.bootstrap();
+    let mut walk = Walk::new(bootstrap, bootstrap.root());
+    let mut files = Vec::new();
+    while let Some(step) = walk.step().unwrap() {
+        if let Step::Leaf(entry) = step
+            && entry.file_type == FileType::Regular
+        {
+            files.push((entry.nid, image.read_file(entry.nid, u32::MAX)));
+        }
+    }
+    files
+}
+
+/// What a reader sees of any range is what the model holds there.
+#[test]
+fn any_range_is_that_of_the_model() {
+    for variant in ["lz4-4k", "batch"] {
+        let image = image(variant);
+        let files = files(&image);
+        assert!(files.iter().any(|(_, content)| content.len() > 1 << 20));
+        let range = (any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0u32..300_000);
+        let mut runner = TestRunner::new(Config::with_cases(300));
+        runner
+            .run(&range, |(file, start, len)| {
+                let (nid, content) = &files[file.index(files.len())];
+                let offset = start.index(content.len() + 2);
+                let mut slices = Vec::new();
+                let n = image.rafs.read(*nid, offset as u64, len, &mut slices).unwrap() as usize;
+                let mut seen = Vec::new();
+                for slice in slices {
+                    let chunk = image.chunk(slice.blob, &slice.extent);
+                    seen.extend_from_slice(&chunk[slice.offset as usize..][..slice.len as usize]);
+                }
+                let from = offset.min(content.len());
+                let to = (offset + len as usize).min(content.len()).max(from);
+                prop_assert_eq!(seen.len(), n);
+                prop_assert!(seen == content[from..to]);
+                Ok(())
+            })
+            .unwrap();
+    }
 }
 
 proptest! {
