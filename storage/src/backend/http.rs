@@ -31,6 +31,9 @@ const MAX_ERROR_BODY: usize = 4096;
 /// A server's own words are shown this far.
 const MAX_ERROR_TEXT: usize = 200;
 
+/// What is never reached through a proxy from the environment.
+const LOOPBACK: &str = "localhost,127.0.0.0/8,::1";
+
 /// How to reach servers.
 #[derive(Clone, Debug)]
 pub struct HttpOptions {
@@ -309,17 +312,17 @@ fn transport_failure(what: &str, error: reqwest::Error) -> Failure {
     Failure { error, passing, retry_after: None }
 }
 
-fn certificate_error(error: &reqwest::Error) -> bool {
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        let tls = inner.and_then(|e| e.downcast_ref()).or_else(|| error.downcast_ref::<rustls::Error>());
-        if matches!(tls, Some(rustls::Error::InvalidCertificate(_))) {
-            return true;
-        }
-        cause = error.source();
+/// True if a cause of `error` is a certificate that was not accepted.
+fn certificate_error(error: &(dyn std::error::Error + 'static)) -> bool {
+    if let Some(tls) = error.downcast_ref::<rustls::Error>() {
+        return matches!(tls, rustls::Error::InvalidCertificate(_));
     }
-    false
+    // An io::Error does not name what it wraps as its source.
+    let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    match wrapped {
+        Some(inner) => certificate_error(inner),
+        None => error.source().is_some_and(certificate_error),
+    }
 }
 
 /// The proxies that the usual variables name; lower case wins, as in curl.
@@ -327,7 +330,9 @@ fn environment_proxies(variable: impl Fn(&str) -> Option<String>) -> Result<Vec<
     let get = |upper: &str| {
         variable(&upper.to_ascii_lowercase()).or_else(|| variable(upper)).filter(|value| !value.is_empty())
     };
-    let except = get("NO_PROXY").and_then(|list| reqwest::NoProxy::from_string(&list));
+    // As in other tools of this kind, this machine itself is never reached through a proxy.
+    let list = get("NO_PROXY").map_or_else(|| LOOPBACK.to_owned(), |list| format!("{LOOPBACK},{list}"));
+    let except = reqwest::NoProxy::from_string(&list);
     let all = get("ALL_PROXY");
     let mut proxies = Vec::new();
     for (name, https) in [("HTTPS_PROXY", true), ("HTTP_PROXY", false)] {

@@ -103,8 +103,11 @@ struct Inner {
     plain_base: Url,
     /// Spoken to without TLS now. Relaxed: it guards nothing, a late look costs one request.
     plain: AtomicBool,
-    /// May `plain` change to what the server turns out to speak?
+    /// May `plain` change to what the server turns out to speak? Only until it has answered:
+    /// a server that is down for a while must not be sent logins in clear.
     switch: Switch,
+    /// The server has answered. Relaxed, as `plain`.
+    settled: AtomicBool,
     auth: Authenticator,
     retry: RetryPolicy,
 }
@@ -140,6 +143,7 @@ impl RegistryClient {
             plain_base: base("http")?,
             plain: AtomicBool::new(plain),
             switch,
+            settled: AtomicBool::new(switch == Switch::Never),
             auth: Authenticator::new(http.clone(), host, options.login, options.token, in_clear),
             http,
             host: host.to_owned(),
@@ -197,11 +201,13 @@ impl RegistryClient {
 
     /// True if `url` is the registry itself, which alone is given credentials.
     fn is_own(&self, url: &Url) -> bool {
-        match self.inner.switch {
-            Switch::Never => same_origin(url, self.base()),
-            // A URL made before the switch is meant for the same server.
-            _ => same_origin(url, &self.inner.plain_base) || same_origin(url, &self.inner.secure_base),
-        }
+        // A URL made before a switch of scheme is meant for the same server.
+        let first = match self.inner.switch {
+            Switch::Never => self.base(),
+            Switch::ToSecure => &self.inner.plain_base,
+            Switch::ToPlain => &self.inner.secure_base,
+        };
+        same_origin(url, self.base()) || same_origin(url, first)
     }
 
     /// Sends one request, logging in if the registry asks for it. Follows no redirect and
@@ -259,18 +265,25 @@ impl RegistryClient {
             let _ = request.url_mut().set_scheme(if plain { "http" } else { "https" });
         };
         set(&mut request, plain);
-        let again = if self.inner.switch == Switch::Never { None } else { request.try_clone() };
+        if self.inner.settled.load(Ordering::Relaxed) {
+            return self.inner.http.send(request, context).await;
+        }
+        let again = request.try_clone();
         let result = self.inner.http.send(request, context).await;
         let other = match (&result, self.inner.switch) {
             (Ok(answer), Switch::ToSecure) => plain && answer.status() == StatusCode::BAD_REQUEST,
             (Err(failure), Switch::ToPlain) => !plain && failure.passing,
             _ => false,
         };
-        let (true, Some(mut request)) = (other, again) else { return result };
+        let (true, Some(mut request)) = (other, again) else {
+            self.inner.settled.fetch_or(result.is_ok(), Ordering::Relaxed);
+            return result;
+        };
         set(&mut request, !plain);
         match self.inner.http.send(request, context).await {
             Ok(answer) => {
                 self.inner.plain.store(!plain, Ordering::Relaxed);
+                self.inner.settled.store(true, Ordering::Relaxed);
                 Ok(answer)
             }
             // An untrusted certificate is the answer; anything else says that the first one stands.

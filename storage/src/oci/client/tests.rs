@@ -277,3 +277,24 @@ async fn credentials_stay_at_home() {
     assert_eq!(answer.status(), 401);
     assert!(elsewhere.asked().iter().all(|asked| asked.authorization().is_empty()));
 }
+
+#[tokio::test]
+async fn only_the_careless_are_served_without_tls() {
+    let server = FaultServer::start(|asked| match asked.method.as_str() {
+        "GET" => Reply::new(200, MANIFEST),
+        _ => Reply::new(400, ""),
+    })
+    .await;
+    let with = |skip_verify| {
+        let http = HttpOptions { skip_verify, ..HttpOptions::default() };
+        let login = Login::Fixed(Credentials::Anonymous);
+        let options = RegistryOptions { http, scheme: Scheme::Https, login, token: None, retry: quick() };
+        RegistryClient::new(server.host(), options).unwrap()
+    };
+    assert_eq!(get(&with(false), &server).await.unwrap_err().kind(), ErrorKind::Unavailable);
+    assert!(server.asked().is_empty());
+    let careless = with(true);
+    get(&careless, &server).await.unwrap();
+    get(&careless, &server).await.unwrap();
+    assert_eq!((server.asked().len(), server.connections()), (2, 3 + 1 + 1));
+}
