@@ -45,6 +45,9 @@ use crate::{Error, ErrorKind, Result};
 use hub::Hub;
 pub use layer::{Extent, Layer};
 
+/// Most worker threads; more are of no use to one committer, and memory is promised per thread.
+const MAX_THREADS: usize = 256;
+
 /// How data is cut, named and stored.
 #[derive(Clone, Copy, Debug)]
 pub struct DataOptions {
@@ -54,7 +57,7 @@ pub struct DataOptions {
     pub digester: DigestAlgorithm,
     /// Bytes of every chunk but the last of a file: a power of two, 4 KiB to 16 MiB.
     pub chunk_size: u32,
-    /// Worker threads that hash and compress; 0 means one per core.
+    /// Worker threads that hash and compress, at most 256; 0 means one per core.
     pub threads: usize,
 }
 
@@ -80,6 +83,7 @@ impl DataOptions {
         if self.threads == 0 {
             self.threads = std::thread::available_parallelism().map_or(1, usize::from);
         }
+        self.threads = self.threads.min(MAX_THREADS);
         Ok(self)
     }
 }

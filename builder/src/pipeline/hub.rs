@@ -285,3 +285,31 @@ impl State {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::MAX_THREADS;
+    use super::*;
+    use storage::codec::Codec;
+    use storage::digest::DigestAlgorithm;
+
+    #[test]
+    fn buffers_stay_within_the_promised_memory() {
+        for threads in [1, 2, 3, 8, 16, 31, 64, 200, MAX_THREADS] {
+            for chunk_bits in 12..=24 {
+                let chunk = 1usize << chunk_bits;
+                let limits = Limits::new(&DataOptions {
+                    codec: Codec::Zstd,
+                    digester: DigestAlgorithm::Blake3,
+                    chunk_size: chunk as u32,
+                    threads,
+                });
+                assert!(limits.buffer_size >= chunk);
+                let buffers = (limits.shared + limits.reserve) * limits.buffer_size;
+                // The rest, 32 MiB and a chunk a thread, is for decoders, contexts and tables.
+                let promise = (64 << 20) + chunk * threads;
+                assert!(buffers <= promise, "{threads} threads, {chunk:#x}: {buffers} > {promise}");
+            }
+        }
+    }
+}
