@@ -30,6 +30,11 @@ use crate::{Error, ErrorKind, Result};
 const CLIENT_ID: &str = "nydus-registry-client";
 /// Life of a token whose server does not say (contract section 2.4).
 const DEFAULT_LIFE: Duration = Duration::from_secs(600);
+/// Shorter lives are taken for this one, as docker does: servers say 0 and mean nothing by it.
+/// A token that is over sooner is answered with 401 and renewed.
+const MIN_LIFE: Duration = Duration::from_secs(60);
+/// Longer lives are cut to this.
+const MAX_LIFE: Duration = Duration::from_secs(86_400);
 /// Tokens are renewed this long before they expire (contract section 2.4).
 const RENEW_BEFORE: Duration = Duration::from_secs(20);
 /// A token answer is a few kilobytes.
@@ -404,8 +409,7 @@ fn parse_token(realm: &Url, answer: &[u8]) -> std::result::Result<(Secret, Durat
         .ok()
         .and_then(|a| {
             let token = a.token.or(a.access_token).filter(|token| !token.is_empty())?;
-            let life =
-                a.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs).min(Duration::from_secs(86_400));
+            let life = a.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs).clamp(MIN_LIFE, MAX_LIFE);
             Some((Secret::new(format!("Bearer {token}")), life))
         })
         .ok_or_else(|| {
@@ -429,6 +433,8 @@ pub fn header_value(secret: &Secret) -> Result<HeaderValue> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::fault_server::{FaultServer, Reply};
+    use crate::backend::http::HttpOptions;
 
     #[test]
     fn token_requests_carry_service_and_scopes() {
@@ -461,5 +467,41 @@ mod tests {
             let err = parse_token(&realm, bad.as_bytes()).unwrap_err().error;
             assert!(err.kind() == ErrorKind::Invalid && !err.to_string().contains("hunter2"), "{err}");
         }
+    }
+
+    #[tokio::test]
+    async fn tokens_are_renewed_before_they_expire_and_outlive_a_failed_renewal() {
+        let server = FaultServer::start(|asked| match asked.number {
+            0 | 1 => Reply::new(200, format!(r#"{{"token":"t{}","expires_in":0}}"#, asked.number)),
+            _ => Reply::new(503, ""),
+        })
+        .await;
+        let http = Http::new(&HttpOptions::default()).unwrap();
+        let auth = Authenticator::new(http, "r.io", Login::Fixed(Credentials::Anonymous), None, true);
+        let (access, context) = (Access::pull("a/b"), ReadContext::on_demand(None));
+        let challenge = Challenge::parse(&format!(r#"Bearer realm="http://{}/token""#, server.host()));
+        let first = auth.renew(&access, challenge, None, &context).await.unwrap().unwrap();
+        let header = async || auth.header(&access, &context).await.map(|header| header.unwrap());
+        assert_eq!((header().await.unwrap(), first.expose()), (first.clone(), "Bearer t0"));
+        let edit = |change: fn(&mut Token)| change(auth.state().tokens.get_mut(&access).unwrap());
+        edit(|token| token.renew = Instant::now());
+        assert_eq!(header().await.unwrap().expose(), "Bearer t1");
+        edit(|token| token.renew = Instant::now());
+        assert_eq!(header().await.unwrap().expose(), "Bearer t1");
+        edit(|token| token.expires = Instant::now());
+        assert!(header().await.unwrap_err().passing);
+        assert_eq!(server.asked().len(), 4);
+    }
+
+    #[tokio::test]
+    async fn logins_do_not_go_out_in_clear() {
+        let http = Http::new(&HttpOptions::default()).unwrap();
+        let login = Credentials::Basic { user: "u".into(), password: Secret::new("p") };
+        let auth = Authenticator::new(http, "r.io", Login::Fixed(login), None, false);
+        let challenge = Challenge::parse(r#"Bearer realm="http://auth.invalid/token?x=y""#);
+        let context = ReadContext::on_demand(None);
+        let failure = auth.renew(&Access::pull("a/b"), challenge, None, &context).await.unwrap_err();
+        assert!(failure.error.kind() == ErrorKind::Denied && !failure.passing, "{failure:?}");
+        assert!(failure.error.to_string().contains("in clear to http://auth.invalid/token"), "{failure:?}");
     }
 }
