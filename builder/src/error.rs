@@ -114,7 +114,18 @@ impl std::error::Error for Error {
 
 impl From<storage::Error> for Error {
     fn from(e: storage::Error) -> Self {
-        Self::new(ErrorKind::Storage, "storage").with_source(e)
+        use storage::ErrorKind as Kind;
+        let (kind, context, source) = e.into_parts();
+        let kind = match kind {
+            Kind::Invalid => ErrorKind::Invalid,
+            Kind::Corrupt => ErrorKind::Corrupt,
+            Kind::NotFound => ErrorKind::NotFound,
+            Kind::Unsupported => ErrorKind::Unsupported,
+            Kind::Cancelled => ErrorKind::Cancelled,
+            Kind::Io => ErrorKind::Io,
+            Kind::Denied | Kind::TimedOut | Kind::OutOfRange | Kind::Unavailable => ErrorKind::Storage,
+        };
+        Self { kind, context, source }
     }
 }
 

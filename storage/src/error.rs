@@ -72,6 +72,13 @@ impl Error {
         self
     }
 
+    /// Kind, context and cause, for a caller that makes an error of its own type of them.
+    pub fn into_parts(
+        self,
+    ) -> (ErrorKind, String, Option<std::sync::Arc<dyn std::error::Error + Send + Sync>>) {
+        (self.kind, self.context, self.source)
+    }
+
     /// The kind to act on.
     pub fn kind(&self) -> ErrorKind {
         self.kind

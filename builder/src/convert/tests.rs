@@ -270,3 +270,36 @@ fn a_converted_image_is_not_converted_again_and_skopeo_copies_it() {
         assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
     }
 }
+
+#[test]
+fn registries_are_sources_and_targets() {
+    use crate::oci::testing_registry::Registry;
+    let Some(registry) = Registry::start() else { return };
+    let layout = layout_of(&layers());
+    let local = layout.open("", None).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let expected = convert_to(&local, out.path(), 1, 1).unwrap();
+
+    let source = format!("docker://{}/src/app:v1", registry.address());
+    let from = format!("oci:{}:src", layout.path().display());
+    let pushed = Command::new("skopeo")
+        .args(["--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false", &from, &source])
+        .output();
+    let Ok(pushed) = pushed else {
+        println!("skipped: skopeo is not installed");
+        return;
+    };
+    assert!(pushed.status.success(), "{}", String::from_utf8_lossy(&pushed.stderr));
+
+    let open = RegistryOptions::default();
+    let remote = ImageSource::open(&source.parse().unwrap(), None, &open).unwrap();
+    let target = format!("docker://{}/team/nydus:v1", registry.address());
+    let cancel = CancellationToken::new();
+    let push = Target::open(&target.parse().unwrap(), &open).unwrap();
+    let done = convert(&remote, push, &options(&cancel, 2, 3)).unwrap();
+    assert_eq!((done.root, done.blobs), (expected.root, expected.blobs));
+    let seen = Command::new("skopeo").args(["inspect", "--tls-verify=false", &target]).output().unwrap();
+    let seen: Value = serde_json::from_slice(&seen.stdout).unwrap();
+    assert_eq!(seen["Digest"], format!("sha256:{}", done.manifest));
+    assert_eq!(seen["Layers"].as_array().unwrap().len(), 4);
+}

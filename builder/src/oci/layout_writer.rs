@@ -11,9 +11,9 @@ use std::sync::Mutex;
 
 use serde_json::{Map, Value, json};
 use storage::digest::Digest;
+use storage::oci::manifest::MAX_MANIFEST_SIZE;
 
 use super::archive::Archive;
-use super::manifest::MAX_MANIFEST_SIZE;
 use super::media;
 use super::objects::{Objects, blob_name};
 use super::spool::{SpooledBlob, TEMP_PREFIX, sync_dir};

@@ -3,131 +3,62 @@
 //! Everything that a converter cannot carry over is refused here, by name: foreign layers,
 //! encrypted layers, artifacts, docker schema 1, images that are Nydus images already.
 
-use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
+use bytes::Bytes;
+use oci_spec::image::{Descriptor, ImageManifest};
 use serde_json::{Map, Value};
-use storage::digest::{Digest, TaggedDigest};
+use storage::digest::{Digest, DigestAlgorithm, TaggedDigest};
+use storage::oci::manifest::{
+    Document, Flavor, MAX_INDEX_DEPTH, Manifest, Platform, descriptor_digest, is_marked_nydus, select,
+};
 
 use super::layer::LayerPromise;
 use super::media;
-use super::platform::Platform;
 use crate::{Error, ErrorKind, Result};
 
-/// Largest manifest or index read: 4 MiB, the limit registries agree on.
-pub const MAX_MANIFEST_SIZE: u64 = 4 << 20;
-/// Largest config read: 8 MiB; real ones have tens of KiB.
-pub const MAX_CONFIG_SIZE: u64 = 8 << 20;
-/// Indexes inside indexes that are followed.
-const MAX_INDEX_DEPTH: usize = 4;
-
-/// A manifest or an index, told apart by its media type or, without one, by its members.
-#[derive(Debug)]
-pub enum Document {
-    /// One image.
-    Manifest(Box<ImageManifest>),
-    /// Several images.
-    Index(Box<ImageIndex>),
-}
-
-/// Fetches a manifest or index by descriptor, verified.
+/// Fetches a manifest or index by descriptor, verified: its bytes.
 pub type Fetch<'a> = &'a dyn Fn(&Descriptor) -> Result<Vec<u8>>;
 
-/// Parses `bytes`, called `name` in messages.
+/// Parses the bytes of a manifest or index, called `name` in messages.
 ///
 /// # Errors
 /// `Corrupt`: not JSON or not of the shape. `Unsupported`: docker schema 1, an artifact.
-pub fn parse_document(name: &str, media_type: Option<&str>, bytes: &[u8]) -> Result<Document> {
-    let corrupt = |e: serde_json::Error| {
-        Error::new(ErrorKind::Corrupt, format!("{name}: not an image manifest")).with_source(e)
-    };
-    let value: Value = serde_json::from_slice(bytes).map_err(corrupt)?;
-    let own = value.get("mediaType").and_then(Value::as_str);
-    let kind = own.or(media_type).unwrap_or_default();
-    let is_index = matches!(kind, media::OCI_INDEX | media::DOCKER_LIST)
-        || (!media::is_manifest(kind) && value.get("manifests").is_some());
-    if value.get("schemaVersion").and_then(Value::as_u64) != Some(2) {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format!(
-                "{name}: docker schema 1 or an unknown manifest version; push the image again with a current tool"
-            ),
-        ));
-    }
-    if is_index {
-        return Ok(Document::Index(Box::new(serde_json::from_value(value).map_err(corrupt)?)));
-    }
-    if !kind.is_empty() && !media::is_manifest(kind) {
-        return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {kind} is not a container image")));
-    }
-    Ok(Document::Manifest(Box::new(serde_json::from_value(value).map_err(corrupt)?)))
+pub fn parse(name: &str, media_type: &str, bytes: Vec<u8>) -> Result<Manifest> {
+    let parsed = Document::new(Bytes::from(bytes), media_type, None).and_then(|document| document.parse());
+    parsed.map_err(|e| Error::from(e).context(name))
 }
 
 /// Follows indexes down to the manifest for `platform` (`None`: the host's).
 ///
 /// # Errors
 /// `NotFound`: no image for the platform; the message lists those there are. Otherwise as
-/// [`parse_document`] and `fetch`.
-pub fn select(
+/// [`parse`] and `fetch`.
+pub fn resolve(
     name: &str,
-    document: Document,
+    manifest: Manifest,
     platform: Option<&Platform>,
     fetch: Fetch<'_>,
 ) -> Result<Box<ImageManifest>> {
     let host = Platform::host();
     let want = platform.unwrap_or(&host);
-    let mut document = document;
+    let mut manifest = manifest;
     for _ in 0..=MAX_INDEX_DEPTH {
-        let index = match document {
-            Document::Manifest(manifest) => return Ok(manifest),
-            Document::Index(index) => index,
+        let index = match manifest {
+            Manifest::Image(image) => return Ok(image),
+            Manifest::Index(index) => index,
         };
-        let chosen = choose(name, index.manifests(), want)?;
-        let bytes = fetch(chosen)?;
-        document = parse_document(name, Some(chosen.media_type().as_ref()), &bytes)?;
+        let chosen = select(&index, want, Flavor::Plain)
+            .map_err(|e| Error::from(e).context(format!("{name}: choose one with --platform")))?;
+        if is_marked_nydus(chosen) {
+            return Err(already_nydus(name));
+        }
+        manifest = parse(name, chosen.media_type().as_ref(), fetch(chosen)?)?;
     }
     Err(Error::new(ErrorKind::Corrupt, format!("{name}: indexes are nested deeper than {MAX_INDEX_DEPTH}")))
 }
 
-/// The descriptor that serves `want` best; the first of equals.
-fn choose<'a>(name: &str, descriptors: &'a [Descriptor], want: &Platform) -> Result<&'a Descriptor> {
-    let mut best: Option<(u8, &Descriptor)> = None;
-    let mut known = Vec::new();
-    for descriptor in descriptors {
-        if descriptor
-            .artifact_type()
-            .as_ref()
-            .is_some_and(|t| t.to_string() == media::NYDUS_MANIFEST_ARTIFACT)
-        {
-            continue;
-        }
-        let rank = match descriptor.platform() {
-            Some(p) => {
-                let found = Platform {
-                    os: p.os().to_string(),
-                    architecture: p.architecture().to_string(),
-                    variant: p.variant().clone().filter(|v| !v.is_empty()),
-                };
-                known.push(found.to_string());
-                want.rank(&found)
-            }
-            // An index of one entry may leave the platform out.
-            None if descriptors.len() == 1 => Some(0),
-            None => None,
-        };
-        if let Some(rank) = rank
-            && best.is_none_or(|(other, _)| rank > other)
-        {
-            best = Some((rank, descriptor));
-        }
-    }
-    best.map(|(_, descriptor)| descriptor).ok_or_else(|| {
-        Error::new(
-            ErrorKind::NotFound,
-            format!(
-                "{name}: no image for {want} in its index; choose one with --platform, there are: {}",
-                known.join(", ")
-            ),
-        )
-    })
+fn already_nydus(name: &str) -> Error {
+    let why = format!("{name}: is a Nydus image already; nothing to convert (mount it as it is)");
+    Error::new(ErrorKind::Unsupported, why)
 }
 
 /// The SHA-256 of a descriptor and its size.
@@ -135,15 +66,21 @@ fn choose<'a>(name: &str, descriptors: &'a [Descriptor], want: &Platform) -> Res
 /// # Errors
 /// `Unsupported`: another digest algorithm.
 pub fn digest_of(name: &str, descriptor: &Descriptor) -> Result<(Digest, u64)> {
-    let text = descriptor.digest().to_string();
-    Ok((parse_sha256(name, &text)?, descriptor.size()))
+    match descriptor_digest(descriptor) {
+        Ok(TaggedDigest { algorithm: DigestAlgorithm::Sha256, digest }) => Ok((digest, descriptor.size())),
+        _ => Err(not_sha256(name, descriptor.digest().as_ref())),
+    }
+}
+
+fn not_sha256(name: &str, text: &str) -> Error {
+    Error::new(ErrorKind::Unsupported, format!("{name}: digest {text:?} is not of the form sha256:HEX"))
 }
 
 fn parse_sha256(name: &str, text: &str) -> Result<Digest> {
-    let tagged: Option<TaggedDigest> = text.starts_with("sha256:").then(|| text.parse().ok()).flatten();
-    tagged.map(|t| t.digest).ok_or_else(|| {
-        Error::new(ErrorKind::Unsupported, format!("{name}: digest {text:?} is not of the form sha256:HEX"))
-    })
+    match text.parse() {
+        Ok(TaggedDigest { algorithm: DigestAlgorithm::Sha256, digest }) => Ok(digest),
+        _ => Err(not_sha256(name, text)),
+    }
 }
 
 /// Checks that `manifest` is an image that can be converted.
@@ -158,7 +95,7 @@ pub fn check_convertible(name: &str, manifest: &ImageManifest) -> Result<()> {
             || nydus(media::ANNOTATION_BOOTSTRAP)
             || nydus(media::ANNOTATION_BLOB)
         {
-            return unsupported("is a Nydus image already; nothing to convert (mount it as it is)".into());
+            return Err(already_nydus(name));
         }
     }
     let config = manifest.config().media_type().to_string();

@@ -2,20 +2,13 @@
 
 /// Nydus data blob.
 pub const NYDUS_BLOB: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
-/// `artifactType` that marks a Nydus manifest in an index.
-pub const NYDUS_MANIFEST_ARTIFACT: &str = "application/vnd.nydus.image.manifest.v1+json";
-/// OCI image index.
-pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
-/// OCI image manifest.
-pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub use storage::oci::layout::REF_NAME as ANNOTATION_REF_NAME;
+pub use storage::oci::manifest::{OCI_INDEX, OCI_MANIFEST};
+
 /// OCI image config.
 pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 /// OCI layer, gzip.
 pub const OCI_LAYER_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
-/// Docker manifest list.
-pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-/// Docker manifest.
-pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 /// Docker image config.
 pub const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 /// Docker layer, gzip.
@@ -29,13 +22,6 @@ pub const ANNOTATION_BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
 pub const ANNOTATION_FS_VERSION: &str = "containerd.io/snapshot/nydus-fs-version";
 /// On the manifest and the bootstrap layer: the image root digest.
 pub const ANNOTATION_ROOT_DIGEST: &str = "containerd.io/snapshot/nydus-root-digest";
-/// Name of an image inside a layout.
-pub const ANNOTATION_REF_NAME: &str = "org.opencontainers.image.ref.name";
-
-/// True for the media type of one image's manifest.
-pub fn is_manifest(media_type: &str) -> bool {
-    matches!(media_type, OCI_MANIFEST | DOCKER_MANIFEST)
-}
 
 /// True for a tar layer that can be converted: plain, gzip or zstd.
 pub fn is_layer(media_type: &str) -> bool {

@@ -19,7 +19,6 @@ pub mod layout_writer;
 pub mod manifest;
 pub mod media;
 pub mod objects;
-pub mod platform;
 pub mod push;
 pub mod read;
 pub mod registry;

@@ -8,6 +8,7 @@ use storage::backend::{Backend as _, Priority, ReadContext};
 use storage::digest::{Digest, DigestAlgorithm, TaggedDigest};
 use storage::ids::ByteRange;
 use storage::oci::client::{RegistryClient, RegistryOptions as ClientOptions, Scheme};
+use storage::oci::manifest::Platform;
 use storage::oci::reference::Reference;
 use storage::oci::stream::{self, BlockingReader};
 use tokio::runtime::Runtime;
@@ -15,8 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::manifest;
 use super::objects::Object;
-use super::platform::Platform;
-use super::source::{BlobStore, ImageSource};
+use super::source::{BlobStore, ImageSource, asked_of_config};
 use crate::{Error, ErrorKind, Result};
 
 /// Threads of the runtime: requests are few and large, the CPU work is done elsewhere.
@@ -83,12 +83,13 @@ impl Repository {
             Ok((document.bytes.to_vec(), document.media_type))
         };
         let (bytes, media_type) = get(&self.reference).map_err(|e| e.context(&name))?;
-        let document = manifest::parse_document(&name, Some(&media_type), &bytes)?;
-        let chosen = manifest::select(&name, document, platform, &|descriptor| {
+        let document = manifest::parse(&name, &media_type, bytes)?;
+        let asked = asked_of_config(&document, platform);
+        let chosen = manifest::resolve(&name, document, platform, &|descriptor| {
             let (digest, _) = manifest::digest_of(&name, descriptor)?;
             Ok(get(&self.reference.at_digest(tagged(digest)))?.0)
         })?;
-        ImageSource::from_store(name, &chosen, Box::new(self))
+        ImageSource::from_store(name, &chosen, asked, Box::new(self))
     }
 }
 

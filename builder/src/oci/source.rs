@@ -5,12 +5,12 @@ use std::path::Path;
 use oci_spec::image::{Descriptor, ImageManifest};
 use serde::Deserialize;
 use storage::digest::Digest;
+use storage::oci::manifest::{MAX_CONFIG_SIZE, MAX_MANIFEST_SIZE, Manifest, Platform, annotation};
 
 use super::layer::{LayerPromise, LayerReader};
-use super::manifest::{self, Document, MAX_CONFIG_SIZE, MAX_MANIFEST_SIZE, SourceConfig};
+use super::manifest::{self, SourceConfig};
 use super::media;
 use super::objects::{Object, Objects};
-use super::platform::Platform;
 use super::registry::{RegistryOptions, Repository};
 use super::transport::{DockerArchiveImage, Transport};
 use crate::{Error, ErrorKind, Result};
@@ -107,7 +107,7 @@ impl ImageSource {
             objects.read_blob(&digest, MAX_MANIFEST_SIZE)
         };
         let document = match matching[..] {
-            [one] => manifest::parse_document(&name, Some(one.media_type().as_ref()), &bytes(one)?)?,
+            [one] => manifest::parse(&name, one.media_type().as_ref(), bytes(one)?)?,
             [] => return Err(Error::new(ErrorKind::NotFound, format!("{name}: no such image; {}", names()))),
             _ if tag.is_none() => {
                 return Err(Error::new(
@@ -119,19 +119,26 @@ impl ImageSource {
             _ => {
                 let mut several = oci_spec::image::ImageIndex::default();
                 several.set_manifests(matching.into_iter().cloned().collect());
-                Document::Index(Box::new(several))
+                Manifest::Index(Box::new(several))
             }
         };
-        let chosen = manifest::select(&name, document, platform, &bytes)?;
-        Self::from_store(name, &chosen, Box::new(objects))
+        let asked = asked_of_config(&document, platform);
+        let chosen = manifest::resolve(&name, document, platform, &bytes)?;
+        Self::from_store(name, &chosen, asked, Box::new(objects))
     }
 
-    /// An image whose manifest is known and whose blobs come from `store`.
+    /// An image whose manifest is known and whose blobs come from `store`. Its config must be
+    /// for `platform`, if there is one.
     ///
     /// # Errors
     /// `Unsupported`: cannot be converted; `Corrupt`: manifest and config disagree; otherwise
     /// what reading the config fails with.
-    pub fn from_store(name: String, manifest: &ImageManifest, store: Box<dyn BlobStore>) -> Result<Self> {
+    pub fn from_store(
+        name: String,
+        manifest: &ImageManifest,
+        platform: Option<&Platform>,
+        store: Box<dyn BlobStore>,
+    ) -> Result<Self> {
         manifest::check_convertible(&name, manifest)?;
         let (digest, size) = manifest::digest_of(&name, manifest.config())?;
         if size > MAX_CONFIG_SIZE {
@@ -143,6 +150,7 @@ impl ImageSource {
         let config =
             store.read(&digest, MAX_CONFIG_SIZE).map_err(|e| e.context(format!("config of {name}")))?;
         let config = SourceConfig::parse(&name, &config, manifest.layers().len())?;
+        check_platform(&name, &config, platform)?;
         let layers = manifest::promises(&name, manifest, &config)?;
         let mut annotations: Vec<_> =
             manifest.annotations().clone().unwrap_or_default().into_iter().collect();
@@ -280,13 +288,23 @@ impl SavedImage {
     }
 }
 
+/// The platform that an image's own config must state: an index, where there is one, has chosen by
+/// its own entries, and its word counts.
+pub(super) fn asked_of_config<'a>(found: &Manifest, asked: Option<&'a Platform>) -> Option<&'a Platform> {
+    match found {
+        Manifest::Image(_) => asked,
+        Manifest::Index(_) => None,
+    }
+}
+
 /// A single image is taken as it is, unless another platform was asked for.
 fn check_platform(name: &str, config: &SourceConfig, platform: Option<&Platform>) -> Result<()> {
     let Some(want) = platform else { return Ok(()) };
     let member = |key: &str| config.document.get(key).and_then(serde_json::Value::as_str).map(str::to_owned);
     let (Some(os), Some(architecture)) = (member("os"), member("architecture")) else { return Ok(()) };
-    let found = Platform { os, architecture, variant: member("variant").filter(|v| !v.is_empty()) };
-    if want.rank(&found).is_none() {
+    let variant = member("variant").filter(|v| !v.is_empty()).map(|v| format!("/{v}")).unwrap_or_default();
+    let found: Platform = format!("{os}/{architecture}{variant}").parse()?;
+    if !want.accepts(&found) {
         return Err(Error::new(
             ErrorKind::NotFound,
             format!("{name}: the image is for {found}, not for {want}"),
@@ -313,16 +331,16 @@ pub(super) fn read_index(name: &str, objects: &Objects) -> Result<Vec<Descriptor
         ));
     }
     let index = objects.read("index.json", MAX_MANIFEST_SIZE)?;
-    match manifest::parse_document(&format!("{name}: index.json"), Some(media::OCI_INDEX), &index)? {
-        Document::Index(index) => Ok(index.manifests().clone()),
-        Document::Manifest(_) => {
+    match manifest::parse(&format!("{name}: index.json"), media::OCI_INDEX, index)? {
+        Manifest::Index(index) => Ok(index.manifests().clone()),
+        Manifest::Image(_) => {
             Err(Error::new(ErrorKind::Corrupt, format!("{name}: index.json is not an index")))
         }
     }
 }
 
 pub(super) fn ref_name(descriptor: &Descriptor) -> Option<&str> {
-    descriptor.annotations().as_ref()?.get(media::ANNOTATION_REF_NAME).map(String::as_str)
+    annotation(descriptor, media::ANNOTATION_REF_NAME)
 }
 
 #[cfg(test)]

@@ -5,9 +5,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use storage::digest::DigestAlgorithm;
+use storage::oci::manifest::Platform;
 
 use super::media;
-use super::platform::Platform;
 use super::registry::RegistryOptions;
 use super::source::ImageSource;
 use crate::Result;

@@ -201,7 +201,7 @@ impl Platform {
 
     /// True if an image for `other` is meant by this one. An unstated variant fits any, and
     /// arm64 means v8.
-    fn accepts(&self, other: &Self) -> bool {
+    pub fn accepts(&self, other: &Self) -> bool {
         let variant = |p: &Self| match (&p.variant, p.architecture.as_str()) {
             (None, "arm64") => Some("v8".to_owned()),
             (variant, _) => variant.clone(),

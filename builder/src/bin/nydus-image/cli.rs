@@ -434,7 +434,7 @@ pub struct CheckArgs {
 
     /// Which image of an index --source means, as OS/ARCH[/VARIANT] [default: this machine's].
     #[arg(long, value_name = "platform", requires = "source")]
-    pub platform: Option<builder::oci::platform::Platform>,
+    pub platform: Option<storage::oci::manifest::Platform>,
 }
 
 impl CheckArgs {

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
+use builder::ErrorKind;
 use builder::convert::{self, ConvertOptions, Converted};
-use builder::oci::platform::Platform;
 use builder::oci::registry::RegistryOptions;
 use builder::oci::source::ImageSource;
 use builder::oci::target::Target;
@@ -15,6 +15,7 @@ use clap::Args;
 use serde_json::{Value, json};
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
+use storage::oci::manifest::Platform;
 
 use crate::interrupt::Interrupt;
 use crate::progress;
@@ -113,7 +114,12 @@ impl ConvertArgs {
             observer: &*observer,
             cancel: interrupt.token(),
         };
-        let converted = convert::convert(&source, target, &options)?;
+        let converted = match convert::convert(&source, target, &options) {
+            Err(error) if error.kind() == ErrorKind::Cancelled => {
+                bail!("interrupted: {} is as it was before", self.target)
+            }
+            done => done?,
+        };
         drop(observer);
         if let Some(path) = &self.output_json {
             let text = serde_json::to_string(&self.report(&converted))?;

@@ -34,6 +34,7 @@ fn an_image_is_chosen_by_tag_and_platform() {
     for (tag, platform, kind, hint) in [
         ("", None, ErrorKind::Invalid, "one, many"),
         (":none", None, ErrorKind::NotFound, "one, many"),
+        (":one", Some("linux/mips"), ErrorKind::NotFound, "the image is for linux/amd64"),
         (":many", Some("linux/mips"), ErrorKind::NotFound, "linux/arm64/v8, linux/s390x"),
     ] {
         let err = layout.open(tag, platform).err().unwrap();
@@ -65,7 +66,7 @@ fn what_cannot_be_converted_is_refused_by_name() {
         ("nydus", "already"),
         ("odd", "application/x-thing"),
         ("chart", "artifact"),
-        ("schema1", "schema 1"),
+        ("schema1", "schema version 2"),
     ] {
         let err = layout.open(&format!(":{tag}"), None).err().unwrap();
         assert!(err.kind() == ErrorKind::Unsupported && err.to_string().contains(hint), "{tag}: {err}");
