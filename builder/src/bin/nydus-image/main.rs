@@ -18,6 +18,7 @@ mod version;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use cli::{Cli, Command};
 
@@ -43,7 +44,15 @@ fn main() -> ExitCode {
     }
 }
 
+/// A directory source keeps one descriptor open for each level: ask for all that is allowed.
+fn raise_descriptor_limit() {
+    // Refused, the soft limit stays, and a tree too deep for it says so.
+    let _ = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+}
+
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    raise_descriptor_limit();
     if cli.version {
         print!("{}", version::block());
         return Ok(ExitCode::SUCCESS);
