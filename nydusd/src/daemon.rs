@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::adapter::Adapter;
 use crate::cli::FuseArgs;
-use crate::transport::fusedev::FuseMount;
+use crate::transport::fusedev::{FuseMount, usable_mountpoint};
 use crate::{api, image, mount};
 
 /// Longest wait for the disk at an orderly end: whoever stops us waits a second in all.
@@ -121,7 +121,9 @@ impl Daemon {
     /// Mounts and serves. Blocks until the mount has answered.
     fn start(&self) -> anyhow::Result<()> {
         let args = &self.args;
-        check_place(&args.mountpoint, args.global.apisock.as_deref())?;
+        check_socket(args.global.apisock.as_deref())?;
+        // Before anything is fetched for a mount that can not be.
+        usable_mountpoint(&args.mountpoint)?;
         let plan = image::plan(args)?;
         let engine = Engine::new(EngineConfig::default())?;
         let engine = self.engine.get_or_init(|| engine);
@@ -182,18 +184,12 @@ impl Daemon {
     }
 }
 
-/// A crashed predecessor's mount and a live one's socket are not ours to take.
-fn check_place(mountpoint: &Path, apisock: Option<&Path>) -> anyhow::Result<()> {
-    if let Some(socket) = apisock
-        && std::os::unix::net::UnixStream::connect(socket).is_ok()
-    {
-        bail!("another daemon answers on the API socket {}; stop it first", socket.display());
-    }
-    match std::fs::metadata(mountpoint) {
-        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => bail!(
-            "the mountpoint {0} holds the dead mount of a daemon that is gone; remove it with `umount -l {0}`",
-            mountpoint.display()
-        ),
+/// A live daemon's socket is not ours to take.
+fn check_socket(apisock: Option<&Path>) -> anyhow::Result<()> {
+    match apisock {
+        Some(socket) if std::os::unix::net::UnixStream::connect(socket).is_ok() => {
+            bail!("another daemon answers on the API socket {}; stop it first", socket.display())
+        }
         _ => Ok(()),
     }
 }

@@ -55,6 +55,7 @@ impl Server {
         umask(before);
         let socket = bound.with_context(context)?;
         let (close, closing) = watch::channel(false);
+        tracing::info!("API on {}", path.display());
         let listener = tokio::spawn(accept(socket, daemon, closing));
         Ok(Self { path: path.to_owned(), close, listener })
     }

@@ -129,12 +129,21 @@ impl FuseMount {
 }
 
 /// Canonical path of a directory to mount on.
-fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
-    match path.canonicalize().and_then(|real| Ok((std::fs::metadata(&real)?.is_dir(), real))) {
+///
+/// # Errors
+/// Not a directory, or the dead mount of a daemon that is gone. The kernel may answer a stat
+/// of such a mount from its cache, but never a statfs.
+pub fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
+    let probe = || -> io::Result<(bool, PathBuf)> {
+        let real = path.canonicalize()?;
+        nix::sys::statvfs::statvfs(&real)?;
+        Ok((std::fs::metadata(&real)?.is_dir(), real))
+    };
+    match probe() {
         Ok((true, real)) => Ok(real),
         Ok((false, real)) => bail!("the mountpoint {} is not a directory", real.display()),
         Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => bail!(
-            "the mountpoint {0} holds a dead FUSE mount (its daemon is gone); remove it with `umount -l {0}`",
+            "the mountpoint {0} holds the dead mount of a daemon that is gone; remove it with `umount -l {0}`",
             path.display()
         ),
         Err(e) => Err(e).with_context(|| format!("the mountpoint {} can not be used", path.display())),

@@ -1,0 +1,5 @@
+//! The real binaries on real mounts of golden images.
+
+mod common;
+mod life;
+mod tree;

@@ -1,0 +1,183 @@
+//! Golden images through a real mount: every attribute, xattr and byte of their listings.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use nix::sys::signal::Signal;
+
+use crate::common::Site;
+use storage::digest::DigestAlgorithm;
+
+/// Bytes of a percent-encoded field.
+fn decode(text: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        if *first == b'%' {
+            let hex = std::str::from_utf8(&tail[..2]).unwrap();
+            bytes.push(u8::from_str_radix(hex, 16).unwrap());
+            rest = &tail[2..];
+        } else {
+            bytes.push(*first);
+            rest = tail;
+        }
+    }
+    bytes
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").unwrap();
+        text
+    })
+}
+
+/// The xattrs of `path` as the listing writes them.
+fn xattrs(path: &Path) -> String {
+    let mut all: Vec<String> = xattr::list(path)
+        .unwrap()
+        .map(|name| {
+            let value = xattr::get(path, &name).unwrap().unwrap_or_default();
+            format!("{}={}", name.to_str().unwrap(), hex(&value))
+        })
+        .collect();
+    all.sort();
+    if all.is_empty() { "-".to_owned() } else { all.join(";") }
+}
+
+fn sorted(list: &str) -> String {
+    let mut parts: Vec<_> = list.split(';').collect();
+    parts.sort_unstable();
+    parts.join(";")
+}
+
+/// Compares the mounted tree with a listing; answers the number of entries.
+fn compare(root: &Path, listing: &str) -> usize {
+    let text = std::fs::read_to_string(crate::common::golden(listing)).unwrap();
+    let mut count = 0;
+    let mut names: HashMap<u64, Vec<String>> = HashMap::new();
+    for line in text.lines().skip(1) {
+        let fields: Vec<&str> = line.split('\t').collect();
+        let [name, kind, mode, uid, gid, size, mtime, nsec, nlink, rdev, target, sha256, attributes] =
+            fields[..]
+        else {
+            panic!("{line}");
+        };
+        let relative = decode(name);
+        let path = root.join(OsStr::from_bytes(&relative[1..]));
+        let meta = std::fs::symlink_metadata(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let found_kind = match meta.mode() & libc::S_IFMT {
+            libc::S_IFREG => "f",
+            libc::S_IFDIR => "d",
+            libc::S_IFLNK => "l",
+            libc::S_IFCHR => "c",
+            libc::S_IFBLK => "b",
+            libc::S_IFIFO => "p",
+            _ => "?",
+        };
+        let device = match kind {
+            "c" | "b" => format!("{}:{}", libc::major(meta.rdev()), libc::minor(meta.rdev())),
+            _ => "-".to_owned(),
+        };
+        let link = std::fs::read_link(&path).map(|target| target.as_os_str().as_bytes().to_owned());
+        assert_eq!(
+            (
+                found_kind,
+                format!("{:o}", meta.mode() & 0o7777),
+                meta.uid().to_string(),
+                meta.gid().to_string(),
+                meta.size().to_string(),
+                meta.mtime().to_string(),
+                meta.mtime_nsec().to_string(),
+                meta.nlink().to_string(),
+                device,
+                link.unwrap_or_else(|_| b"-".to_vec()),
+                xattrs(&path)
+            ),
+            (
+                kind,
+                mode.to_owned(),
+                uid.to_owned(),
+                gid.to_owned(),
+                size.to_owned(),
+                mtime.to_owned(),
+                nsec.to_owned(),
+                nlink.to_owned(),
+                rdev.to_owned(),
+                decode(target),
+                sorted(attributes)
+            ),
+            "{name}"
+        );
+        if kind == "f" {
+            let content = std::fs::read(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert_eq!(DigestAlgorithm::Sha256.digest(&content).to_string(), sha256, "{name}");
+            names.entry(meta.ino()).or_default().push(name.to_owned());
+        }
+        count += 1;
+    }
+    // One inode number for all names of a file, and no other.
+    for (ino, names) in names {
+        let path = root.join(OsStr::from_bytes(&decode(&names[0])[1..]));
+        assert_eq!(std::fs::metadata(path).unwrap().nlink() as usize, names.len(), "inode {ino}: {names:?}");
+    }
+    count
+}
+
+/// Entries found by walking, with `.` and `..` as the kernel lists them left to it.
+fn walk(dir: &Path) -> usize {
+    std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| {
+            let entry = entry.unwrap();
+            1 + if entry.file_type().unwrap().is_dir() { walk(&entry.path()) } else { 0 }
+        })
+        .sum()
+}
+
+#[test]
+fn golden_images_are_shown_as_listed() {
+    if !crate::common::can_mount() {
+        return;
+    }
+    for (variant, listing) in [
+        ("none-4k", "list/tree.tsv"),
+        ("none-1m", "list/tree.tsv"),
+        ("lz4-4k", "list/tree.tsv"),
+        ("lz4-1m", "list/tree.tsv"),
+        ("zstd-4k", "list/tree.tsv"),
+        ("default", "list/tree.tsv"),
+        ("toc-sha256", "list/tree.tsv"),
+        ("batch", "list/tree.tsv"),
+    ] {
+        eprintln!("variant {variant}");
+        let site = Site::new(&format!("{variant}/image.boot"), &[&format!("{variant}/image.blob")]);
+        let mut daemon = site.start(&[]);
+        assert_eq!(walk(&site.mount()) + 1, compare(&site.mount(), listing), "{variant}");
+        let cache = daemon.get("/api/v1/metrics/blobcache");
+        assert_eq!(cache["fetched_chunks"], cache["chunks_total"], "{variant}: each chunk once");
+        // An orderly end makes the cache durable.
+        daemon.signal(Signal::SIGTERM);
+        assert_eq!(daemon.wait().code(), Some(0));
+        // From the cache alone.
+        for blob in std::fs::read_dir(site.path("blobs")).unwrap() {
+            std::fs::remove_file(blob.unwrap().path()).unwrap();
+        }
+        let _daemon = site.start(&[]);
+        compare(&site.mount(), listing);
+    }
+}
+
+#[test]
+fn a_merged_image_reads_from_both_layers() {
+    if !crate::common::can_mount() {
+        return;
+    }
+    let site = Site::new("merged/image.boot", &["upper-inline-toc/layer.blob", "inline-toc/layer.blob"]);
+    let _daemon = site.start(&[]);
+    compare(&site.mount(), "list/merged.tsv");
+}
