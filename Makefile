@@ -23,7 +23,7 @@ demo: setup ## A real image: built, converted, mounted lazily, run (release buil
 	@BIN=$(TARGET)/release misc/demo/demo.sh
 
 test: setup ## All set-up, then every test (root mounts for real; otherwise each skip says why)
-	@cargo build --workspace --profile fast --bins
+	@cargo build --workspace --profile fast --bins --tests
 	@cargo test --workspace --profile fast
 
 check: ## Format, lints, rustdoc: no warning passes
@@ -47,10 +47,10 @@ fuzz: ## Every fuzz target for FUZZ_SECONDS (60) each; installs cargo-fuzz if mi
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) misc/fuzz.sh
 
 soak: setup ## The long runs: SOAK_KILLS (500) kills under readers, and the corpus images end to end
-	@cargo build --workspace --profile fast --bins
+	@cargo build --workspace --profile fast --bins --tests
 	@misc/images/make-images misc/.cache/images debian python node
 	@NYDUS_TEST_KILLS=$(SOAK_KILLS) NYDUS_TEST_CORPUS=$(CURDIR)/misc/.cache/images \
-		cargo test --profile fast -p tests --test e2e -- --nocapture corpus kills
+		cargo test --workspace --profile fast --test e2e -- --nocapture corpus kills
 
 install: build ## Copy the release binaries to $(DESTDIR)$(PREFIX)/bin
 	@install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(TARGET)/release/{nydusd,nydusctl,nydus-image}

@@ -2,7 +2,7 @@
 """fetched.py LAYOUT CACHE BACKEND_METRICS LIMIT: what a start fetched, of how much.
 
 Bytes come from the daemon's backend counter, chunks from the chunk maps in the cache directory
-(a header of 4096 bytes, then one byte a chunk, 1 = ready). Fails above LIMIT percent of the bytes.
+(a header of 4096 bytes, then 32 bytes a chunk, all zero = not there). Fails above LIMIT percent of the bytes.
 """
 
 import glob
@@ -27,9 +27,9 @@ def main():
     ready = chunks = 0
     for path in glob.glob(f"{cache}/**/*.chunk_map", recursive=True):
         with open(path, "rb") as file:
-            flags = file.read()[4096:]
-        ready += flags.count(1)
-        chunks += len(flags)
+            records = file.read()[4096:]
+        chunks += len(records) // 32
+        ready += sum(any(records[start : start + 32]) for start in range(0, len(records), 32))
 
     def line(name, text):
         print(f"  {name:<34} {text}")

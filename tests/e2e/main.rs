@@ -3,4 +3,15 @@
 //! One program, so that it links once and its tests share two cores. What this machine cannot run
 //! is listed in `tests/README.md`; a test that is skipped prints why.
 
+mod conversions;
+mod corpus;
+mod digests;
 mod judges;
+mod kernel;
+mod kills;
+mod lazy;
+mod lifetime;
+mod outages;
+mod registries;
+mod sharing;
+mod tampering;

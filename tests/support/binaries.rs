@@ -42,7 +42,8 @@ fn binaries() -> &'static Binaries {
 }
 
 /// Brings the binaries up to date, so that a bare `cargo test` never judges yesterday's daemon.
-/// Under `make test` they are, and this costs one look at time stamps.
+/// Under `make test` they are, and this costs one look at time stamps: the same targets as there,
+/// because other targets mean other features, and those mean building everything twice.
 fn build(directory: &Path) {
     let Some(cargo) = std::env::var_os("CARGO") else { return };
     let profile = match directory.file_name().and_then(|name| name.to_str()) {
@@ -50,7 +51,7 @@ fn build(directory: &Path) {
         Some(profile) => profile,
     };
     let status = Command::new(cargo)
-        .args(["build", "--quiet", "--workspace", "--bins", "--profile", profile])
+        .args(["build", "--quiet", "--workspace", "--bins", "--tests", "--profile", profile])
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .status()
         .expect("cargo ran this test, so it starts");

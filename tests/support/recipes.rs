@@ -113,7 +113,6 @@ fn tiny_odd() -> Vec<Entry> {
         Entry::file("odd/acl", "acl\n").mode(0o640).xattr("system.posix_acl_access", acl()),
         Entry::file("odd/noted", "noted\n")
             .xattr("user.note", vec![b'v'; 3000])
-            .xattr("user.empty", "")
             .xattr("user.binary", [0_u8, 0xff, b'\n', 0x80]),
         Entry::dir("odd/noted-directory").xattr("user.dir", "yes").xattr("trusted.tests", "root only"),
         Entry::new("odd/fifo", Kind::Fifo).mode(0o600),

@@ -1,0 +1,108 @@
+#!/bin/bash
+# Whole scenarios on one machine: medians of RUNS (5) with the spread, and what they are measured
+# against. Release build; needs root, a Debian mirror the first time, and an idle machine.
+#
+#   BIN     directory of the binaries (target/release)
+#   RUNS    repetitions (5)
+#   IMAGE   image of misc/images/make-images to measure with (node: tens of thousands of files)
+#   ONLY    one of create convert mount fetch (all)
+set -euo pipefail
+here=$(cd "$(dirname "$0")/../.." && pwd)
+bin=${BIN:-$here/target/release}
+runs=${RUNS:-5}
+name=${IMAGE:-node}
+images=$here/misc/.cache/images
+fail() { echo "bench: $*" >&2; exit 1; }
+[ "$(id -u)" = 0 ] || fail "mounting needs root"
+
+"$here/misc/images/make-images" "$images" "$name"
+work=$(mktemp -d "${TMPDIR:-/var/tmp}/nydus-bench.XXXXXX")
+daemon=
+stop_daemon() {
+  if [ -n "$daemon" ]; then kill -TERM "$daemon" 2>/dev/null || true; wait "$daemon" 2>/dev/null || true; daemon=; fi
+  mountpoint -q "$work/mount" && umount -l "$work/mount" || true
+}
+trap 'stop_daemon; rm -rf "$work"' EXIT
+mkdir -p "$work/mount"
+umoci unpack --image "$images/$name:latest" "$work/bundle" >/dev/null 2>&1
+root=$work/bundle/rootfs
+
+# milliseconds COMMAND...: its wall time on stdout, its output nowhere.
+milliseconds() {
+  local start end
+  start=$(date +%s%N)
+  "$@" >"$work/out" 2>&1 || { cat "$work/out" >&2; fail "$* failed"; }
+  end=$(date +%s%N)
+  echo $(((end - start) / 1000000))
+}
+# median WHAT UNIT < numbers
+median() { sort -n | awk -v what="$1" -v unit="$2" '{v[NR]=$1} END {printf "%-44s %8s %s   (%s to %s, %d runs)\n", what, v[int((NR+1)/2)], unit, v[1], v[NR], NR}'; }
+wanted() { [ -z "${ONLY:-}" ] || [ "$ONLY" = "$1" ]; }
+
+echo "image $name: $(find "$root" | wc -l) entries, $(du -s --block-size=1M "$root" | cut -f1) MiB unpacked; $(nproc) cores; $("$bin/nydus-image" --version | tr '\n\t' '  ' | cut -c1-60)"
+
+if wanted create; then
+  build() { rm -rf "$work/blobs" && "$bin/nydus-image" create --compressor zstd --bootstrap "$work/boot" --blob-dir "$work/blobs" "$root"; }
+  squash() { rm -f "$work/squash" && mksquashfs "$root" "$work/squash" -comp zstd -Xcompression-level 3 -no-progress -quiet; }
+  mkdir -p "$work/blobs"; build >/dev/null 2>&1; squash >/dev/null # both warm
+  : >"$work/ours"; : >"$work/theirs"
+  for ((i = 0; i < runs; i++)); do # in turns, so that both meet the same machine
+    milliseconds build >>"$work/ours"
+    milliseconds squash >>"$work/theirs"
+  done
+  median "create, zstd" ms <"$work/ours"
+  median "mksquashfs -comp zstd -Xcompression-level 3" ms <"$work/theirs"
+  ours=$(($(du -sb "$work/blobs" | cut -f1) + $(stat -c %s "$work/boot")))
+  theirs=$(stat -c %s "$work/squash")
+  awk -v a="$ours" -v b="$theirs" 'BEGIN {printf "%-44s %8.3f x   (%d and %d bytes)\n", "size, ours to squashfs", a / b, a, b}'
+fi
+
+if wanted convert; then
+  for compressor in default zstd lz4_block none; do
+    flags=(); [ "$compressor" = default ] || flags=(--compressor "$compressor")
+    convert() { rm -rf "$work/layout" && "$bin/nydus-image" convert "oci:$images/$name:latest" "oci:$work/layout:latest" "${flags[@]}"; }
+    for ((i = 0; i < runs; i++)); do milliseconds convert; done | median "convert oci: to oci:, $compressor" ms
+  done
+fi
+
+"$bin/nydus-image" convert "oci:$images/$name:latest" "oci:$work/nydus:latest" >/dev/null 2>&1
+
+# Starts a daemon on an empty cache and waits until the mount is there.
+start_daemon() {
+  rm -rf "$work/cache"
+  "$bin/nydusd" fuse --image "oci:$work/nydus:latest" --cache-dir "$work/cache" --mountpoint "$work/mount" \
+    --apisock "$work/api.sock" --log-level warn >"$work/nydusd.log" 2>&1 &
+  daemon=$!
+  until mountpoint -q "$work/mount"; do
+    kill -0 "$daemon" 2>/dev/null || { cat "$work/nydusd.log" >&2; fail "nydusd ended"; }
+  done
+}
+private_memory() { awk '/^Rss(Anon|Shmem):/ {sum += $2} END {print sum}' "/proc/$1/status"; }
+
+if wanted mount; then
+  : >"$work/ours"
+  for ((i = 0; i < runs; i++)); do
+    begin=$(date +%s%N)
+    start_daemon
+    ls "$work/mount" >/dev/null
+    echo $((($(date +%s%N) - begin) / 1000000)) >>"$work/ours"
+    stop_daemon
+  done
+  median "start, mount and first ls" ms <"$work/ours"
+  : >"$work/ours"; : >"$work/memory"
+  for ((i = 0; i < runs; i++)); do
+    start_daemon
+    milliseconds find "$work/mount" -ls >>"$work/ours"
+    private_memory "$daemon" >>"$work/memory"
+    stop_daemon
+  done
+  median "find -ls" ms <"$work/ours"
+  median "nydusd after find -ls, RssAnon + RssShmem" KiB <"$work/memory"
+fi
+
+if wanted fetch; then
+  read_all() { find "$work/mount" -xdev -type f -exec cat {} + >/dev/null; }
+  : >"$work/ours"
+  for ((i = 0; i < runs; i++)); do start_daemon; milliseconds read_all >>"$work/ours"; stop_daemon; done
+  median "read every file, cold cache" ms <"$work/ours"
+fi

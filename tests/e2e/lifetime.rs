@@ -1,0 +1,137 @@
+//! How a daemon ends, what it tells about itself, and what a mounted tree shows.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{DirEntryExt, MetadataExt};
+use std::process::Command;
+
+use nix::mount::{MntFlags, umount2};
+use tests::daemon::DaemonOptions;
+use tests::journey::Journey;
+use tests::mount::mounted;
+use tests::{Result, binaries, command, ensure, needs_mounts, recipes};
+
+/// SIGTERM: exit 0, unmounted, the API socket gone.
+#[test]
+fn sigterm_unmounts() -> Result<()> {
+    needs_mounts!();
+    let journey = Journey::start(&recipes::tiny())?;
+    let nydus = journey.convert("nydus", &[])?;
+    let mut daemon = DaemonOptions::image(&nydus.reference(), &journey.path("cache")).start()?;
+    // Busy: a lazy unmount works all the same.
+    let open = fs::File::open(daemon.root().join("etc/hostname"))?;
+    let status = daemon.terminate()?;
+    ensure!(status.code() == Some(0), "{status}: {}", daemon.log());
+    ensure!(!mounted(daemon.root()), "still mounted");
+    ensure!(!daemon.socket().exists(), "the API socket is left");
+    drop(open);
+    Ok(())
+}
+
+/// An unmount from outside ends the daemon with 0.
+#[test]
+fn external_unmount_ends_the_daemon() -> Result<()> {
+    needs_mounts!();
+    let journey = Journey::start(&recipes::tiny())?;
+    let nydus = journey.convert("nydus", &[])?;
+    for flags in [MntFlags::empty(), MntFlags::MNT_DETACH] {
+        let mut daemon = DaemonOptions::image(&nydus.reference(), &journey.path("cache")).start()?;
+        umount2(daemon.root(), flags)?;
+        let status = daemon.wait_ended()?;
+        ensure!(status.code() == Some(0), "{status}: {}", daemon.log());
+    }
+    Ok(())
+}
+
+/// A bad start ends with 1 and a line that begins with `Error:`; a bad command line with 2.
+#[test]
+fn refusals_have_their_exit_codes() -> Result<()> {
+    needs_mounts!();
+    let scratch = tempfile::tempdir()?;
+    let cache = scratch.path().join("cache");
+    let missing = format!("oci:{}:latest", scratch.path().join("nowhere").display());
+    let (code, log) = DaemonOptions::image(&missing, &cache).refused()?;
+    ensure!(code == Some(1), "{code:?}: {log}");
+    ensure!(log.lines().any(|line| line.starts_with("Error:")) && log.contains("nowhere"), "{log}");
+    let finished = command::finish(Command::new(binaries::nydusd()).args(["fuse", "--no-such-flag"]))?;
+    ensure!(finished.code == Some(2), "{finished:?}");
+    Ok(())
+}
+
+/// An image that was never converted is refused by name, with the remedy.
+#[test]
+fn an_ordinary_image_is_refused_by_name() -> Result<()> {
+    needs_mounts!();
+    let journey = Journey::start(&recipes::tiny())?;
+    let (code, log) = DaemonOptions::image(&journey.source.reference(), &journey.path("cache")).refused()?;
+    ensure!(code == Some(1) && log.contains("convert"), "{code:?}: {log}");
+    Ok(())
+}
+
+/// `nydusctl info` and `nydusctl metrics` answer, and a full read counts exactly its length.
+#[test]
+fn nydusctl_answers() -> Result<()> {
+    needs_mounts!();
+    let journey = Journey::start(&recipes::tiny())?;
+    let nydus = journey.convert("nydus", &[])?;
+    let daemon = DaemonOptions::image(&nydus.reference(), &journey.path("cache")).start()?;
+    let length = fs::read(daemon.root().join("data/noise-b"))?.len();
+    let ctl = |arguments: &[&str]| {
+        command::run(Command::new(binaries::nydusctl()).arg("-S").arg(daemon.socket()).args(arguments))
+    };
+    ensure!(ctl(&["info"])?.contains("RUNNING"), "no state in info");
+    let metrics: serde_json::Value = serde_json::from_str(&ctl(&["--raw", "metrics", "fsstats"])?)?;
+    ensure!(metrics["data_read"] == length, "{metrics}");
+    let backend: serde_json::Value = serde_json::from_str(&ctl(&["--raw", "metrics", "backend"])?)?;
+    ensure!(backend["read_amount_total"].as_u64() >= Some(length as u64 / 2), "{backend}");
+    for kind in ["backend", "cache", "fsstats"] {
+        ensure!(!ctl(&["metrics", kind])?.trim().is_empty(), "metrics {kind} prints nothing");
+    }
+    Ok(())
+}
+
+/// Inode numbers are those of the listing, one for hard links; `.` and `..` are there; the tree is
+/// read-only.
+#[test]
+fn the_tree_is_a_read_only_file_system() -> Result<()> {
+    needs_mounts!();
+    let journey = Journey::start(&recipes::tiny())?;
+    let nydus = journey.convert("nydus", &[])?;
+    let daemon = DaemonOptions::image(&nydus.reference(), &journey.path("cache")).start()?;
+    let root = daemon.root();
+    for entry in fs::read_dir(root.join("odd"))? {
+        let entry = entry?;
+        let found = fs::symlink_metadata(entry.path())?;
+        ensure!(entry.ino() == found.ino(), "{} is listed with another number", entry.path().display());
+    }
+    let numbers: BTreeSet<u64> = ["odd/linked-a", "odd/linked-b", "linked-c"]
+        .map(|name| fs::metadata(root.join(name)).map(|found| found.ino()))
+        .into_iter()
+        .collect::<std::io::Result<_>>()?;
+    ensure!(numbers.len() == 1, "hard links have the numbers {numbers:?}");
+
+    let mut listing =
+        nix::dir::Dir::open(&root.join("many"), nix::fcntl::OFlag::O_RDONLY, nix::sys::stat::Mode::empty())?;
+    let names: Vec<Vec<u8>> =
+        listing.iter().map(|entry| Ok(entry?.file_name().to_bytes().to_vec())).collect::<nix::Result<_>>()?;
+    ensure!(names.len() == 402, "{} names of 402", names.len());
+    ensure!(names.contains(&b".".to_vec()) && names.contains(&b"..".to_vec()), "`.` and `..` are not listed");
+    ensure!(fs::metadata(root.join("many"))?.nlink() == 2, "nlink of an only child");
+
+    for result in [
+        fs::write(root.join("new"), "").err(),
+        fs::remove_file(root.join("etc/hostname")).err(),
+        fs::create_dir(root.join("directory")).err(),
+        fs::rename(root.join("etc"), root.join("cte")).err(),
+        fs::OpenOptions::new().write(true).open(root.join("etc/hostname")).err(),
+    ] {
+        let code = result.and_then(|error| error.raw_os_error());
+        ensure!(code == Some(libc::EROFS), "a change ended with {code:?} instead of EROFS");
+    }
+    let found = fs::symlink_metadata(root.join("odd/large-device"))?;
+    ensure!(
+        (nix::sys::stat::major(found.rdev()), nix::sys::stat::minor(found.rdev())) == (2047, 70_000),
+        "rdev"
+    );
+    Ok(())
+}

@@ -1,0 +1,193 @@
+//! A registry that stalls, refuses, cuts and lies: readers wait or get EIO, never wrong bytes, and
+//! nobody else notices.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tests::daemon::{Daemon, DaemonOptions};
+use tests::image::{Entry, Image};
+use tests::journey::{Journey, convert, within};
+use tests::recipes::noise;
+use tests::registry::Registry;
+use tests::relay::{Relay, Rule};
+use tests::{Context, Result, ensure, needs_mounts, needs_programs};
+
+/// Readers that hang in the test of a stalled registry.
+const READERS: u64 = 64;
+/// The part of the file that each of them reads: one chunk.
+const CHUNK: u64 = 64 << 10;
+/// What `ls`, stat and cached reads may take on a loaded machine with two cores. Behind a stalled
+/// registry they would take the read timeout, 60 seconds.
+const AT_ONCE: Duration = Duration::from_secs(3);
+
+struct Scene {
+    journey: Journey,
+    relay: Relay,
+    _registry: Registry,
+}
+
+impl Scene {
+    fn set(entries: Vec<Entry>) -> Result<Self> {
+        let journey = Journey::start(&Image::new(vec![entries]))?;
+        let registry = Registry::open()?;
+        let relay = Relay::start(registry.address())?;
+        convert(&journey.source.reference(), &registry.reference("stalls"), &["--chunk-size", "0x10000"])?;
+        Ok(Self { journey, relay, _registry: registry })
+    }
+
+    fn options(&self) -> DaemonOptions {
+        DaemonOptions::image(&self.relay.reference("stalls"), &self.journey.path("cache"))
+    }
+}
+
+/// 64 readers wait on a stalled registry behind 4 threads; `ls`, stat and cached reads answer at once.
+#[test]
+fn a_stalled_registry_delays_nobody_else() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("docker-registry");
+    let big = Arc::new(noise(1, usize::try_from(READERS * CHUNK)?));
+    let cached = noise(2, 100_000);
+    let scene = Scene::set(vec![
+        Entry::dir("./"),
+        Entry::dir("d"),
+        Entry::file("d/big", big.as_slice()),
+        Entry::file("d/cached", cached.as_slice()),
+        Entry::file("d/unseen", "never looked at before\n"),
+    ])?;
+    let daemon = scene.options().flag("--fuse-threads", "4").start()?;
+    let root = daemon.root().to_owned();
+    ensure!(fs::read(root.join("d/cached"))? == cached, "wrong bytes before the outage");
+    // The bytes go out of the page cache and stay in the daemon's.
+    daemon.drop_pages(&root.join("d/cached"))?;
+
+    scene.relay.set(Rule::Stall);
+    let readers: Vec<_> = (0..READERS)
+        .map(|number| {
+            let (path, big) = (root.join("d/big"), Arc::clone(&big));
+            thread::spawn(move || -> Result<()> {
+                let file = File::open(path)?;
+                // No readahead, or one reader would wait for the chunks of all.
+                nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_RANDOM)?;
+                let mut found = [0; 4096];
+                file.read_exact_at(&mut found, number * CHUNK)?;
+                let start = usize::try_from(number * CHUNK)?;
+                ensure!(found == big[start..start + 4096], "reader {number} got wrong bytes");
+                Ok(())
+            })
+        })
+        .collect();
+    scene.relay.wait_stalled(1)?;
+    wait_for_requests(&root, READERS)?;
+
+    let started = Instant::now();
+    let path = root.clone();
+    within(AT_ONCE, "ls", move || Ok(fs::read_dir(path.join("d"))?.count()))?;
+    let path = root.clone();
+    let metadata = within(AT_ONCE, "stat", move || Ok(fs::symlink_metadata(path.join("d/unseen"))?))?;
+    let path = root.join("d/cached");
+    let bytes = within(AT_ONCE, "a cached read", move || Ok(fs::read(path)?))?;
+    let elapsed = started.elapsed();
+    ensure!(metadata.len() == 23 && bytes == cached, "wrong answers during the outage");
+    eprintln!("ls, stat and a cached read beside {READERS} stalled readers: {elapsed:?}");
+
+    scene.relay.set(Rule::Pass);
+    for reader in readers {
+        reader.join().expect("readers do not panic")?;
+    }
+    Ok(())
+}
+
+/// Waits until the kernel has `count` requests waiting for the daemon of this mount.
+fn wait_for_requests(root: &Path, count: u64) -> Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    // The connection is named by the minor number of the mount's anonymous device.
+    let minor = nix::sys::stat::minor(fs::metadata(root)?.dev());
+    let file = format!("/sys/fs/fuse/connections/{minor}/waiting");
+    if !Path::new("/sys/fs/fuse/connections").join(minor.to_string()).exists() {
+        // Best effort: the control file system belongs to the machine, not to the test.
+        let target = "/sys/fs/fuse/connections";
+        nix::mount::mount(
+            Some("fusectl"),
+            target,
+            Some("fusectl"),
+            nix::mount::MsFlags::empty(),
+            None::<&str>,
+        )
+        .context("mount fusectl to count waiting requests")?;
+    }
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let waiting: u64 = fs::read_to_string(&file).with_context(|| file.clone())?.trim().parse()?;
+        if waiting >= count {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "only {waiting} of {count} requests wait in the kernel");
+        // The kernel's counter can only be asked.
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A read that misses fails with EIO after the timeout; after the outage the next one succeeds.
+#[test]
+fn an_outage_ends_with_recovery() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("docker-registry");
+    let bytes = noise(3, 300_000);
+    let scene = Scene::set(vec![Entry::dir("./"), Entry::file("file", bytes.as_slice())])?;
+    let daemon = scene.options().flag("--read-timeout", "2").start()?;
+    for rule in [Rule::Stall, Rule::Refuse(503), Rule::Refuse(403), Rule::FlipFirstBit, Rule::CutAfter(10)] {
+        scene.relay.set(rule);
+        let error = read(&daemon, "file").err().with_context(|| format!("{rule:?}: the read should fail"))?;
+        ensure!(error.raw_os_error() == Some(libc::EIO), "{rule:?}: {error}");
+        ensure!(fs::read_dir(daemon.root())?.count() == 1, "{rule:?}: the listing is wrong");
+    }
+    scene.relay.set(Rule::Pass);
+    ensure!(read(&daemon, "file")? == bytes, "wrong bytes after the outage");
+    Ok(())
+}
+
+/// A registry that ignores `Range` wastes bytes but serves right ones.
+#[test]
+fn a_registry_without_ranges_serves_right_bytes_or_none() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("docker-registry");
+    let bytes = noise(4, 300_000);
+    let scene = Scene::set(vec![Entry::dir("./"), Entry::file("file", bytes.as_slice())])?;
+    let daemon = scene.options().flag("--read-timeout", "5").start()?;
+    scene.relay.set(Rule::IgnoreRange);
+    match read(&daemon, "file") {
+        Ok(found) => ensure!(found == bytes, "wrong bytes from a registry without ranges"),
+        Err(error) => ensure!(error.raw_os_error() == Some(libc::EIO), "{error}"),
+    }
+    scene.relay.set(Rule::Pass);
+    ensure!(read(&daemon, "file")? == bytes, "wrong bytes after recovery");
+    Ok(())
+}
+
+/// With `--on-outage wait` a read outlives its timeout and ends well.
+#[test]
+fn a_patient_read_waits_for_the_registry() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("docker-registry");
+    let bytes = noise(5, 100_000);
+    let scene = Scene::set(vec![Entry::dir("./"), Entry::file("file", bytes.as_slice())])?;
+    let daemon = scene.options().flag("--read-timeout", "1").flag("--on-outage", "wait").start()?;
+    scene.relay.set(Rule::Refuse(503));
+    let path = daemon.root().join("file");
+    let reader = thread::spawn(move || fs::read(path));
+    // Three refusals: the read has survived at least two of them.
+    scene.relay.wait_arrived(3)?;
+    ensure!(!reader.is_finished(), "a patient read ended during the outage");
+    scene.relay.set(Rule::Pass);
+    let found = reader.join().expect("the reader does not panic")?;
+    ensure!(found == bytes, "wrong bytes after the outage");
+    Ok(())
+}
+
+fn read(daemon: &Daemon, name: &str) -> std::io::Result<Vec<u8>> {
+    fs::read(daemon.root().join(name))
+}
