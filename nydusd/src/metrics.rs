@@ -50,7 +50,8 @@ pub struct FsMetrics {
     read_latencies: [AtomicU64; 8],
     hits: Fops,
     errors: Fops,
-    latency_us: Fops,
+    /// Most operations take less than a microsecond: whole ones would sum up to nothing.
+    latency_ns: Fops,
 }
 
 /// [`FsMetrics`] at one moment, as the API shows them.
@@ -91,8 +92,8 @@ impl FsMetrics {
     pub fn record(&self, fop: Fop, ok: bool, elapsed: Duration) {
         let counters = if ok { &self.hits } else { &self.errors };
         counters[fop as usize].fetch_add(1, Relaxed);
-        let us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
-        self.latency_us[fop as usize].fetch_add(us, Relaxed);
+        let ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
+        self.latency_ns[fop as usize].fetch_add(ns, Relaxed);
     }
 
     /// Notes one read: the bytes its reader got, or a failure.
@@ -121,7 +122,7 @@ impl FsMetrics {
             block_count_read: load(&self.read_sizes),
             fop_hits: load(&self.hits),
             fop_errors: load(&self.errors),
-            fop_cumulative_latency_total: load(&self.latency_us),
+            fop_cumulative_latency_total: load(&self.latency_ns).map(|ns| ns / 1000),
             read_latency_dist: load(&self.read_latencies),
         }
     }
