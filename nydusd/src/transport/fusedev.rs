@@ -198,6 +198,9 @@ impl PendingRead {
             }
             Err(error) => {
                 metrics.record_read(None, self.started.elapsed());
+                if error.kind() == storage::ErrorKind::TimedOut {
+                    self.plan.mount.failures().timed_out(self.plan.nid, self.offset, len);
+                }
                 self.connection.reply(OutHeader::refusal(self.unique, libc::EIO), &[]);
                 let slices = std::mem::take(&mut self.slices);
                 report(&self.plan, self.offset, slices, &error);
@@ -299,6 +302,10 @@ impl Worker {
             Ok(true) => {
                 plan.mount.metrics().record_read(Some(plan.len), started.elapsed());
                 self.connection.reply(out, data);
+            }
+            Ok(false) if plan.mount.failures().is_echo(plan.nid, read.offset, plan.len) => {
+                plan.mount.metrics().record_read(None, started.elapsed());
+                refuse(libc::EIO);
             }
             Ok(false) => self.submit(header, plan, read.offset, started),
             Err(error) => {
