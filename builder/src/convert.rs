@@ -51,7 +51,20 @@ use crate::sink::BlobSink;
 use crate::tree::Tree;
 use crate::{Error, ErrorKind, Result};
 
-/// Chunk size of converted images.
+/// Chunk size of converted images: 256 KiB.
+///
+/// Measured on two real images (zstd, sha256): bytes of the image, and bytes and requests until
+/// the program in it printed its first line from an empty cache.
+///
+/// | chunk | python, 5 layers | cold start | node, 3 layers | cold start |
+/// |---|---|---|---|---|
+/// | 128 KiB | 138.2 MB | 21.6 MB in 927 | 137.3 MB | 19.4 MB in 533 |
+/// | 256 KiB | 135.4 MB | 22.5 MB in 814 | 134.1 MB | 19.5 MB in 417 |
+/// | 512 KiB | 134.5 MB | 24.1 MB in 755 | 132.8 MB | 20.3 MB in 340 |
+/// | 1 MiB | 133.9 MB | 25.3 MB in 720 | 132.0 MB | 21.5 MB in 294 |
+///
+/// Below it the image grows and requests multiply for few bytes saved; above it each start pays
+/// for bytes nobody reads.
 pub const DEFAULT_CHUNK_SIZE: u32 = 0x40000;
 
 /// Write buffer of a blob's temporary file.

@@ -235,6 +235,36 @@ fn a_layer_that_is_not_what_it_should_be_leaves_nothing() {
 }
 
 #[test]
+fn images_without_data_are_images() {
+    let empty = tar_of(&[]);
+    for layers in
+        [vec![], vec![empty.clone()], vec![empty.clone(), tar_of(&[("d/", 0o755, Item::Dir)]), empty]]
+    {
+        let layout = layout_of(&layers);
+        let source = layout.open("", None).unwrap();
+        let out = tempfile::tempdir().unwrap();
+        let done = convert_to(&source, out.path(), 1, 2).unwrap();
+        assert_eq!((done.layers.len(), done.blobs.len()), (layers.len(), 0));
+        let read = read_back(out.path());
+        assert_eq!(read.manifest["layers"].as_array().unwrap().len(), layers.len() + 1);
+        assert_eq!(differences(&*read.bootstrap, &source).first, []);
+    }
+}
+
+#[test]
+fn a_layer_that_upper_ones_hide_is_listed_but_not_named() {
+    let layout = layout_of(&[
+        tar_of(&[("a", 0o644, Item::File(b"hidden"))]),
+        tar_of(&[(".wh.a", 0o644, Item::File(b"")), ("b", 0o644, Item::File(b"seen"))]),
+    ]);
+    let out = tempfile::tempdir().unwrap();
+    let done = convert_to(&layout.open("", None).unwrap(), out.path(), 1, 2).unwrap();
+    assert_eq!(done.layers.iter().map(|l| l.used).collect::<Vec<_>>(), [false, true]);
+    assert_eq!(done.blobs, [done.layers[1].blob.to_string()]);
+    assert_eq!(read_back(out.path()).manifest["layers"].as_array().unwrap().len(), 3);
+}
+
+#[test]
 fn interrupted_work_leaves_nothing() {
     let layout = layout_of(&layers());
     let source = layout.open("", None).unwrap();
