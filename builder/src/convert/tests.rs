@@ -8,11 +8,13 @@ use serde_json::Value;
 use super::*;
 use crate::compare::{CompareOptions, Differences, Side, compare};
 use crate::load::LoadedChunks;
+use crate::merge::{MergeSource, OwnBlob, merge};
 use crate::oci::media;
 use crate::oci::objects::Objects;
 use crate::oci::registry::RegistryOptions;
 use crate::oci::testing::{Item, Layout, TAR, sha256, tar_of};
 use crate::oci::transport::Transport;
+use crate::prefetch::Patterns;
 use crate::progress::Silent;
 
 fn options(cancel: &CancellationToken, threads: usize, jobs: usize) -> ConvertOptions<'_> {
@@ -54,6 +56,7 @@ fn layers() -> Vec<Vec<u8>> {
             ("etc/", 0o711, Item::Dir),
             ("etc/.wh.gone", 0o644, Item::File(b"")),
             ("etc/same-as-big", 0o644, Item::File(&big)),
+            ("opaque/", 0o751, Item::Dir),
             ("opaque/.wh..wh..opq", 0o644, Item::File(b"")),
             ("opaque/above", 0o644, Item::File(&other)),
             (".wh.nothing", 0o644, Item::File(b"")),
@@ -232,6 +235,37 @@ fn a_layer_that_is_not_what_it_should_be_leaves_nothing() {
         assert!(err.to_string().contains("layer 2 of 3"), "{err}");
         assert!(!out.exists(), "{tag}: the target was left");
     }
+}
+
+/// What the converters of others do: take the bootstraps out of the blobs and merge them.
+#[test]
+fn the_bootstraps_in_the_blobs_merge_to_the_image() {
+    use rafs::bootstrap::{OpenOptions, from_bytes};
+
+    // Every directory is listed: a bootstrap cannot say that its layer only implied one.
+    let mut layers = layers();
+    layers[2] = tar_of(&[("etc/", 0o750, Item::Dir), ("etc/copy", 0o644, Item::File(&pattern(40_000, 1)))]);
+    let layout = layout_of(&layers);
+    let out = tempfile::tempdir().unwrap();
+    let done = convert_to(&layout.open("", None).unwrap(), out.path(), 1, 2).unwrap();
+    let objects = Objects::directory(out.path());
+    let mut sources = Vec::new();
+    for layer in &done.layers {
+        let bytes = objects.read_blob(&layer.blob, 1 << 20).unwrap();
+        let mut read =
+            |range: storage::ids::ByteRange| Ok(bytes[range.start() as usize..range.end() as usize].to_vec());
+        let file = rafs::blob_file::BlobFile::read(bytes.len() as u64, &mut read).unwrap();
+        let names: Vec<&str> = file.sections().iter().map(|s| s.name).collect();
+        let all = ["image.blob", "blob.meta", "blob.meta.header", "blob.digest", "image.boot"];
+        assert_eq!(names, if layer.chunk_count > 0 { &all[..] } else { &all[4..] });
+        let name = layer.blob.to_string();
+        let opened = OpenOptions { inlined_blob_id: Some(storage::ids::BlobId::new(&name).unwrap()) };
+        let bootstrap = from_bytes(file.bootstrap(&mut read).unwrap(), &opened).unwrap();
+        let own = OwnBlob { size: Some(layer.size), ..OwnBlob::default() };
+        sources.push(MergeSource { name, bootstrap, own });
+    }
+    let merged = merge(&sources, &Patterns::default()).unwrap();
+    assert_eq!((merged.root, merged.blobs), (done.root, done.blobs));
 }
 
 #[test]

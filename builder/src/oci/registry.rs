@@ -9,7 +9,7 @@ use storage::digest::{Digest, DigestAlgorithm, TaggedDigest};
 use storage::ids::ByteRange;
 use storage::oci::client::{RegistryClient, RegistryOptions as ClientOptions, Scheme};
 use storage::oci::manifest::Platform;
-use storage::oci::reference::Reference;
+use storage::oci::reference::{Reference, is_loopback};
 use storage::oci::stream::{self, BlockingReader};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -55,7 +55,8 @@ impl Repository {
     ) -> Result<Self> {
         let reference: Reference = reference.parse()?;
         let mut client = ClientOptions::default();
-        client.http.proxy_from_environment = true;
+        // As Go's tools do: this machine is never reached through a proxy.
+        client.http.proxy_from_environment = !is_loopback(reference.host());
         client.http.ca_files.clone_from(&options.ca_files);
         if options.plain_http {
             client.scheme = Scheme::Http;
