@@ -89,6 +89,10 @@ impl Pusher {
     /// Those of the registry. `Mismatch`: it stored something else.
     pub fn publish(&self, manifest: &[u8]) -> Result<Digest> {
         let Repository { runtime, client, reference, context } = &self.repository;
+        crate::progress::check(&context.cancel)?;
+        // From here on an interruption comes too late: cut short, nobody could say whether the
+        // image exists.
+        let context = &ReadContext::on_demand(Some(Instant::now() + PROGRESS_TIMEOUT));
         let digest = DigestAlgorithm::Sha256.digest(manifest);
         let body = Bytes::copy_from_slice(manifest);
         let path = format!("{}/manifests/{}", reference.repository(), reference.manifest_name());
