@@ -104,12 +104,7 @@ fn read_entry(path: &Path, metadata: &fs::Metadata) -> Result<Entry> {
     } else {
         Vec::new()
     };
-    let mut xattrs = BTreeMap::new();
-    for name in xattr::list(path)? {
-        let value = xattr::get(path, &name)?
-            .with_context(|| format!("{} is listed but has no value", name.display()))?;
-        xattrs.insert(name, value);
-    }
+    let xattrs = read_xattrs(path)?;
     Ok(Entry {
         mode: metadata.mode(),
         uid: metadata.uid(),
@@ -122,6 +117,22 @@ fn read_entry(path: &Path, metadata: &fs::Metadata) -> Result<Entry> {
         content,
         first_link: None,
     })
+}
+
+/// The attributes of `path` itself. A file system without attributes has none: a daemon that
+/// serves an image without any says so once, and the kernel never asks again.
+fn read_xattrs(path: &Path) -> Result<BTreeMap<OsString, Vec<u8>>> {
+    let names = match xattr::list(path) {
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(BTreeMap::new()),
+        names => names?,
+    };
+    names
+        .map(|name| {
+            let value = xattr::get(path, &name)?
+                .with_context(|| format!("{} is listed but has no value", name.display()))?;
+            Ok((name, value))
+        })
+        .collect()
 }
 
 /// The SHA-256 of a file's bytes.
