@@ -41,10 +41,10 @@ wanted() { [ -z "${ONLY:-}" ] || [ "$ONLY" = "$1" ]; }
 
 echo "image $name: $(find "$root" | wc -l) entries, $(du -s --block-size=1M "$root" | cut -f1) MiB unpacked; $(nproc) cores; $("$bin/nydus-image" --version | tr '\n\t' '  ' | cut -c1-60)"
 
+build() { rm -rf "$work/blobs" && mkdir "$work/blobs" && "$bin/nydus-image" create --compressor zstd --bootstrap "$work/boot" --blob-dir "$work/blobs" "$root"; }
 if wanted create; then
-  build() { rm -rf "$work/blobs" && "$bin/nydus-image" create --compressor zstd --bootstrap "$work/boot" --blob-dir "$work/blobs" "$root"; }
   squash() { rm -f "$work/squash" && mksquashfs "$root" "$work/squash" -comp zstd -Xcompression-level 3 -no-progress -quiet; }
-  mkdir -p "$work/blobs"; build >/dev/null 2>&1; squash >/dev/null # both warm
+  build >/dev/null 2>&1; squash >/dev/null # both warm
   : >"$work/ours"; : >"$work/theirs"
   for ((i = 0; i < runs; i++)); do # in turns, so that both meet the same machine
     milliseconds build >>"$work/ours"
@@ -65,15 +65,19 @@ if wanted convert; then
   done
 fi
 
-"$bin/nydus-image" convert "oci:$images/$name:latest" "oci:$work/nydus:latest" >/dev/null 2>&1
+[ -e "$work/boot" ] || build >/dev/null 2>&1
+cat >"$work/config.json" <<JSON
+{"version": 2, "backend": {"type": "localfs", "localfs": {"dir": "$work/blobs"}},
+ "cache": {"type": "filecache", "filecache": {"work_dir": "$work/cache"}}, "rafs": {"mode": "direct"}}
+JSON
 
-# Starts a daemon on an empty cache and waits until the mount is there.
+# Starts a daemon on a local bootstrap and an empty cache, and waits until the mount is there.
 start_daemon() {
   rm -rf "$work/cache"
-  "$bin/nydusd" fuse --image "oci:$work/nydus:latest" --cache-dir "$work/cache" --mountpoint "$work/mount" \
+  "$bin/nydusd" fuse --bootstrap "$work/boot" --config "$work/config.json" --mountpoint "$work/mount" \
     --apisock "$work/api.sock" --log-level warn >"$work/nydusd.log" 2>&1 &
   daemon=$!
-  until mountpoint -q "$work/mount"; do
+  until [[ $(</proc/self/mountinfo) == *" $work/mount "* ]]; do
     kill -0 "$daemon" 2>/dev/null || { cat "$work/nydusd.log" >&2; fail "nydusd ended"; }
   done
 }
