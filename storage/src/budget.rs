@@ -2,6 +2,8 @@
 //!
 //! A fetch reserves for one unit at a time, when that unit's first byte has arrived: a
 //! source that does not answer holds nothing, so a stalled one does not starve others.
+//! Nobody waits while holding, so every wait ends with the work of others. Prefetch holds
+//! at most half, so that a source that stalls under it does not keep readers waiting.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,6 +23,8 @@ pub(crate) struct Budget {
 #[derive(Debug)]
 struct State {
     free: u64,
+    /// Bytes that prefetch holds.
+    prefetched: u64,
     on_demand: VecDeque<Waiter>,
     prefetch: VecDeque<Waiter>,
 }
@@ -36,12 +40,23 @@ struct Waiter {
 pub(crate) struct Permit {
     budget: Arc<Budget>,
     bytes: u64,
+    priority: Priority,
+}
+
+/// Who waits may leave the head of the queue: then those behind it may fit.
+struct Leaving<'a>(&'a Arc<Budget>);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.hand_out();
+    }
 }
 
 impl Budget {
     pub(crate) fn new(total: u64) -> Arc<Self> {
         let total = total.max(1);
-        let state = State { free: total, on_demand: VecDeque::new(), prefetch: VecDeque::new() };
+        let state =
+            State { free: total, prefetched: 0, on_demand: VecDeque::new(), prefetch: VecDeque::new() };
         Arc::new(Self { total, state: Mutex::new(state) })
     }
 
@@ -49,6 +64,8 @@ impl Budget {
     /// single large unit passes alone.
     pub(crate) async fn reserve(self: &Arc<Self>, bytes: u64, priority: Priority) -> Permit {
         let need = bytes.min(self.total);
+        // Dropped after `granted`, which must look closed by then.
+        let _leaving = Leaving(self);
         let (grant, granted) = oneshot::channel();
         {
             let mut state = self.lock();
@@ -61,34 +78,44 @@ impl Budget {
         match granted.await {
             Ok(permit) => permit,
             // The queue lives as long as `self`, and a waiter leaves it only by its grant.
-            Err(_) => Permit { budget: Arc::clone(self), bytes: 0 },
+            Err(_) => Permit { budget: Arc::clone(self), bytes: 0, priority },
         }
     }
 
     /// Grants what fits, on-demand first. A waiter that has gone returns its grant.
     fn hand_out(self: &Arc<Self>) {
-        loop {
-            let waiter = {
-                let mut state = self.lock();
-                let State { free, on_demand, prefetch } = &mut *state;
-                let queue = if on_demand.is_empty() { prefetch } else { on_demand };
-                match queue.front() {
-                    Some(waiter) if waiter.grant.is_closed() => {
-                        queue.pop_front();
-                        continue;
-                    }
-                    Some(waiter) if waiter.need <= *free => {
-                        *free -= waiter.need;
-                        queue.pop_front()
-                    }
-                    _ => None,
-                }
-            };
-            let Some(waiter) = waiter else { return };
+        while let Some((waiter, priority)) = self.next_grant() {
             // A refused grant comes back and is dropped, which hands out again.
-            let permit = Permit { budget: Arc::clone(self), bytes: waiter.need };
+            let permit = Permit { budget: Arc::clone(self), bytes: waiter.need, priority };
             drop(waiter.grant.send(permit));
         }
+    }
+
+    /// The waiter whose turn it is, if there is room for it, which is taken.
+    fn next_grant(&self) -> Option<(Waiter, Priority)> {
+        let mut state = self.lock();
+        let State { free, prefetched, on_demand, prefetch } = &mut *state;
+        for queue in [&mut *on_demand, &mut *prefetch] {
+            while queue.front().is_some_and(|waiter| waiter.grant.is_closed()) {
+                queue.pop_front();
+            }
+        }
+        let (queue, priority) = match on_demand.is_empty() {
+            true => (prefetch, Priority::Prefetch),
+            false => (on_demand, Priority::OnDemand),
+        };
+        let need = queue.front()?.need;
+        // A unit larger than prefetch's share passes alone.
+        let shared =
+            priority == Priority::OnDemand || *prefetched == 0 || *prefetched + need <= self.total / 2;
+        if need > *free || !shared {
+            return None;
+        }
+        *free -= need;
+        if priority == Priority::Prefetch {
+            *prefetched += need;
+        }
+        Some((queue.pop_front()?, priority))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -99,7 +126,13 @@ impl Budget {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.budget.lock().free += self.bytes;
+        {
+            let mut state = self.budget.lock();
+            state.free += self.bytes;
+            if self.priority == Priority::Prefetch {
+                state.prefetched -= self.bytes;
+            }
+        }
         self.budget.hand_out();
     }
 }
@@ -125,6 +158,34 @@ mod tests {
         assert!(prefetch.as_mut().now_or_never().is_none());
         drop(permit);
         drop(prefetch.await);
+        assert_eq!(budget.lock().free, 10);
+    }
+
+    #[tokio::test]
+    async fn who_leaves_the_head_of_the_queue_lets_others_pass() {
+        let budget = Budget::new(10);
+        let held = budget.reserve(5, Priority::OnDemand).await;
+        let mut large = Box::pin(budget.reserve(8, Priority::OnDemand));
+        let mut small = Box::pin(budget.reserve(3, Priority::OnDemand));
+        assert!(large.as_mut().now_or_never().is_none());
+        assert!(small.as_mut().now_or_never().is_none());
+        drop(large);
+        drop(small.now_or_never().unwrap());
+        drop(held);
+        assert_eq!(budget.lock().free, 10);
+    }
+
+    #[tokio::test]
+    async fn prefetch_leaves_room_for_readers() {
+        let budget = Budget::new(10);
+        let held = budget.reserve(3, Priority::Prefetch).await;
+        let mut second = Box::pin(budget.reserve(3, Priority::Prefetch));
+        assert!(second.as_mut().now_or_never().is_none());
+        drop(budget.reserve(7, Priority::OnDemand).now_or_never().unwrap());
+        drop(held);
+        drop(second.now_or_never().unwrap());
+        // A unit that is larger than prefetch's share passes while no other is held.
+        drop(budget.reserve(9, Priority::Prefetch).now_or_never().unwrap());
         assert_eq!(budget.lock().free, 10);
     }
 }
