@@ -35,7 +35,6 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -46,6 +45,7 @@ use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes, KnownLayout, Una
 
 use super::data_file::{Storage, open_own, replace};
 use super::lock::{self, Kind};
+use super::mirror::Mirror;
 use crate::extent::ChunkExtent;
 use crate::ids::{BlobId, ByteRange, ChunkIndex};
 use crate::{Error, ErrorKind, Result};
@@ -138,8 +138,8 @@ pub(super) struct ChunkMap {
     /// The same file, for locks. Closing it frees them all.
     file: Arc<File>,
     /// Per chunk a mark of its record once this process knows it ready, else 0. Set after
-    /// the data was written (`Release`), read before it is read (`Acquire`).
-    mirror: Box<[AtomicU64]>,
+    /// the data was written, read before it is read.
+    mirror: Mirror,
     /// Makes marks that an image's author can not foresee.
     marks: RandomState,
     /// Held while the use lock is exclusive: taken before `clearing`.
@@ -243,7 +243,7 @@ impl ChunkMap {
         Ok(Self {
             storage,
             file: Arc::new(file),
-            mirror: (0..chunk_count).map(|_| AtomicU64::new(0)).collect(),
+            mirror: Mirror::new(chunk_count),
             marks: RandomState::new(),
             upgrade: Mutex::default(),
             clearing: RwLock::default(),
@@ -256,15 +256,16 @@ impl ChunkMap {
     /// Bytes read after a true answer are the chunk's if a second answer, after reading
     /// them, is true as well.
     pub(super) fn is_ready(&self, index: ChunkIndex, record: &Record) -> bool {
-        let Some(mark) = self.mirror.get(index.0 as usize) else { return false };
-        let own = self.mark_of(record);
-        if mark.load(Ordering::Acquire) == own {
+        if index.0 >= self.mirror.count() {
+            return false;
+        }
+        if self.mirror.get(index) == self.mark_of(record) {
             return true;
         }
         if self.load(index) != *record {
             return false;
         }
-        mark.store(own, Ordering::SeqCst);
+        self.mark(index, record);
         // Whoever clears it writes the record first and the mark second, so one of us
         // sees the other.
         let ready = self.load(index) == *record;
@@ -289,16 +290,12 @@ impl ChunkMap {
 
     /// Tells this process that the chunk's data is in the file.
     pub(super) fn mark(&self, index: ChunkIndex, record: &Record) {
-        if let Some(mark) = self.mirror.get(index.0 as usize) {
-            mark.store(self.mark_of(record), Ordering::Release);
-        }
+        self.mirror.set(index, self.mark_of(record));
     }
 
     /// Takes back [`ChunkMap::mark`].
     pub(super) fn unmark(&self, index: ChunkIndex) {
-        if let Some(mark) = self.mirror.get(index.0 as usize) {
-            mark.store(0, Ordering::SeqCst);
-        }
+        self.mirror.clear(index);
     }
 
     /// True if `record` is set or may be: nothing else is set there, or overlaps it.
@@ -315,7 +312,7 @@ impl ChunkMap {
 
     /// The nearest set record before or behind an index.
     fn neighbour(&self, index: ChunkIndex, behind: bool) -> Option<Record> {
-        let count = u32::try_from(self.mirror.len()).unwrap_or(u32::MAX);
+        let count = self.mirror.count();
         let mut batch = Vec::new();
         let (mut first, mut last) = if behind { (index.0.checked_add(1)?, count) } else { (0, index.0) };
         while first < last {
@@ -386,7 +383,7 @@ impl ChunkMap {
     pub(super) fn clear(&self, chunks: &[ChunkIndex]) -> io::Result<()> {
         let _clearing = self.clearing.write().unwrap_or_else(PoisonError::into_inner);
         for index in chunks {
-            if index.0 as usize >= self.mirror.len() {
+            if index.0 >= self.mirror.count() {
                 return Err(io::ErrorKind::InvalidInput.into());
             }
             self.storage.write_at(Record::new_zeroed().as_bytes(), offset(index.0))?;
@@ -398,7 +395,7 @@ impl ChunkMap {
     /// Forgets all chunks, durably.
     pub(super) fn clear_all(&self) -> io::Result<()> {
         let _clearing = self.clearing.write().unwrap_or_else(PoisonError::into_inner);
-        let count = u32::try_from(self.mirror.len()).unwrap_or(u32::MAX);
+        let count = self.mirror.count();
         let mut batch = Vec::new();
         for from in (0..count).step_by(BATCH as usize) {
             self.load_batch(from, count.min(from.saturating_add(BATCH)), &mut batch);
@@ -407,13 +404,13 @@ impl ChunkMap {
                 self.storage.write_at(batch.as_slice().as_bytes(), offset(from))?;
             }
         }
-        self.mirror.iter().for_each(|mark| mark.store(0, Ordering::SeqCst));
+        self.mirror.clear_all();
         self.storage.sync()
     }
 
     /// Number of records set on disk.
     pub(super) fn ready_count(&self) -> u32 {
-        let count = u32::try_from(self.mirror.len()).unwrap_or(u32::MAX);
+        let count = self.mirror.count();
         let (mut ready, mut batch) = (0, Vec::new());
         for from in (0..count).step_by(BATCH as usize) {
             self.load_batch(from, count.min(from.saturating_add(BATCH)), &mut batch);

@@ -9,6 +9,7 @@
 //!  plan.rs        units wanted → ranges to fetch
 //!  data_file.rs   <id>.blob.data            bytes at their decoded offsets
 //!  chunk_map.rs   <id>.blob.data.chunk_map  what of it is ready; lock a chunk
+//!  mirror.rs      what of that this process has seen
 //!  syncer.rs      data durable, then ready
 //! ```
 //!
@@ -40,6 +41,7 @@ mod fetch;
 mod inflight;
 mod lock;
 mod meta;
+mod mirror;
 pub mod plan;
 mod set;
 mod syncer;
