@@ -356,9 +356,10 @@ impl Files {
                 Err(std::io::Error::other("another image in use has other content under this blob's name"))
             })?;
         }
+        let epoch = self.syncer.epoch();
         self.data.write_at(bytes, at)?;
         self.map.mark(index, &record);
-        Ok(self.syncer.push(Written { index, record, _lock: lock }))
+        Ok(self.syncer.push(Written { index, record, epoch, _lock: lock }))
     }
 }
 
