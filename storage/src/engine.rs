@@ -22,8 +22,8 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 
+use crate::backend::retry::within;
 use crate::backend::{Backend, ReadContext};
 use crate::budget::Budget;
 use crate::ids::ByteRange;
@@ -192,25 +192,6 @@ fn gone() -> Error {
     Error::new(ErrorKind::Cancelled, "engine: the job was dropped")
 }
 
-/// Runs `future` until the context's deadline or cancellation, whichever is first.
-///
-/// # Errors
-/// `TimedOut`, `Cancelled`, or the future's own.
-pub async fn within<T>(context: &ReadContext, future: impl Future<Output = Result<T>>) -> Result<T> {
-    let expired = async {
-        match context.deadline {
-            Some(deadline) => tokio::time::sleep_until(Instant::from_std(deadline)).await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        biased;
-        () = context.cancel.cancelled() => Err(Error::new(ErrorKind::Cancelled, "the request was withdrawn")),
-        result = future => result,
-        () = expired => Err(Error::new(ErrorKind::TimedOut, "no answer within the deadline")),
-    }
-}
-
 /// Reads all of `range`.
 ///
 /// # Errors
@@ -219,7 +200,7 @@ pub async fn fetch(backend: &dyn Backend, range: ByteRange, context: &ReadContex
     if range.is_empty() {
         return Ok(Vec::new());
     }
-    within(context, async {
+    within(context, "fetch", async {
         let mut stream = backend.open(range, context).await?;
         // Grows with what arrives: the length of a range may come from hostile metadata.
         let mut bytes = Vec::with_capacity(usize::try_from(range.len().min(1 << 20)).unwrap_or(0));

@@ -41,7 +41,8 @@ impl OutagePolicy {
     }
 }
 
-/// Called exactly once, on a thread of the engine, with the bytes of all slices in order.
+/// Called exactly once with the bytes of all slices in order, on a thread of the engine, or,
+/// if the engine is shut down, with an error on the thread that submits or shuts down.
 pub type Completion = Box<dyn FnOnce(Result<Vec<u8>>) + Send>;
 
 /// Verified reads over the blobs of one image.

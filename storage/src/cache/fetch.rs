@@ -25,9 +25,10 @@ use super::Inner;
 use super::chunk_map::{ChunkLock, Record};
 use super::inflight::{Lead, Outcome};
 use super::plan::plan;
+use crate::backend::retry::within;
 use crate::backend::{Priority, ReadContext};
 use crate::budget::Permit;
-use crate::engine::{self, within};
+use crate::engine;
 use crate::extent::{Cipher, FetchUnit};
 use crate::ids::ByteRange;
 use crate::metrics::CacheMetrics;
@@ -86,12 +87,12 @@ pub(super) async fn lead(inner: Arc<Inner>, mut leads: Vec<Lead>, context: ReadC
             return;
         }
         leads = contended;
-        let paused = within(&context, async {
+        let paused = within(&context, "wait for another process to fetch", async {
             tokio::time::sleep(pause).await;
-            Ok(())
+            Ok::<_, Error>(())
         });
         if let Err(e) = paused.await {
-            let e = e.context(format!("blob {}: wait for another process to fetch", inner.id));
+            let e = e.context(format!("blob {}", inner.id));
             leads.iter().for_each(|lead| lead.answer(Outcome::Failed(e.clone())));
             return;
         }
@@ -185,9 +186,9 @@ async fn fetch(inner: Arc<Inner>, works: Vec<Work>, context: ReadContext) {
         groups = split(again);
         if let Some(error) = outage {
             debug!(blob = %inner.id, %error, "source out; waiting for it as configured");
-            let slept = within(&context, async {
+            let slept = within(&context, "wait for the source", async {
                 tokio::time::sleep(pause).await;
-                Ok(())
+                Ok::<_, Error>(())
             });
             if slept.await.is_err() {
                 return;
@@ -205,7 +206,7 @@ async fn fetch_once(inner: &Arc<Inner>, works: Vec<Work>, context: &ReadContext)
 
     let started = Instant::now();
     let mut cutter = Cutter { inner, context, pending: works.into(), jobs: Vec::new(), received: 0 };
-    let streamed = within(context, cutter.stream(range)).await;
+    let streamed = within(context, "read", cutter.stream(range)).await;
     let Cutter { pending, jobs, received, .. } = cutter;
     inner.backend_metrics.record(received, started.elapsed(), streamed.is_err());
     inner.metrics.fetched_bytes.fetch_add(received, Ordering::Relaxed);

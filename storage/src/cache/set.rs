@@ -11,8 +11,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::BlobCache;
 use super::inflight::Outcome;
+use crate::backend::retry::within;
 use crate::backend::{Priority, ReadContext};
-use crate::engine::{Engine, Handle, within};
+use crate::engine::{Engine, Handle};
 use crate::extent::ChunkExtent;
 use crate::metrics::CacheMetrics;
 use crate::read::{Completion, OutagePolicy, ReadSlice, Reader};
@@ -74,7 +75,10 @@ impl Reader for BlobSet {
         };
         let shared = Arc::clone(&self.shared);
         self.engine.spawn(async move {
-            let result = within(&context, serve(&shared, &slices, &context)).await;
+            let served =
+                within(&context, "read", async { Ok(serve(&shared, &slices, &context).await) }).await;
+            // Who serves names the object in its errors; who ends the wait does not know it.
+            let result = served.unwrap_or_else(|e: Error| Err(e.context(shared.name(&slices))));
             if result.is_err()
                 && let Some(blob) = slices.first().and_then(|s| shared.blobs.get(s.blob as usize))
             {
@@ -116,6 +120,12 @@ impl Shared {
             return Err(Error::new(ErrorKind::OutOfRange, what));
         }
         Ok(())
+    }
+
+    /// What a read is about, for messages.
+    fn name(&self, slices: &[ReadSlice]) -> String {
+        let first = slices.first().and_then(|s| Some((self.blobs.get(s.blob as usize)?, s.extent.index)));
+        first.map_or_else(|| "read".to_owned(), |(blob, index)| format!("blob {}, chunk {index}", blob.id()))
     }
 
     fn is_ready(&self, slice: &ReadSlice) -> bool {
@@ -205,10 +215,14 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
                         copy_chunk(&bytes, &places[&(chunk.0, chunk.1.index.0)], slices, &mut out)?;
                     }
                     Outcome::Stored => stored.push(chunk),
-                    // Our leader gave up before we did: ask again, as leader if need be.
+                    // Our leader gave up before we did, for lack of time or as prefetch,
+                    // which repeats little: ask again, as leader if need be.
                     Outcome::Failed(e)
                         if !led
-                            && matches!(e.kind(), ErrorKind::TimedOut | ErrorKind::Cancelled)
+                            && matches!(
+                                e.kind(),
+                                ErrorKind::TimedOut | ErrorKind::Cancelled | ErrorKind::Unavailable
+                            )
                             && context.deadline.is_none_or(|deadline| Instant::now() < deadline) =>
                     {
                         wanted.push(chunk);

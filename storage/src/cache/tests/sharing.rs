@@ -9,9 +9,18 @@ use crate::backend::Priority;
 
 /// Submits a read of one chunk and answers where its result arrives.
 fn submit(sample: &Sample, reader: &BlobSet, index: usize) -> mpsc::Receiver<Result<Vec<u8>>> {
+    submit_as(Priority::OnDemand, sample, reader, index)
+}
+
+fn submit_as(
+    priority: Priority,
+    sample: &Sample,
+    reader: &BlobSet,
+    index: usize,
+) -> mpsc::Receiver<Result<Vec<u8>>> {
     let (sender, receiver) = mpsc::sync_channel(1);
     let completion = Box::new(move |result| sender.send(result).unwrap());
-    reader.submit(vec![sample.slice(index)], Priority::OnDemand, completion);
+    reader.submit(vec![sample.slice(index)], priority, completion);
     receiver
 }
 
@@ -84,6 +93,30 @@ fn a_dead_leaders_chunk_is_free() {
     assert_eq!(backend.requests(), [sample.range(1)]);
     // Death closes descriptors and gives nothing back in order.
     drop(other);
+    assert!(waiting.recv().unwrap().unwrap() == sample.bytes(0));
+}
+
+#[test]
+fn a_reader_goes_on_where_prefetch_gives_up() {
+    let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    // Another process leads chunk 0, so that both requests below wait in this one.
+    let path = dir.path().join("sample.blob.data.chunk_map");
+    let other = File::options().read(true).write(true).open(path).unwrap();
+    let range = ByteRange::new(chunk_map::LOCK_BASE, 1).unwrap();
+    assert!(lock::try_lock(&other, lock::Kind::Exclusive, range).unwrap());
+    // Prefetch repeats little, and reports what the source said last.
+    backend.inner().fault(sample.range(0), Fault::Fail(ErrorKind::Unavailable), 1);
+    let prefetch = submit_as(Priority::Prefetch, &sample, &reader, 0);
+    while reader.blobs()[0].inner.inflight.is_idle() {
+        std::thread::yield_now();
+    }
+    let waiting = submit(&sample, &reader, 0);
+    // Tasks begin in order: after this read the follower has joined.
+    sample.read(&reader, 1).unwrap();
+    drop(other);
+    assert_eq!(prefetch.recv().unwrap().unwrap_err().kind(), ErrorKind::Unavailable);
     assert!(waiting.recv().unwrap().unwrap() == sample.bytes(0));
 }
 
