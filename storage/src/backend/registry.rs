@@ -11,6 +11,7 @@
 //! only where its status and `Content-Range` say it belongs; a remembered URL that fails is
 //! forgotten and resolved once more.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::{Buf as _, Bytes};
@@ -131,11 +132,17 @@ pub struct RegistryBlob {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Shared {
     /// Where the registry's redirects led last; may hold a signature, so never shown whole.
     resolved: Mutex<Option<Url>>,
     size: OnceLock<u64>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("size", &self.size).finish_non_exhaustive()
+    }
 }
 
 impl RegistryBlob {
@@ -202,7 +209,11 @@ impl RegistryBlob {
             let result = self.get(url.clone(), range, context).await;
             match result {
                 Ok(answer) if answer.status().is_success() => {
-                    return self.accept(answer, range, context).await;
+                    match self.accept(answer, range, context).await {
+                        Ok(segment) => return Ok(segment),
+                        // Not the blob any more.
+                        Err(_) => self.forget(&url),
+                    }
                 }
                 Ok(answer) if answer.status() == StatusCode::TOO_MANY_REQUESTS => {
                     return Err(answer.into_failure(self.client.host(), context).await);
@@ -222,10 +233,11 @@ impl RegistryBlob {
                 url = self.rewrite.apply(RegistryClient::location(&answer)?)?;
                 continue;
             }
-            if hop > 0 && answer.status().is_success() {
+            let segment = self.accept(answer, range, context).await?;
+            if hop > 0 {
                 *self.resolved() = Some(url);
             }
-            return self.accept(answer, range, context).await;
+            return Ok(segment);
         }
         Err(too_many_redirects(&Method::GET, &url).into())
     }

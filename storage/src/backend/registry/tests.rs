@@ -291,6 +291,35 @@ async fn redirects_are_remembered_renewed_and_get_no_credentials() {
     check(&blob, 20, 10).await;
     assert_eq!((registry.asked().len(), store.asked().len()), (3, 4));
     assert!(store.asked().iter().all(|asked| asked.authorization().is_empty()));
+    let shown = format!("{blob:?}");
+    assert!(!shown.contains("s3cr3t"), "{shown}");
+}
+
+#[tokio::test]
+async fn a_remembered_place_that_answers_nonsense_is_left() {
+    let data = data();
+    let token = Arc::new(AtomicUsize::new(1));
+    let valid = token.clone();
+    let store = FaultServer::start(move |asked| {
+        if asked.path == format!("/data?sig=s3cr3t{}", valid.load(Ordering::SeqCst)) {
+            Reply::ranged(asked, &data)
+        } else {
+            Reply::new(206, "0123456789").header("content-range", "bytes 0-9/10")
+        }
+    })
+    .await;
+    let host = store.host().to_owned();
+    let latest = token.clone();
+    let registry = FaultServer::start(move |_| {
+        let signature = latest.load(Ordering::SeqCst);
+        Reply::new(307, "").header("location", format!("http://{host}/data?sig=s3cr3t{signature}"))
+    })
+    .await;
+    let blob = blob(&registry);
+    check(&blob, 0, 10).await;
+    token.store(2, Ordering::SeqCst);
+    check(&blob, 20, 10).await;
+    assert_eq!((registry.asked().len(), store.asked().len()), (2, 3));
 }
 
 #[tokio::test]
