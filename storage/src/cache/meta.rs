@@ -14,8 +14,9 @@ use super::{Inner, MetaSpec};
 use crate::backend::{Priority, ReadContext};
 use crate::{Error, ErrorKind, Result, engine};
 
-/// Stored bytes of a context: 2^24 chunks of at most 64 bytes and its header.
-const MAX_STORED: u64 = (1 << 30) + 4096;
+/// Stored bytes of a context: header and framing, and what one chunk adds at most.
+const MAX_STORED: u64 = 64 << 10;
+const MAX_STORED_CHUNK: u64 = 64;
 
 /// Fetches and writes the context file if that was asked for and has not been tried.
 pub(super) fn keep(inner: &Arc<Inner>) {
@@ -30,7 +31,7 @@ pub(super) fn keep(inner: &Arc<Inner>) {
 }
 
 async fn fetch(inner: &Inner, spec: MetaSpec, path: &Path) -> Result<()> {
-    if spec.range.len() > MAX_STORED {
+    if spec.range.len() > MAX_STORED + MAX_STORED_CHUNK * u64::from(inner.chunk_count) {
         let what = format!("blob {}: a context of {} bytes", inner.id, spec.range.len());
         return Err(Error::new(ErrorKind::OutOfRange, what));
     }

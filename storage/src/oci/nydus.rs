@@ -40,6 +40,8 @@ const MAX_BOOTSTRAP_SIZE: u64 = 2 << 30;
 const MAX_ROOT_SIZE: u64 = 64 << 10;
 /// Other files of the bootstrap layer may add this much.
 const MAX_OTHER_SIZE: u64 = 64 << 20;
+/// Largest bootstrap layer as stored: compression that does not help adds little.
+const MAX_LAYER_SIZE: u64 = MAX_BOOTSTRAP_SIZE + 2 * MAX_OTHER_SIZE;
 /// Entries of the bootstrap layer: a handful.
 const MAX_ENTRIES: usize = 1024;
 /// Bytes copied at once.
@@ -89,6 +91,11 @@ impl NydusImage {
             let config = image.read_blob(manifest.config(), MAX_CONFIG_SIZE, context).await?;
             let diff_id = bootstrap_diff_id(&config, manifest.layers().len())?;
             let packing = Packing::of(layer)?;
+            if layer.size() > MAX_LAYER_SIZE {
+                let (digest, size) = (layer.digest(), layer.size());
+                let why = format!("layer {digest}: {size} bytes, at most {MAX_LAYER_SIZE} are accepted");
+                return Err(Error::new(ErrorKind::Invalid, why));
+            }
             let stream = image.open_blob(layer, context).await?;
             let reader = BlockingReader::new(Handle::current(), stream);
             let target = options.bootstrap.clone();

@@ -150,3 +150,17 @@ async fn a_changed_layer_is_noticed() {
     assert_eq!(err.kind(), ErrorKind::Corrupt);
     assert!(!maker.dir.path().join("out.boot").exists());
 }
+
+#[tokio::test]
+async fn a_layer_of_impossible_size_is_refused_before_it_is_read() {
+    let maker = Maker::new();
+    let tar = tar(&[("image/image.boot", b"boot")]);
+    let text = maker.manifest(&tar, &sha256(&tar), MARK);
+    // Members of a gzip stream may decode to nothing: what is read is bounded as well.
+    let (before, size) = text.rsplit_once(r#""size":"#).unwrap();
+    let (_, behind) = size.split_once(',').unwrap();
+    let text = format!(r#"{before}"size":{},{behind}"#, 1u64 << 40);
+    maker.index(&maker.blob(OCI_MANIFEST, text.as_bytes(), ""));
+    let err = maker.fetch().await.unwrap_err();
+    assert!(err.kind() == ErrorKind::Invalid && err.to_string().contains("accepted"), "{err}");
+}
