@@ -9,7 +9,7 @@ use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -26,6 +26,8 @@ const MAX_FILE_SIZE: u64 = 4 << 20;
 const MAX_ANSWER_SIZE: u64 = 1 << 20;
 /// A helper may ask a key ring or a cloud; longer than this it hangs.
 const HELPER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Between looks whether a helper that has answered is gone, which it is at once.
+const HELPER_PAUSE: Duration = Duration::from_millis(5);
 
 /// A password, token or header value that never shows.
 #[derive(Clone, PartialEq, Eq)]
@@ -283,10 +285,16 @@ fn ask_helper(name: &str, server: &str) -> Result<Option<Credentials>> {
     {
         return Err(Error::new(ErrorKind::Invalid, format!("credential helper {name:?}: want a plain name")));
     }
-    run_helper(Command::new(format!("docker-credential-{name}")), name, server)
+    run_helper(Command::new(format!("docker-credential-{name}")), name, server, HELPER_TIMEOUT)
 }
 
-fn run_helper(mut command: Command, name: &str, server: &str) -> Result<Option<Credentials>> {
+fn run_helper(
+    mut command: Command,
+    name: &str,
+    server: &str,
+    timeout: Duration,
+) -> Result<Option<Credentials>> {
+    let give_up = Instant::now() + timeout;
     let what = |why: &str| format!("credential helper docker-credential-{name} for {server}: {why}");
     let mut child = command
         .arg("get")
@@ -307,16 +315,28 @@ fn run_helper(mut command: Command, name: &str, server: &str) -> Result<Option<C
         // The receiver may have timed out.
         let _ = sender.send(read.map(|_| answer));
     });
-    let answer = match receiver.recv_timeout(HELPER_TIMEOUT) {
+    let late = || Error::new(ErrorKind::TimedOut, what(&format!("not done in {} s", timeout.as_secs_f32())));
+    let answer = match receiver.recv_timeout(timeout) {
         Ok(answer) => answer.map_err(|e| Error::io(what("its answer"), e)),
-        Err(_) => Err(Error::new(ErrorKind::TimedOut, what("no answer in 30 seconds"))),
+        Err(_) => Err(late()),
     };
-    if answer.is_err() {
-        // Already gone is as good.
+    // It may close its output and go on.
+    let ended = loop {
+        match child.try_wait() {
+            Ok(None) if answer.is_ok() && Instant::now() < give_up => std::thread::sleep(HELPER_PAUSE),
+            Ok(Some(_)) => break true,
+            _ => break false,
+        }
+    };
+    if !ended {
+        // Gone meanwhile is as good.
         let _ = child.kill();
     }
     let status = child.wait().map_err(|e| Error::io(what("wait"), e))?;
     let answer = answer?;
+    if !ended {
+        return Err(late());
+    }
     // On success the reader has sent its answer and is at its end.
     let _ = reader.join();
     if !status.success() {
@@ -418,7 +438,7 @@ mod tests {
         let run = |script: &str| {
             let mut command = Command::new("/bin/sh");
             command.arg("-c").arg(script);
-            run_helper(command, "test", "r.io")
+            run_helper(command, "test", "r.io", HELPER_TIMEOUT)
         };
         let found =
             run(r#"read s; echo "{\"ServerURL\":\"$s\",\"Username\":\"u\",\"Secret\":\"$s!\"}""#).unwrap();
@@ -428,6 +448,10 @@ mod tests {
         assert_eq!(run("echo 'credentials not found in native keychain'; exit 1").unwrap(), None);
         assert_eq!(run("exit 3").unwrap_err().kind(), ErrorKind::Denied);
         assert_eq!(run("echo hello").unwrap_err().kind(), ErrorKind::Invalid);
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "exec >&-; exec sleep 1000"]);
+        let hangs = run_helper(command, "test", "r.io", Duration::from_millis(20));
+        assert_eq!(hangs.unwrap_err().kind(), ErrorKind::TimedOut);
         assert_eq!(ask_helper("../evil", "r.io").unwrap_err().kind(), ErrorKind::Invalid);
     }
 }

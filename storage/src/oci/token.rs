@@ -327,8 +327,9 @@ impl Authenticator {
             if answer.status() == StatusCode::OK {
                 return parse_token(ask.realm, &answer.bytes(MAX_ANSWER_SIZE, context).await?);
             }
-            // Only a login by password has another way to be presented.
-            if credentials.basic_header().is_none() {
+            // Only a login by password has another way to be presented. A server that is asked
+            // too often already is not asked twice.
+            if credentials.basic_header().is_none() || answer.status() == StatusCode::TOO_MANY_REQUESTS {
                 return Err(self.refused(answer.into_failure(&self.host, context).await));
             }
         }
