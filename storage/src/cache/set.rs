@@ -205,6 +205,7 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
     count(shared, slices, all, wanted.len());
 
     let mut out = vec![0; total];
+    let mut asked_before = false;
     loop {
         while !wanted.is_empty() {
             let mut waiting = start(shared, &wanted, context);
@@ -215,14 +216,13 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
                         copy_chunk(&bytes, &places[&(chunk.0, chunk.1.index.0)], slices, &mut out)?;
                     }
                     Outcome::Stored => stored.push(chunk),
-                    // Our leader gave up before we did, for lack of time or as prefetch,
-                    // which repeats little: ask again, as leader if need be.
+                    // Our leader gave up before we did: ask again, as leader if need be.
+                    // For lack of time always; if the source was out, once: the leader may
+                    // have been prefetch, which repeats little.
                     Outcome::Failed(e)
                         if !led
-                            && matches!(
-                                e.kind(),
-                                ErrorKind::TimedOut | ErrorKind::Cancelled | ErrorKind::Unavailable
-                            )
+                            && (matches!(e.kind(), ErrorKind::TimedOut | ErrorKind::Cancelled)
+                                || (e.kind() == ErrorKind::Unavailable && !asked_before))
                             && context.deadline.is_none_or(|deadline| Instant::now() < deadline) =>
                     {
                         wanted.push(chunk);
@@ -230,6 +230,7 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
                     Outcome::Failed(e) => return Err(e),
                 }
             }
+            asked_before = true;
         }
         if stored.is_empty() {
             return Ok(out);
