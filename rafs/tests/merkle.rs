@@ -3,7 +3,7 @@
 mod support;
 
 use rafs::ErrorKind;
-use rafs::bootstrap::{Bootstrap, Step, Walk};
+use rafs::bootstrap::{Bootstrap, FileType, Nid, Step, Walk};
 use rafs::format::inode::ExtendedInode;
 use rafs::merkle::{Proof, image_root, prove};
 use storage::digest::{DigestAlgorithm, TaggedDigest};
@@ -99,15 +99,19 @@ fn any_change_changes_the_root() {
     let at = meta + nid.0 as usize * 32;
     let inode = &bytes[at..at + size_of::<ExtendedInode>()];
     assert_eq!(inode[0], 9, "an extended chunk-based inode");
-    // Mode, uid, gid, mtime, nanoseconds; chunk digests; a name; link counts do not matter.
+    // Mode, uid, gid, mtime, nanoseconds; chunk digests; a name.
     for (offset, mask) in [(4, 1), (24, 1), (28, 1), (32, 1), (40, 1)] {
         let mut changed = bytes.clone();
         changed[at + offset] ^= mask;
         assert_ne!(image_root(&*open_bytes(changed)).unwrap(), before, "inode byte {offset}");
     }
     let mut linked = bytes.clone();
+    // A link count is shown but not covered, so it must be the number of names.
     linked[at + 44] ^= 2;
-    assert_eq!(image_root(&*open_bytes(linked)).unwrap(), before);
+    assert_eq!(image_root(&*open_bytes(linked)).unwrap_err().kind(), ErrorKind::Corrupt);
+    let mut directory = bytes.clone();
+    directory[meta + find(b"files").0 as usize * 32 + 44] += 1;
+    assert_eq!(image_root(&*open_bytes(directory)).unwrap_err().kind(), ErrorKind::Corrupt);
     let mut chunk = bytes.clone();
     chunk[bootstrap.summary().chunk_table.0 as usize] ^= 1;
     assert_ne!(image_root(&*open_bytes(chunk)).unwrap(), before);
@@ -115,4 +119,57 @@ fn any_change_changes_the_root() {
     let name = bytes.windows(8).position(|w| w == b"one_byte").unwrap();
     renamed[name + 7] = b'f';
     assert_ne!(image_root(&*open_bytes(renamed)).unwrap(), before);
+}
+
+/// Link groups of other inodes than files show as well: one inode under two names, or two equal
+/// inodes. The builder makes only the latter.
+#[test]
+fn hard_linked_symlinks_are_told_from_equal_ones() {
+    let bytes = golden_bytes("default/image.boot");
+    let bootstrap = open_bytes(bytes.clone());
+    let mut walk = Walk::new(&*bootstrap, bootstrap.root());
+    let mut symlinks = Vec::new();
+    while let Some(step) = walk.step().unwrap() {
+        if let Step::Leaf(entry) = step
+            && entry.file_type == FileType::Symlink
+        {
+            symlinks.push(entry.nid);
+        }
+    }
+    let meta = bootstrap.summary().meta_blkaddr as usize * 4096;
+    let at = |nid: Nid| meta + nid.0 as usize * 32;
+    let dirent = |nid: Nid| {
+        let found = bytes.windows(11).position(|w| w[..8] == nid.0.to_le_bytes() && w[10] == 7);
+        found.expect("every symlink has an entry")
+    };
+    let (first, second) = (symlinks[0], symlinks[1]);
+    let mut linked = bytes.clone();
+    let entry = dirent(second);
+    linked[entry..entry + 8].copy_from_slice(&first.0.to_le_bytes());
+    assert_eq!(image_root(&*open_bytes(linked.clone())).unwrap_err().kind(), ErrorKind::Corrupt);
+    linked[at(first) + 44] = 2;
+    let linked = open_bytes(linked);
+    let root = image_root(&*linked).unwrap();
+    // The same tree with the second inode a copy of the first.
+    let size = bootstrap.attr(first).unwrap().size;
+    let target = bootstrap.read_link(first).unwrap();
+    let mut equal = bytes.clone();
+    let body = at(second) + size_of::<ExtendedInode>();
+    assert!(size <= bootstrap.attr(second).unwrap().size && equal[at(second)] == 5);
+    for field in [4..6, 8..16, 24..44] {
+        let from = at(first) + field.start..at(first) + field.end;
+        equal.copy_within(from, at(second) + field.start);
+    }
+    equal[body..body + target.len()].copy_from_slice(&target);
+    let equal = open_bytes(equal);
+    assert_eq!(equal.read_link(first).unwrap(), equal.read_link(second).unwrap());
+    assert_ne!(image_root(&*equal).unwrap(), root);
+    let mut walk = Walk::new(&*linked, linked.root());
+    while let Some(step) = walk.step().unwrap() {
+        if let Step::Leaf(entry) = step
+            && entry.nid == first
+        {
+            prove(&*linked, walk.path()).unwrap().verify(&root).unwrap();
+        }
+    }
 }

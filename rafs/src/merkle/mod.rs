@@ -64,8 +64,8 @@ impl Merkle {
         hasher.finish()
     }
 
-    /// Digest of the names of a regular file's inode, given sorted by their bytes: paths
-    /// without leading slash. Fewer than two names are [`NO_LINKS`].
+    /// Digest of the names of an inode that is not a directory, given sorted by their bytes:
+    /// paths without leading slash. Fewer than two names are [`NO_LINKS`].
     pub fn links<P: AsRef<[u8]>>(self, sorted: &[P]) -> Digest {
         if sorted.len() < 2 {
             return NO_LINKS;

@@ -214,7 +214,7 @@ impl Target {
         let sorted = xattrs.windows(2).all(|pair| pair[0].0 < pair[1].0)
             && links.windows(2).all(|pair| pair[0] < pair[1]);
         let own = links.is_empty() || links.len() > 1 && links.iter().any(|link| link == path);
-        if !sorted || !own || !links.is_empty() && !matches!(self.data, Data::Regular { .. }) {
+        if !sorted || !own || !links.is_empty() && matches!(self.data, Data::Directory { .. }) {
             return Err(bad("xattrs or link names are out of order, or not those of the entry"));
         }
         let data = self.data.digest(merkle, chunk_size)?;

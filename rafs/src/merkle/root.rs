@@ -12,12 +12,13 @@ use crate::{Error, ErrorKind, Result};
 
 /// The image root digest of `bootstrap`.
 ///
-/// Two walks at most: one to find hard-link groups, one to hash. Memory: 8 bytes for each
-/// name of a regular file, the paths of hard-linked ones, and a hasher per level.
+/// Three walks at most: two to find hard-link groups and their names, one to hash. Memory:
+/// 8 bytes for each name, the paths of hard-linked inodes, and a hasher per level.
 ///
 /// # Errors
 /// `Unsupported`: a chunk has no digest record, or one of another algorithm than the
-/// image's. `Corrupt`: more link names than [`MAX_LINK_PATH_BYTES`].
+/// image's. `Corrupt`: a stored link count is not the number of names, which everybody
+/// would see and the digest would not cover; more link names than [`MAX_LINK_PATH_BYTES`].
 pub fn image_root(bootstrap: &dyn Bootstrap) -> Result<TaggedDigest> {
     let mut tree = Tree::new(bootstrap)?;
     let node = tree.digest(&mut |_, _, _| {})?;
@@ -69,6 +70,7 @@ pub fn prove(bootstrap: &dyn Bootstrap, path: &[u8]) -> Result<Proof> {
 /// The names of a hard-linked inode, and its digest once it is known.
 struct Group {
     nid: Nid,
+    names: u32,
     links: Digest,
     node: Option<Digest>,
 }
@@ -97,7 +99,9 @@ impl<'a> Tree<'a> {
         names.sort_unstable();
         for group in names.chunk_by(|a, b| a.0 == b.0) {
             let paths: Vec<&[u8]> = group.iter().map(|(_, path)| &**path).collect();
-            tree.groups.push(Group { nid: group[0].0, links: tree.merkle.links(&paths), node: None });
+            // Fewer than 2^32 names fit in a bootstrap.
+            let names = paths.len() as u32;
+            tree.groups.push(Group { nid: group[0].0, names, links: tree.merkle.links(&paths), node: None });
         }
         Ok(tree)
     }
@@ -106,18 +110,18 @@ impl<'a> Tree<'a> {
     ///
     /// The stored link counts are not asked: what counts are the names there are.
     fn link_names(&self) -> Result<Vec<(Nid, Box<[u8]>)>> {
-        let mut regular = Vec::new();
+        let mut leaves = Vec::new();
         let mut walk = Walk::new(self.bootstrap, self.bootstrap.root());
         while let Some(step) = walk.step()? {
-            if let Step::Leaf(DirEntry { nid, file_type: FileType::Regular, .. }) = step {
-                regular.push(nid);
+            if let Step::Leaf(DirEntry { nid, .. }) = step {
+                leaves.push(nid);
             }
         }
-        regular.sort_unstable();
+        leaves.sort_unstable();
         let mut linked: Vec<Nid> =
-            regular.windows(2).filter(|pair| pair[0] == pair[1]).map(|pair| pair[0]).collect();
+            leaves.windows(2).filter(|pair| pair[0] == pair[1]).map(|pair| pair[0]).collect();
         linked.dedup();
-        drop(regular);
+        drop(leaves);
         let mut names = Vec::new();
         if linked.is_empty() {
             return Ok(names);
@@ -145,6 +149,7 @@ impl<'a> Tree<'a> {
         struct Level<'a> {
             nid: Nid,
             name: &'a [u8],
+            links: u32,
             digest: DirectoryDigest,
         }
         let mut levels: Vec<Level<'a>> = Vec::new();
@@ -152,18 +157,21 @@ impl<'a> Tree<'a> {
         while let Some(step) = walk.step()? {
             let (name, node) = match step {
                 Step::Enter(entry) => {
-                    let mut count = 0u32;
-                    self.bootstrap.children(entry.nid, 0, &mut |_| {
+                    // "." and the name, and ".." of every directory inside.
+                    let (mut count, mut links) = (0u32, 2u32);
+                    self.bootstrap.children(entry.nid, 0, &mut |child| {
                         count += 1;
+                        links += u32::from(child.file_type == FileType::Directory);
                         ControlFlow::Continue(())
                     })?;
                     let digest = self.merkle.directory(count);
-                    levels.push(Level { nid: entry.nid, name: entry.name, digest });
+                    levels.push(Level { nid: entry.nid, name: entry.name, links, digest });
                     continue;
                 }
                 Step::Leaf(entry) => (entry.name, self.leaf(entry.nid)?),
                 Step::Leave(nid) => {
                     let Some(level) = levels.pop() else { continue };
+                    check_links(&self.bootstrap.attr(nid)?, level.links)?;
                     let fields = self.fields(nid, NO_LINKS, level.digest.finish())?;
                     (level.name, self.merkle.node(&fields))
                 }
@@ -185,8 +193,9 @@ impl<'a> Tree<'a> {
         if let Some(node) = group.and_then(|at| self.groups[at].node) {
             return Ok(node);
         }
-        let links = group.map_or(NO_LINKS, |at| self.groups[at].links);
+        let (names, links) = group.map_or((1, NO_LINKS), |at| (self.groups[at].names, self.groups[at].links));
         let attr = self.bootstrap.attr(nid)?;
+        check_links(&attr, names)?;
         let data = match attr.file_type {
             FileType::Regular => self.merkle.file(attr.size, self.chunks(&attr)?.into_iter()),
             FileType::Symlink => self.merkle.symlink(&self.bootstrap.read_link(nid)?),
@@ -277,4 +286,15 @@ impl<'a> Tree<'a> {
             data,
         })
     }
+}
+
+/// A link count follows from the names, so the digest does not hold it; it must be true.
+fn check_links(attr: &Attr, names: u32) -> Result<()> {
+    if attr.nlink != names {
+        return Err(Error::corrupt(format!(
+            "inode {}: link count {} instead of {names}; such an image has no root digest",
+            attr.nid, attr.nlink
+        )));
+    }
+    Ok(())
 }
