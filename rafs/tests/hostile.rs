@@ -255,6 +255,24 @@ fn a_huge_chunk_count_costs_nothing() {
     assert_eq!(visit_all(&*image), 417);
 }
 
+/// Contexts that a mount must hold are bounded together, not only one by one.
+#[test]
+fn forged_contexts_are_bounded_together() {
+    let forged = |mib: u64| {
+        let mut f = Forge::new("merged");
+        assert_eq!(f.image.blobs().len(), 2);
+        for record in [BLOBS, BLOBS + 256] {
+            // 24-byte entries, batch units.
+            f.bytes[record + 84] |= 0x84;
+            f.put64(record + 128, mib << 20);
+        }
+        from_bytes(f.bytes, &OpenOptions::default())
+    };
+    assert!(forged(200).is_ok());
+    let error = forged(300).unwrap_err();
+    assert!(error.to_string().contains("contexts needed to read the image"), "{error}");
+}
+
 /// Resident bytes of this process.
 fn resident() -> i64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();

@@ -71,6 +71,12 @@ pub fn parse(
 }
 
 impl Blob {
+    /// True if the blob context must be at hand before the first read: the blob holds batch units,
+    /// or chunks without a record.
+    pub fn needs_context(&self) -> bool {
+        self.features.contains(BlobFeatures::BATCH) || self.unverified_chunks > 0
+    }
+
     /// Checks `record`, row `index` of a table of an image with `chunk_size`.
     ///
     /// `inlined` replaces the placeholder name of a bootstrap that lies in its own blob.

@@ -18,7 +18,7 @@ use super::view::{Inode, View, dirent_type};
 use super::{Blob, FileType, Nid, blobs};
 use crate::format::chunk::ChunkInfo;
 use crate::format::dirent::{Dirent, FT_DIRECTORY};
-use crate::format::limits::{BLOCK_SIZE, MAX_DEPTH, MAX_NAME_LEN, SLOT_SIZE};
+use crate::format::limits::{BLOCK_SIZE, MAX_CONTEXT_SIZE, MAX_DEPTH, MAX_NAME_LEN, SLOT_SIZE};
 use crate::{Error, Result};
 
 /// Set of nids: one bit for each 32 bytes of the inode area.
@@ -88,6 +88,14 @@ pub fn validate(bytes: &[u8], inlined: Option<&BlobId>, faults: &mut Faults) -> 
     walk.run()?;
     let (inodes, has_xattrs) = (walk.inodes, walk.has_xattrs);
     header.summary.has_xattrs = has_xattrs;
+    // A mount holds these; each is capped, but 254 small ones could still decode to 127 GiB.
+    let held = blobs.iter().filter(|b| b.needs_context()).map(|b| b.record.ci_uncompressed_size.get());
+    let held: u64 = held.sum();
+    faults.require(held <= MAX_CONTEXT_SIZE, || {
+        format!(
+            "the contexts needed to read the image take {held} bytes, at most {MAX_CONTEXT_SIZE} are accepted"
+        )
+    })?;
     Ok(Validated { header, blobs, rows, inodes })
 }
 

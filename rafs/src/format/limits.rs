@@ -31,7 +31,7 @@ pub const MAX_DEPTH: usize = 2048;
 pub const ROOT_NID: u64 = 128;
 /// Alignment of `mapped_blkaddr` ranges on a flat device.
 pub const MAPPED_ALIGNMENT: u64 = 512 * 1024;
-/// Largest uncompressed blob context accepted: 2^24 entries of 24 bytes plus as many batch
+/// Largest uncompressed blob context accepted, and all that one mount needs together: 2^24 entries of 24 bytes plus as many batch
 /// contexts of 40 bytes would be 1 GiB; real images stay far below this cap.
 pub const MAX_CONTEXT_SIZE: u64 = 512 << 20;
 /// Largest bootstrap accepted.

@@ -13,7 +13,6 @@ use storage::ids::ChunkIndex;
 
 use crate::blob_context::BlobContext;
 use crate::bootstrap::{Blob, Bootstrap};
-use crate::format::features::BlobFeatures;
 use crate::format::limits::MAX_NAME_LEN;
 use crate::{Error, ErrorKind, Result};
 
@@ -86,11 +85,9 @@ impl Rafs {
         Ok(Self { bootstrap, contexts })
     }
 
-    /// Says for each blob whether its context must be fetched before the first read: it
-    /// holds batch units, or chunks without a record.
+    /// Says for each blob whether its context must be fetched before the first read.
     pub fn needs_context(bootstrap: &dyn Bootstrap) -> Vec<bool> {
-        let needs = |b: &Blob| b.features.contains(BlobFeatures::BATCH) || b.unverified_chunks > 0;
-        bootstrap.blobs().iter().map(needs).collect()
+        bootstrap.blobs().iter().map(Blob::needs_context).collect()
     }
 
     /// The tree.
