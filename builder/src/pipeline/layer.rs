@@ -65,6 +65,11 @@ impl Layer {
         self.index
     }
 
+    /// Bytes of a chunk.
+    pub fn chunk_size(&self) -> u32 {
+        self.hub.options.chunk_size
+    }
+
     /// Adds a regular file: reads exactly `size` bytes from `data`, which must end there.
     ///
     /// Blocks while the build has no buffer free for this layer.

@@ -19,19 +19,25 @@ mod tests;
 
 use std::io::{BufReader, Read};
 
+use rafs::format::limits;
+
 use self::member::{Kind, Member, Members};
+use crate::layout;
 use crate::pipeline::Layer;
 use crate::source::decompress::Decompressor;
-use crate::tree::{Children, Content, Inode, InodeId, Metadata, Tree, XattrPool, Xattrs, components, shown};
+use crate::tree::{Children, Content, Inode, Metadata, Tree, XattrPool, Xattrs, components, shown};
 use crate::{Error, Result};
 
 /// Bytes read ahead of the decompressor.
 const INPUT_BUFFER: usize = 256 << 10;
 
+/// Bytes of an inode in a bootstrap, without name and data.
+const INODE_SIZE: usize = 64;
+
 /// How a tar stream is read.
 #[derive(Clone, Copy, Debug)]
 pub struct TarOptions {
-    /// Entries of one archive, duplicates included.
+    /// Entries of one archive, duplicates and implied directories included.
     pub max_entries: u32,
     /// Refuse a stream that ends between two entries, without end marker. Not needed where a
     /// digest vouches for the stream; some layers in registries lack the marker.
@@ -56,8 +62,15 @@ impl Default for TarOptions {
 /// the format or this build can not take. Otherwise what `input` fails with, or the first error of
 /// the build. Messages name layer and entry.
 pub fn read_layer(name: &str, input: impl Read, layer: &mut Layer, options: TarOptions) -> Result<Tree> {
-    let mut reader =
-        LayerReader { layer, tree: Tree::new(), pool: XattrPool::default(), options, entries: 0, seen: None };
+    let mut reader = LayerReader {
+        layer,
+        tree: Tree::new(),
+        pool: XattrPool::default(),
+        options,
+        entries: 0,
+        metadata: 0,
+        seen: None,
+    };
     match reader.read(input) {
         Ok(()) => Ok(reader.tree),
         Err(error) => Err(match reader.seen {
@@ -73,6 +86,8 @@ struct LayerReader<'a> {
     pool: XattrPool,
     options: TarOptions,
     entries: u32,
+    /// Bytes that the entries so far take in a bootstrap, at least.
+    metadata: u64,
     /// The last entry that was complete, for errors between entries.
     seen: Option<Vec<u8>>,
 }
@@ -84,16 +99,36 @@ impl LayerReader<'_> {
         let mut members = Members::new(input);
         while let Some(member) = members.next(self.options.require_end)? {
             self.entries += 1;
-            if self.entries > self.options.max_entries {
-                return Err(Error::limit(format!("more than {} entries", self.options.max_entries)));
-            }
             let path = member.path.clone();
-            self.entry(member, &mut members)
+            self.bound(&member)
+                .and_then(|()| self.entry(member, &mut members))
                 .map_err(|e| e.context(format_args!("entry {}", shown(&path))))
                 .inspect_err(|_| self.seen = None)?;
             self.seen = Some(path);
         }
         members.drain()
+    }
+
+    /// Refuses what no bootstrap can hold before it takes memory: a small archive can decompress to
+    /// endless xattrs, link targets, implied parents, or sparse files without data.
+    fn bound(&mut self, member: &Member) -> Result<()> {
+        let max = self.options.max_entries;
+        if self.entries > max || self.tree.inode_count() > max as usize {
+            return Err(Error::limit(format!("more than {max} entries, those their paths imply included")));
+        }
+        let name = member.path.len().min(limits::MAX_NAME_LEN);
+        let target = if member.kind == Kind::Symlink { member.link.len() } else { 0 };
+        let xattrs: usize = member.xattrs.iter().map(|x| x.name.len() + x.value.len()).sum();
+        let chunks = layout::chunk_count(member.size, self.layer.chunk_size());
+        let need = chunks.saturating_mul(8).saturating_add((name + target + xattrs + INODE_SIZE) as u64);
+        self.metadata = self.metadata.saturating_add(need);
+        if self.metadata > limits::MAX_BOOTSTRAP_SIZE {
+            return Err(Error::limit(format!(
+                "its entries take more than the {} bytes of the largest bootstrap",
+                limits::MAX_BOOTSTRAP_SIZE
+            )));
+        }
+        Ok(())
     }
 
     fn entry<R: Read>(&mut self, member: Member, members: &mut Members<R>) -> Result<()> {
@@ -132,8 +167,7 @@ impl LayerReader<'_> {
     fn hard_link(&mut self, path: &[u8], target: &[u8]) -> Result<()> {
         let refused = |why: &str| Error::bad_source(format!("hard link to {}, which {why}", shown(target)));
         let inside = components(target).map_err(|e| e.context("hard link"))?.join(&b'/');
-        let id: InodeId =
-            self.tree.lookup(&inside).ok_or_else(|| refused("does not precede it in this layer"))?;
+        let id = self.tree.lookup(&inside).ok_or_else(|| refused("does not precede it in this layer"))?;
         let inode = self.tree.inode(id);
         if inode.is_dir() {
             return Err(refused("is a directory"));

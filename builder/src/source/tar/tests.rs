@@ -474,6 +474,22 @@ fn giant_headers_and_bombs_are_bounded() {
     let three = Archive::new().file("a", b"").file("a", b"").file("a", b"").end();
     assert_eq!(read_with(&three, options).err().unwrap().kind(), ErrorKind::Limit);
 
+    // Two entries whose paths imply 1000 directories.
+    let deep = |name: &str| format!("{name}/{}", "d/".repeat(500));
+    let options = TarOptions { max_entries: 900, ..TarOptions::default() };
+    let implied = ["a", "b", "c"].into_iter().fold(Archive::new(), |archive, name| {
+        archive.pax(b'x', &[("path", deep(name).as_bytes())]).file("short", b"")
+    });
+    assert_eq!(read_with(&implied.end(), options).err().unwrap().kind(), ErrorKind::Limit);
+
+    // Sparse files without data: 1 KiB of archive for 2^40 bytes, which is 2 GiB of chunk indexes.
+    let hole = (1u64 << 40).to_string();
+    let holes = Archive::new()
+        .pax(b'x', &[("GNU.sparse.size", hole.as_bytes()), ("GNU.sparse.map", b"")])
+        .file("f", b"");
+    let (kind, text) = refused(&holes.end());
+    assert!(kind == ErrorKind::Limit && text.contains("largest bootstrap"), "{text}");
+
     // A header that promises far more than the stream holds.
     let mut huge = header(b'0', 1 << 38);
     raw_name(&mut huge, b"huge");
