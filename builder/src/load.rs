@@ -88,6 +88,8 @@ struct Loader<'a> {
     blobs: Vec<u32>,
     layer: LayerIndex,
     tree: Tree,
+    /// Everything but directories, whatever link count it states: an inode is read once, so that
+    /// many names of a large one cost no more than their entries.
     links: HashMap<Nid, InodeId>,
     pool: XattrPool,
 }
@@ -121,7 +123,13 @@ impl Loader<'_> {
 
     fn inode(&mut self, nid: Nid) -> Result<InodeId> {
         if let Some(&id) = self.links.get(&nid) {
-            return Ok(id);
+            let known = self.tree.inode(id);
+            if known.is_regular() {
+                return Ok(id);
+            }
+            // Only regular files have several names here (rafs-v6 section 4.5).
+            let copy = known.clone();
+            return self.tree.add(copy);
         }
         let attr = self.bootstrap.attr(nid)?;
         let metadata = self.metadata(&attr)?;
@@ -136,7 +144,7 @@ impl Loader<'_> {
             FileType::Socket => Content::Socket,
         };
         let id = self.tree.add(Inode::new(metadata, content))?;
-        if attr.file_type == FileType::Regular && attr.nlink > 1 {
+        if attr.file_type != FileType::Directory {
             self.links.insert(nid, id);
         }
         Ok(id)
@@ -170,10 +178,7 @@ impl Loader<'_> {
             let blob = self.blobs.get(chunk.blob as usize).copied().ok_or_else(|| {
                 Error::bad_source(format!("a chunk names blob {}, which the bootstrap has not", chunk.blob))
             })?;
-            let id = match self.chunks.by_place.get(&(blob, chunk.index.0)) {
-                Some(&id) => id,
-                None => self.chunk(blob, &chunk)?,
-            };
+            let id = self.chunk(blob, &chunk)?;
             self.chunks.refs.push(id);
         }
         Ok(file)
@@ -189,6 +194,20 @@ impl Loader<'_> {
                 ),
             )
         })?;
+        if let Some(&id) = self.chunks.by_place.get(&(blob, chunk.index.0)) {
+            let known = &self.chunks.rows[id.0 as usize];
+            let same = known.digest.0 == record.digest
+                && known.uncompressed_size == record.uncompressed_size.get()
+                && known.uncompressed_offset == record.uncompressed_offset.get();
+            if !same {
+                return Err(Error::bad_source(format!(
+                    "chunk {} of blob {} is another one than a lower bootstrap says; one of the two is not of this blob",
+                    chunk.index,
+                    crate::merge::shown_id(&self.chunks.blobs[blob as usize])
+                )));
+            }
+            return Ok(id);
+        }
         let id = ChunkId(
             u32::try_from(self.chunks.rows.len()).map_err(|_| Error::limit("more than 2^32 chunks"))?,
         );
