@@ -46,10 +46,10 @@ use crate::oci::target::Target;
 use crate::overlay::{self, WhiteoutSpec};
 use crate::pipeline::{DataOptions, LayerData};
 use crate::progress::{Observer, check};
-use crate::root::{RootOptions, image_root};
+use crate::root::{RootOptions, check_written, image_root};
 use crate::sink::BlobSink;
 use crate::tree::Tree;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, Result};
 
 /// Chunk size of converted images: 256 KiB.
 ///
@@ -239,20 +239,8 @@ fn finish_layers(content: ImageContent, files: Vec<NamedTempFile>, data: &DataOp
     let blobs = written.blobs.iter().map(named).collect();
     let options = RootOptions { digester: data.digester, chunk_size: data.chunk_size, explicit_ids: true };
     let root = image_root(&merged, &chunks, options)?;
-    verify(&written.bytes, root)?;
+    check_written(&written.bytes, Some(root))?;
     Ok(Merged { bootstrap: written.bytes, root, entry_count: written.entry_count, blobs, layers, spooled })
-}
-
-/// Opens the bootstrap as a mount would: nothing is published that a reader refuses.
-fn verify(bootstrap: &[u8], root: TaggedDigest) -> Result<()> {
-    let ours = "the merged bootstrap fails its own check; this is a bug, please report it";
-    let opened = rafs::bootstrap::from_bytes(bootstrap.to_vec(), &rafs::bootstrap::OpenOptions::default())
-        .map_err(|e| Error::from(e).context(ours))?;
-    let found = rafs::merkle::image_root(&*opened)?;
-    if found != root {
-        return Err(Error::new(ErrorKind::Mismatch, format!("{ours}: root {found} instead of {root}")));
-    }
-    Ok(())
 }
 
 /// Writes blobs and bootstraps of one image.

@@ -98,8 +98,9 @@ pub fn lay_out(tree: &Tree, geometry: &Geometry) -> Result<Layout> {
     placer.places[tree.root().0 as usize].ino = 1;
     let mut stack = vec![(tree.root(), 0usize)];
     while let Some((dir, depth)) = stack.pop() {
-        if depth > MAX_DEPTH {
-            return Err(Error::limit(format!("directories nested deeper than {MAX_DEPTH}")));
+        // What readers accept: the root is at depth 0.
+        if depth >= MAX_DEPTH {
+            return Err(Error::limit(format!("directories nested deeper than {}", MAX_DEPTH - 1)));
         }
         let Some(children) = tree.inode(dir).children() else { continue };
         placer.directory(dir, children)?;
@@ -373,6 +374,18 @@ mod tests {
         children.remove(&b".."[..]);
         let names: Vec<_> = entries(&children).into_iter().map(|(n, _)| n).collect();
         assert_eq!(names, [&b"!"[..], b"-", b".", b".-a", b"..", b".a", b"a"]);
+    }
+
+    #[test]
+    fn depth_is_what_readers_accept() {
+        let with_depth = |depth: usize| {
+            let mut tree = Tree::new();
+            let directory = Inode::new(Metadata::implied_directory(), Content::Directory(Children::new()));
+            tree.insert(&b"d/".repeat(depth), directory).unwrap();
+            lay_out(&tree, &GEOMETRY)
+        };
+        assert!(with_depth(MAX_DEPTH - 1).is_ok());
+        assert_eq!(with_depth(MAX_DEPTH).unwrap_err().kind(), crate::ErrorKind::Limit);
     }
 
     #[test]

@@ -4,7 +4,9 @@
 //! first, and the result is written with the chunk rows carried over: chunk numbers and
 //! offsets inside blobs do not change, blobs are numbered anew by first use.
 
-use rafs::bootstrap::Bootstrap;
+use std::collections::HashMap;
+
+use rafs::bootstrap::{Bootstrap, digester_code};
 use rafs::format::blob_table::BlobRecord;
 use rafs::format::features::{BlobFeatures, ImageFlags};
 use storage::codec::Codec;
@@ -16,7 +18,7 @@ use crate::bootstrap_writer::{self, Image, padded_id};
 use crate::load::LoadedChunks;
 use crate::overlay::{self, WhiteoutSpec};
 use crate::prefetch::Patterns;
-use crate::root::{RootOptions, image_root};
+use crate::root::{RootOptions, check_written, image_root};
 use crate::tree::Tree;
 use crate::{Error, ErrorKind, Result};
 
@@ -57,8 +59,8 @@ pub struct Merged {
     pub codec: Codec,
     /// Directory entries with the root.
     pub entry_count: u64,
-    /// Image root digest, from the merged tree.
-    pub root: TaggedDigest,
+    /// Image root digest, from the merged tree; `None` if the blobs' digesters differ.
+    pub root: Option<TaggedDigest>,
 }
 
 /// Merges `sources`, lowest first.
@@ -74,9 +76,10 @@ pub fn merge(sources: &[MergeSource], prefetch: &Patterns) -> Result<Merged> {
     };
     let mut chunks = LoadedChunks::default();
     let mut merged: Option<Tree> = None;
+    let mut named = HashMap::new();
     for source in sources {
         consistent(first, source)?;
-        let records = records(source)?;
+        let records = records(source, &mut named);
         let mut tree = chunks
             .load(&*source.bootstrap, &records)
             .map_err(|e| e.context(format!("read {}", source.name)))?;
@@ -111,7 +114,10 @@ pub fn merge(sources: &[MergeSource], prefetch: &Patterns) -> Result<Merged> {
         chunk_size: summary.chunk_size,
         explicit_ids: summary.flags.contains(ImageFlags::EXPLICIT_UID_GID),
     };
-    let root = image_root(&tree, &chunks, options)?;
+    let one_digester =
+        written.blobs.iter().all(|&b| chunks.blobs[b].digest_algo.get() == digester_code(summary.digester));
+    let root = if one_digester { Some(image_root(&tree, &chunks, options)?) } else { None };
+    check_written(&written.bytes, root)?;
     let blobs = written.blobs.iter().map(|&b| shown_id(&chunks.blobs[b])).collect();
     Ok(Merged {
         bootstrap: written.bytes,
@@ -151,12 +157,17 @@ fn consistent(first: &MergeSource, other: &MergeSource) -> Result<()> {
     ))
 }
 
-/// The blobs of a source with final names and what the caller knows put in.
-fn records(source: &MergeSource) -> Result<Vec<BlobRecord>> {
+/// The blobs of a source with final names and what the caller knows put in. `named` has the final
+/// names of blobs that lower sources know, by the names they have there.
+fn records(source: &MergeSource, named: &mut HashMap<BlobId, [u8; 64]>) -> Vec<BlobRecord> {
     let blobs = source.bootstrap.blobs();
     let inlined = |b: &rafs::bootstrap::Blob| b.features.contains(BlobFeatures::INLINED_FS_META);
-    // The layer's own blob is the one that holds its bootstrap, or its only one.
-    let own = blobs.iter().position(inlined).or_else(|| (blobs.len() == 1).then_some(0));
+    // The layer's own blob is the one that holds its bootstrap, or its only one, unless that is a
+    // lower layer's: a layer whose data is all there already has no blob of its own.
+    let own = blobs.iter().position(inlined).or(match blobs {
+        [only] if !named.contains_key(&only.id) => Some(0),
+        _ => None,
+    });
     let mut records = Vec::with_capacity(blobs.len());
     for (n, blob) in blobs.iter().enumerate() {
         let mut record = blob.record;
@@ -165,10 +176,13 @@ fn records(source: &MergeSource) -> Result<Vec<BlobRecord>> {
         record.features = U32::new(features.bits());
         if own == Some(n) {
             known(&mut record, features.contains(BlobFeatures::SEPARATE), &source.own);
+        } else if let Some(name) = named.get(&blob.id) {
+            record.blob_id = *name;
         }
+        named.entry(blob.id.clone()).or_insert(record.blob_id);
         records.push(record);
     }
-    Ok(records)
+    records
 }
 
 fn known(record: &mut BlobRecord, separate: bool, own: &OwnBlob) {

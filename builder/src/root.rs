@@ -6,9 +6,9 @@ use std::collections::HashMap;
 use rafs::merkle::{DirectoryDigest, Merkle, NO_LINKS, NodeFields};
 use storage::digest::{Digest, DigestAlgorithm, TaggedDigest};
 
-use crate::Result;
 use crate::content::ChunkSource;
 use crate::tree::{Content, InodeId, Tree};
+use crate::{Error, ErrorKind, Result};
 
 /// What the digest depends on besides tree and chunks.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +30,27 @@ pub fn image_root(tree: &Tree, chunks: &dyn ChunkSource, options: RootOptions) -
     let mut hasher =
         TreeHasher { tree, chunks, options, merkle, links: links(tree, merkle)?, done: HashMap::new() };
     Ok(merkle.root(options.chunk_size, hasher.root()))
+}
+
+/// Opens a bootstrap just written as a mount would and recomputes its root digest, so that nothing
+/// gets a final name that readers refuse. Without `root` the image has none to compare.
+///
+/// # Errors
+/// `Corrupt`, `Mismatch`: it fails, which is a fault of the builder or of bootstraps it merged.
+pub fn check_written(bootstrap: &[u8], root: Option<TaggedDigest>) -> Result<()> {
+    const FAILS: &str = "the new bootstrap fails its own check";
+    let options = rafs::bootstrap::OpenOptions::default();
+    let opened = rafs::bootstrap::from_bytes(bootstrap.to_vec(), &options)
+        .map_err(|e| Error::from(e).context(FAILS))?;
+    let Some(root) = root else { return Ok(()) };
+    let found = rafs::merkle::image_root(&*opened).map_err(|e| Error::from(e).context(FAILS))?;
+    if found != root {
+        return Err(Error::new(
+            ErrorKind::Mismatch,
+            format!("{FAILS}: root digest {found} instead of {root}"),
+        ));
+    }
+    Ok(())
 }
 
 /// Link digests of the regular files that have two or more names.

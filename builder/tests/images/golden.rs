@@ -5,7 +5,7 @@ use builder::create::{LayerOptions, LayerSource};
 use builder::merge::{MergeSource, OwnBlob, merge};
 use builder::overlay::WhiteoutSpec;
 use builder::prefetch::Patterns;
-use rafs::bootstrap::OpenOptions;
+use rafs::bootstrap::{Bootstrap, OpenOptions};
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
 
@@ -130,8 +130,59 @@ fn merged_bootstraps_are_byte_for_byte_the_reference() {
     let sources = [layer_source("inline-toc"), layer_source("upper-inline-toc")];
     let merged = merge(&sources, &Patterns::everything()).unwrap();
     let opened = rafs::bootstrap::from_bytes(merged.bootstrap.clone(), &OpenOptions::default()).unwrap();
-    assert_eq!(rafs::merkle::image_root(&*opened).unwrap(), merged.root);
+    assert_eq!(Some(rafs::merkle::image_root(&*opened).unwrap()), merged.root);
     assert_same("merged", &merged.bootstrap, &std::fs::read(golden("merged/image.boot")).unwrap());
+}
+
+/// A golden bootstrap, changed at byte `at`.
+fn changed(at: impl Fn(&dyn Bootstrap) -> usize, value: u8) -> MergeSource {
+    let mut bytes = std::fs::read(golden("default/image.boot")).unwrap();
+    let opened = rafs::bootstrap::from_bytes(bytes.clone(), &OpenOptions::default()).unwrap();
+    bytes[at(&*opened)] = value;
+    let bootstrap = rafs::bootstrap::from_bytes(bytes, &OpenOptions::default()).unwrap();
+    MergeSource { name: "changed".into(), bootstrap, own: OwnBlob::default() }
+}
+
+#[test]
+fn links_are_the_names_there_are_whatever_their_count_says() {
+    let intact = changed(|_| 0, 0);
+    // The link count of the first file that has several names.
+    let lying = changed(
+        |bootstrap| {
+            let mut walk = rafs::bootstrap::Walk::new(bootstrap, bootstrap.root());
+            while let Some(step) = walk.step().unwrap() {
+                let rafs::bootstrap::Step::Leaf(entry) = step else { continue };
+                if bootstrap.attr(entry.nid).unwrap().nlink > 1 {
+                    let area = bootstrap.summary().meta_blkaddr as usize * 4096;
+                    return area + entry.nid.0 as usize * 32 + 44;
+                }
+            }
+            panic!("the image has hard links");
+        },
+        1,
+    );
+    let root = |source| merge(&[source], &Patterns::default()).unwrap().root;
+    assert_eq!(root(lying), root(intact));
+}
+
+/// What `--blob-digests` says of a layer without data of its own is not said of the lower layer's
+/// blob, which is the only one it names.
+#[test]
+fn a_lower_layers_blob_keeps_its_name() {
+    let named = |byte: u8| {
+        let digest = Some(storage::digest::Digest([byte; 32]));
+        MergeSource { own: OwnBlob { digest, ..OwnBlob::default() }, ..changed(|_| 0, 0) }
+    };
+    let merged = merge(&[named(1), named(2)], &Patterns::default()).unwrap();
+    assert_eq!(merged.blobs, ["01".repeat(32)]);
+}
+
+#[test]
+fn one_chunk_with_two_digests_is_refused() {
+    let other = changed(|bootstrap| bootstrap.summary().chunk_table.0 as usize, 0xaa);
+    let error = merge(&[changed(|_| 0, 0), other], &Patterns::default()).err().unwrap();
+    assert_eq!(error.kind(), builder::ErrorKind::Corrupt);
+    assert!(error.to_string().contains("another one than a lower bootstrap says"), "{error}");
 }
 
 #[test]

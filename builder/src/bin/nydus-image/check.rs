@@ -85,7 +85,7 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
         bootstrap: &path.display().to_string(),
         blobs: &blobs,
         compressor: bootstrap.summary().codec.name(),
-        root: &root.to_string(),
+        root: Some(&root.to_string()),
         seconds: started.elapsed().as_secs_f64(),
     }
     .write(args.output_json.as_deref())?;

@@ -11,6 +11,7 @@ use builder::create::{LayerOptions, LayerSource, build_layer};
 use builder::overlay;
 use builder::pipeline::DataOptions;
 use builder::prefetch::Patterns;
+use builder::root::check_written;
 use builder::sink::BlobSink;
 use rafs::format::limits;
 use storage::codec::Codec;
@@ -43,6 +44,9 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
         _ => tar_source(&args.source)?,
     };
     let built = build_layer(source, &options, sink)?;
+    if !args.disable_check {
+        check_written(&built.bootstrap, Some(built.root))?;
+    }
     // A FIFO's reader waits for the end of file.
     drop(built.blob.out);
 
@@ -63,10 +67,6 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
             .display()
             .to_string()
     };
-    if !args.disable_check {
-        let open = rafs::bootstrap::OpenOptions { inlined_blob_id: Some(BlobId::new(&id)?) };
-        rafs::bootstrap::from_bytes(built.bootstrap, &open).context("check of the new bootstrap")?;
-    }
     let blobs = if built.has_data { vec![id] } else { Vec::new() };
     let root = built.root.to_string();
     tracing::info!(
@@ -79,7 +79,7 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
         bootstrap: &bootstrap_path,
         blobs: &blobs,
         compressor: options.data.codec.name(),
-        root: &root,
+        root: Some(&root),
         seconds: started.elapsed().as_secs_f64(),
     }
     .write(args.output_json.as_deref())?;

@@ -33,17 +33,18 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
     let merged = merge(&sources, &prefetch_patterns(args.prefetch_policy)?)?;
     let path =
         output::write_bootstrap(args.bootstrap.as_deref(), args.blob_dir.as_deref(), &merged.bootstrap)?;
-    let root = merged.root.to_string();
+    let root = merged.root.map(|root| root.to_string());
     tracing::info!(
-        "merged {} entries of {} blobs, root digest {root}",
+        "merged {} entries of {} blobs, root digest {}",
         merged.entry_count,
-        merged.blobs.len()
+        merged.blobs.len(),
+        root.as_deref().unwrap_or("none, for the layers' digesters differ")
     );
     Summary {
         bootstrap: &path.display().to_string(),
         blobs: &merged.blobs,
         compressor: merged.codec.name(),
-        root: &root,
+        root: root.as_deref(),
         seconds: started.elapsed().as_secs_f64(),
     }
     .write(args.output_json.as_deref())?;

@@ -24,7 +24,14 @@ pub enum Output {
     /// A FIFO or device.
     Stream(PathBuf, Option<File>),
     /// A file that gets its name when complete.
-    Whole(PathBuf, NamedTempFile),
+    Whole {
+        /// As the caller wrote it.
+        path: PathBuf,
+        /// Where it leads.
+        place: PathBuf,
+        /// What is written.
+        file: NamedTempFile,
+    },
     /// A file whose name follows from its content.
     InDir(PathBuf, NamedTempFile),
 }
@@ -43,11 +50,14 @@ impl Output {
                 .with_context(|| format!("open {} for writing", path.display()))?;
             return Ok(Self::Stream(path.to_owned(), Some(file)));
         }
-        let dir = match path.parent() {
+        // What a symlink names is replaced, not the symlink: it may be /dev/stdout.
+        let place = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let dir = match place.parent() {
             Some(dir) if !dir.as_os_str().is_empty() => dir,
             _ => Path::new("."),
         };
-        Ok(Self::Whole(path.to_owned(), temporary(dir, NAMED_MODE)?))
+        let file = temporary(dir, NAMED_MODE)?;
+        Ok(Self::Whole { path: path.to_owned(), place, file })
     }
 
     /// A file in `dir`, which is made if it does not exist.
@@ -59,7 +69,7 @@ impl Output {
     /// What to call it in messages.
     pub fn name(&self) -> String {
         match self {
-            Self::Stream(path, _) | Self::Whole(path, _) => path.display().to_string(),
+            Self::Stream(path, _) | Self::Whole { path, .. } => path.display().to_string(),
             Self::InDir(dir, _) => format!("in {}", dir.display()),
         }
     }
@@ -70,7 +80,7 @@ impl Output {
             Self::Stream(path, file) => {
                 file.take().with_context(|| format!("{} is opened only once", path.display()))
             }
-            Self::Whole(_, file) | Self::InDir(_, file) => {
+            Self::Whole { file, .. } | Self::InDir(_, file) => {
                 file.as_file().try_clone().with_context(|| format!("reopen {}", file.path().display()))
             }
         }
@@ -81,9 +91,9 @@ impl Output {
     pub fn commit(self, name: &str) -> anyhow::Result<PathBuf> {
         match self {
             Self::Stream(path, _) => Ok(path),
-            Self::Whole(path, file) => {
+            Self::Whole { path, place, file } => {
                 synced(&file)?;
-                file.persist(&path).with_context(|| format!("name {}", path.display()))?;
+                file.persist(&place).with_context(|| format!("name {}", path.display()))?;
                 Ok(path)
             }
             Self::InDir(dir, file) => {
@@ -100,7 +110,7 @@ impl Output {
 
     /// Nothing is to be stored: a regular file of that name goes away.
     pub fn discard(self) -> anyhow::Result<()> {
-        if let Self::Whole(path, _) = &self
+        if let Self::Whole { path, .. } = &self
             && std::fs::symlink_metadata(path).is_ok_and(|m| m.is_file())
         {
             std::fs::remove_file(path).with_context(|| format!("remove {}", path.display()))?;
@@ -137,8 +147,8 @@ pub struct Summary<'a> {
     pub blobs: &'a [String],
     /// Default compressor.
     pub compressor: &'a str,
-    /// Image root digest.
-    pub root: &'a str,
+    /// Image root digest, if the image has one.
+    pub root: Option<&'a str>,
     /// Seconds the work took.
     pub seconds: f64,
 }
@@ -189,6 +199,11 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
         write_file(&path, b"whole").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"whole");
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("out", &link).unwrap();
+        write_file(&link, b"through").unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(std::fs::read(&path).unwrap(), b"through");
         Output::at(&path).unwrap().discard().unwrap();
         assert!(!path.exists());
 
