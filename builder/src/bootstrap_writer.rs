@@ -66,8 +66,13 @@ pub struct Bootstrap {
 ///
 /// # Errors
 /// `Limit`: more than 254 blobs, or an address does not fit its field. `Corrupt`: a file has
-/// not as many chunks as its size says.
+/// not as many chunks as its size says. `Invalid`: hard links of the tree are not resolved.
 pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
+    if image.tree.has_open_links() {
+        return Err(Error::invalid(
+            "hard links to layers below are to be resolved before a bootstrap is written",
+        ));
+    }
     let numbering = Numbering::of(image)?;
     let table_offset =
         (superblock::DEVICE_TABLE_OFFSET as u64 + 128 * numbering.order.len() as u64).next_multiple_of(BLOCK);

@@ -17,6 +17,8 @@
 //!   else is ever fetched for a mount.
 //! - A chunk that a lower layer of the image has stored is not stored again; the upper layer's
 //!   bootstrap then names the lower layer's blob.
+//! - A hard link to a file of a lower layer becomes, in the bootstrap of its own layer, that file
+//!   once more; in the merged one, another name of it.
 //! - Whiteouts without anything below them vanish in the merged tree.
 //! - Nothing is published before every layer has matched its digests and the merged bootstrap
 //!   has passed the reader's own checks.
@@ -225,7 +227,8 @@ fn finish_layers(content: ImageContent, files: Vec<NamedTempFile>, data: &DataOp
     let mut merged = Tree::new();
     let count = trees.len();
     let parts = trees.into_iter().zip(files.into_iter().zip(output.layers));
-    for (number, (tree, (file, layer))) in parts.enumerate() {
+    for (number, (mut tree, (file, layer))) in parts.enumerate() {
+        tree.resolve_links(&merged).map_err(|e| e.context(format!("layer {} of {count}", number + 1)))?;
         let finished = writer
             .finish_blob(&tree, layer, number)
             .map_err(|e| e.context(format!("blob of layer {} of {count}", number + 1)))?;

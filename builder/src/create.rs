@@ -76,12 +76,13 @@ pub struct BuiltLayer {
 pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSink) -> Result<BuiltLayer> {
     let session = Session::new(options.data)?;
     let mut layer = session.layer(sink)?;
-    let (tree, first) = match read(source, options.whiteouts, &options.prefetch, &mut layer) {
-        Ok(read) => read,
-        Err(error) => {
-            return Err(layer.abort(error));
-        }
-    };
+    let (tree, first) =
+        match read(source, options.whiteouts, &options.prefetch, TarOptions::default(), &mut layer) {
+            Ok(read) => read,
+            Err(error) => {
+                return Err(layer.abort(error));
+            }
+        };
     layer.finish()?;
     let output = session.finish()?;
     let data = output
@@ -150,7 +151,8 @@ pub fn read_layers(
     let mut merged: Option<Tree> = None;
     for source in layers {
         let mut layer = session.layer(BlobSink::new("nowhere", std::io::sink()))?;
-        let (tree, _) = match read(source, whiteouts, &Patterns::default(), &mut layer) {
+        let tar = TarOptions { links_below: merged.is_some(), ..TarOptions::default() };
+        let (tree, _) = match read(source, whiteouts, &Patterns::default(), tar, &mut layer) {
             Ok(read) => read,
             Err(error) => {
                 return Err(layer.abort(error));
@@ -176,12 +178,13 @@ fn read(
     source: LayerSource<'_>,
     whiteouts: WhiteoutSpec,
     prefetch: &Patterns,
+    options: TarOptions,
     layer: &mut Layer,
 ) -> Result<(Tree, Vec<InodeId>)> {
     match source {
         LayerSource::Directory(path) => read_directory(path, whiteouts, prefetch, layer),
         LayerSource::Tar { name, input } => {
-            let tree = tar::read_layer(&name, input, layer, TarOptions::default())?;
+            let tree = tar::read_layer(&name, input, layer, options)?;
             let first = prefetch.resolve(&tree);
             Ok((tree, first))
         }

@@ -115,20 +115,25 @@ pub fn drop_whiteouts(tree: &mut Tree, spec: WhiteoutSpec) {
 
 /// Applies `upper` on top of `lower` (rafs-v6 section 11.1) and consumes it.
 ///
-/// The root's attributes come from `upper` unless that only implies its root. Hard links
-/// never join across the two: an upper file is another inode than any lower one.
+/// The root's attributes come from `upper` unless that only implies its root. An upper file is
+/// another inode than any lower one, unless the upper layer itself names a lower file by a hard
+/// link: then the new name joins those that are left of that file. Such links see `lower` as it
+/// was before the whiteouts of `upper`.
 ///
 /// # Errors
-/// `Limit`: too many inodes.
-pub fn apply(lower: &mut Tree, upper: Tree, spec: WhiteoutSpec) -> Result<()> {
-    Merger { lower, upper: upper.take_inodes(), spec, moved: HashMap::new() }.run()
+/// `Limit`: too many inodes. Those of [`Tree::resolve_links`].
+pub fn apply(lower: &mut Tree, mut upper: Tree, spec: WhiteoutSpec) -> Result<()> {
+    upper.resolve_links(lower)?;
+    let (upper, below) = upper.into_parts();
+    Merger { lower, upper, spec, moved: below.found }.run()
 }
 
 struct Merger<'a> {
     lower: &'a mut Tree,
     upper: Vec<Inode>,
     spec: WhiteoutSpec,
-    /// Upper regular files that have their place below already: hard links stay links.
+    /// Upper regular files that have their place below already: hard links stay links. At the
+    /// start, copies of files that are there.
     moved: HashMap<InodeId, InodeId>,
 }
 

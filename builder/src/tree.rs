@@ -11,7 +11,7 @@
 //!
 //! Memory: about 150 bytes an entry with a short name.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use rafs::format::limits;
@@ -207,7 +207,7 @@ pub enum Content {
         size: u64,
     },
     /// Symbolic link with its target, 1 to 4096 bytes without NUL.
-    Symlink(Box<[u8]>),
+    Symlink(Arc<[u8]>),
     /// Character device.
     CharDevice {
         /// Major number.
@@ -299,6 +299,16 @@ impl Inode {
 #[derive(Clone, Debug)]
 pub struct Tree {
     inodes: Vec<Inode>,
+    below: LinksBelow,
+}
+
+/// Hard links of a layer to what only a layer below has.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct LinksBelow {
+    /// Inodes that only hold the place of such a link, and the path it leads to.
+    open: HashMap<InodeId, Box<[u8]>>,
+    /// Copies of inodes of the tree below, and which ones: a merge makes them one again.
+    pub(crate) found: HashMap<InodeId, InodeId>,
 }
 
 impl Default for Tree {
@@ -316,6 +326,7 @@ impl Tree {
                 content: Content::Directory(Children::new()),
                 implied: true,
             }],
+            below: LinksBelow::default(),
         }
     }
 
@@ -417,6 +428,73 @@ impl Tree {
         Ok(())
     }
 
+    /// Names at `path` what the layers below have at `target`; nothing more is known of it until
+    /// [`Tree::resolve_links`].
+    ///
+    /// # Errors
+    /// As [`Tree::insert`].
+    pub fn link_below(&mut self, path: &[u8], target: &[u8]) -> Result<()> {
+        let place = self.insert(path, Inode::new(Metadata::implied_directory(), Content::Fifo))?;
+        self.below.open.insert(place, target.into());
+        Ok(())
+    }
+
+    /// Where the hard link `id` leads, as long as that is not resolved.
+    pub fn open_link(&self, id: InodeId) -> Option<&[u8]> {
+        self.below.open.get(&id).map(|target| &**target)
+    }
+
+    /// Finds the targets of all links to layers below in `lower`, the merged tree of these. A file
+    /// is copied with its metadata and chunks, once for all of its new names, and remembered as
+    /// that file, so that a merge joins the names of both trees into one group.
+    ///
+    /// # Errors
+    /// `Corrupt`: a target is in no layer below, or a directory.
+    pub fn resolve_links(&mut self, lower: &Tree) -> Result<()> {
+        if self.below.open.is_empty() {
+            return Ok(());
+        }
+        // Links that a later entry has replaced are not looked for.
+        let mut links = Vec::new();
+        self.walk(|path, id| {
+            if self.below.open.contains_key(&id) {
+                links.push((path.to_vec(), id));
+            }
+            Ok(())
+        })?;
+        let mut copies: HashMap<InodeId, InodeId> = HashMap::new();
+        for (path, place) in links {
+            let Some(target) = self.below.open.get(&place) else { continue };
+            let refused = |why: &str| {
+                Error::bad_source(format!("{}: hard link to {}, which {why}", shown(&path), shown(target)))
+            };
+            let found = lower
+                .lookup(target)
+                .ok_or_else(|| refused("neither precedes it in its layer nor is in a layer below"))?;
+            let inode = lower.inode(found);
+            if inode.is_dir() {
+                return Err(refused("is a directory"));
+            }
+            if let Some(&copy) = copies.get(&found) {
+                self.link(&path, copy)?;
+                continue;
+            }
+            *self.inode_mut(place) = inode.clone();
+            // Only regular files have several names.
+            if inode.is_regular() {
+                copies.insert(found, place);
+                self.below.found.insert(place, found);
+            }
+        }
+        self.below.open.clear();
+        Ok(())
+    }
+
+    /// True while [`Tree::resolve_links`] has to be called.
+    pub fn has_open_links(&self) -> bool {
+        !self.below.open.is_empty()
+    }
+
     /// Calls `visit` with path (no leading slash, root empty) and inode of every entry: a
     /// directory before its entries, these in byte order of names.
     ///
@@ -460,8 +538,8 @@ impl Tree {
         }
     }
 
-    pub(crate) fn take_inodes(self) -> Vec<Inode> {
-        self.inodes
+    pub(crate) fn into_parts(self) -> (Vec<Inode>, LinksBelow) {
+        (self.inodes, self.below)
     }
 
     fn replace_root(&mut self, inode: Inode) -> Result<InodeId> {

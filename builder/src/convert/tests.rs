@@ -6,6 +6,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use super::*;
+use crate::ErrorKind;
 use crate::compare::{CompareOptions, Differences, Side, compare};
 use crate::load::LoadedChunks;
 use crate::merge::{MergeSource, OwnBlob, merge};
@@ -179,6 +180,57 @@ fn the_result_does_not_depend_on_threads() {
         })
         .collect();
     assert!(results.iter().all(|r| *r == results[0]), "{results:?}");
+}
+
+/// A layer may link to what only a layer below has: the names form one group, unless nothing is
+/// left of the old ones.
+#[test]
+fn hard_links_reach_into_lower_layers() {
+    let big = pattern(20_000, 3);
+    let upper = tar_of(&[
+        // Marked as removed in this very layer: the link keeps the file, under its new name.
+        (".wh.moved", 0o644, Item::File(b"")),
+        ("new", 0, Item::HardLink("moved")),
+        ("dir/again", 0, Item::HardLink("new")),
+        ("third", 0, Item::HardLink("kept")),
+        ("sym2", 0, Item::HardLink("sym")),
+        ("replaced", 0, Item::HardLink("no/such")),
+        ("replaced", 0o600, Item::File(b"later")),
+    ]);
+    let layout = layout_of(&[
+        tar_of(&[
+            ("moved", 0o640, Item::File(&big)),
+            ("kept", 0o644, Item::File(b"kept")),
+            ("kept2", 0, Item::HardLink("kept")),
+            ("sym", 0o777, Item::Symlink("kept")),
+        ]),
+        upper,
+    ]);
+    let source = layout.open("", None).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    convert_to(&source, out.path(), 2, 2).unwrap();
+    let read = read_back(out.path());
+    assert_eq!(differences(&*read.bootstrap, &source).count, 0);
+    let attr = |path: &str| {
+        let find = |dir, name: &str| read.bootstrap.lookup(dir, name.as_bytes()).unwrap().unwrap().nid;
+        read.bootstrap.attr(path.split('/').fold(read.bootstrap.root(), find)).unwrap()
+    };
+    assert!(read.bootstrap.lookup(read.bootstrap.root(), b"moved").unwrap().is_none());
+    assert_eq!((attr("new").nid, attr("new").nlink), (attr("dir/again").nid, 2));
+    assert_eq!((attr("new").mode, attr("new").size), (0o100640, 20_000));
+    assert_eq!((attr("third").nid, attr("third").nlink), (attr("kept").nid, 3));
+    assert_eq!(attr("kept2").nid, attr("kept").nid);
+    assert_eq!((attr("sym").nlink, attr("sym2").nlink), (1, 1));
+    assert_eq!(attr("replaced").size, 5);
+
+    for (target, why) in [("no/such", "nor is in a layer below"), ("d", "is a directory")] {
+        let layout =
+            layout_of(&[tar_of(&[("d/", 0o755, Item::Dir)]), tar_of(&[("l", 0, Item::HardLink(target))])]);
+        let out = tempfile::tempdir().unwrap();
+        let err = convert_to(&layout.open("", None).unwrap(), out.path(), 1, 1).unwrap_err();
+        assert!(err.kind() == ErrorKind::Corrupt && err.to_string().contains(why), "{err}");
+        assert!(err.to_string().contains("layer 2 of 2: \"l\""), "{err}");
+    }
 }
 
 #[test]

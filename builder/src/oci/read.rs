@@ -152,7 +152,7 @@ fn stream_layer(
     let mut reader = source
         .open_layer(index, |stored| Box::new(Watched::new(stored, Arc::clone(meter), cancel.clone())))?;
     // The digests vouch for the stream's end, so the tar need not.
-    let tar = TarOptions { require_end: false, ..TarOptions::default() };
+    let tar = TarOptions { require_end: false, links_below: index > 0, ..TarOptions::default() };
     let name = format!("{}: {}", source.name(), source.layers()[index].name);
     let tree = tar::read_layer(&name, &mut reader, layer, tar)?;
     // A tar may end before its file; only the whole of it has a digest.

@@ -5,7 +5,8 @@
 //! [`crate::overlay`].
 //!
 //! What the archive says is not trusted: paths are normalised and may not leave the tree, nothing
-//! is put beneath a symlink or a file, hard links point at what precedes them in the same archive,
+//! is put beneath a symlink or a file, hard links point at what precedes them in the same archive or
+//! lies in a layer below,
 //! extension headers, sparse maps and the number of entries are bounded, and a stream that is
 //! shorter than its headers say is an error. Of several entries with one path the last one stays,
 //! as in extraction.
@@ -42,13 +43,16 @@ pub struct TarOptions {
     /// Refuse a stream that ends between two entries, without end marker. Not needed where a
     /// digest vouches for the stream; some layers in registries lack the marker.
     pub require_end: bool,
+    /// Leave hard links whose target is not in this archive to [`Tree::resolve_links`]; else they
+    /// are refused. Layers may name files of the layers below so.
+    pub links_below: bool,
 }
 
 impl Default for TarOptions {
     fn default() -> Self {
         // 16 Mi entries are ten times the largest images known; at 256 bytes an entry they bound
         // what a hostile layer can make the builder hold.
-        Self { max_entries: 1 << 24, require_end: true }
+        Self { max_entries: 1 << 24, require_end: true, links_below: false }
     }
 }
 
@@ -167,7 +171,16 @@ impl LayerReader<'_> {
     fn hard_link(&mut self, path: &[u8], target: &[u8]) -> Result<()> {
         let refused = |why: &str| Error::bad_source(format!("hard link to {}, which {why}", shown(target)));
         let inside = components(target).map_err(|e| e.context("hard link"))?.join(&b'/');
-        let id = self.tree.lookup(&inside).ok_or_else(|| refused("does not precede it in this layer"))?;
+        let Some(id) = self.tree.lookup(&inside) else {
+            if self.options.links_below {
+                return self.tree.link_below(path, &inside);
+            }
+            return Err(refused("does not precede it in this layer"));
+        };
+        if let Some(target) = self.tree.open_link(id) {
+            let target = target.to_vec();
+            return self.tree.link_below(path, &target);
+        }
         let inode = self.tree.inode(id);
         if inode.is_dir() {
             return Err(refused("is a directory"));

@@ -172,7 +172,7 @@ fn tree(dice: &mut Dice, rows: &mut Rows) -> Tree {
             0 | 1 => Content::Directory(Children::new()),
             2 => {
                 let len = dice.len(4096);
-                Content::Symlink(dice.bytes(len, |b| b != 0))
+                Content::Symlink(dice.bytes(len, |b| b != 0).into())
             }
             3 => match dice.roll(4) {
                 0 => Content::CharDevice { major, minor },
