@@ -317,7 +317,7 @@ fn the_bootstraps_in_the_blobs_merge_to_the_image() {
         sources.push(MergeSource { name, bootstrap, own });
     }
     let merged = merge(&sources, &Patterns::default()).unwrap();
-    assert_eq!((merged.root, merged.blobs), (done.root, done.blobs));
+    assert_eq!((merged.root, merged.blobs), (Some(done.root), done.blobs));
 }
 
 #[test]
