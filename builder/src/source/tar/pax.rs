@@ -68,9 +68,9 @@ impl Extensions {
                 }
                 _ => {
                     if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                        self.set_xattr(Xattr { name: name.into(), value: value.into() }, true);
+                        self.set_xattr(Xattr { name: name.into(), value: value.into() }, true)?;
                     } else if let Some(name) = key.strip_prefix(b"LIBARCHIVE.xattr.") {
-                        self.set_xattr(fields::libarchive_xattr(name, value).ok_or_else(bad)?, false);
+                        self.set_xattr(fields::libarchive_xattr(name, value).ok_or_else(bad)?, false)?;
                     }
                 }
             }
@@ -78,19 +78,28 @@ impl Extensions {
         Ok(())
     }
 
+    /// Attributes of one entry. The kernel lists at most 64 KiB of names, which are seldom shorter
+    /// than 16 bytes; looking for duplicates stays cheap.
+    const MAX_XATTRS: usize = 4096;
+
     /// Adds an attribute. `replace` says whether it wins over one of that name; libarchive writes
     /// both forms and the plain one is exact.
-    fn set_xattr(&mut self, xattr: Xattr, replace: bool) {
+    fn set_xattr(&mut self, xattr: Xattr, replace: bool) -> Result<()> {
         // What the format has no place for can not be set by a runtime on Linux either
         // (`com.apple.…` in layers made on a Mac).
         if split_xattr(&xattr.name).is_none() {
             tracing::debug!(name = %shown(&xattr.name), "xattr dropped: not a namespace of Linux");
-            return;
+            return Ok(());
         }
+        let count = self.xattrs.len();
         match self.xattrs.iter_mut().find(|x| x.name == xattr.name) {
             Some(there) if replace => *there = xattr,
             Some(_) => {}
+            None if count == Self::MAX_XATTRS => {
+                return Err(Error::limit(format!("more than {} xattrs of one entry", Self::MAX_XATTRS)));
+            }
             None => self.xattrs.push(xattr),
         }
+        Ok(())
     }
 }

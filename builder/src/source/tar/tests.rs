@@ -490,6 +490,12 @@ fn giant_headers_and_bombs_are_bounded() {
     let (kind, text) = refused(&holes.end());
     assert!(kind == ErrorKind::Limit && text.contains("largest bootstrap"), "{text}");
 
+    // 30000 attributes in one header would be compared with one another.
+    let names: Vec<String> = (0..30_000).map(|n| format!("SCHILY.xattr.user.{n}")).collect();
+    let records: Vec<(&str, &[u8])> = names.iter().map(|n| (n.as_str(), &b""[..])).collect();
+    let (kind, text) = refused(&Archive::new().pax(b'x', &records).file("f", b"").end());
+    assert!(kind == ErrorKind::Limit && text.contains("more than 4096 xattrs"), "{text}");
+
     // A header that promises far more than the stream holds.
     let mut huge = header(b'0', 1 << 38);
     raw_name(&mut huge, b"huge");
