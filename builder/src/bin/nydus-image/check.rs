@@ -35,7 +35,7 @@ use storage::ids::ByteRange;
 use crate::cli::{self, CheckArgs};
 use crate::create::tar_source;
 use crate::interrupt::Interrupt;
-use crate::output::Summary;
+use crate::output::{self, Summary};
 use crate::progress;
 
 /// Differences and faults described before the rest is only counted.
@@ -74,11 +74,11 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
         Some(path) if ok => {
             let path = path.as_os_str().as_bytes();
             let path = path.split(|&b| b == b'/').filter(|c| !c.is_empty()).collect::<Vec<_>>().join(&b'/');
-            println!("{}", serde_json::to_string(&rafs::merkle::prove(bootstrap, &path)?)?);
+            output::print(&(serde_json::to_string(&rafs::merkle::prove(bootstrap, &path)?)? + "\n"))?;
         }
         // What is not the image asked for proves nothing.
         Some(_) => {}
-        None => print!("{report}"),
+        None => output::print(&report)?,
     }
     let blobs: Vec<String> = bootstrap.blobs().iter().map(|b| b.id.to_string()).collect();
     Summary {

@@ -13,6 +13,7 @@ use rafs::bootstrap::{Attr, Bootstrap, FileType, Nid, OpenOptions};
 use serde_json::json;
 
 use crate::cli::{self, InspectArgs};
+use crate::output;
 
 const HELP: &str = "\
 stats          number of inodes, as JSON
@@ -79,19 +80,18 @@ impl Session<'_> {
         let mut line = String::new();
         loop {
             if interactive {
-                print!("Inspecting RAFS:> ");
-                std::io::stdout().flush()?;
+                output::print("Inspecting RAFS:> ")?;
             }
             line.clear();
             if std::io::stdin().lock().read_line(&mut line)? == 0 {
                 return Ok(ExitCode::SUCCESS);
             }
             match self.answer(line.trim()) {
-                Ok(Answer::Json(text)) => println!("{text}"),
-                Ok(Answer::Text(text)) => print!("{text}"),
-                Ok(Answer::Unknown) => print!("{HELP}"),
+                Ok(Answer::Json(text)) => output::print(&(text + "\n"))?,
+                Ok(Answer::Text(text)) => output::print(&text)?,
+                Ok(Answer::Unknown) => output::print(HELP)?,
                 Ok(Answer::Exit) => return Ok(ExitCode::SUCCESS),
-                Err(error) => println!("{error}"),
+                Err(error) => output::print(&format!("{error}\n"))?,
             }
         }
     }

@@ -54,7 +54,7 @@ fn raise_descriptor_limit() {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     raise_descriptor_limit();
     if cli.version {
-        print!("{}", version::block());
+        output::print(version::block())?;
         return Ok(ExitCode::SUCCESS);
     }
     let Some(command) = cli.command else {

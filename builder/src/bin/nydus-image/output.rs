@@ -119,6 +119,15 @@ impl Output {
     }
 }
 
+/// Writes a result to stdout. A reader that has gone (`| head`) is no failure of the work.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        done => done.context("write to stdout"),
+    }
+}
+
 /// Writes `bytes` to `path` at once.
 pub fn write_file(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let mut output = Output::at(path)?;
