@@ -445,8 +445,9 @@ impl Inner {
     /// Hands verified bytes to the waiters and to the cache. May wait for the disk.
     fn publish(self: &Arc<Self>, claimed: Claimed, bytes: &bytes::Bytes) {
         let Claimed { lead, lock } = claimed;
-        lead.answer(inflight::Outcome::Bytes(bytes.clone()));
+        // First: whoever has the bytes must find them counted.
         CacheMetrics::tick(&self.metrics.fetched_chunks);
+        lead.answer(inflight::Outcome::Bytes(bytes.clone()));
         meta::keep(self);
         let (Some(files), Some(lock)) = (self.files(), lock) else { return };
         let extent = lead.extent();
