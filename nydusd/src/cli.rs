@@ -100,6 +100,10 @@ pub struct FuseArgs {
     #[arg(long, requires = "image")]
     pub plain_http: bool,
 
+    /// Fetch --image through the proxies of HTTPS_PROXY, HTTP_PROXY and NO_PROXY [default: ignore them]
+    #[arg(long, requires = "image")]
+    pub proxy_from_environment: bool,
+
     /// Bootstrap (metadata file) of the image
     #[arg(short = 'B', long, value_name = "FILE", conflicts_with = "shared_dir")]
     pub bootstrap: Option<PathBuf>,

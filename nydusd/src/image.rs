@@ -16,7 +16,7 @@ use storage::oci::manifest::Platform;
 use storage::oci::nydus::{FetchOptions, NydusImage};
 use storage::oci::token::Login;
 
-use crate::cli::FuseArgs;
+use crate::cli::{FailoverPolicy, FuseArgs};
 use crate::config::{BackendConfig, Config, RegistryConfig};
 use crate::mount::MountSpec;
 
@@ -67,8 +67,7 @@ fn plan_named(name: &str, args: &FuseArgs) -> anyhow::Result<Plan> {
     let options = RegistryOptions {
         http: HttpOptions {
             ca_files: args.ca_cert.clone(),
-            // Somebody typed this command, and expects of it what other tools do.
-            proxy_from_environment: true,
+            proxy_from_environment: args.proxy_from_environment,
             ..HttpOptions::default()
         },
         scheme: if args.plain_http { Scheme::Http } else { Scheme::Auto },
@@ -79,6 +78,7 @@ fn plan_named(name: &str, args: &FuseArgs) -> anyhow::Result<Plan> {
         ImageName::Layout { path, .. } => BackendConfig::OciLayout(path.clone()),
         ImageName::Registry(reference) => BackendConfig::Registry(RegistryConfig {
             ca_cert_files: args.ca_cert.clone(),
+            proxy_from_environment: args.proxy_from_environment,
             ..RegistryConfig::new(reference.host(), reference.repository())
         }),
     };
@@ -113,6 +113,7 @@ fn apply_arguments(config: &mut Config, args: &FuseArgs) {
     for (flag, given) in [
         ("--prefetch-files", args.prefetch_files.is_some()),
         ("--backend-source", args.backend_source.is_some()),
+        ("--failover-policy", args.failover_policy != FailoverPolicy::Resend),
     ] {
         if given {
             config.warnings.push(format!("{flag} has no effect yet"));
@@ -158,7 +159,7 @@ fn fetch(
 ) -> anyhow::Result<MountSpec> {
     let work_dir = &config.work_dir;
     let context = || format!("the cache directory {} can not be used", work_dir.display());
-    std::fs::create_dir_all(work_dir).with_context(context)?;
+    crate::mount::make_cache_dir(work_dir)?;
     let fetched = tempfile::Builder::new().prefix(".fetch-").tempfile_in(work_dir).with_context(context)?;
     let fetched = fetched.into_temp_path();
     let image = Image::open(name, options)?;
@@ -199,7 +200,6 @@ fn blob_source(config: &Config) -> anyhow::Result<Arc<dyn BlobSource>> {
 /// depend on whose login files lie around.
 fn registry_source(config: &RegistryConfig) -> anyhow::Result<RegistrySource> {
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
-    let defaults = HttpOptions::default();
     let options = RegistryOptions {
         http: HttpOptions {
             connect_timeout: config.connect_timeout,
@@ -207,7 +207,7 @@ fn registry_source(config: &RegistryConfig) -> anyhow::Result<RegistrySource> {
             progress_timeout: config.timeout,
             ca_files: config.ca_cert_files.clone(),
             skip_verify: config.skip_verify,
-            ..defaults
+            proxy_from_environment: config.proxy_from_environment,
         },
         scheme: if config.scheme == "http" { Scheme::Http } else { Scheme::Https },
         login: Login::Fixed(Credentials::from_base64(&text(&config.auth))?),

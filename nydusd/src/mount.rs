@@ -83,8 +83,7 @@ pub struct MountSpec {
 pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Result<Arc<Mount>> {
     let MountSpec { mountpoint, bootstrap, fetched, stated_root, source, config } = spec;
     let work_dir = &config.work_dir;
-    std::fs::create_dir_all(work_dir)
-        .with_context(|| format!("make the cache directory {}", work_dir.display()))?;
+    make_cache_dir(work_dir)?;
     let (path, digest) = adopt(&bootstrap, work_dir, config.expect_bootstrap)?;
     let bootstrap: Arc<dyn Bootstrap> = Arc::from(rafs::bootstrap::open(&path, &OpenOptions::default())?);
     drop(fetched);
@@ -141,6 +140,17 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         failures,
     });
     mount.context("no mount index is free; unmount an image first")
+}
+
+/// Makes the cache directory with its parents. What it will hold is private to its owner: an
+/// image's files are no more public than the login that fetched them.
+pub(crate) fn make_cache_dir(path: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("make the cache directory {}", path.display()))
 }
 
 /// Compares the image root digest with what the manifest states and what was demanded.

@@ -49,6 +49,8 @@ pub struct RegistryConfig {
     pub blob_redirected_host: Option<String>,
     /// Accept any certificate.
     pub skip_verify: bool,
+    /// Use the proxies of `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY`. Otherwise they are ignored.
+    pub proxy_from_environment: bool,
     /// Further trust roots, PEM.
     pub ca_cert_files: Vec<PathBuf>,
     /// Time limit of one request; `None` for no limit.
@@ -91,6 +93,7 @@ impl BackendConfig {
                 "host": registry.host,
                 "repo": registry.repo,
                 "skip_verify": registry.skip_verify,
+                "proxy_from_environment": registry.proxy_from_environment,
                 "ca_cert_files": registry.ca_cert_files,
                 "timeout": registry.timeout.map_or(0, |t| t.as_secs()),
                 "connect_timeout": registry.connect_timeout.map_or(0, |t| t.as_secs()),
@@ -155,6 +158,7 @@ impl RegistryConfig {
             blob_url_scheme: None,
             blob_redirected_host: None,
             skip_verify: false,
+            proxy_from_environment: false,
             ca_cert_files: Vec::new(),
             timeout: Some(Duration::from_secs(5)),
             connect_timeout: Some(Duration::from_secs(5)),
@@ -189,6 +193,7 @@ impl RegistryConfig {
             blob_url_scheme: text(section.take_string("blob_url_scheme")?),
             blob_redirected_host: text(section.take_string("blob_redirected_host")?),
             skip_verify: section.take_bool("skip_verify")?.unwrap_or(false),
+            proxy_from_environment: section.take_bool("proxy_from_environment")?.unwrap_or(false),
             ca_cert_files: section.take_strings("ca_cert_files")?.into_iter().map(PathBuf::from).collect(),
             timeout: seconds(section.take_u64("timeout")?),
             connect_timeout: seconds(section.take_u64("connect_timeout")?),

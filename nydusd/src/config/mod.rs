@@ -222,6 +222,10 @@ impl Config {
         if let Some(enable) = section.take_bool("enable_xattr")? {
             self.enable_xattr = enable;
         }
+        let name = section.name("id_mapping");
+        if let Some(numbers) = section.take_numbers("id_mapping")? {
+            self.id_mapping = read_id_mapping(&name, &numbers)?;
+        }
         for key in ["iostats_files", "access_pattern", "latest_read_files"] {
             section.no_effect(key, &mut self.warnings);
         }
@@ -252,6 +256,20 @@ impl Config {
         self.allow_unverified = section.take_bool("allow_unverified")?.unwrap_or(false);
         Ok(())
     }
+}
+
+/// `[internal, external, count]`; a range of nothing is no mapping.
+fn read_id_mapping(name: &str, numbers: &[u64]) -> Result<Option<IdMapping>, ConfigError> {
+    let bad = || ConfigError::new(format!("`{name}`: {numbers:?}: want [internal, external, count]"));
+    let &[internal, external, count] = numbers else { return Err(bad()) };
+    let number = |value: u64| u32::try_from(value).map_err(|_| bad());
+    let mapping =
+        IdMapping { internal: number(internal)?, external: number(external)?, count: number(count)? };
+    let fits = |first: u32| first.checked_add(mapping.count.saturating_sub(1)).is_some();
+    if !fits(mapping.internal) || !fits(mapping.external) {
+        return Err(bad());
+    }
+    Ok((mapping.count > 0 && mapping.internal != mapping.external).then_some(mapping))
 }
 
 /// The recogniser of v2: a `version` that is a number.

@@ -59,6 +59,29 @@ fn v2_is_read_from_json_and_toml() {
     assert!(Config::parse(&refused).unwrap_err().to_string().contains("`version`"));
 }
 
+/// The documented v2 key was ignored as unknown once.
+#[test]
+fn owners_are_remapped_in_both_formats() {
+    let v2 = r#"{"version":2,"backend":{"type":"localfs","localfs":{"dir":"/b"}},
+        "cache":{"type":"filecache"},"rafs":{"id_mapping":[0,100000,65536]}}"#;
+    for text in [v2.to_owned(), v1(r#","id_mapping":[0,100000,65536]"#)] {
+        let config = Config::parse(&text).unwrap();
+        assert!(config.warnings.is_empty(), "{:?}", config.warnings);
+        let mapping = config.id_mapping.unwrap();
+        assert_eq!((mapping.shown(7), mapping.shown(65536)), (100_007, 65536));
+    }
+}
+
+#[test]
+fn proxies_of_the_environment_are_used_only_if_asked_for() {
+    let proxied = |text: &str| match Config::parse(text).unwrap().backend {
+        BackendConfig::Registry(registry) => registry.proxy_from_environment,
+        other => panic!("{other:?}"),
+    };
+    assert!(!proxied(&registry("")));
+    assert!(proxied(&registry(r#","proxy_from_environment":true"#)));
+}
+
 #[test]
 fn unknown_keys_warn_with_the_nearest_known_one() {
     let config = Config::parse(&v1(r#","enable_xatr":true,"zzz":1"#)).unwrap();

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::section::Section;
-use super::{BackendConfig, Config, ConfigError, IdMapping, MAX_PREFETCH_SIZE};
+use super::{BackendConfig, Config, ConfigError, MAX_PREFETCH_SIZE};
 
 /// Parses a v1 document.
 pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
@@ -45,26 +45,9 @@ pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
     let prefetch = root.take_section("fs_prefetch")?;
     let keys = ["threads_count", "merging_size", "bandwidth_rate"];
     super::read_prefetch(prefetch, keys, &mut config.warnings)?;
-    if let Some(numbers) = root.take_numbers("id_mapping")? {
-        config.id_mapping = read_id_mapping(&numbers)?;
-    }
     for key in ["readahead", "readahead_sec", "warmup"] {
         root.no_effect(key, &mut config.warnings);
     }
     root.finish(&mut config.warnings);
     Ok(config)
-}
-
-/// `[internal, external, count]`; a range of nothing is no mapping.
-fn read_id_mapping(numbers: &[u64]) -> Result<Option<IdMapping>, ConfigError> {
-    let bad = || ConfigError::new(format!("`id_mapping`: {numbers:?}: want [internal, external, count]"));
-    let &[internal, external, count] = numbers else { return Err(bad()) };
-    let number = |value: u64| u32::try_from(value).map_err(|_| bad());
-    let mapping =
-        IdMapping { internal: number(internal)?, external: number(external)?, count: number(count)? };
-    let fits = |first: u32| first.checked_add(mapping.count.saturating_sub(1)).is_some();
-    if !fits(mapping.internal) || !fits(mapping.external) {
-        return Err(bad());
-    }
-    Ok((mapping.count > 0 && mapping.internal != mapping.external).then_some(mapping))
 }
