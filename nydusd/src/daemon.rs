@@ -5,12 +5,12 @@
 //! ```
 //!
 //! The main thread is the control plane: signals, the API, the end of FUSE threads. Starting
-//! (which may fetch, and stats its own mount) runs beside it, so that a signal ends a daemon
+//! (which may fetch) runs beside it, so that a signal ends a daemon
 //! that is stuck in its start, too. The API socket appears only when the mount has answered.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -75,6 +75,9 @@ pub struct Daemon {
     state: AtomicU8,
     adapter: Arc<Adapter>,
     fuse: OnceLock<FuseMount>,
+    /// Held while mounting and while stopping begins: a mount that nobody would take away
+    /// again must not appear. True once stopping has begun.
+    stopping: Mutex<bool>,
     engine: OnceLock<Arc<Engine>>,
     /// Unbounded, but at most one message a FUSE thread and an API call.
     ends: mpsc::UnboundedSender<End>,
@@ -87,6 +90,7 @@ impl Daemon {
             state: AtomicU8::new(State::Init as u8),
             adapter: Arc::default(),
             fuse: OnceLock::new(),
+            stopping: Mutex::new(false),
             engine: OnceLock::new(),
             ends,
         }
@@ -132,17 +136,15 @@ impl Daemon {
             tracing::warn!("configuration: {warning}");
         }
         let mount = mount::open(engine, spec, self.adapter.table())?;
-        let fuse = FuseMount::new(&args.mountpoint)?;
-        let fuse = self.fuse.get_or_init(|| fuse);
-        self.set_state(State::Ready);
+        let fuse = self.mount_unless_stopping()?;
         let ends = self.ends.clone();
-        fuse.serve(Arc::clone(&self.adapter), args.fuse_threads, move |result| {
+        let (_, initialized) = fuse.serve(Arc::clone(&self.adapter), args.fuse_threads, move |result| {
             // The receiver goes away only when the daemon is ending anyway.
             let _ = ends.send(End::Fuse(result));
         })?;
-        // Comes back only when the kernel's FUSE_INIT and this request were answered.
-        std::fs::metadata(fuse.mountpoint())
-            .with_context(|| format!("the new mount {} does not answer", fuse.mountpoint().display()))?;
+        initialized
+            .recv()
+            .with_context(|| format!("the new mount {} ended at once", fuse.mountpoint().display()))?;
         self.set_state(State::Running);
         tracing::info!(
             "serving bootstrap sha256:{} on {}",
@@ -152,8 +154,21 @@ impl Daemon {
         Ok(())
     }
 
+    /// Mounts, unless the daemon is being stopped meanwhile.
+    fn mount_unless_stopping(&self) -> anyhow::Result<&FuseMount> {
+        let stopping = self.stopping.lock().unwrap_or_else(PoisonError::into_inner);
+        if *stopping {
+            bail!("stopped before the mount");
+        }
+        let fuse = FuseMount::new(&self.args.mountpoint)?;
+        let fuse = self.fuse.get_or_init(|| fuse);
+        self.set_state(State::Ready);
+        Ok(fuse)
+    }
+
     /// Unmounts, whoever still uses the mount, and makes the cache durable.
     fn stop(&self, unmount: bool) {
+        *self.stopping.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.set_state(State::Stopped);
         if let Some(fuse) = self.fuse.get() {
             if unmount {
@@ -184,9 +199,14 @@ impl Daemon {
     }
 }
 
-/// A live daemon's socket is not ours to take.
+/// A live daemon's socket is not ours to take, nor is a file that is no socket.
 fn check_socket(apisock: Option<&Path>) -> anyhow::Result<()> {
+    use std::os::unix::fs::FileTypeExt as _;
+    let is_other = |path: &Path| path.symlink_metadata().is_ok_and(|meta| !meta.file_type().is_socket());
     match apisock {
+        Some(path) if is_other(path) => {
+            bail!("the API socket {} exists and is no socket; name another path", path.display())
+        }
         Some(socket) if std::os::unix::net::UnixStream::connect(socket).is_ok() => {
             bail!("another daemon answers on the API socket {}; stop it first", socket.display())
         }

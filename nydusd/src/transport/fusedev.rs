@@ -13,11 +13,12 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, FuseSession, Reader, Writer};
 use nix::errno::Errno;
@@ -77,7 +78,12 @@ impl FuseMount {
     }
 
     /// Starts `count` threads that serve `adapter` until the kernel ends the connection. Each
-    /// calls `ended` when it stops.
+    /// calls `ended` when it stops, also after a panic. The receiver gets a message when the
+    /// kernel's FUSE_INIT was answered: from then on the mount answers whoever asks.
+    ///
+    /// This process must not ask its own mount: if it ended with such a request under way, the
+    /// asking thread would wait for an answer and keep open the descriptor whose closing ends
+    /// the wait. Nothing kills a process in that state.
     ///
     /// # Errors
     /// The system refuses a thread.
@@ -86,24 +92,30 @@ impl FuseMount {
         adapter: Arc<Adapter>,
         count: u16,
         ended: impl Fn(anyhow::Result<()>) + Clone + Send + 'static,
-    ) -> anyhow::Result<Vec<JoinHandle<()>>> {
+    ) -> anyhow::Result<(Vec<JoinHandle<()>>, Receiver<()>)> {
+        let (initialized, answers) = channel();
         let server = Arc::new(Server::new(Arc::clone(&adapter)));
-        (0..count)
+        let threads = (0..count)
             .map(|number| {
                 let mut worker = Worker {
                     adapter: Arc::clone(&adapter),
                     server: Arc::clone(&server),
                     connection: Arc::clone(&self.connection),
                     slices: Vec::new(),
+                    initialized: initialized.clone(),
                 };
                 let ended = ended.clone();
                 std::thread::Builder::new()
                     .name(format!("fuse-{number}"))
                     .stack_size(STACK_SIZE)
-                    .spawn(move || ended(worker.run()))
+                    .spawn(move || {
+                        let result = catch_unwind(AssertUnwindSafe(|| worker.run()));
+                        ended(result.unwrap_or_else(|_| Err(anyhow!("a FUSE thread panicked"))));
+                    })
                     .context("start a FUSE thread")
             })
-            .collect()
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        Ok((threads, answers))
     }
 
     /// Takes the mount out of the tree at once, whoever still uses it. Repeated calls and a
@@ -181,7 +193,6 @@ struct PendingRead {
 
 impl PendingRead {
     fn finish(mut self, result: storage::Result<Vec<u8>>) {
-        self.answered = true;
         let len = self.plan.len;
         let result = result.and_then(|data| match data.len() == len as usize {
             true => Ok(data),
@@ -195,6 +206,7 @@ impl PendingRead {
             Ok(data) => {
                 metrics.record_read(Some(len), self.started.elapsed());
                 self.connection.reply(OutHeader::data(self.unique, len), &data);
+                self.answered = true;
             }
             Err(error) => {
                 metrics.record_read(None, self.started.elapsed());
@@ -202,6 +214,7 @@ impl PendingRead {
                     self.plan.mount.failures().timed_out(self.plan.nid, self.offset, len);
                 }
                 self.connection.reply(OutHeader::refusal(self.unique, libc::EIO), &[]);
+                self.answered = true;
                 let slices = std::mem::take(&mut self.slices);
                 report(&self.plan, self.offset, slices, &error);
             }
@@ -229,6 +242,8 @@ struct Worker {
     connection: Arc<Connection>,
     /// Chunks of the current READ; kept for its capacity.
     slices: Vec<ReadSlice>,
+    /// Told when FUSE_INIT was answered.
+    initialized: Sender<()>,
 }
 
 impl Worker {
@@ -254,21 +269,33 @@ impl Worker {
             return;
         };
         let outcome = catch_unwind(AssertUnwindSafe(|| match header.opcode {
-            message::OP_READ => self.read(&header, &request[size_of::<InHeader>()..], reply),
+            message::OP_READ => {
+                self.read(&header, &request[size_of::<InHeader>()..], reply);
+                true
+            }
             opcode if opcode > message::OP_MAX => {
                 self.connection.reply(OutHeader::refusal(header.unique, libc::ENOSYS), &[]);
+                true
             }
             _ => self.delegate(request, reply),
         }));
         let silent = [message::OP_FORGET, message::OP_BATCH_FORGET, message::OP_INTERRUPT];
-        if outcome.is_err() && !silent.contains(&header.opcode) {
-            tracing::error!("FUSE request {} of inode {} panicked", header.opcode, header.nodeid);
+        // After an answer a second one is refused by the kernel and does no harm.
+        if !matches!(outcome, Ok(true)) && !silent.contains(&header.opcode) {
             self.connection.reply(OutHeader::refusal(header.unique, libc::EIO), &[]);
+        }
+        if outcome.is_err() {
+            tracing::error!("FUSE request {} of inode {:#x} panicked", header.opcode, header.nodeid);
+        }
+        if header.opcode == message::OP_INIT {
+            // Whoever started us may have stopped waiting.
+            let _ = self.initialized.send(());
         }
     }
 
-    /// Everything but READ: fuse-backend-rs decodes, calls the adapter and replies.
-    fn delegate(&self, request: &mut [u8], reply: &mut [u8]) {
+    /// Everything but READ: fuse-backend-rs decodes, calls the adapter and replies. False if
+    /// it may have failed to reply.
+    fn delegate(&self, request: &mut [u8], reply: &mut [u8]) -> bool {
         let fd = self.connection.fd.as_raw_fd();
         let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(request));
         let writer = FuseDevWriter::<()>::new(fd, reply);
@@ -281,7 +308,9 @@ impl Worker {
         if let Err(e) = result {
             // The usual reason is a request that was gone before its answer.
             tracing::debug!("FUSE request: {e}");
+            return false;
         }
+        true
     }
 
     fn read(&mut self, header: &InHeader, body: &[u8], reply: &mut [u8]) {

@@ -5,6 +5,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// FUSE_READ.
 pub(super) const OP_READ: u32 = 15;
+/// FUSE_INIT, the first request of a connection.
+pub(super) const OP_INIT: u32 = 26;
 /// FUSE_FORGET, without reply.
 pub(super) const OP_FORGET: u32 = 2;
 /// FUSE_INTERRUPT, without reply.

@@ -92,7 +92,8 @@ fn stalled_reads_hold_nobody_up() {
     let dir = tempfile::tempdir().unwrap();
     let fuse = FuseMount::new(dir.path()).unwrap();
     let (ended, ends) = channel();
-    let threads = fuse.serve(Arc::clone(&adapter), 4, move |result| ended.send(result).unwrap()).unwrap();
+    let (threads, _) =
+        fuse.serve(Arc::clone(&adapter), 4, move |result| ended.send(result).unwrap()).unwrap();
 
     let root = dir.path().to_owned();
     let big = root.join("files/exact_1m");

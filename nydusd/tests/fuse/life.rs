@@ -3,12 +3,14 @@
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::common::{PROMPT, Site};
 use nix::mount::{MntFlags, umount2};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 fn site() -> Site {
     Site::new("none-4k/image.boot", &["none-4k/image.blob"])
@@ -199,4 +201,60 @@ fn nothing_can_be_written_and_nothing_is_left_of_a_bad_start() {
     let output = bad.command(&[]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(!bad.is_mounted());
+}
+
+/// A daemon that was told to end while it started used to leave a dead mount, or a process that
+/// nothing could kill: it waited for the answer of its own mount.
+#[test]
+fn a_signal_during_the_start_leaves_nothing() {
+    if !crate::common::can_mount() {
+        return;
+    }
+    let site = site();
+    for number in 0..40u64 {
+        let mut child = site.command(&[]).stderr(std::process::Stdio::null()).spawn().unwrap();
+        // Not to wait for something, but to hit every moment of the start.
+        std::thread::sleep(Duration::from_micros(number * 700));
+        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        let (sender, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || sender.send(child.wait().unwrap()));
+        let status = ended.recv_timeout(PROMPT).expect("the daemon does not end");
+        // Before its first instructions the signal kills it.
+        assert!(status.code() == Some(0) || status.signal() == Some(libc::SIGTERM), "{status}");
+        assert!(!site.is_mounted(), "round {number}");
+    }
+}
+
+/// A typing mistake in `--apisock` used to delete the file it named.
+#[test]
+fn a_file_that_is_no_socket_is_not_replaced() {
+    if !crate::common::can_mount() {
+        return;
+    }
+    let site = site();
+    std::fs::write(site.path("api.sock"), "precious").unwrap();
+    let output = site.command(&[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is no socket"), "{output:?}");
+    assert_eq!(std::fs::read(site.path("api.sock")).unwrap(), b"precious");
+    assert!(!site.is_mounted());
+}
+
+/// Supervisors hold silent connections and take their end for the daemon's death.
+#[test]
+fn silent_and_slow_connections_hold_nobody_up() {
+    if !crate::common::can_mount() {
+        return;
+    }
+    let site = site();
+    let mut daemon = site.start(&[]);
+    let mut connections: Vec<_> = (0..256).map(|_| UnixStream::connect(&daemon.socket).unwrap()).collect();
+    for slow in connections.iter_mut().step_by(2) {
+        slow.write_all(b"PUT /api/v1/daemon HTTP/1.1\r\nContent-Length: 99\r\n\r\n{").unwrap();
+    }
+    assert_eq!(daemon.get("/api/v1/daemon")["state"], "RUNNING");
+    let begin = Instant::now();
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait().code(), Some(0));
+    assert!(begin.elapsed().as_secs() < 2, "{:?}", begin.elapsed());
 }
