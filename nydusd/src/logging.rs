@@ -5,8 +5,9 @@
 
 use std::fmt;
 use std::io::{self, IsTerminal as _, Write as _};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::Context as _;
 use file_rotate::compression::Compression;
@@ -70,7 +71,8 @@ pub fn init(args: &GlobalArgs) -> anyhow::Result<()> {
             let path = with_extension(path);
             let file = LogFile::open(&path, args.log_rotation_size)
                 .with_context(|| format!("log file {}", path.display()))?;
-            let layer = layer.with_ansi(false).event_format(Line).with_writer(Mutex::new(file));
+            let layer =
+                layer.with_ansi(false).event_format(Line).with_writer(Arc::new(SharedLog(Mutex::new(file))));
             Registry::default().with(filter).with(layer).try_init()?;
         }
     }
@@ -130,6 +132,28 @@ impl io::Write for LogFile {
             Self::Plain(file) => file.flush(),
             Self::Rotating(file) => file.flush(),
         }
+    }
+}
+
+/// The log of all threads. Rotation asserts what others may change, such as that the directory
+/// can still be made: a line is lost then, not the thread that writes it.
+struct SharedLog(Mutex<LogFile>);
+
+impl SharedLog {
+    fn with<T>(&self, write: impl FnOnce(&mut LogFile) -> io::Result<T>) -> io::Result<T> {
+        let mut file = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        catch_unwind(AssertUnwindSafe(|| write(&mut file)))
+            .unwrap_or_else(|_| Err(io::Error::other("the log file can not be rotated")))
+    }
+}
+
+impl io::Write for &SharedLog {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.with(|file| file.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.with(LogFile::flush)
     }
 }
 
@@ -193,6 +217,23 @@ mod tests {
     fn names_without_extension_get_one() {
         assert_eq!(with_extension(Path::new("/l/nydusd")), Path::new("/l/nydusd.log"));
         assert_eq!(with_extension(Path::new("/l/nydusd.txt")), Path::new("/l/nydusd.txt"));
+    }
+
+    #[test]
+    fn a_lost_log_directory_loses_lines_and_no_thread() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = SharedLog(Mutex::new(LogFile::open(&dir.path().join("sub/nydusd.log"), 1).unwrap()));
+        (&log).write_all(b"one\n").unwrap();
+        // A file in its place: it can not be made again.
+        std::fs::remove_dir_all(dir.path().join("sub")).unwrap();
+        std::fs::write(dir.path().join("sub"), "").unwrap();
+        let line = vec![b'x'; 2 << 20];
+        for _ in 0..3 {
+            // Lost or written to the file that is still open; either way we come back.
+            let _ = (&log).write_all(&line);
+        }
+        std::fs::remove_file(dir.path().join("sub")).unwrap();
+        (&log).write_all(b"two\n").unwrap();
     }
 
     #[test]

@@ -10,6 +10,8 @@
 //! | `expect_root` | `rafs.expect_root` | `alg:hex`; another image root digest is refused |
 //! | `expect_bootstrap` | `rafs.expect_bootstrap` | `sha256:hex`; another bootstrap is refused |
 //! | `allow_unverified` | `rafs.allow_unverified` | serve images without chunk digests |
+//! | `id_mapping` | `rafs.id_mapping` | `[internal, external, count]`: owners shown elsewhere |
+//! | `proxy_from_environment` in the registry's fields | the same | use `HTTPS_PROXY` and its kin, else ignored |
 //!
 //! Unknown keys are ignored with a warning. A key of the contract that this build does not
 //! implement is refused by name where ignoring it would change what users get, and accepted
