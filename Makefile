@@ -52,7 +52,7 @@ soak: setup ## The long runs: SOAK_KILLS (500) kills under readers, and the corp
 	@NYDUS_TEST_KILLS=$(SOAK_KILLS) NYDUS_TEST_CORPUS=$(CURDIR)/misc/.cache/images \
 		cargo test --workspace --profile fast --test e2e -- --nocapture corpus kills
 
-install: build ## Copy the release binaries to $(DESTDIR)$(PREFIX)/bin
+install: build ## Build, then copy the binaries to $(DESTDIR)$(PREFIX)/bin
 	@install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(TARGET)/release/{nydusd,nydusctl,nydus-image}
 
 clean: ## Remove build products and cached images
