@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::convert::ConvertArgs;
 use builder::{Error, ErrorKind};
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Builds, merges, checks, inspects and converts container images in the RAFS format.
@@ -392,7 +393,7 @@ pub struct MergeArgs {
 #[derive(Debug, Args)]
 pub struct CheckArgs {
     /// Bootstrap to check.
-    #[arg(value_name = "BOOTSTRAP", required_unless_present = "bootstrap_flag")]
+    #[arg(value_name = "BOOTSTRAP", required_unless_present = "bootstrap_flag", value_parser = bootstrap_file())]
     pub bootstrap: Option<PathBuf>,
 
     /// Bootstrap to check.
@@ -448,7 +449,7 @@ impl CheckArgs {
 #[derive(Debug, Args)]
 pub struct InspectArgs {
     /// Bootstrap to ask.
-    #[arg(value_name = "BOOTSTRAP", required_unless_present = "bootstrap_flag")]
+    #[arg(value_name = "BOOTSTRAP", required_unless_present = "bootstrap_flag", value_parser = bootstrap_file())]
     pub bootstrap: Option<PathBuf>,
 
     /// Bootstrap to ask.
@@ -475,6 +476,20 @@ impl InspectArgs {
     }
 }
 
+/// A path, but not the name of an image: whoever converted one gives that first.
+fn bootstrap_file() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| {
+        let text = path.to_string_lossy();
+        match text.starts_with("oci:") || text.starts_with("docker://") {
+            true => {
+                Err("an image, want the file of its bootstrap: `image/image.boot` in its last layer, or \
+                         `DIGEST.boot` in the cache of a daemon that served it")
+            }
+            false => Ok(path),
+        }
+    })
+}
+
 /// A number as `0x…` or decimal.
 pub fn number(flag: &str, text: &str) -> anyhow::Result<u64> {
     let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
@@ -493,6 +508,14 @@ mod tests {
         let mut line = vec!["nydus-image"];
         line.extend(arguments);
         Cli::try_parse_from(line).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_name_of_an_image_is_no_bootstrap() {
+        for command in ["check", "inspect"] {
+            assert!(error_of(&[command, "oci:layout:latest"]).contains("image/image.boot"));
+            assert!(Cli::try_parse_from(["nydus-image", command, "image.boot"]).is_ok());
+        }
     }
 
     #[test]
