@@ -193,7 +193,7 @@ fn data(bootstrap: &Arc<dyn Bootstrap>, args: &CheckArgs, report: &mut String) -
         ok &= damaged == 0;
         writeln!(
             report,
-            "blob {}: {} chunks match their digests, {damaged} faults, {} chunks without a digest",
+            "blob {}: {} chunks match their digests, {damaged} faults, {} not used by this image",
             blob.id, found.verified, found.unverified
         )?;
     }
