@@ -110,20 +110,23 @@ impl BackendConfig {
         mut section: Section,
         warnings: &mut Vec<String>,
     ) -> Result<Self, ConfigError> {
+        Self::check_kind(kind, kind_name)?;
         let backend = match kind {
             "localfs" => Self::LocalFs(LocalFsConfig::read(&mut section)?),
-            "registry" => Self::Registry(RegistryConfig::read(&mut section, warnings)?),
-            "oss" | "s3" | "localdisk" | "http-proxy" => {
-                return Err(ConfigError::new(format!(
-                    "`{kind_name}`: backend {kind:?} is not built yet; want localfs or registry"
-                )));
-            }
-            other => {
-                return Err(ConfigError::new(format!("`{kind_name}`: {other:?}: want localfs or registry")));
-            }
+            _ => Self::Registry(RegistryConfig::read(&mut section, warnings)?),
         };
         section.finish(warnings);
         Ok(backend)
+    }
+
+    /// Refuses a kind of backend that is unknown or not built yet, by name.
+    pub(super) fn check_kind(kind: &str, kind_name: &str) -> Result<(), ConfigError> {
+        let why = match kind {
+            "localfs" | "registry" => return Ok(()),
+            "oss" | "s3" | "localdisk" | "http-proxy" => format!("backend {kind:?} is not built yet"),
+            _ => format!("{kind:?}"),
+        };
+        Err(ConfigError::new(format!("`{kind_name}`: {why}; want localfs or registry")))
     }
 }
 

@@ -23,6 +23,8 @@ pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
     let Some(key) = BACKENDS.into_iter().find(|known| *known == kind) else {
         return Err(ConfigError::new(format!("`{kind_name}`: {kind:?}: want localfs or registry")));
     };
+    // A backend that is not built is refused as such, with or without its section.
+    BackendConfig::check_kind(&kind, &kind_name)?;
     let fields = backend.require_section(key)?;
     let backend_config = BackendConfig::read(&kind, &kind_name, fields, &mut warnings)?;
     // A document may describe several places and choose one by `type`.
