@@ -162,6 +162,7 @@ fn fetch(
     crate::mount::make_cache_dir(work_dir)?;
     let fetched = tempfile::Builder::new().prefix(".fetch-").tempfile_in(work_dir).with_context(context)?;
     let fetched = fetched.into_temp_path();
+    tracing::info!("fetching manifest and bootstrap of {name}");
     let image = Image::open(name, options)?;
     let fetch = FetchOptions {
         platform: Platform::host(),

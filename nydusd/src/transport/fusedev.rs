@@ -158,6 +158,9 @@ pub fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
             "the mountpoint {0} holds the dead mount of a daemon that is gone; remove it with `umount -l {0}`",
             path.display()
         ),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            bail!("the mountpoint {0} does not exist; make it with `mkdir -p {0}`", path.display())
+        }
         Err(e) => Err(e).with_context(|| format!("the mountpoint {} can not be used", path.display())),
     }
 }

@@ -85,7 +85,8 @@ pub fn adopt(source: &Path, work_dir: &Path, expect: Option<Digest>) -> Result<(
         return Err(Error::new(
             ErrorKind::Mismatch,
             format!(
-                "{}: SHA-256 is {digest}, {expect} is demanded; fetch the bootstrap again",
+                "the bootstrap's SHA-256 is {digest}, but {expect} is demanded; mount the image that was \
+                 meant, or correct `expect_bootstrap` (read from {})",
                 source.display()
             ),
         ));

@@ -52,6 +52,7 @@ impl FromStr for ImageName {
         match s.strip_prefix("docker://") {
             Some(reference) => reference.parse().map(Self::Registry),
             None if s.contains("://") => Err(bad("want docker://HOST/REPOSITORY[:TAG] or oci:PATH[:TAG]")),
+            None if s.starts_with(['/', '.']) => Err(bad("want oci:PATH[:TAG] for a layout on disk")),
             None => s.parse().map(Self::Registry),
         }
     }
@@ -160,18 +161,17 @@ impl Image {
         flavor: Flavor,
         context: &ReadContext,
     ) -> Result<(Document, ImageManifest)> {
-        let named = |e: Error| e.context(&self.name);
-        let mut document = self.top(context).await.map_err(named)?;
+        let mut document = self.top(context).await?;
         for _ in 0..MAX_INDEX_DEPTH {
-            match document.parse().map_err(named)? {
+            match document.parse()? {
                 Manifest::Image(manifest) => return Ok((document, *manifest)),
                 Manifest::Index(index) => {
-                    let chosen = select(&index, platform, flavor).map_err(named)?;
-                    document = self.document(chosen, context).await.map_err(named)?;
+                    let chosen = select(&index, platform, flavor)?;
+                    document = self.document(chosen, context).await?;
                 }
             }
         }
-        Err(named(Error::new(ErrorKind::Invalid, format!("indexes nested deeper than {MAX_INDEX_DEPTH}"))))
+        Err(Error::new(ErrorKind::Invalid, format!("indexes nested deeper than {MAX_INDEX_DEPTH}")))
     }
 
     /// Streams a blob; the stream ends with an error unless size and digest are right.
