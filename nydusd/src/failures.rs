@@ -6,10 +6,8 @@
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
-use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
 
 use rafs::bootstrap::{Bootstrap, Nid, Step, Walk};
 use rafs::fs::Rafs;
@@ -37,18 +35,9 @@ pub struct Failure {
     pub cause: String,
 }
 
-/// How soon the kernel asks again for a page whose readahead failed: at once. See
-/// [`Failures::is_echo`].
-const ECHO: Duration = Duration::from_millis(100);
-
-/// Timed out reads that are remembered for [`ECHO`].
-const ECHOES: usize = 256;
-
 /// Where failed reads of one mount are reported.
 pub struct Failures {
     rafs: Arc<Rafs>,
-    /// Reads that timed out just now. Held for a scan of a few entries.
-    timed_out: Mutex<VecDeque<(Nid, Range<u64>, Instant)>>,
     /// Made by the first failure.
     queue: OnceLock<SyncSender<Failure>>,
 }
@@ -56,29 +45,7 @@ pub struct Failures {
 impl Failures {
     /// For the files of `rafs`.
     pub fn new(rafs: Arc<Rafs>) -> Self {
-        Self { rafs, timed_out: Mutex::default(), queue: OnceLock::new() }
-    }
-
-    /// Remembers a read that timed out, before it is answered.
-    pub fn timed_out(&self, nid: Nid, offset: u64, len: u32) {
-        let mut recent = self.timed_out.lock().unwrap_or_else(PoisonError::into_inner);
-        if recent.len() == ECHOES {
-            recent.pop_front();
-        }
-        recent.push_back((nid, offset..offset.saturating_add(len.into()), Instant::now()));
-    }
-
-    /// True, once, for the read that follows a timed out one of the same bytes at once.
-    ///
-    /// When readahead fails, the kernel reads the page again for whoever waits for it. That
-    /// reader has waited for the whole read timeout already and must not wait for another.
-    pub fn is_echo(&self, nid: Nid, offset: u64, len: u32) -> bool {
-        let mut recent = self.timed_out.lock().unwrap_or_else(PoisonError::into_inner);
-        recent.retain(|(_, _, at)| at.elapsed() < ECHO);
-        let end = offset.saturating_add(len.into());
-        let found =
-            recent.iter().position(|(n, range, _)| *n == nid && range.start < end && offset < range.end);
-        found.and_then(|at| recent.remove(at)).is_some()
+        Self { rafs, queue: OnceLock::new() }
     }
 
     /// Logs `failure`. Returns at once.

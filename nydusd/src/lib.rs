@@ -16,6 +16,7 @@ pub mod api;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod echo;
 pub mod failures;
 pub mod image;
 pub mod limits;

@@ -24,6 +24,7 @@ use storage::metrics::{BackendMetrics, CacheMetrics};
 use storage::read::Reader;
 
 use crate::config::Config;
+use crate::echo::Echoes;
 use crate::failures::Failures;
 use crate::metrics::FsMetrics;
 use crate::node::NodeId;
@@ -47,6 +48,7 @@ pub struct Mount {
     cache_metrics: Arc<CacheMetrics>,
     backend_metrics: Arc<BackendMetrics>,
     failures: Failures,
+    echoes: Echoes,
 }
 
 impl std::fmt::Debug for Mount {
@@ -138,6 +140,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         cache_metrics,
         backend_metrics,
         failures,
+        echoes: Echoes::default(),
     });
     mount.context("no mount index is free; unmount an image first")
 }
@@ -253,6 +256,7 @@ impl Mount {
             place,
             mountpoint: "/".to_owned(),
             failures: Failures::new(Arc::clone(&rafs)),
+            echoes: Echoes::default(),
             rafs,
             reader,
             caches: Vec::new(),
@@ -318,6 +322,11 @@ impl Mount {
     /// Counters of its source.
     pub fn backend_metrics(&self) -> &BackendMetrics {
         &self.backend_metrics
+    }
+
+    /// Reads that timed out just now.
+    pub fn echoes(&self) -> &Echoes {
+        &self.echoes
     }
 
     /// Where failed reads are reported.

@@ -214,7 +214,7 @@ impl PendingRead {
             Err(error) => {
                 metrics.record_read(None, self.started.elapsed());
                 if error.kind() == storage::ErrorKind::TimedOut {
-                    self.plan.mount.failures().timed_out(self.plan.nid, self.offset, len);
+                    self.plan.mount.echoes().timed_out(self.plan.nid, self.offset, len, self.started);
                 }
                 self.connection.reply(OutHeader::refusal(self.unique, libc::EIO), &[]);
                 self.answered = true;
@@ -335,7 +335,7 @@ impl Worker {
                 plan.mount.metrics().record_read(Some(plan.len), started.elapsed());
                 self.connection.reply(out, data);
             }
-            Ok(false) if plan.mount.failures().is_echo(plan.nid, read.offset, plan.len) => {
+            Ok(false) if plan.mount.echoes().is_echo(plan.nid, read.offset, plan.len) => {
                 plan.mount.metrics().record_read(None, started.elapsed());
                 refuse(libc::EIO);
             }
