@@ -14,6 +14,11 @@ use rafs::bootstrap::Nid;
 /// How soon the kernel asks again for a page whose readahead failed: at once.
 const ECHO: Duration = Duration::from_millis(100);
 
+/// What the kernel reads when it reads a page again. A failed read of this size may be that
+/// repeat itself, after which nothing follows but a new reader; only longer ones are surely
+/// readahead. So the reader of a file of one page may wait twice.
+const PAGE: u32 = 4096;
+
 /// Timed out reads, and echoes of them, that are remembered for [`ECHO`].
 const REMEMBERED: usize = 256;
 
@@ -36,6 +41,9 @@ impl Echoes {
     /// Remembers a read that timed out, before it is answered. `asked` is when the kernel
     /// asked for it.
     pub fn timed_out(&self, nid: Nid, offset: u64, len: u32, asked: Instant) {
+        if len <= PAGE {
+            return;
+        }
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         // Readahead of a reader that has its answer by now: whoever reads here next is new.
         if recent.answered.iter().any(|(n, at)| *n == nid && *at >= asked) {
@@ -84,7 +92,7 @@ mod tests {
         let asked = Instant::now();
         echoes.timed_out(file, 0, 131_072, asked);
         echoes.timed_out(file, 131_072, 131_072, asked);
-        echoes.timed_out(other, 0, 4096, asked);
+        echoes.timed_out(other, 0, 8192, asked);
         assert!(!echoes.is_echo(file, 262_144, 4096), "nothing timed out there");
         assert!(echoes.is_echo(file, 4096, 4096));
         echoes.timed_out(file, 262_144, 131_072, asked);
@@ -92,8 +100,11 @@ mod tests {
             assert!(!echoes.is_echo(file, offset, 4096), "{offset}");
         }
         assert!(echoes.is_echo(other, 0, 4096));
-        // The new reader may time out, too.
+        // The repeat of one page times out as well: nothing follows it.
         echoes.timed_out(file, 0, 4096, Instant::now());
+        assert!(!echoes.is_echo(file, 0, 4096));
+        // The new reader's readahead may time out, too.
+        echoes.timed_out(file, 0, 8192, Instant::now());
         assert!(echoes.is_echo(file, 0, 4096));
     }
 }
