@@ -52,8 +52,8 @@ use std::fmt;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -166,6 +166,9 @@ struct Inner {
     unreadable: AtomicBool,
     /// A failing cache has been reported.
     write_warned: AtomicBool,
+    /// Held shared from the answer for a chunk until its bytes are written: readers go on
+    /// meanwhile, and whoever holds it alone knows that all they have seen is written.
+    storing: RwLock<()>,
 }
 
 struct Files {
@@ -235,6 +238,7 @@ impl BlobCache {
                 backend_metrics: config.backend_metrics,
                 unreadable: AtomicBool::new(false),
                 write_warned: AtomicBool::new(false),
+                storing: RwLock::default(),
             }),
         }))
     }
@@ -275,18 +279,24 @@ impl BlobCache {
         }
         // A chunk on its way to the map would be set after we cleared it.
         let context = |what: &str| format!("blob {}: {what}", self.inner.id);
-        files.syncer.run().map_err(|e| Error::io(context("sync the cache"), e))?;
+        self.settle().map_err(|e| Error::io(context("sync the cache"), e))?;
         files.map.clear(chunks).map_err(|e| Error::io(context("clear the chunk map"), e))
     }
 
-    /// Makes everything written so far ready for the next start. Waits for the disk; for
-    /// an orderly end.
+    /// Makes everything that readers were given so far ready for the next start. Waits for
+    /// the disk; for an orderly end.
     ///
     /// # Errors
     /// `Io`: the disk refuses; the chunks concerned will be fetched again.
     pub fn flush(&self) -> Result<()> {
+        self.settle().map_err(|e| Error::io(format!("blob {}: sync the cache", self.inner.id), e))
+    }
+
+    /// Waits until all answered chunks are written and durable.
+    fn settle(&self) -> std::io::Result<()> {
         let Some(files) = &self.inner.files else { return Ok(()) };
-        files.syncer.run().map_err(|e| Error::io(format!("blob {}: sync the cache", self.inner.id), e))
+        drop(self.inner.storing.write().unwrap_or_else(PoisonError::into_inner));
+        files.syncer.run()
     }
 
     /// The counters this cache adds to.
@@ -445,6 +455,7 @@ impl Inner {
     /// Hands verified bytes to the waiters and to the cache. May wait for the disk.
     fn publish(self: &Arc<Self>, claimed: Claimed, bytes: &bytes::Bytes) {
         let Claimed { lead, lock } = claimed;
+        let _storing = self.storing.read().unwrap_or_else(PoisonError::into_inner);
         // First: whoever has the bytes must find them counted.
         CacheMetrics::tick(&self.metrics.fetched_chunks);
         lead.answer(inflight::Outcome::Bytes(bytes.clone()));

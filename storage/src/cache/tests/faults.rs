@@ -176,6 +176,47 @@ fn what_was_written_before_a_failed_sync_is_not_trusted_after_a_good_one() {
     assert_eq!(reader.blobs()[0].ready_count(), 2);
 }
 
+/// A file that writes when the test lets it.
+struct Late(File, std::sync::Mutex<std::sync::mpsc::Receiver<()>>);
+
+impl Storage for Late {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.1.lock().unwrap().recv().unwrap();
+        self.0.write_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+}
+
+#[test]
+fn a_flush_waits_for_all_that_readers_were_given() {
+    let (engine, sample, dir) = (engine(), Sample::new(1), TempDir::new().unwrap());
+    let (let_go, go_on) = std::sync::mpsc::sync_channel(1);
+    let go_on = std::sync::Mutex::new(Some(go_on));
+    let through = |role, file| match role {
+        Role::Data => {
+            let go_on = std::sync::Mutex::new(go_on.lock().unwrap().take().unwrap());
+            Ok(Arc::new(Late(file, go_on)) as Arc<dyn Storage>)
+        }
+        Role::Map => Ok(Arc::new(file) as Arc<dyn Storage>),
+    };
+    let cache = BlobCache::open_through(&engine, sample.config(&dir), sample.backend(), through).unwrap();
+    let reader = BlobSet::new(&engine, vec![Arc::clone(&cache)], PATIENT);
+    sample.read(&reader, 0).unwrap();
+    let flushed = std::thread::spawn(move || {
+        cache.flush().unwrap();
+        cache.ready_count()
+    });
+    let_go.send(()).unwrap();
+    assert_eq!(flushed.join().unwrap(), 1);
+}
+
 #[test]
 fn an_unreadable_cache_file_fails_no_read() {
     let (engine, sample, dir) = (engine(), Sample::new(3), TempDir::new().unwrap());

@@ -120,7 +120,6 @@ pub(super) fn settle(reader: &BlobSet) {
 
 /// Makes all that was read ready for others.
 pub(super) fn flush(reader: &BlobSet) {
-    settle(reader);
     reader.blobs().iter().for_each(|blob| blob.flush().unwrap());
 }
 
