@@ -15,12 +15,11 @@ use rafs::blob_context::{BlobContext, stored_range};
 use rafs::bootstrap::{Blob, Bootstrap, Nid, OpenOptions, adopt};
 use rafs::fs::{Rafs, RafsOptions};
 use storage::backend::{Backend, BlobSource, ReadContext};
-use storage::cache::{BlobCache, BlobCacheConfig, BlobSet, MetaSpec, Siblings};
+use storage::cache::{BlobCache, BlobCacheConfig, BlobSet, ChunkTable, MetaSpec};
 use storage::digest::{Digest, TaggedDigest};
 use storage::engine::Engine;
-use storage::extent::ChunkExtent;
-use storage::ids::ChunkIndex;
 use storage::metrics::{BackendMetrics, CacheMetrics};
+use storage::prefetch::{Order, Prefetch, PrefetchOptions};
 use storage::read::Reader;
 
 use crate::config::Config;
@@ -30,15 +29,14 @@ use crate::metrics::FsMetrics;
 use crate::node::NodeId;
 use crate::table::{MountTable, Place};
 
-/// Chunks of one fetch unit at most: a batch of 16 MiB of chunks of one block each.
-const MAX_UNIT_CHUNKS: u32 = 4096;
-
 /// One mounted image.
 pub struct Mount {
     place: Place,
     mountpoint: String,
     rafs: Arc<Rafs>,
     reader: Arc<dyn Reader>,
+    /// The same as `reader`, to fetch ahead with; tests have none.
+    blobs: Option<Arc<BlobSet>>,
     caches: Vec<Arc<BlobCache>>,
     config: Config,
     /// SHA-256 of the bootstrap.
@@ -91,10 +89,10 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
     drop(fetched);
     check_root(&*bootstrap, stated_root, config.expect_root)?;
 
-    let blobs = bootstrap.blobs();
-    let backends = blobs.iter().map(|blob| source.blob(&blob.id)).collect::<storage::Result<Vec<_>>>()?;
+    let records = bootstrap.blobs();
+    let backends = records.iter().map(|blob| source.blob(&blob.id)).collect::<storage::Result<Vec<_>>>()?;
     let needed = Rafs::needs_context(&*bootstrap);
-    let contexts = blobs
+    let contexts = records
         .iter()
         .zip(&backends)
         .zip(needed)
@@ -111,12 +109,12 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
 
     let cache_metrics = Arc::<CacheMetrics>::default();
     let backend_metrics = Arc::<BackendMetrics>::default();
-    let mut caches = Vec::with_capacity(blobs.len());
-    for ((number, blob), backend) in (0u32..).zip(blobs).zip(backends) {
+    let mut caches = Vec::with_capacity(records.len());
+    for ((number, blob), backend) in (0u32..).zip(records).zip(backends) {
         let base = BlobCacheConfig::new(work_dir, blob.id.clone(), blob.decoded_size, blob.chunk_count);
         let cache_config = BlobCacheConfig {
             meta: meta_spec(blob),
-            siblings: Some(siblings(&rafs, number)),
+            chunks: Some(chunk_table(&rafs, number)),
             allow_unverified: config.allow_unverified,
             metrics: Arc::clone(&cache_metrics),
             backend_metrics: Arc::clone(&backend_metrics),
@@ -124,7 +122,8 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         };
         caches.push(BlobCache::open(engine, cache_config, backend)?);
     }
-    let reader: Arc<dyn Reader> = Arc::new(BlobSet::new(engine, caches.clone(), config.outage_policy()));
+    let blobs = Arc::new(BlobSet::new(engine, caches.clone(), config.outage_policy()));
+    let reader: Arc<dyn Reader> = Arc::clone(&blobs) as Arc<dyn Reader>;
 
     let failures = Failures::new(Arc::clone(&rafs));
     let mount = table.attach(move |place| Mount {
@@ -132,6 +131,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         mountpoint,
         rafs,
         reader,
+        blobs: Some(blobs),
         caches,
         config,
         bootstrap_digest: digest,
@@ -228,24 +228,10 @@ fn meta_spec(blob: &Blob) -> Option<MetaSpec> {
     Some(MetaSpec { range, to_cache_file })
 }
 
-/// All chunks of a batch unit. Its members have consecutive numbers.
-fn siblings(rafs: &Arc<Rafs>, blob: u32) -> Siblings {
+/// Where the chunks of one blob lie.
+fn chunk_table(rafs: &Arc<Rafs>, blob: u32) -> ChunkTable {
     let rafs = Arc::clone(rafs);
-    Arc::new(move |extent: &ChunkExtent| {
-        let same_unit = |index: u32| {
-            rafs.chunk_extent(blob, ChunkIndex(index)).ok().filter(|other| other.unit == extent.unit)
-        };
-        if extent.len == extent.unit.decoded_len {
-            return vec![*extent];
-        }
-        let own = extent.index.0;
-        let before = (own.saturating_sub(MAX_UNIT_CHUNKS)..own).rev().map_while(same_unit);
-        let mut members: Vec<ChunkExtent> = before.collect();
-        members.reverse();
-        members.push(*extent);
-        members.extend((own + 1..own.saturating_add(MAX_UNIT_CHUNKS)).map_while(same_unit));
-        members
-    })
+    Arc::new(move |index| rafs.chunk_extent(blob, index).ok())
 }
 
 impl Mount {
@@ -259,6 +245,7 @@ impl Mount {
             echoes: Echoes::default(),
             rafs,
             reader,
+            blobs: None,
             caches: Vec::new(),
             config: Config::localfs_dir(Path::new("/nonexistent")),
             bootstrap_digest: Digest([0; 32]),
@@ -287,6 +274,11 @@ impl Mount {
     /// Its data.
     pub fn reader(&self) -> &Arc<dyn Reader> {
         &self.reader
+    }
+
+    /// Starts fetching `order` ahead of readers.
+    pub fn prefetch(&self, order: Order, options: PrefetchOptions) -> Option<Prefetch> {
+        self.blobs.as_ref().map(|blobs| blobs.prefetch(order, options))
     }
 
     /// One cache a blob, in the order of the blob table.

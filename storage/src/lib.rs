@@ -31,7 +31,9 @@ pub mod error;
 pub mod extent;
 pub mod ids;
 pub mod metrics;
+pub mod observe;
 pub mod oci;
+pub mod prefetch;
 pub mod read;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

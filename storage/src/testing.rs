@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use futures_util::{FutureExt as _, StreamExt as _, stream};
+use futures_util::{FutureExt as _, stream};
 use tokio::sync::watch;
 
-use crate::backend::{Backend, ByteStream, ReadContext};
+use crate::backend::{Backend, ByteStream, ReadContext, Supplier};
 use crate::ids::ByteRange;
 use crate::{Error, ErrorKind, Result};
 
@@ -120,7 +120,7 @@ impl Backend for FaultyBackend {
             }
             // Pieces that fit no boundary.
             let pieces: Vec<_> = bytes.chunks(1009).map(|p| Ok(Bytes::copy_from_slice(p))).collect();
-            Ok(stream::iter(pieces).boxed())
+            Ok(ByteStream::new(Supplier::Local, stream::iter(pieces)))
         }
         .boxed()
     }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
 use super::retry::within;
-use super::{Backend, BlobSource, ByteStream, ReadContext};
+use super::{Backend, BlobSource, ByteStream, ReadContext, Supplier};
 use crate::ids::{BlobId, ByteRange};
 use crate::{Error, ErrorKind, Result};
 
@@ -121,7 +121,7 @@ impl Backend for FileBlob {
                 .await?;
                 Ok(Some((piece, (opened, at + len, context))))
             });
-            Ok(Box::pin(stream) as ByteStream)
+            Ok(ByteStream::new(Supplier::Local, stream))
         })
     }
 }

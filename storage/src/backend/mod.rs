@@ -11,6 +11,7 @@ pub mod retry;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -48,11 +49,56 @@ impl ReadContext {
     }
 }
 
+/// Who served bytes, as metrics and reports tell it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Supplier {
+    /// A disk of this node: `localfs`, `localdisk`, an OCI layout.
+    Local,
+    /// The registry or object store that the configuration names, or where it redirects to.
+    Origin,
+    /// A mirror of it.
+    Mirror,
+    /// A proxy that keeps what it has seen.
+    Proxy,
+    /// Another node.
+    Peer,
+}
+
 /// The bytes of a range, in order, in pieces of the transport's choosing.
 ///
 /// A stream that ends early or yields more than the range is a fault of the backend;
 /// the reader checks the count.
-pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
+pub struct ByteStream {
+    supplier: Supplier,
+    stream: Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>,
+}
+
+impl ByteStream {
+    /// The pieces that `supplier` sends.
+    pub fn new(supplier: Supplier, stream: impl Stream<Item = Result<Bytes>> + Send + 'static) -> Self {
+        Self { supplier, stream: Box::pin(stream) }
+    }
+
+    /// Who sends them.
+    pub fn supplier(&self) -> Supplier {
+        self.supplier
+    }
+}
+
+impl Stream for ByteStream {
+    type Item = Result<Bytes>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.stream.as_mut().poll_next(context)
+    }
+}
+
+impl fmt::Debug for ByteStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ByteStream").field("supplier", &self.supplier).finish_non_exhaustive()
+    }
+}
 
 /// A read-only source of one blob's bytes.
 ///
@@ -64,6 +110,18 @@ pub trait Backend: Send + Sync + fmt::Debug + 'static {
 
     /// Starts reading `range`, which is not empty.
     fn open<'a>(&'a self, range: ByteRange, context: &'a ReadContext) -> BoxFuture<'a, Result<ByteStream>>;
+
+    /// Starts reading several ranges with one request: their bytes one behind the other, in
+    /// the order of `ranges`, which do not overlap and are not empty. `None`: this source has
+    /// no such request; the caller asks range by range.
+    fn open_many<'a>(
+        &'a self,
+        ranges: &'a [ByteRange],
+        context: &'a ReadContext,
+    ) -> BoxFuture<'a, Result<Option<ByteStream>>> {
+        let _ = (ranges, context);
+        Box::pin(async { Ok(None) })
+    }
 }
 
 /// Opens the blobs of one configured place (directory, repository, layout) by name.

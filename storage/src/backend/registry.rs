@@ -21,7 +21,7 @@ use reqwest::{Method, StatusCode, Url};
 
 use super::http::Answer;
 use super::retry::{Attempts, Failure, RetryPolicy, with_retries};
-use super::{Backend, BlobSource, ByteStream, ReadContext};
+use super::{Backend, BlobSource, ByteStream, ReadContext, Supplier};
 use crate::digest::{Digest, DigestAlgorithm, TaggedDigest};
 use crate::ids::{BlobId, ByteRange};
 use crate::oci::client::{Call, MAX_REDIRECTS, RegistryClient, is_redirect, too_many_redirects};
@@ -452,7 +452,7 @@ impl Backend for RegistryBlob {
             let stream = futures_util::stream::try_unfold(reading, |mut reading| async move {
                 Ok(reading.next().await?.map(|piece| (piece, reading)))
             });
-            Ok(Box::pin(stream) as ByteStream)
+            Ok(ByteStream::new(Supplier::Origin, stream))
         })
     }
 }

@@ -26,12 +26,13 @@ use super::chunk_map::{ChunkLock, Record};
 use super::inflight::{Lead, Outcome};
 use super::plan::plan;
 use crate::backend::retry::within;
-use crate::backend::{Priority, ReadContext};
+use crate::backend::{Priority, ReadContext, Supplier};
 use crate::budget::Permit;
 use crate::engine;
 use crate::extent::{Cipher, FetchUnit};
 use crate::ids::ByteRange;
 use crate::metrics::CacheMetrics;
+use crate::observe::Fetched;
 use crate::{Error, ErrorKind, Result, codec};
 
 /// First and longest pause between looks at a chunk that another process fetches: short
@@ -63,6 +64,23 @@ struct Work {
     chunks: Vec<Claimed>,
     /// Times its bytes were corrupt.
     corrupt: u32,
+    timing: Timing,
+}
+
+/// When the last request for a unit got where, and who answered it.
+#[derive(Clone, Copy)]
+struct Timing {
+    requested: Instant,
+    answered: Instant,
+    received: Instant,
+    supplier: Option<Supplier>,
+}
+
+impl Timing {
+    fn begin() -> Self {
+        let now = Instant::now();
+        Self { requested: now, answered: now, received: now, supplier: None }
+    }
 }
 
 /// A unit whose chunks are not all published, and why.
@@ -143,7 +161,7 @@ fn group(mut chunks: Vec<Claimed>) -> Vec<Vec<Work>> {
         let unit = chunk.lead.extent().unit;
         match works.last_mut() {
             Some(work) if work.unit == unit => work.chunks.push(chunk),
-            _ => works.push(Work { unit, chunks: vec![chunk], corrupt: 0 }),
+            _ => works.push(Work { unit, chunks: vec![chunk], corrupt: 0, timing: Timing::begin() }),
         }
     }
     split(works)
@@ -180,7 +198,10 @@ async fn fetch(inner: Arc<Inner>, works: Vec<Work>, context: ReadContext) {
                     again.push(work);
                     continue;
                 }
-                work.chunks.iter().for_each(|c| c.lead.answer(Outcome::Failed(error.clone())));
+                for claimed in &work.chunks {
+                    inner.observe(&claimed.lead, &work, Some(&error));
+                    claimed.lead.answer(Outcome::Failed(error.clone()));
+                }
             }
         }
         groups = split(again);
@@ -242,7 +263,12 @@ struct Cutter<'a> {
 
 impl Cutter<'_> {
     async fn stream(&mut self, range: ByteRange) -> Result<()> {
+        let requested = Timing::begin();
+        self.pending.iter_mut().for_each(|work| work.timing = requested);
         let mut stream = self.inner.backend.open(range, self.context).await?;
+        let answer = Timing { supplier: Some(stream.supplier()), ..Timing::begin() };
+        let answer = Timing { requested: requested.requested, ..answer };
+        self.pending.iter_mut().for_each(|work| work.timing = answer);
         let mut unit_bytes: Option<(Vec<u8>, Permit)> = None;
         let mut position = range.start();
         while let Some(piece) = stream.next().await {
@@ -292,7 +318,8 @@ impl Cutter<'_> {
 
     /// Sends the first pending unit, now complete, to the CPU pool.
     fn dispatch(&mut self, stored: Bytes, permit: Permit) {
-        let Some(work) = self.pending.pop_front() else { return };
+        let Some(mut work) = self.pending.pop_front() else { return };
+        work.timing.received = Instant::now();
         let (inner, engine) = (Arc::clone(self.inner), self.inner.engine.clone());
         self.jobs.push(self.inner.engine.spawn(async move {
             engine
@@ -340,11 +367,35 @@ fn open_unit(inner: &Arc<Inner>, mut work: Work, stored: Bytes) -> Option<Failur
                 error.get_or_insert(Error::new(ErrorKind::Corrupt, what));
                 wrong.push(claimed);
             }
-            _ => inner.publish(claimed, &bytes),
+            _ => {
+                inner.observe(&claimed.lead, &work, None);
+                inner.publish(claimed, &bytes);
+            }
         }
     }
     work.chunks = wrong;
     error.map(|error| (work, error))
+}
+
+impl Inner {
+    /// Tells the observer, if there is one, how the fetch of a chunk ended.
+    fn observe(&self, lead: &Lead, work: &Work, error: Option<&Error>) {
+        let Some(observer) = &self.observer else { return };
+        let Timing { requested, answered, received, supplier } = work.timing;
+        observer.fetched(&Fetched {
+            blob: &self.id,
+            chunk: lead.extent().index,
+            stored: work.unit.compressed.len(),
+            demanded: lead.is_demanded(),
+            supplier,
+            wanted: lead.wanted(),
+            requested,
+            answered,
+            received,
+            verified: Instant::now(),
+            error,
+        });
+    }
 }
 
 fn decode(unit: &FetchUnit, stored: Bytes) -> Result<Bytes> {

@@ -5,7 +5,9 @@
 //! shutdown anywhere on the way wakes all waiters.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -33,7 +35,14 @@ type Key = (ChunkIndex, Record);
 pub(super) struct Inflight {
     /// One entry a chunk from the first asker until its [`Lead`] is dropped or fails: who
     /// asks after a failure was told starts afresh. Nothing blocks under the lock.
-    table: Mutex<HashMap<Key, watch::Receiver<Option<Outcome>>>>,
+    table: Mutex<HashMap<Key, Entry>>,
+}
+
+#[derive(Clone)]
+struct Entry {
+    answer: watch::Receiver<Option<Outcome>>,
+    /// A reader waits for it.
+    demanded: Arc<AtomicBool>,
 }
 
 /// The duty to answer for one chunk.
@@ -41,22 +50,29 @@ pub(super) struct Lead {
     table: Arc<Inflight>,
     extent: ChunkExtent,
     answer: watch::Sender<Option<Outcome>>,
+    demanded: Arc<AtomicBool>,
+    wanted: Instant,
 }
 
 /// A claim to the answer for one chunk.
 pub(super) struct Waiter(watch::Receiver<Option<Outcome>>);
 
 impl Inflight {
-    /// Asks for a chunk: everybody waits, and the first one leads.
-    pub(super) fn join(self: &Arc<Self>, extent: &ChunkExtent) -> (Waiter, Option<Lead>) {
+    /// Asks for a chunk: everybody waits, and the first one leads. `demanded` says that a
+    /// reader asks.
+    pub(super) fn join(self: &Arc<Self>, extent: &ChunkExtent, demanded: bool) -> (Waiter, Option<Lead>) {
         let key = (extent.index, Record::of(extent));
         let mut table = self.lock();
-        if let Some(receiver) = table.get(&key) {
-            return (Waiter(receiver.clone()), None);
+        if let Some(entry) = table.get(&key) {
+            entry.demanded.fetch_or(demanded, Relaxed);
+            return (Waiter(entry.answer.clone()), None);
         }
         let (answer, receiver) = watch::channel(None);
-        table.insert(key, receiver.clone());
-        (Waiter(receiver), Some(Lead { table: Arc::clone(self), extent: *extent, answer }))
+        let demanded = Arc::new(AtomicBool::new(demanded));
+        table.insert(key, Entry { answer: receiver.clone(), demanded: Arc::clone(&demanded) });
+        let lead =
+            Lead { table: Arc::clone(self), extent: *extent, answer, demanded, wanted: Instant::now() };
+        (Waiter(receiver), Some(lead))
     }
 
     /// True if nothing is being fetched or written.
@@ -65,7 +81,7 @@ impl Inflight {
         self.lock().is_empty()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Key, watch::Receiver<Option<Outcome>>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Entry>> {
         // A panic under the lock can only come from the allocator; the map stays whole.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -75,6 +91,16 @@ impl Lead {
     /// The chunk.
     pub(super) fn extent(&self) -> &ChunkExtent {
         &self.extent
+    }
+
+    /// True once a reader waits for it.
+    pub(super) fn is_demanded(&self) -> bool {
+        self.demanded.load(Relaxed)
+    }
+
+    /// When it was first asked for.
+    pub(super) fn wanted(&self) -> Instant {
+        self.wanted
     }
 
     /// Answers the waiters now; the chunk stays led until the drop. The first answer counts.
@@ -95,7 +121,7 @@ impl Lead {
     fn leave(&self) {
         let key = (self.extent.index, Record::of(&self.extent));
         let mut table = self.table.lock();
-        if table.get(&key).is_some_and(|receiver| receiver.same_channel(&self.answer.subscribe())) {
+        if table.get(&key).is_some_and(|entry| entry.answer.same_channel(&self.answer.subscribe())) {
             table.remove(&key);
         }
     }

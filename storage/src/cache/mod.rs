@@ -35,6 +35,7 @@
 //! any more runs on to its own deadline and fills the cache; dropping the [`BlobCache`] or
 //! the engine cancels it.
 
+mod ahead;
 mod chunk_map;
 mod data_file;
 mod fetch;
@@ -42,6 +43,7 @@ mod inflight;
 mod lock;
 mod meta;
 mod mirror;
+mod neighbours;
 pub mod plan;
 mod set;
 mod syncer;
@@ -62,13 +64,15 @@ use self::chunk_map::{ChunkLock, ChunkMap, MAX_DECODED_SIZE, Record};
 use self::data_file::Storage;
 use self::fetch::Claimed;
 use self::inflight::{Inflight, Waiter};
+pub use self::neighbours::ChunkTable;
 pub use self::set::BlobSet;
 use self::syncer::{Syncer, Written};
-use crate::backend::{Backend, ReadContext};
+use crate::backend::{Backend, Priority, ReadContext};
 use crate::engine::{Engine, Handle};
 use crate::extent::ChunkExtent;
 use crate::ids::{BlobId, ByteRange, ChunkIndex};
 use crate::metrics::{BackendMetrics, CacheMetrics};
+use crate::observe::Observer;
 use crate::{Error, ErrorKind, Result};
 
 /// Decoded bytes of one unit (rafs-v6: chunks and batches are at most 16 MiB).
@@ -99,9 +103,11 @@ pub struct BlobCacheConfig {
     pub meta: Option<MetaSpec>,
     /// Serve chunks without a digest.
     pub allow_unverified: bool,
-    /// Knows the other chunks of a unit that holds several, so that one fetch of the unit
-    /// caches all of them. Called once a missing chunk, on an engine thread.
-    pub siblings: Option<Siblings>,
+    /// Knows the other chunks of the blob: those of a unit that holds several, so that one
+    /// fetch of the unit caches all of them, and those to read ahead. Called on engine threads.
+    pub chunks: Option<ChunkTable>,
+    /// Told of every fetch.
+    pub observer: Option<Arc<dyn Observer>>,
     /// Counters of the cache, shared by the blobs of an instance.
     pub metrics: Arc<CacheMetrics>,
     /// Counters of the backend, shared likewise.
@@ -119,15 +125,13 @@ impl BlobCacheConfig {
             data_file: None,
             meta: None,
             allow_unverified: false,
-            siblings: None,
+            chunks: None,
+            observer: None,
             metrics: Arc::default(),
             backend_metrics: Arc::default(),
         }
     }
 }
-
-/// Answers all chunks of the unit that holds the given one.
-pub type Siblings = Arc<dyn Fn(&ChunkExtent) -> Vec<ChunkExtent> + Send + Sync>;
 
 /// Makes the file `<id>.blob.meta` from the stored form, or `None` if that is malformed.
 pub type ToCacheFile = Arc<dyn Fn(&[u8]) -> Option<Vec<u8>> + Send + Sync>;
@@ -157,7 +161,8 @@ struct Inner {
     files: Option<Files>,
     inflight: Arc<Inflight>,
     cancel: CancellationToken,
-    siblings: Option<Siblings>,
+    chunks: Option<ChunkTable>,
+    observer: Option<Arc<dyn Observer>>,
     /// With its file's path; taken by the first successful fetch.
     meta: std::sync::Mutex<Option<(MetaSpec, PathBuf)>>,
     metrics: Arc<CacheMetrics>,
@@ -232,7 +237,8 @@ impl BlobCache {
                 files,
                 inflight: Arc::default(),
                 cancel: CancellationToken::new(),
-                siblings: config.siblings,
+                chunks: config.chunks,
+                observer: config.observer,
                 meta: std::sync::Mutex::new(meta),
                 metrics: config.metrics,
                 backend_metrics: config.backend_metrics,
@@ -426,20 +432,21 @@ impl Inner {
     /// `wanted`, with true if this call leads it.
     fn obtain(self: &Arc<Self>, wanted: &[ChunkExtent], context: &ReadContext) -> Vec<(Waiter, bool)> {
         let mut leads = Vec::new();
+        let demanded = context.priority == Priority::OnDemand;
         // The last unit whose siblings were asked for: chunks come in order.
         let mut asked = None;
         let mut waiters = Vec::with_capacity(wanted.len());
         for extent in wanted {
-            let (waiter, lead) = self.inflight.join(extent);
+            let (waiter, lead) = self.inflight.join(extent, demanded);
             waiters.push((waiter, lead.is_some()));
             if lead.is_some()
                 && extent.len < extent.unit.decoded_len
                 && asked.replace(extent.unit) != Some(extent.unit)
-                && let Some(siblings) = &self.siblings
+                && let Some(table) = &self.chunks
             {
-                for sibling in siblings(extent) {
-                    if sibling.unit == extent.unit && self.check(&sibling).is_ok() {
-                        leads.extend(self.inflight.join(&sibling).1);
+                for sibling in neighbours::unit_members(table, extent) {
+                    if self.check(&sibling).is_ok() {
+                        leads.extend(self.inflight.join(&sibling, false).1);
                     }
                 }
             }

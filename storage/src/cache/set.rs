@@ -9,13 +9,14 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio_util::sync::CancellationToken;
 
-use super::BlobCache;
-use super::inflight::Outcome;
+use super::inflight::{Outcome, Waiter};
+use super::{BlobCache, ahead};
 use crate::backend::retry::within;
 use crate::backend::{Priority, ReadContext};
 use crate::engine::{Engine, Handle};
 use crate::extent::ChunkExtent;
 use crate::metrics::CacheMetrics;
+use crate::prefetch::{Order, Prefetch, PrefetchOptions};
 use crate::read::{Completion, OutagePolicy, ReadSlice, Reader};
 use crate::{Error, ErrorKind, Result};
 
@@ -24,10 +25,18 @@ use crate::{Error, ErrorKind, Result};
 pub struct BlobSet {
     shared: Arc<Shared>,
     engine: Handle,
+    /// Ends the orders that are being worked off.
+    cancel: CancellationToken,
+}
+
+impl Drop for BlobSet {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+    }
 }
 
 #[derive(Debug)]
-struct Shared {
+pub(super) struct Shared {
     blobs: Vec<Arc<BlobCache>>,
     policy: OutagePolicy,
     engine: Handle,
@@ -37,7 +46,17 @@ impl BlobSet {
     /// A reader over `blobs`, which `ReadSlice::blob` indexes.
     pub fn new(engine: &Engine, blobs: Vec<Arc<BlobCache>>, policy: OutagePolicy) -> Self {
         let engine = engine.handle().clone();
-        Self { shared: Arc::new(Shared { blobs, policy, engine: engine.clone() }), engine }
+        let shared = Arc::new(Shared { blobs, policy, engine: engine.clone() });
+        Self { shared, engine, cancel: CancellationToken::new() }
+    }
+
+    /// Starts fetching `order` ahead of readers. It ends with the order, when it is
+    /// cancelled, and with the blobs.
+    pub fn prefetch(&self, order: Order, options: PrefetchOptions) -> Prefetch {
+        let handle = Prefetch::new(self.cancel.child_token());
+        let work = ahead::work_off(Arc::clone(&self.shared), order, options, handle.clone());
+        self.engine.spawn(work);
+        handle
     }
 
     /// The blobs.
@@ -126,6 +145,22 @@ impl Shared {
     fn name(&self, slices: &[ReadSlice]) -> String {
         let first = slices.first().and_then(|s| Some((self.blobs.get(s.blob as usize)?, s.extent.index)));
         first.map_or_else(|| "read".to_owned(), |(blob, index)| format!("blob {}, chunk {index}", blob.id()))
+    }
+
+    /// True for a chunk of an order that is possible and not there.
+    pub(super) fn is_wanted(&self, blob: u32, extent: &ChunkExtent) -> bool {
+        let blob = self.blobs.get(blob as usize);
+        blob.is_some_and(|blob| blob.inner.check(extent).is_ok() && !blob.is_ready(extent))
+    }
+
+    /// Joins or starts the fetch of chunks that [`Shared::is_wanted`].
+    pub(super) fn obtain(
+        &self,
+        blob: u32,
+        chunks: &[ChunkExtent],
+        context: &ReadContext,
+    ) -> Vec<(Waiter, bool)> {
+        self.blobs[blob as usize].inner.obtain(chunks, context)
     }
 
     fn is_ready(&self, slice: &ReadSlice) -> bool {

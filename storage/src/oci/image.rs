@@ -16,7 +16,7 @@ use crate::backend::layout::OciLayoutSource;
 use crate::backend::localfs::blocking;
 use crate::backend::registry::{RegistryBlob, RegistrySource, Rewrite};
 use crate::backend::retry::RetryPolicy;
-use crate::backend::{Backend as _, BlobSource, ByteStream, ReadContext};
+use crate::backend::{Backend as _, BlobSource, ByteStream, ReadContext, Supplier};
 use crate::ids::{BlobId, ByteRange};
 use crate::{Error, ErrorKind, Result};
 
@@ -183,7 +183,7 @@ impl Image {
         let digest = descriptor_digest(descriptor)?;
         let range = ByteRange::new(0, descriptor.size())?;
         let stream: ByteStream = if range.is_empty() {
-            Box::pin(futures_util::stream::empty())
+            ByteStream::new(Supplier::Local, futures_util::stream::empty())
         } else {
             match &self.place {
                 Place::Registry(client, reference) => {

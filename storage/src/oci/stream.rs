@@ -13,29 +13,32 @@ use crate::{Error, ErrorKind, Result};
 /// Passes a blob's bytes on, and ends with an error unless they are `size` bytes with
 /// `digest`. What has passed is good only once the stream has ended without one.
 pub fn verified(stream: ByteStream, digest: TaggedDigest, size: u64) -> ByteStream {
+    let supplier = stream.supplier();
     let state = (stream, Some(digest.algorithm.hasher()), 0u64);
-    Box::pin(futures_util::stream::try_unfold(state, move |(mut stream, mut hasher, mut len)| async move {
-        let corrupt = |why: String| Error::new(ErrorKind::Corrupt, format!("blob {digest}: {why}"));
-        match stream.next().await.transpose()? {
-            Some(piece) => {
-                len += piece.len() as u64;
-                if len > size {
-                    return Err(corrupt(format!("more than the {size} bytes its descriptor says")));
+    let checked =
+        futures_util::stream::try_unfold(state, move |(mut stream, mut hasher, mut len)| async move {
+            let corrupt = |why: String| Error::new(ErrorKind::Corrupt, format!("blob {digest}: {why}"));
+            match stream.next().await.transpose()? {
+                Some(piece) => {
+                    len += piece.len() as u64;
+                    if len > size {
+                        return Err(corrupt(format!("more than the {size} bytes its descriptor says")));
+                    }
+                    if let Some(hasher) = &mut hasher {
+                        hasher.update(&piece);
+                    }
+                    Ok(Some((piece, (stream, hasher, len))))
                 }
-                if let Some(hasher) = &mut hasher {
-                    hasher.update(&piece);
-                }
-                Ok(Some((piece, (stream, hasher, len))))
+                None if len != size => Err(corrupt(format!("{len} bytes, its descriptor says {size}"))),
+                None => match hasher.take().map(crate::digest::Hasher::finish) {
+                    Some(found) if found != digest.digest => {
+                        Err(corrupt(format!("its bytes have digest {found}; nothing of it is used")))
+                    }
+                    _ => Ok(None),
+                },
             }
-            None if len != size => Err(corrupt(format!("{len} bytes, its descriptor says {size}"))),
-            None => match hasher.take().map(crate::digest::Hasher::finish) {
-                Some(found) if found != digest.digest => {
-                    Err(corrupt(format!("its bytes have digest {found}; nothing of it is used")))
-                }
-                _ => Ok(None),
-            },
-        }
-    }))
+        });
+    ByteStream::new(supplier, checked)
 }
 
 /// Reads a stream to its end, at most `cap` bytes.
@@ -86,6 +89,7 @@ impl io::Read for BlockingReader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Supplier;
     use crate::digest::DigestAlgorithm;
 
     #[tokio::test]
@@ -94,7 +98,7 @@ mod tests {
         let digest = TaggedDigest { algorithm, digest: algorithm.digest(b"hello world") };
         let run = |pieces: &'static [&'static [u8]], size| async move {
             let stream = futures_util::stream::iter(pieces.iter().map(|p| Ok(Bytes::from_static(p))));
-            read_all(verified(Box::pin(stream), digest, size), 100).await
+            read_all(verified(ByteStream::new(Supplier::Local, stream), digest, size), 100).await
         };
         assert_eq!(run(&[b"hello ", b"", b"world"], 11).await.unwrap(), b"hello world");
         const BAD: [(&[&[u8]], u64); 4] =

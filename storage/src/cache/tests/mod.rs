@@ -1,5 +1,6 @@
 //! The cache on backends that lie: single flight, wake-ups, faults, crashes.
 
+mod ahead;
 mod crash;
 mod faults;
 mod files;

@@ -250,8 +250,8 @@ fn one_fetch_of_a_batch_caches_all_of_it() {
     }
     let backend = sample.backend();
     let members = sample.extents.clone();
-    let config =
-        BlobCacheConfig { siblings: Some(Arc::new(move |_| members.clone())), ..sample.config(&dir) };
+    let table: ChunkTable = Arc::new(move |index| members.get(index.0 as usize).copied());
+    let config = BlobCacheConfig { chunks: Some(table), ..sample.config(&dir) };
     let cache = BlobCache::open(&engine, config, backend.clone()).unwrap();
     let reader = BlobSet::new(&engine, vec![cache], PATIENT);
     for index in [1, 0, 2] {

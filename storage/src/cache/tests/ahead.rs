@@ -1,0 +1,56 @@
+//! Orders that are worked off ahead of readers.
+
+use super::*;
+use crate::prefetch::{Class, Order, PrefetchOptions};
+
+const OPTIONS: PrefetchOptions = PrefetchOptions { class: Class::Preheat, bandwidth: None };
+
+fn order(sample: &Sample) -> Order {
+    let extents: Vec<_> = sample.extents.iter().map(|extent| (0, *extent)).collect();
+    Box::new(extents.into_iter())
+}
+
+#[test]
+fn an_order_is_worked_off_and_skips_what_is_there() {
+    let (engine, sample, dir) = (engine(), Sample::new(8), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    sample.read(&reader, 3).unwrap();
+    settle(&reader);
+    let prefetch = reader.prefetch(order(&sample), OPTIONS);
+    engine.block_on(prefetch.wait());
+    settle(&reader);
+    assert!((0..8).all(|index| sample.try_read(&reader, index)));
+    let progress = prefetch.progress();
+    assert!(progress.finished && progress.error.is_none(), "{progress:?}");
+    assert_eq!((progress.chunks, progress.present_chunks, progress.failed_chunks), (8, 1, 0));
+    let bytes: u64 = (0..8).filter(|index| *index != 3).map(|index| sample.range(index).len()).sum();
+    assert_eq!(progress.bytes, bytes);
+}
+
+#[test]
+fn what_can_not_be_had_is_counted_and_left_to_readers() {
+    let (engine, sample, dir) = (engine(), Sample::new(4), TempDir::new().unwrap());
+    let backend = sample.backend();
+    backend.inner().fault(sample.range(2), Fault::Corrupt(sample.range(2).start()), 2);
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    let prefetch = reader.prefetch(order(&sample), OPTIONS);
+    engine.block_on(prefetch.wait());
+    let progress = prefetch.progress();
+    assert_eq!((progress.failed_chunks, progress.finished), (1, true));
+    assert!(progress.error.is_some_and(|error| error.contains("chunk 2")));
+    sample.read(&reader, 2).unwrap();
+}
+
+#[test]
+fn a_cancelled_order_ends_although_its_source_stalls() {
+    let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let gate = Gate::default();
+    backend.inner().fault(sample.range(0), Fault::Stall(gate.clone()), 1);
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    let prefetch = reader.prefetch(order(&sample), OPTIONS);
+    engine.block_on(gate.arrivals(1));
+    prefetch.cancel();
+    engine.block_on(prefetch.wait());
+}
