@@ -31,6 +31,33 @@ pub enum Class {
     Background,
 }
 
+/// What reading ahead may cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Prefer {
+    /// Readers wait as little as possible: bytes are fetched on suspicion while the link has
+    /// room.
+    Time,
+    /// Hardly more is fetched than is read: at most about twice as much.
+    Bytes,
+}
+
+/// How far to fetch beyond what readers ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadAhead {
+    /// Stored bytes that one missing read is widened to at most; 0: no reading ahead at all.
+    pub amplify: u32,
+    /// Time or bytes.
+    pub prefer: Prefer,
+}
+
+impl Default for ReadAhead {
+    /// Widens to at most 1 MiB (`amplify_io` of the configuration) and prefers time.
+    fn default() -> Self {
+        Self { amplify: 1 << 20, prefer: Prefer::Time }
+    }
+}
+
 /// How an order is worked off.
 #[derive(Clone, Copy, Debug)]
 pub struct PrefetchOptions {
