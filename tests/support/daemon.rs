@@ -21,6 +21,9 @@ use crate::mount::{Mount, mounted};
 /// How long a daemon may take to be ready, or to end, on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Lines of the log that a failed test shows.
+const LOG_TAIL: usize = 60;
+
 /// How to start a daemon: the flags of `nydusd fuse` beyond mount point, API socket and log.
 #[derive(Clone, Debug)]
 pub struct DaemonOptions {
@@ -220,5 +223,12 @@ impl Drop for Daemon {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
+        // Always printed, since an error on its way out of a test can not be seen from here. libtest
+        // keeps what a test prints and shows it if the test fails.
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        let tail = &lines[lines.len().saturating_sub(LOG_TAIL)..];
+        let ended = self.ended.map_or_else(|| "killed by the test's end".to_owned(), |s| s.to_string());
+        eprintln!("--- nydusd on {} ({ended}), end of its log:\n{}", self.root().display(), tail.join("\n"));
     }
 }
