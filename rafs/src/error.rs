@@ -1,7 +1,5 @@
 //! The one error of this crate.
 
-use std::fmt;
-
 /// Result of this crate's operations.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -28,6 +26,7 @@ pub enum ErrorKind {
 
 /// An error with its kind, where in the image, and its cause.
 #[derive(Debug, thiserror::Error)]
+#[error("{context}")]
 pub struct Error {
     kind: ErrorKind,
     context: String,
@@ -49,7 +48,7 @@ impl Error {
 
     /// Puts `outer` in front of the context.
     #[must_use]
-    pub fn context(mut self, outer: impl fmt::Display) -> Self {
+    pub fn context(mut self, outer: impl std::fmt::Display) -> Self {
         self.context = format!("{outer}: {}", self.context);
         self
     }
@@ -67,12 +66,6 @@ impl Error {
     /// The kind to act on.
     pub fn kind(&self) -> ErrorKind {
         self.kind
-    }
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.context)
     }
 }
 
