@@ -209,6 +209,7 @@ fn registry_source(config: &RegistryConfig) -> anyhow::Result<RegistrySource> {
             ca_files: config.ca_cert_files.clone(),
             skip_verify: config.skip_verify,
             proxy_from_environment: config.proxy_from_environment,
+            ..HttpOptions::default()
         },
         scheme: if config.scheme == "http" { Scheme::Http } else { Scheme::Https },
         login: Login::Fixed(Credentials::from_base64(&text(&config.auth))?),

@@ -47,6 +47,8 @@ pub struct HttpOptions {
     pub skip_verify: bool,
     /// Use the proxies of `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY`, except for `NO_PROXY`.
     pub proxy_from_environment: bool,
+    /// Connect to this socket, whatever host a URL names; proxies then mean nothing.
+    pub unix_socket: Option<PathBuf>,
 }
 
 impl Default for HttpOptions {
@@ -57,6 +59,7 @@ impl Default for HttpOptions {
             ca_files: Vec::new(),
             skip_verify: false,
             proxy_from_environment: false,
+            unix_socket: None,
         }
     }
 }
@@ -85,6 +88,9 @@ impl Http {
             .tcp_nodelay(true);
         if let Some(timeout) = options.connect_timeout {
             builder = builder.connect_timeout(timeout);
+        }
+        if let Some(path) = &options.unix_socket {
+            builder = builder.unix_socket(path.as_path());
         }
         builder = builder.no_proxy();
         if options.proxy_from_environment {

@@ -5,6 +5,7 @@ pub(crate) mod fault_server;
 pub mod http;
 pub mod layout;
 pub mod localfs;
+mod ranged;
 pub mod registry;
 pub mod retry;
 

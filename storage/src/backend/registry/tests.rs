@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::backend::fault_server::{Asked, FaultServer, Reply};
 use crate::backend::http::HttpOptions;
+use crate::backend::ranged::MAX_SKIP;
 use crate::engine::fetch;
 use crate::oci::auth::Credentials;
 use crate::oci::client::RegistryOptions;
