@@ -19,7 +19,7 @@ const NOT_BUILT: [&str; 4] = ["virtiofs", "singleton", "nbd", "uffd"];
 #[command(
     name = "nydusd",
     about = "Serves container images lazily, each chunk verified before anyone sees it",
-    version = crate::version::TEXT,
+    version = crate::version::BLOCK,
     propagate_version = true,
     disable_help_subcommand = true,
     after_help = "Without a sub-command the arguments are those of `fuse`."

@@ -1,9 +1,6 @@
-//! The log: one line an event, on standard error or in a file that rotates by size.
-//!
-//! Format: `[<local date and time> <offset>] LEVEL [file:line] message`; the place is left
-//! out at level info. The threshold can be changed while the daemon runs.
+//! The log: on standard error or in a file that rotates by size. The threshold can be changed
+//! while the daemon runs.
 
-use std::fmt;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -13,12 +10,10 @@ use anyhow::Context as _;
 use file_rotate::compression::Compression;
 use file_rotate::suffix::{AppendTimestamp, FileLimit};
 use file_rotate::{ContentLimit, FileRotate};
-use tracing::{Event, Level, Subscriber};
+use storage::log::Line;
+use tracing::Level;
 use tracing_subscriber::filter::Targets;
-use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt as _;
-use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Registry, reload};
 
@@ -154,40 +149,6 @@ impl io::Write for &SharedLog {
 
     fn flush(&mut self) -> io::Result<()> {
         self.with(LogFile::flush)
-    }
-}
-
-/// The line format.
-struct Line;
-
-impl<S, N> FormatEvent<S, N> for Line
-where
-    S: Subscriber + for<'a> LookupSpan<'a>,
-    N: for<'a> FormatFields<'a> + 'static,
-{
-    fn format_event(
-        &self,
-        context: &FmtContext<'_, S, N>,
-        mut writer: Writer<'_>,
-        event: &Event<'_>,
-    ) -> fmt::Result {
-        let metadata = event.metadata();
-        let now = chrono::Local::now().format("%Y-%m-%d %H:%M:%S%.6f %:z");
-        let level = *metadata.level();
-        write!(writer, "[{now}] ")?;
-        match (writer.has_ansi_escapes(), level) {
-            (true, Level::ERROR) => write!(writer, "\x1b[31m{level}\x1b[0m ")?,
-            (true, Level::WARN) => write!(writer, "\x1b[33m{level}\x1b[0m ")?,
-            _ => write!(writer, "{level} ")?,
-        }
-        if level != Level::INFO
-            && let (Some(file), Some(line)) = (metadata.file(), metadata.line())
-        {
-            let file = file.rsplit_once("/src/").map_or(file, |(_, tail)| tail);
-            write!(writer, "[{file}:{line}] ")?;
-        }
-        context.field_format().format_fields(writer.by_ref(), event)?;
-        writeln!(writer)
     }
 }
 

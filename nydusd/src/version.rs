@@ -1,46 +1,32 @@
 //! Who this binary is: the text of `--version` and the `version` object of the API.
+//!
+//! A supervisor compares the commit in the one with the commit in the other to decide on a
+//! hot upgrade, so both come from here.
 
 use serde::Serialize;
 
-/// Identity of this build. A supervisor compares [`GIT_COMMIT`] with the text of
-/// `--version` to decide on a hot upgrade, so both come from here.
-pub const GIT_COMMIT: &str = env!("NYDUS_COMMIT");
-
-/// What clap prints after the program's name for `--version`.
-pub const TEXT: &str = concat!(
-    "\rVersion: \t",
-    env!("NYDUS_DESCRIBE"),
-    "\nGit Commit: \t",
-    env!("NYDUS_COMMIT"),
-    "\nBuild Time: \t",
-    env!("NYDUS_BUILD_TIME"),
-    "\nProfile: \t",
-    env!("NYDUS_PROFILE"),
-    "\nRustc: \t",
-    env!("NYDUS_RUSTC"),
-    "\n"
-);
+include!(concat!(env!("OUT_DIR"), "/identity.rs"));
 
 /// The `version` member of daemon info.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct BuildInfo {
-    /// Nearest tag, or the package version.
+    /// See [`DESCRIBE`].
     pub package_ver: &'static str,
-    /// Commit of the source tree; never empty.
+    /// See [`GIT_COMMIT`].
     pub git_commit: &'static str,
-    /// Time of that commit, RFC 3339.
+    /// See [`BUILD_TIME`].
     pub build_time: &'static str,
-    /// Cargo profile.
+    /// See [`PROFILE`].
     pub profile: &'static str,
-    /// Compiler.
+    /// See [`RUSTC`].
     pub rustc: &'static str,
 }
 
 /// This build.
 pub const BUILD: BuildInfo = BuildInfo {
-    package_ver: env!("NYDUS_DESCRIBE"),
+    package_ver: DESCRIBE,
     git_commit: GIT_COMMIT,
-    build_time: env!("NYDUS_BUILD_TIME"),
-    profile: env!("NYDUS_PROFILE"),
-    rustc: env!("NYDUS_RUSTC"),
+    build_time: BUILD_TIME,
+    profile: PROFILE,
+    rustc: RUSTC,
 };

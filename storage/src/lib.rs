@@ -30,6 +30,7 @@ pub mod engine;
 pub mod error;
 pub mod extent;
 pub mod ids;
+pub mod log;
 pub mod metrics;
 pub mod observe;
 pub mod oci;

@@ -145,7 +145,7 @@ impl ConvertArgs {
             })
             .collect();
         json!({
-            "version": crate::version::DESCRIBE,
+            "version": crate::version::describe(),
             "source": self.source.to_string(),
             "target": self.target.to_string(),
             "manifest": format!("sha256:{}", done.manifest),

@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("Error: {}", chain(&error));
+            eprintln!("Error: {error:#}");
             let inconsistent = error
                 .downcast_ref::<builder::Error>()
                 .is_some_and(|e| e.kind() == builder::ErrorKind::Inconsistent);
@@ -54,7 +54,7 @@ fn raise_descriptor_limit() {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     raise_descriptor_limit();
     if cli.version {
-        output::print(version::block())?;
+        output::print(version::BLOCK)?;
         return Ok(ExitCode::SUCCESS);
     }
     let Some(command) = cli.command else {
@@ -77,9 +77,4 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Compact(_) => Err(cli::not_built("compact")),
         Command::Unpack(_) => Err(cli::not_built("unpack")),
     }
-}
-
-/// The error and its causes on one line.
-fn chain(error: &anyhow::Error) -> String {
-    error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -167,7 +167,7 @@ impl Summary<'_> {
     pub fn write(&self, path: Option<&Path>) -> anyhow::Result<()> {
         let Some(path) = path else { return Ok(()) };
         let value: Value = json!({
-            "version": version::DESCRIBE,
+            "version": version::describe(),
             "bootstrap": self.bootstrap,
             "blobs": self.blobs,
             "external_bootstrap": "",

@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 /// Talks to a running nydusd over its API socket.
 #[derive(Debug, Parser)]
-#[command(name = "nydusctl", version = nydusd::version::TEXT)]
+#[command(name = "nydusctl", version = nydusd::version::BLOCK)]
 pub struct Cli {
     /// API socket of the daemon (its --apisock)
     #[arg(short = 'S', long, value_name = "PATH")]
