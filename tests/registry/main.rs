@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use futures_util::StreamExt as _;
 use storage::ErrorKind;
 use storage::backend::http::{Answer, HttpOptions};
 use storage::backend::registry::{RegistrySource, Rewrite};
@@ -98,6 +99,18 @@ async fn round_trip(client: &RegistryClient) -> Result<()> {
         let bytes = storage::engine::fetch(&*backend, ByteRange::new(start, len)?, &context).await?;
         ensure!(bytes == blob[start as usize..(start + len) as usize], "wrong bytes at {start}");
     }
+    // Debian's registry answers several ranges with one multipart body.
+    let ranges: Vec<_> = (0..200).map(|i| ByteRange::new(i * 13_000, 1 + i)).collect::<Result<_, _>>()?;
+    let Some(mut stream) = backend.open_many(&ranges, &context).await? else {
+        anyhow::bail!("no answer to several ranges");
+    };
+    let mut bytes = Vec::new();
+    while let Some(piece) = stream.next().await {
+        bytes.extend_from_slice(&piece?);
+    }
+    let wanted: Vec<u8> =
+        ranges.iter().flat_map(|r| &blob[r.start() as usize..r.end() as usize]).copied().collect();
+    ensure!(bytes == wanted, "wrong bytes of several ranges");
     let beyond = storage::engine::fetch(&*backend, ByteRange::new(2_800_000, 1)?, &context).await;
     ensure!(beyond.is_err_and(|e| e.kind() == ErrorKind::OutOfRange));
     Ok(())

@@ -74,6 +74,22 @@ impl Reply {
             .header(CONTENT_RANGE, format!("bytes {first}-{}/{}", last - 1, data.len()))
     }
 
+    /// `data` in answer to several ranges, as a good server does it; one range as [`Reply::ranged`].
+    pub(crate) fn many(asked: &Asked, data: &[u8]) -> Self {
+        if asked.ranges.len() < 2 {
+            return Self::ranged(asked, data);
+        }
+        let mut body = Vec::new();
+        for (start, end) in &asked.ranges {
+            let head =
+                format!("\r\n--b0undary\r\nContent-Range: bytes {start}-{}/{}\r\n\r\n", end - 1, data.len());
+            body.extend_from_slice(head.as_bytes());
+            body.extend_from_slice(&data[*start as usize..*end as usize]);
+        }
+        body.extend_from_slice(b"\r\n--b0undary--\r\n");
+        Self::new(206, body).header("content-type", "multipart/byteranges; boundary=b0undary")
+    }
+
     fn into_response(self, head: bool) -> Response<impl hyper::body::Body<Data = Bytes, Error = io::Error>> {
         let mut builder = Response::builder().status(self.status);
         for (name, value) in &self.headers {
@@ -104,8 +120,10 @@ pub(crate) struct Asked {
     /// Path and query.
     pub(crate) path: String,
     pub(crate) headers: HeaderMap,
-    /// Start and end of a `Range`.
+    /// Start and end of a `Range`, if it is one.
     pub(crate) range: Option<(u64, u64)>,
+    /// All of a `Range`.
+    pub(crate) ranges: Vec<(u64, u64)>,
     pub(crate) body: Bytes,
     /// How many requests came before it.
     pub(crate) number: usize,
@@ -181,15 +199,21 @@ async fn answer(
 ) -> Result<Response<impl hyper::body::Body<Data = Bytes, Error = io::Error>>, Infallible> {
     let (head, body) = request.into_parts();
     let body = body.collect().await.map(|b| b.to_bytes()).unwrap_or_default();
-    let range = head.headers.get(RANGE).and_then(|value| {
-        let (first, last) = value.to_str().ok()?.strip_prefix("bytes=")?.split_once('-')?;
-        Some((first.parse().ok()?, last.parse::<u64>().ok()? + 1))
+    let ranges = head.headers.get(RANGE).and_then(|value| {
+        let list = value.to_str().ok()?.strip_prefix("bytes=")?.split(',');
+        list.map(|range| {
+            let (first, last) = range.split_once('-')?;
+            Some((first.parse().ok()?, last.parse::<u64>().ok()? + 1))
+        })
+        .collect::<Option<Vec<_>>>()
     });
+    let ranges = ranges.unwrap_or_default();
     let mut asked = Asked {
         method: head.method,
         path: head.uri.to_string(),
         headers: head.headers,
-        range,
+        range: (ranges.len() == 1).then(|| ranges[0]),
+        ranges,
         body,
         number: 0,
     };

@@ -19,6 +19,7 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
 
 use super::ReadContext;
+use super::origin::{Origin, Origins};
 use super::retry::{Failure, within};
 use crate::{Error, ErrorKind, Result};
 
@@ -69,6 +70,7 @@ impl Default for HttpOptions {
 pub struct Http {
     client: reqwest::Client,
     progress_timeout: Option<Duration>,
+    origins: Origins,
 }
 
 impl Http {
@@ -101,7 +103,12 @@ impl Http {
         let client = builder
             .build()
             .map_err(|e| Error::new(ErrorKind::Invalid, "set up the HTTP client").with_source(e))?;
-        Ok(Self { client, progress_timeout: options.progress_timeout })
+        Ok(Self { client, progress_timeout: options.progress_timeout, origins: Origins::default() })
+    }
+
+    /// What is known about the server behind `url`.
+    pub fn origin(&self, url: &Url) -> Arc<Origin> {
+        self.origins.of(url)
     }
 
     /// Sends `request` and awaits the head of its answer, whatever its status.

@@ -5,6 +5,8 @@ pub(crate) mod fault_server;
 pub mod http;
 pub mod layout;
 pub mod localfs;
+mod multipart;
+pub mod origin;
 mod ranged;
 pub mod registry;
 pub mod retry;
@@ -19,6 +21,8 @@ use bytes::Bytes;
 use futures_util::Stream;
 use futures_util::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
+
+pub use multipart::MAX_MANY_RANGES;
 
 use crate::Result;
 use crate::ids::{BlobId, ByteRange};
@@ -114,7 +118,8 @@ pub trait Backend: Send + Sync + fmt::Debug + 'static {
 
     /// Starts reading several ranges with one request: their bytes one behind the other, in
     /// the order of `ranges`, which do not overlap and are not empty. `None`: this source has
-    /// no such request; the caller asks range by range.
+    /// no such request; the caller asks range by range. More than [`MAX_MANY_RANGES`] are asked
+    /// for in several requests, one behind the other.
     fn open_many<'a>(
         &'a self,
         ranges: &'a [ByteRange],

@@ -1,17 +1,24 @@
 //! Ranges over HTTP: which answers are believed, and how a read goes on after a break.
 //!
-//! Shared by every source that is read with `Range` requests. Invariants: a stream yields
-//! exactly its range or ends with an error; a body is believed only where its status and
+//! Shared by every source that is read with `Range` requests. Several ranges are asked for
+//! with one request where the source has that, else one by one. Invariants: a stream yields
+//! exactly its ranges or ends with an error; a body is believed only where its status and
 //! `Content-Range` say it belongs; what a broken connection has brought is kept, and only
 //! the rest is asked for again.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
 
 use bytes::{Buf as _, Bytes};
 use reqwest::StatusCode;
 use reqwest::header::{
-    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE,
+    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue,
+    RANGE,
 };
 
 use super::http::Answer;
+use super::multipart::{MAX_MANY_RANGES, Multipart, Taken, Violation};
+use super::origin::Origin;
 use super::retry::{Attempts, Failure, RetryPolicy};
 use super::{ByteStream, ReadContext, Supplier};
 use crate::ids::ByteRange;
@@ -34,13 +41,25 @@ pub(super) trait Ranged: Clone + Send + Sync + 'static {
         context: &ReadContext,
     ) -> impl Future<Output = std::result::Result<Self::Part, Failure>> + Send;
 
+    /// Asks once for several ranges, none of them empty, at most [`MAX_MANY_RANGES`]. `None`:
+    /// the source has no such request.
+    fn ask_many(
+        &self,
+        ranges: &[ByteRange],
+        context: &ReadContext,
+    ) -> impl Future<Output = std::result::Result<Option<Self::Part>, Failure>> + Send {
+        let _ = (ranges, context);
+        async { Ok(None) }
+    }
+
     /// Puts the object's name before a failure.
     fn named(&self, failure: Failure) -> Failure;
 }
 
 /// A body whose place in the object is known and right.
 pub(super) trait Part: Send + 'static {
-    /// The next wanted bytes, never empty and never more than asked for; `None` at the end.
+    /// The next wanted bytes of one range, never empty and never more than asked for; `None`
+    /// at the end. It may be called again after the last byte to let the body end well.
     fn next(
         &mut self,
         context: &ReadContext,
@@ -58,29 +77,36 @@ pub(super) async fn open<O: Ranged>(
     retry: RetryPolicy,
     context: &ReadContext,
 ) -> Result<ByteStream> {
-    let mut reading = Reading {
-        object,
-        context: context.clone(),
-        rest: range,
-        part: None,
-        attempts: Attempts::new(retry, context.priority),
-        progress: 0,
-    };
-    if !range.is_empty() {
-        reading.connect().await?;
-    }
-    let stream = futures_util::stream::try_unfold(reading, |mut reading| async move {
-        Ok(reading.next().await?.map(|piece| (piece, reading)))
-    });
-    Ok(ByteStream::new(supplier, stream))
+    let mut reading = Reading::new(object, &[range], retry, context);
+    reading.begin().await?;
+    Ok(reading.into_stream(supplier))
 }
 
-/// A range being read.
+/// As [`open`], but several ranges, the bytes of one behind those of the other. `None`: the
+/// source has no request for several ranges.
+///
+/// # Errors
+/// As [`open`].
+pub(super) async fn open_many<O: Ranged>(
+    object: O,
+    supplier: Supplier,
+    ranges: &[ByteRange],
+    retry: RetryPolicy,
+    context: &ReadContext,
+) -> Result<Option<ByteStream>> {
+    let mut reading = Reading::new(object, ranges, retry, context);
+    let answered = reading.begin().await?;
+    Ok(answered.then(|| reading.into_stream(supplier)))
+}
+
+/// Ranges being read.
 struct Reading<O: Ranged> {
     object: O,
     context: ReadContext,
-    /// What is not yet delivered.
-    rest: ByteRange,
+    /// What is not yet delivered, in order; none is empty.
+    ranges: VecDeque<ByteRange>,
+    /// Ask for several ranges at once.
+    many: bool,
     part: Option<O::Part>,
     attempts: Attempts,
     /// Delivered since the last failure.
@@ -88,6 +114,19 @@ struct Reading<O: Ranged> {
 }
 
 impl<O: Ranged> Reading<O> {
+    fn new(object: O, ranges: &[ByteRange], retry: RetryPolicy, context: &ReadContext) -> Self {
+        let ranges: VecDeque<_> = ranges.iter().copied().filter(|range| !range.is_empty()).collect();
+        Self {
+            object,
+            context: context.clone(),
+            many: ranges.len() > 1,
+            ranges,
+            part: None,
+            attempts: Attempts::new(retry, context.priority),
+            progress: 0,
+        }
+    }
+
     async fn fail(&mut self, failure: Failure) -> Result<()> {
         self.part = None;
         if self.progress >= PROGRESS_SIZE {
@@ -97,12 +136,36 @@ impl<O: Ranged> Reading<O> {
         self.attempts.pause(self.object.named(failure), &self.context).await
     }
 
-    /// Holds a part afterwards.
+    /// Awaits the first answer. False: several ranges are wanted, and the source has no request
+    /// for that; nothing was delivered.
+    async fn begin(&mut self) -> Result<bool> {
+        if self.ranges.is_empty() {
+            return Ok(true);
+        }
+        let many = self.many;
+        self.connect().await?;
+        Ok(self.many == many)
+    }
+
+    /// Holds a part afterwards, unless the source turned out not to take several ranges.
     async fn connect(&mut self) -> Result<()> {
         loop {
-            match self.object.ask(self.rest, &self.context).await {
-                Ok(part) => {
+            let ranges = &*self.ranges.make_contiguous();
+            let asked = match ranges {
+                [_, _, ..] if self.many => {
+                    let ranges = &ranges[..ranges.len().min(MAX_MANY_RANGES)];
+                    self.object.ask_many(ranges, &self.context).await
+                }
+                [first, ..] => self.object.ask(*first, &self.context).await.map(Some),
+                [] => return Ok(()),
+            };
+            match asked {
+                Ok(Some(part)) => {
                     self.part = Some(part);
+                    return Ok(());
+                }
+                Ok(None) => {
+                    self.many = false;
                     return Ok(());
                 }
                 Err(failure) => self.fail(failure).await?,
@@ -111,7 +174,7 @@ impl<O: Ranged> Reading<O> {
     }
 
     async fn next(&mut self) -> Result<Option<Bytes>> {
-        while !self.rest.is_empty() {
+        while let Some(rest) = self.ranges.front().copied() {
             let Some(part) = &mut self.part else {
                 self.connect().await?;
                 continue;
@@ -119,22 +182,40 @@ impl<O: Ranged> Reading<O> {
             match part.next(&self.context).await {
                 Ok(Some(piece)) => {
                     let len = piece.len() as u64;
-                    self.rest = ByteRange::new(self.rest.start() + len, self.rest.len() - len)?;
+                    let left = ByteRange::new(rest.start() + len, rest.len() - len)?;
+                    match self.ranges.front_mut() {
+                        Some(front) if !left.is_empty() => *front = left,
+                        _ => drop(self.ranges.pop_front()),
+                    }
                     self.progress += len;
                     return Ok(Some(piece));
                 }
-                // The server sent less than asked for, as it may: the rest is asked for again.
+                // The server sent less than asked for, as it may, or other parts than asked
+                // for: the rest is asked for again.
                 Ok(None) => self.part = None,
                 Err(failure) => self.fail(failure).await?,
             }
         }
+        // All is there: what goes wrong from here on costs a kept connection, no bytes.
+        if let Some(mut part) = self.part.take() {
+            let _ = part.next(&self.context).await;
+        }
         Ok(None)
+    }
+
+    /// The bytes, still to be awaited.
+    fn into_stream(self, supplier: Supplier) -> ByteStream {
+        let stream = futures_util::stream::try_unfold(self, |mut reading| async move {
+            Ok(reading.next().await?.map(|piece| (piece, reading)))
+        });
+        ByteStream::new(supplier, stream)
     }
 }
 
-/// The headers that ask for `range`, which is not empty.
-pub(super) fn headers(range: ByteRange) -> Result<HeaderMap> {
-    let value = HeaderValue::from_str(&format!("bytes={}-{}", range.start(), range.end() - 1))
+/// The headers that ask for `ranges`, none of them empty, at most [`MAX_MANY_RANGES`].
+pub(super) fn headers(ranges: &[ByteRange]) -> Result<HeaderMap> {
+    let list: Vec<_> = ranges.iter().map(|range| format!("{}-{}", range.start(), range.end() - 1)).collect();
+    let value = HeaderValue::from_str(&format!("bytes={}", list.join(",")))
         .map_err(|e| Error::new(ErrorKind::Invalid, "a Range header").with_source(e))?;
     // A compressed transfer would count other bytes than the blob's.
     let plain = HeaderValue::from_static("identity");
@@ -151,7 +232,7 @@ pub(super) fn total(answer: &Answer) -> Option<u64> {
 }
 
 /// `bytes FIRST-LAST/TOTAL` as start, end and size; `None` if it is anything else.
-fn parse_content_range(value: &str) -> Option<(u64, u64, Option<u64>)> {
+pub(super) fn parse_content_range(value: &str) -> Option<(u64, u64, Option<u64>)> {
     let (range, total) = value.trim().strip_prefix("bytes ")?.trim().split_once('/')?;
     let (first, last) = range.split_once('-')?;
     let (first, last): (u64, u64) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
@@ -161,6 +242,22 @@ fn parse_content_range(value: &str) -> Option<(u64, u64, Option<u64>)> {
     };
     let end = last.checked_add(1)?;
     (first < end && total.is_none_or(|total| end <= total)).then_some((first, end, total))
+}
+
+/// Refuses a body whose bytes are not the object's.
+fn check_encoding(answer: &Answer) -> Result<()> {
+    match answer.header(CONTENT_ENCODING).filter(|e| !e.eq_ignore_ascii_case("identity")) {
+        None => Ok(()),
+        Some(encoding) => {
+            let why = format!("{}: the body is encoded as {encoding:?}", answer.what());
+            Err(Error::new(ErrorKind::Unsupported, why))
+        }
+    }
+}
+
+fn ended_early(answer: &Answer, missing: u64) -> Failure {
+    let why = format!("{}: the body ended {missing} bytes early", answer.what());
+    Failure::passing(Error::new(ErrorKind::Unavailable, why))
 }
 
 /// A body that covers the front of the range still wanted.
@@ -190,11 +287,7 @@ impl Segment {
         if !matches!(answer.status(), StatusCode::OK | StatusCode::PARTIAL_CONTENT) {
             return Err(answer.into_failure(login, context).await);
         }
-        if let Some(encoding) =
-            answer.header(CONTENT_ENCODING).filter(|e| !e.eq_ignore_ascii_case("identity"))
-        {
-            return Err(refuse(ErrorKind::Unsupported, format!("the body is encoded as {encoding:?}")));
-        }
+        check_encoding(&answer)?;
         let shorter = |size: u64| format!("the blob has {size} bytes, {range} was asked for");
         if answer.status() == StatusCode::PARTIAL_CONTENT {
             let header = answer.header(CONTENT_RANGE).unwrap_or_default();
@@ -233,9 +326,7 @@ impl Part for Segment {
     async fn next(&mut self, context: &ReadContext) -> std::result::Result<Option<Bytes>, Failure> {
         while self.left > 0 {
             let Some(mut piece) = self.answer.chunk(context).await? else {
-                let why =
-                    format!("{}: the body ended {} bytes early", self.answer.what(), self.skip + self.left);
-                return Err(Failure::passing(Error::new(ErrorKind::Unavailable, why)));
+                return Err(ended_early(&self.answer, self.skip + self.left));
             };
             let skipped = self.skip.min(piece.len() as u64);
             self.skip -= skipped;
@@ -251,9 +342,95 @@ impl Part for Segment {
     }
 }
 
+/// A body of several ranges, each in a part of its own.
+pub(super) struct Parts {
+    answer: Answer,
+    origin: Arc<Origin>,
+    multipart: Multipart,
+    /// Read already to find out that the answer is what was asked for.
+    first: Option<Bytes>,
+}
+
+impl Parts {
+    /// Checks that `answer` of `origin` begins with the first of `ranges`; `login` is the name
+    /// that a login of its server goes by. `None`: it is something else than parts with these
+    /// ranges, and the origin will not be asked for several again.
+    ///
+    /// # Errors
+    /// What its status means; `Unsupported`: encoded.
+    pub(super) async fn accept(
+        answer: Answer,
+        origin: Arc<Origin>,
+        ranges: &[ByteRange],
+        login: &str,
+        context: &ReadContext,
+    ) -> std::result::Result<Option<Self>, Failure> {
+        match answer.status() {
+            StatusCode::PARTIAL_CONTENT => check_encoding(&answer)?,
+            // Servers that do not like such a request answer so; what else may be behind it
+            // shows when the ranges are asked for one by one.
+            StatusCode::OK
+            | StatusCode::BAD_REQUEST
+            | StatusCode::PAYLOAD_TOO_LARGE
+            | StatusCode::RANGE_NOT_SATISFIABLE
+            | StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE
+            | StatusCode::NOT_IMPLEMENTED => {
+                origin.refuses_many(answer.status().as_str());
+                return Ok(None);
+            }
+            _ => return Err(answer.into_failure(login, context).await),
+        }
+        let Some(multipart) = Multipart::new(answer.header(CONTENT_TYPE).unwrap_or_default(), ranges) else {
+            origin.refuses_many("206 without parts");
+            return Ok(None);
+        };
+        let mut parts = Self { answer, origin, multipart, first: None };
+        parts.first = parts.next(context).await?;
+        Ok(parts.first.is_some().then_some(parts))
+    }
+}
+
+impl Part for Parts {
+    async fn next(&mut self, context: &ReadContext) -> std::result::Result<Option<Bytes>, Failure> {
+        if let Some(first) = self.first.take() {
+            return Ok(Some(first));
+        }
+        loop {
+            match self.multipart.take() {
+                Ok(Taken::Bytes(bytes)) => return Ok(Some(bytes)),
+                Ok(Taken::More) => match self.answer.chunk(context).await? {
+                    Some(piece) => self.multipart.feed(piece),
+                    None => return Err(ended_early(&self.answer, self.multipart.wanted())),
+                },
+                Ok(Taken::End) => {
+                    while self.multipart.wants_tail() {
+                        match self.answer.chunk(context).await? {
+                            Some(piece) => self.multipart.feed(piece),
+                            None => break,
+                        }
+                    }
+                    return Ok(None);
+                }
+                Err(Violation(why)) => {
+                    self.origin.refuses_many(&why);
+                    return Ok(None);
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn headers_are_bounded() {
+        let range = |start, len| ByteRange::new(start, len).unwrap();
+        let header = |ranges: &[ByteRange]| headers(ranges).unwrap()[RANGE].clone();
+        assert_eq!(header(&[range(2, 3), range(10, 1)]), "bytes=2-4,10-10");
+        assert!(header(&[range(u64::MAX - 1, 1); MAX_MANY_RANGES]).len() <= 4096);
+    }
 
     #[test]
     fn content_ranges_are_parsed_strictly() {

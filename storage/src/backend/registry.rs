@@ -13,11 +13,12 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use reqwest::{Method, StatusCode, Url};
 
 use super::http::Answer;
-use super::ranged::{self, Ranged, Segment};
+use super::ranged::{self, Part, Parts, Ranged, Segment};
 use super::retry::{Failure, RetryPolicy, with_retries};
 use super::{Backend, BlobSource, ByteStream, ReadContext, Supplier};
 use crate::digest::{Digest, DigestAlgorithm, TaggedDigest};
@@ -173,11 +174,11 @@ impl RegistryBlob {
     async fn get(
         &self,
         url: Url,
-        range: ByteRange,
+        ranges: &[ByteRange],
         context: &ReadContext,
     ) -> std::result::Result<Answer, Failure> {
         let mut call = Call::new(Method::GET, url, Access::pull(&*self.repository));
-        call.headers = ranged::headers(range)?;
+        call.headers = ranged::headers(ranges)?;
         self.client.send(call, context).await
     }
 
@@ -194,7 +195,10 @@ impl RegistryBlob {
         }
         let first = ByteRange::new(0, 1)?;
         with_retries(self.retry, context, || async {
-            let segment = self.ask(first, context).await.map_err(|f| self.named(f))?;
+            let body = self.request(&[first], context).await.map_err(|f| self.named(f))?;
+            let Some(Body::One(segment)) = body else {
+                return Err(Error::new(ErrorKind::Unsupported, "no answer to one range").into());
+            };
             let answer = segment.answer();
             let total = ranged::total(answer);
             total.ok_or_else(|| {
@@ -204,19 +208,31 @@ impl RegistryBlob {
         })
         .await
     }
-}
 
-impl Ranged for RegistryBlob {
-    type Part = Segment;
+    /// Where the blob is asked for: where redirects led last, else the registry.
+    fn place(&self) -> Result<Url> {
+        match self.resolved().clone() {
+            Some(url) => Ok(url),
+            None => self.client.url(&format!("{}/blobs/{}", self.repository, self.digest)),
+        }
+    }
 
-    async fn ask(&self, range: ByteRange, context: &ReadContext) -> std::result::Result<Segment, Failure> {
+    /// Asks for `ranges`; `None` as [`Ranged::ask_many`].
+    async fn request(
+        &self,
+        ranges: &[ByteRange],
+        context: &ReadContext,
+    ) -> std::result::Result<Option<Body>, Failure> {
+        if ranges.len() > 1 && !self.client.origin(&self.place()?).takes_many() {
+            return Ok(None);
+        }
         let remembered = self.resolved().clone();
         if let Some(url) = remembered {
-            let result = self.get(url.clone(), range, context).await;
+            let result = self.get(url.clone(), ranges, context).await;
             match result {
                 Ok(answer) if answer.status().is_success() => {
-                    match Segment::accept(answer, range, self.client.host(), context).await {
-                        Ok(segment) => return Ok(segment),
+                    match self.accept(answer, ranges, context).await {
+                        Ok(body) => return Ok(body),
                         // Not the blob any more.
                         Err(_) => self.forget(&url),
                     }
@@ -234,18 +250,65 @@ impl Ranged for RegistryBlob {
         }
         let mut url = self.client.url(&format!("{}/blobs/{}", self.repository, self.digest))?;
         for hop in 0..=MAX_REDIRECTS {
-            let answer = self.get(url.clone(), range, context).await?;
+            let answer = self.get(url.clone(), ranges, context).await?;
             if is_redirect(answer.status()) {
                 url = self.rewrite.apply(RegistryClient::location(&answer)?)?;
                 continue;
             }
-            let segment = Segment::accept(answer, range, self.client.host(), context).await?;
+            let body = self.accept(answer, ranges, context).await?;
             if hop > 0 {
                 *self.resolved() = Some(url);
             }
-            return Ok(segment);
+            return Ok(body);
         }
         Err(too_many_redirects(&Method::GET, &url).into())
+    }
+
+    async fn accept(
+        &self,
+        answer: Answer,
+        ranges: &[ByteRange],
+        context: &ReadContext,
+    ) -> std::result::Result<Option<Body>, Failure> {
+        if let [range] = ranges {
+            let segment = Segment::accept(answer, *range, self.client.host(), context).await?;
+            return Ok(Some(Body::One(segment)));
+        }
+        let origin = self.client.origin(answer.url());
+        let parts = Parts::accept(answer, origin, ranges, self.client.host(), context).await?;
+        Ok(parts.map(Body::Many))
+    }
+}
+
+/// A body that belongs to what was asked for.
+pub(super) enum Body {
+    One(Segment),
+    Many(Parts),
+}
+
+impl Part for Body {
+    async fn next(&mut self, context: &ReadContext) -> std::result::Result<Option<Bytes>, Failure> {
+        match self {
+            Self::One(segment) => segment.next(context).await,
+            Self::Many(parts) => parts.next(context).await,
+        }
+    }
+}
+
+impl Ranged for RegistryBlob {
+    type Part = Body;
+
+    async fn ask(&self, range: ByteRange, context: &ReadContext) -> std::result::Result<Body, Failure> {
+        let body = self.request(&[range], context).await?;
+        body.ok_or_else(|| Error::new(ErrorKind::Unsupported, "no answer to one range").into())
+    }
+
+    async fn ask_many(
+        &self,
+        ranges: &[ByteRange],
+        context: &ReadContext,
+    ) -> std::result::Result<Option<Body>, Failure> {
+        self.request(ranges, context).await
     }
 
     fn named(&self, failure: Failure) -> Failure {
@@ -269,6 +332,14 @@ impl Backend for RegistryBlob {
 
     fn open<'a>(&'a self, range: ByteRange, context: &'a ReadContext) -> BoxFuture<'a, Result<ByteStream>> {
         Box::pin(ranged::open(self.clone(), Supplier::Origin, range, self.retry, context))
+    }
+
+    fn open_many<'a>(
+        &'a self,
+        ranges: &'a [ByteRange],
+        context: &'a ReadContext,
+    ) -> BoxFuture<'a, Result<Option<ByteStream>>> {
+        Box::pin(ranged::open_many(self.clone(), Supplier::Origin, ranges, self.retry, context))
     }
 }
 

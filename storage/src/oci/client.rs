@@ -20,6 +20,7 @@ use super::reference::{Reference, api_host, check_host, is_loopback};
 use super::token::{Access, Authenticator, Login, header_value};
 use crate::backend::ReadContext;
 use crate::backend::http::{Answer, Http, HttpOptions, parse_url, same_origin};
+use crate::backend::origin::Origin;
 use crate::backend::retry::{Failure, RetryPolicy, with_retries};
 use crate::digest::TaggedDigest;
 use crate::{Error, ErrorKind, Result};
@@ -165,6 +166,11 @@ impl RegistryClient {
     /// Replaces the login from now on.
     pub fn set_credentials(&self, credentials: Credentials) {
         self.inner.auth.set_credentials(credentials);
+    }
+
+    /// What is known about the server behind `url`.
+    pub fn origin(&self, url: &Url) -> Arc<Origin> {
+        self.inner.http.origin(url)
     }
 
     fn base(&self) -> &Url {
