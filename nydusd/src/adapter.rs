@@ -127,7 +127,7 @@ impl Adapter {
         let started = Instant::now();
         let (mount, nid) = self.resolve(NodeId(node))?;
         let result = operation(&mount, nid);
-        mount.metrics().record(fop, result.is_ok(), started.elapsed());
+        mount.metrics().record_on(nid, fop, result.is_ok(), started.elapsed());
         result
     }
 }

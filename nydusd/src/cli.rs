@@ -44,6 +44,10 @@ pub struct GlobalArgs {
     #[arg(short = 'A', long, value_name = "PATH")]
     pub apisock: Option<PathBuf>,
 
+    /// Serve the counters at http://ADDRESS/metrics, and nothing else there [default: off]
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics_addr: Option<std::net::SocketAddr>,
+
     /// Configuration: v1 JSON, or v2 TOML or JSON
     #[arg(short = 'C', long, value_name = "FILE")]
     pub config: Option<PathBuf>,

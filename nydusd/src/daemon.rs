@@ -291,6 +291,16 @@ async fn serve(
         },
         None => None,
     };
+    let exporter = match daemon.args.global.metrics_addr {
+        Some(address) => match api::Exporter::bind(address, Arc::clone(daemon)).await {
+            Ok(exporter) => Some(exporter),
+            Err(e) => {
+                daemon.stop(true);
+                return Err(e);
+            }
+        },
+        None => None,
+    };
     let result = tokio::select! {
         _ = terminate.recv() => Ok(true),
         _ = interrupt.recv() => Ok(true),
@@ -301,6 +311,7 @@ async fn serve(
             None => Ok(true),
         },
     };
+    drop(exporter);
     if let Some(server) = server {
         server.close().await;
     }

@@ -7,7 +7,7 @@
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use anyhow::{Context as _, bail};
@@ -19,13 +19,14 @@ use storage::cache::{BlobCache, BlobCacheConfig, BlobSet, ChunkTable, MetaSpec};
 use storage::digest::{Digest, TaggedDigest};
 use storage::engine::Engine;
 use storage::metrics::{BackendMetrics, CacheMetrics};
+use storage::observe::Observer;
 use storage::prefetch::{Order, Prefetch, PrefetchOptions};
 use storage::read::Reader;
 
 use crate::config::Config;
 use crate::echo::Echoes;
 use crate::failures::Failures;
-use crate::metrics::FsMetrics;
+use crate::metrics::{FetchMetrics, FsMetrics};
 use crate::node::NodeId;
 use crate::table::{MountTable, Place};
 
@@ -43,10 +44,13 @@ pub struct Mount {
     bootstrap_digest: Digest,
     mounted_at: SystemTime,
     metrics: Arc<FsMetrics>,
+    fetch_metrics: Arc<FetchMetrics>,
     cache_metrics: Arc<CacheMetrics>,
     backend_metrics: Arc<BackendMetrics>,
     failures: Failures,
     echoes: Echoes,
+    /// Orders that were being worked off when last looked at.
+    orders: Mutex<Vec<Prefetch>>,
 }
 
 impl std::fmt::Debug for Mount {
@@ -107,6 +111,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         tracing::warn!("the image has chunks without digests: their data is served UNVERIFIED");
     }
 
+    let fetch_metrics = Arc::<FetchMetrics>::default();
     let cache_metrics = Arc::<CacheMetrics>::default();
     let backend_metrics = Arc::<BackendMetrics>::default();
     let mut caches = Vec::with_capacity(records.len());
@@ -116,6 +121,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
             meta: meta_spec(blob),
             chunks: Some(chunk_table(&rafs, number)),
             allow_unverified: config.allow_unverified,
+            observer: Some(Arc::clone(&fetch_metrics) as Arc<dyn Observer>),
             metrics: Arc::clone(&cache_metrics),
             backend_metrics: Arc::clone(&backend_metrics),
             ..base
@@ -133,10 +139,12 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         reader,
         blobs: Some(blobs),
         caches,
+        metrics: Arc::new(FsMetrics::new(config.files)),
+        fetch_metrics,
+        orders: Mutex::default(),
         config,
         bootstrap_digest: digest,
         mounted_at: SystemTime::now(),
-        metrics: Arc::default(),
         cache_metrics,
         backend_metrics,
         failures,
@@ -251,6 +259,8 @@ impl Mount {
             bootstrap_digest: Digest([0; 32]),
             mounted_at: SystemTime::now(),
             metrics: Arc::default(),
+            fetch_metrics: Arc::default(),
+            orders: Mutex::default(),
             cache_metrics: Arc::default(),
             backend_metrics: Arc::default(),
         }
@@ -278,7 +288,16 @@ impl Mount {
 
     /// Starts fetching `order` ahead of readers.
     pub fn prefetch(&self, order: Order, options: PrefetchOptions) -> Option<Prefetch> {
-        self.blobs.as_ref().map(|blobs| blobs.prefetch(order, options))
+        let prefetch = self.blobs.as_ref().map(|blobs| blobs.prefetch(order, options));
+        self.orders().extend(prefetch.clone());
+        prefetch
+    }
+
+    /// Orders that are being worked off.
+    pub fn orders(&self) -> MutexGuard<'_, Vec<Prefetch>> {
+        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        orders.retain(|order| !order.progress().finished);
+        orders
     }
 
     /// One cache a blob, in the order of the blob table.
@@ -304,6 +323,17 @@ impl Mount {
     /// Counters of file system operations.
     pub fn metrics(&self) -> &Arc<FsMetrics> {
         &self.metrics
+    }
+
+    /// Counters of fetched chunks.
+    pub fn fetch_metrics(&self) -> &FetchMetrics {
+        &self.fetch_metrics
+    }
+
+    /// Chunks in the cache, and chunks of all its blobs.
+    pub fn chunk_counts(&self) -> (u64, u64) {
+        let ready = self.caches.iter().map(|cache| u64::from(cache.ready_count())).sum();
+        (ready, self.rafs.bootstrap().blobs().iter().map(|blob| u64::from(blob.chunk_count)).sum())
     }
 
     /// Counters of its caches.

@@ -14,7 +14,8 @@ pub struct Fetched<'a> {
     pub blob: &'a BlobId,
     /// The chunk.
     pub chunk: ChunkIndex,
-    /// Stored bytes of its unit.
+    /// Its part, by decoded length, of the stored bytes of its unit: over all chunks of a unit
+    /// they add up to the unit, but for rounding.
     pub stored: u64,
     /// A reader waited for it; else it was fetched ahead.
     pub demanded: bool,

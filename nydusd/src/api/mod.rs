@@ -2,8 +2,10 @@
 //!
 //! [`Server`] moves bytes, [`routes`] decides, [`types`] are the documents.
 
+mod exporter;
 mod routes;
 mod server;
 mod types;
 
+pub use exporter::Exporter;
 pub use server::Server;

@@ -3,7 +3,7 @@
 //! Error messages are the contract's nested names, because clients search for parts of them.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use clap::ValueEnum as _;
 use hyper::{Method, StatusCode};
@@ -13,34 +13,51 @@ use serde_json::json;
 use super::types::{Backend, BlobCache, Configure, Info};
 use crate::cli::LogLevel;
 use crate::daemon::{Daemon, State};
+use crate::metrics;
 use crate::mount::Mount;
 
 /// What goes back to the client.
 #[derive(Debug)]
 pub(super) struct Reply {
     pub status: StatusCode,
+    pub content_type: &'static str,
     pub body: Option<Vec<u8>>,
 }
+
+/// What most answers are.
+const JSON: &str = "application/json";
 
 impl Reply {
     /// A document.
     fn json(document: &impl Serialize) -> Self {
         match serde_json::to_vec(document) {
-            Ok(body) => Self { status: StatusCode::OK, body: Some(body) },
+            Ok(body) => Self { status: StatusCode::OK, content_type: JSON, body: Some(body) },
             Err(e) => Self::error(500, &format!("Serialize(\"{e}\")")),
         }
     }
 
     /// Done, with nothing to say.
     fn empty() -> Self {
-        Self { status: StatusCode::NO_CONTENT, body: None }
+        Self { status: StatusCode::NO_CONTENT, content_type: JSON, body: None }
     }
 
     /// The error document.
     pub fn error(status: u16, message: &str) -> Self {
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let body = json!({ "code": "UNDEFINED", "message": message }).to_string().into_bytes();
-        Self { status, body: Some(body) }
+        Self { status, content_type: JSON, body: Some(body) }
+    }
+
+    /// The counters for a scraper.
+    pub fn metrics(daemon: &Daemon) -> Self {
+        match metrics::expose(daemon) {
+            Ok(text) => Self {
+                status: StatusCode::OK,
+                content_type: metrics::CONTENT_TYPE,
+                body: Some(text.into_bytes()),
+            },
+            Err(e) => Self::error(500, &format!("GlobalMetrics(\"{e}\")")),
+        }
     }
 
     /// A part of the contract that this build does not have.
@@ -76,9 +93,16 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, 
         "/api/v1/metrics/blobcache" if get => {
             with_mount(daemon, id.as_deref(), "BlobcacheMetrics", |mount| Reply::json(&blob_cache(mount)))
         }
-        // Per-file counters and access patterns are not built, so there is none.
-        "/api/v1/metrics/files" if get => Reply::error(404, "FsFilesMetrics(Metrics(Stats(NoCounter)))"),
-        "/api/v1/metrics/pattern" if get => Reply::error(404, "Pattern(Metrics(Stats(NoCounter)))"),
+        "/api/v1/metrics/files" if get => with_mount(daemon, id.as_deref(), "FsFilesMetrics", |mount| {
+            files(mount, parameter(query, "latest").as_deref() == Some("true"))
+        }),
+        "/api/v1/metrics/pattern" if get => {
+            with_mount(daemon, id.as_deref(), "Pattern", |mount| match mount.metrics().files() {
+                files if files.options().pattern => Reply::json(&files.pattern()),
+                _ => no_counter("Pattern"),
+            })
+        }
+        "/metrics" if get => Reply::metrics(daemon),
         "/api/v1/metrics/inflight" if get => {
             let entries = daemon.adapter().inflight().entries();
             if entries.is_empty() { Reply::empty() } else { Reply::json(&entries) }
@@ -100,8 +124,9 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, 
     }
 }
 
-/// Every path of the contract: a wrong method on one of them is a bad request.
-const ROUTES: [&str; 17] = [
+/// Every path of the contract, and ours: a wrong method on one of them is a bad request.
+const ROUTES: [&str; 18] = [
+    "/metrics",
     "/api/v1/daemon",
     "/api/v2/daemon",
     "/api/v1/daemon/start",
@@ -180,29 +205,47 @@ fn with_mount(
     };
     match found {
         Some(mount) => answer(mount),
-        None => Reply::error(404, &format!("{wrapper}(Metrics(Stats(NoCounter)))")),
+        None => no_counter(wrapper),
+    }
+}
+
+/// No such mount, or it does not count this.
+fn no_counter(wrapper: &str) -> Reply {
+    Reply::error(404, &format!("{wrapper}(Metrics(Stats(NoCounter)))"))
+}
+
+fn files(mount: &Mount, latest: bool) -> Reply {
+    let files = mount.metrics().files();
+    match latest {
+        true if files.options().latest => Reply::json(&files.take_latest()),
+        false if files.options().counters => Reply::json(&files.counters()),
+        _ => no_counter("FsFilesMetrics"),
     }
 }
 
 fn blob_cache(mount: &Mount) -> BlobCache {
-    let caches = mount.caches();
     let blobs = mount.rafs().bootstrap().blobs();
+    let (entries_count, chunks_total) = mount.chunk_counts();
+    let ahead = mount.fetch_metrics().ahead();
+    let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     BlobCache {
         underlying_files: blobs.iter().map(|blob| format!("{}.blob.data", blob.id)).collect(),
         store_path: mount.config().work_dir.to_string_lossy().into_owned(),
         counters: mount.cache_metrics().snapshot(),
-        entries_count: caches.iter().map(|cache| u64::from(cache.ready_count())).sum(),
-        prefetch_workers: 0,
+        entries_count,
+        prefetch_workers: mount.orders().len() as u64,
         prefetch_unmerged_chunks: 0,
-        prefetch_cumulative_time_millis: 0,
-        prefetch_begin_time_secs: 0,
-        prefetch_begin_time_millis: 0,
-        prefetch_end_time_secs: 0,
-        prefetch_end_time_millis: 0,
+        prefetch_cumulative_time_millis: millis(ahead.busy),
+        prefetch_begin_time_secs: ahead.began.as_secs(),
+        prefetch_begin_time_millis: ahead.began.subsec_millis().into(),
+        prefetch_end_time_secs: ahead.ended.as_secs(),
+        prefetch_end_time_millis: ahead.ended.subsec_millis().into(),
         buffered_backend_size: 0,
-        data_all_ready: caches.iter().all(|cache| cache.ready_count() == cache.chunk_count()),
-        chunks_total: blobs.iter().map(|blob| u64::from(blob.chunk_count)).sum(),
+        data_all_ready: entries_count == chunks_total,
+        chunks_total,
         compressed_bytes_total: blobs.iter().map(|blob| blob.data_size).sum(),
+        fetches: mount.fetch_metrics().snapshot(),
+        memory: metrics::resident_memory().into_iter().collect(),
     }
 }
 

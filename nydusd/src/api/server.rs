@@ -132,7 +132,7 @@ async fn answer(
     headers.insert(SERVER, HeaderValue::from_static("Nydus API"));
     headers.insert(CONNECTION, HeaderValue::from_static("keep-alive"));
     if reply.status != hyper::StatusCode::NO_CONTENT {
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(reply.content_type));
     }
     Ok(response)
 }

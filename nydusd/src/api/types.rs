@@ -34,7 +34,7 @@ pub(super) struct Configure {
     pub log_level: String,
 }
 
-/// Blob cache metrics (contract 3.8). Prefetch is not built: its figures are zero.
+/// Blob cache metrics (contract 3.8).
 #[derive(Debug, Serialize)]
 pub(super) struct BlobCache {
     pub underlying_files: Vec<String>,
@@ -42,17 +42,25 @@ pub(super) struct BlobCache {
     #[serde(flatten)]
     pub counters: storage::metrics::CacheSnapshot,
     pub entries_count: u64,
+    /// Orders of chunks to fetch ahead that are being worked off.
     pub prefetch_workers: u64,
+    /// None: what is fetched ahead is always merged.
     pub prefetch_unmerged_chunks: u64,
+    /// Time in which a request of prefetch was under way.
     pub prefetch_cumulative_time_millis: u64,
     pub prefetch_begin_time_secs: u64,
     pub prefetch_begin_time_millis: u64,
     pub prefetch_end_time_secs: u64,
     pub prefetch_end_time_millis: u64,
+    /// Bytes that wait for the disk beyond those of running fetches: none.
     pub buffered_backend_size: u64,
     pub data_all_ready: bool,
     /// Beyond the contract: chunks of all blobs.
     pub chunks_total: u64,
     /// Beyond the contract: stored bytes of chunk data in all blobs.
     pub compressed_bytes_total: u64,
+    /// Beyond the contract: where bytes came from, and where their time went.
+    pub fetches: crate::metrics::FetchSnapshot,
+    /// Beyond the contract: resident bytes of the daemon by kind.
+    pub memory: BTreeMap<&'static str, u64>,
 }

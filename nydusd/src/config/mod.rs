@@ -30,6 +30,7 @@ use serde_json::{Value, json};
 use storage::digest::{Digest, TaggedDigest};
 use storage::read::OutagePolicy;
 
+use crate::metrics::FileOptions;
 pub(crate) use backend::check_basic_auth;
 pub use backend::{BackendConfig, LocalFsConfig, RegistryConfig};
 use section::Section;
@@ -112,6 +113,8 @@ pub struct Config {
     pub expect_bootstrap: Option<Digest>,
     /// Serve images without chunk digests.
     pub allow_unverified: bool,
+    /// What to keep of single files.
+    pub files: FileOptions,
     /// What the document said that has no effect here; to be logged once.
     pub warnings: Vec<String>,
 }
@@ -133,6 +136,7 @@ impl Config {
             expect_root: None,
             expect_bootstrap: None,
             allow_unverified: false,
+            files: FileOptions::default(),
             warnings: Vec::new(),
         }
     }
@@ -208,6 +212,9 @@ impl Config {
                 "read_timeout": self.read_timeout.as_secs_f64(),
                 "on_outage": match self.on_outage { OnOutage::Fail => "fail", OnOutage::Wait => "wait" },
                 "allow_unverified": self.allow_unverified,
+                "iostats_files": self.files.counters,
+                "access_pattern": self.files.pattern,
+                "latest_read_files": self.files.latest,
             },
         })
     }
@@ -228,9 +235,11 @@ impl Config {
         if let Some(numbers) = section.take_numbers("id_mapping")? {
             self.id_mapping = read_id_mapping(&name, &numbers)?;
         }
-        for key in ["iostats_files", "access_pattern", "latest_read_files"] {
-            section.no_effect(key, &mut self.warnings);
-        }
+        self.files = FileOptions {
+            counters: section.take_bool("iostats_files")?.unwrap_or(false),
+            pattern: section.take_bool("access_pattern")?.unwrap_or(false),
+            latest: section.take_bool("latest_read_files")?.unwrap_or(false),
+        };
         let name = section.name("read_timeout");
         if let Some(seconds) = section.take_f64("read_timeout")? {
             self.read_timeout = Duration::try_from_secs_f64(seconds)

@@ -102,7 +102,7 @@ fn what_clients_send_is_accepted() {
     let mapping = config.id_mapping.unwrap();
     assert_eq!((mapping.shown(0), mapping.shown(65535), mapping.shown(65536)), (100_000, 165_535, 65_536));
     assert!(config.warnings.iter().any(|w| w == "`fs_prefetch.enable` has no effect yet"));
-    assert!(config.warnings.iter().any(|w| w == "`iostats_files` has no effect yet"));
+    assert!(config.files.counters && !config.files.pattern && !config.files.latest);
     let proxy = r#","proxy":{"url":"","fallback":true,"check_interval":5},"mirrors":[]"#;
     assert!(Config::parse(&registry(proxy)).unwrap().warnings.is_empty());
     assert!(Config::parse(&v1(r#","id_mapping":[5,5,10]"#)).unwrap().id_mapping.is_none());

@@ -207,12 +207,12 @@ impl PendingRead {
         let metrics = self.plan.mount.metrics();
         match result {
             Ok(data) => {
-                metrics.record_read(Some(len), self.started.elapsed());
+                metrics.record_wait(self.plan.nid, Some(len), self.started.elapsed());
                 self.connection.reply(OutHeader::data(self.unique, len), &data);
                 self.answered = true;
             }
             Err(error) => {
-                metrics.record_read(None, self.started.elapsed());
+                metrics.record_wait(self.plan.nid, None, self.started.elapsed());
                 if error.kind() == storage::ErrorKind::TimedOut {
                     self.plan.mount.echoes().timed_out(self.plan.nid, self.offset, len, self.started);
                 }
@@ -332,16 +332,16 @@ impl Worker {
         let data = &mut reply[..plan.len as usize];
         match plan.mount.reader().try_read(&self.slices, data) {
             Ok(true) => {
-                plan.mount.metrics().record_read(Some(plan.len), started.elapsed());
+                plan.mount.metrics().record_read(plan.nid, Some(plan.len), started.elapsed());
                 self.connection.reply(out, data);
             }
             Ok(false) if plan.mount.echoes().is_echo(plan.nid, read.offset, plan.len) => {
-                plan.mount.metrics().record_read(None, started.elapsed());
+                plan.mount.metrics().record_read(plan.nid, None, started.elapsed());
                 refuse(libc::EIO);
             }
             Ok(false) => self.submit(header, plan, read.offset, started),
             Err(error) => {
-                plan.mount.metrics().record_read(None, started.elapsed());
+                plan.mount.metrics().record_read(plan.nid, None, started.elapsed());
                 refuse(libc::EIO);
                 report(&plan, read.offset, self.slices.clone(), &error);
             }

@@ -31,7 +31,7 @@ use crate::budget::Permit;
 use crate::engine;
 use crate::extent::{Cipher, FetchUnit};
 use crate::ids::ByteRange;
-use crate::metrics::CacheMetrics;
+use crate::metrics::{CacheMetrics, cpu_timed};
 use crate::observe::Fetched;
 use crate::{Error, ErrorKind, Result, codec};
 
@@ -344,7 +344,7 @@ fn open_unit(inner: &Arc<Inner>, mut work: Work, stored: Bytes) -> Option<Failur
         let chunk = work.chunks.first().map_or(0, |c| c.lead.extent().index.0);
         format!("blob {}, chunk {chunk}, bytes {}", inner.id, work.unit.compressed)
     };
-    let decoded = match decode(&work.unit, stored) {
+    let decoded = match cpu_timed(&inner.metrics.decode_cpu_ns, || decode(&work.unit, stored)) {
         Ok(decoded) => decoded,
         Err(e) => {
             let context = name(&work);
@@ -357,7 +357,10 @@ fn open_unit(inner: &Arc<Inner>, mut work: Work, stored: Bytes) -> Option<Failur
         let extent = claimed.lead.extent();
         let start = extent.offset_in_unit as usize;
         let bytes = decoded.slice(start..start + extent.len as usize);
-        let found = extent.digest.map(|expected| (expected, expected.algorithm.digest(&bytes)));
+        let found = extent.digest.map(|expected| {
+            let digest = || expected.algorithm.digest(&bytes);
+            (expected, cpu_timed(&inner.metrics.verify_cpu_ns, digest))
+        });
         match found {
             Some((expected, found)) if expected.digest != found => {
                 let what = format!(
@@ -385,7 +388,7 @@ impl Inner {
         observer.fetched(&Fetched {
             blob: &self.id,
             chunk: lead.extent().index,
-            stored: work.unit.compressed.len(),
+            stored: share(&work.unit, lead.extent().len),
             demanded: lead.is_demanded(),
             supplier,
             wanted: lead.wanted(),
@@ -396,6 +399,12 @@ impl Inner {
             error,
         });
     }
+}
+
+/// The part that `len` decoded bytes have in the stored bytes of their unit.
+fn share(unit: &FetchUnit, len: u32) -> u64 {
+    // Both factors are below 2^25.
+    unit.compressed.len() * u64::from(len) / u64::from(unit.decoded_len.max(1))
 }
 
 fn decode(unit: &FetchUnit, stored: Bytes) -> Result<Bytes> {

@@ -53,6 +53,8 @@ pub enum Metrics {
     Cache(Repeat),
     /// File system operations
     Fsstats(Repeat),
+    /// Everything, as a scraper gets it
+    Prometheus,
 }
 
 /// Repetition.

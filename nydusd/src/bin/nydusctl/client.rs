@@ -27,6 +27,12 @@ impl<'a> Client<'a> {
         serde_json::from_slice(&body).context("the daemon's answer is not JSON")
     }
 
+    /// The text at `path`.
+    pub fn get_text(&self, path: &str) -> anyhow::Result<String> {
+        let body = self.request(Method::GET, path, String::new())?;
+        String::from_utf8(body).context("the daemon's answer is not text")
+    }
+
     /// Sends `document` to `path`.
     pub fn put(&self, path: &str, document: &Value) -> anyhow::Result<()> {
         self.request(Method::PUT, path, document.to_string()).map(drop)

@@ -33,6 +33,10 @@ pub fn run(client: &Client<'_>, family: &Metrics, raw: bool) -> anyhow::Result<(
         Metrics::Backend(repeat) => ("/api/v1/metrics/backend", repeat),
         Metrics::Cache(repeat) => ("/api/v1/metrics/blobcache", repeat),
         Metrics::Fsstats(repeat) => ("/api/v1/metrics", repeat),
+        Metrics::Prometheus => {
+            print!("{}", client.get_text("/metrics")?);
+            return Ok(());
+        }
     };
     let show = |document: &Value| if raw { document.to_string() } else { text(family, document) };
     let mut last = client.get(path)?;
@@ -65,20 +69,25 @@ fn text(family: &Metrics, document: &Value) -> String {
             ("Bytes received:", "read_amount_total"),
             ("Time in requests, ms:", "read_cumulative_latency_millis_total"),
         ]),
-        Metrics::Cache(_) => counters(&[
-            ("Directory:", "store_path"),
-            ("Reads:", "total"),
-            ("  from the cache:", "whole_hits"),
-            ("  partly from the cache:", "partial_hits"),
-            ("  failed:", "read_errors"),
-            ("Chunks ready:", "entries_count"),
-            ("  of:", "chunks_total"),
-            ("Chunks fetched:", "fetched_chunks"),
-            ("Bytes fetched:", "fetched_bytes"),
-            ("  of:", "compressed_bytes_total"),
-            ("Corrupt units:", "verification_failures"),
-            ("Failed cache writes:", "write_errors"),
-        ]),
+        Metrics::Prometheus => Vec::new(),
+        Metrics::Cache(_) => [
+            counters(&[
+                ("Directory:", "store_path"),
+                ("Reads:", "total"),
+                ("  from the cache:", "whole_hits"),
+                ("  partly from the cache:", "partial_hits"),
+                ("  failed:", "read_errors"),
+                ("Chunks ready:", "entries_count"),
+                ("  of:", "chunks_total"),
+                ("Chunks fetched:", "fetched_chunks"),
+                ("Bytes fetched:", "fetched_bytes"),
+                ("  of:", "compressed_bytes_total"),
+                ("Corrupt units:", "verification_failures"),
+                ("Failed cache writes:", "write_errors"),
+            ]),
+            fetches(document),
+        ]
+        .concat(),
         Metrics::Fsstats(_) => {
             let mut lines = counters(&[("Mountpoint:", "id"), ("Bytes read:", "data_read")]);
             lines.push(format!("{:<26}{:>12}{:>10}{:>14}", "Operation", "done", "failed", "mean us"));
@@ -96,6 +105,50 @@ fn text(family: &Metrics, document: &Value) -> String {
     lines.join("\n")
 }
 
+/// Where bytes came from, and where their time went.
+fn fetches(document: &Value) -> Vec<String> {
+    let fetches = &document["fetches"];
+    let seconds = |key: &str| fetches[key].as_f64().unwrap_or(0.0);
+    let mut lines = vec![format!("{:<26}{:>10}{:>12}{:>16}", "Supplied by", "for", "chunks", "bytes")];
+    for row in fetches["supplied"].as_array().into_iter().flatten() {
+        let word = |key: &str| row[key].as_str().unwrap_or_default();
+        lines.push(format!(
+            "{:<26}{:>10}{:>12}{:>16}",
+            word("source"),
+            word("purpose"),
+            number(row, "chunks"),
+            number(row, "bytes")
+        ));
+    }
+    let demanded = number(fetches, "demanded_bytes");
+    let amplification = number(document, "fetched_bytes") as f64 / demanded as f64;
+    if demanded > 0 {
+        lines.push(format!("{:<26}{amplification:.2}", "Fetched per byte asked:"));
+    }
+    let chunks: u64 = number(document, "fetched_chunks");
+    if chunks > 0 {
+        for (label, key) in [
+            ("Mean wait in queue, ms:", "queue_seconds"),
+            ("Mean network time, ms:", "network_seconds"),
+            ("Mean decode time, ms:", "decode_seconds"),
+        ] {
+            lines.push(format!("{label:<26}{:.1}", seconds(key) * 1e3 / chunks as f64));
+        }
+    }
+    for (label, key) in [("CPU for digests, s:", "verify_cpu_ns"), ("CPU for decoding, s:", "decode_cpu_ns")]
+    {
+        lines.push(format!("{label:<26}{:.3}", number(document, key) as f64 / 1e9));
+    }
+    for (kind, bytes) in document["memory"].as_object().into_iter().flatten() {
+        lines.push(format!(
+            "{:<26}{:.1}",
+            format!("Memory, {kind}, MiB:"),
+            bytes.as_f64().unwrap_or(0.0) / 1048576.0
+        ));
+    }
+    lines
+}
+
 /// One line: what happened in `seconds` between two documents.
 fn change(family: &Metrics, before: &Value, after: &Value, seconds: f64) -> String {
     let delta = |key: &str| number(after, key).saturating_sub(number(before, key)) as f64;
@@ -111,6 +164,7 @@ fn change(family: &Metrics, before: &Value, after: &Value, seconds: f64) -> Stri
                 requests / seconds
             )
         }
+        Metrics::Prometheus => String::new(),
         Metrics::Cache(_) => format!(
             "{:.1} reads/s, {:.1} from the cache, {:.1} KiB/s fetched, {} chunks fetched",
             delta("total") / seconds,

@@ -1,13 +1,33 @@
 //! What is counted: one table of file system operations per mount, and requests in flight.
 //!
-//! Names, order and classes are the API's (contract 3.8): clients compare exact numbers.
+//! ```text
+//!  mod.rs         operations of a mount; requests in flight
+//!  files.rs       the same by file, if configured; first accesses; files read lately
+//!  durations.rs   how long things took, by class
+//!  fetches.rs     fetched chunks: who supplied them, where their time went
+//!  prometheus.rs  all of it as text for a scraper
+//! ```
+//!
+//! Names, order and classes of the JSON are the API's (contract 3.8): clients compare exact
+//! numbers.
+
+mod durations;
+mod fetches;
+mod files;
+mod prometheus;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rafs::bootstrap::Nid;
 use serde::Serialize;
+
+use durations::Durations;
+pub use fetches::{FetchMetrics, FetchSnapshot};
+pub use files::{FileOptions, Files};
+pub use prometheus::{CONTENT_TYPE, expose, resident_memory};
 
 /// Exclusive upper bounds of the read size classes in bytes; the eighth is larger.
 const READ_SIZE: [u64; 7] = [1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20];
@@ -40,12 +60,41 @@ pub enum Fop {
 /// Operations in the API's arrays.
 const FOPS: usize = 15;
 
+/// Place of a read of `bytes` among the size classes.
+fn size_class(bytes: u64) -> usize {
+    READ_SIZE.iter().position(|bound| bytes < *bound).unwrap_or(7)
+}
+
 type Fops = [AtomicU64; FOPS];
 
+/// Names of the operations in the order of the API's arrays.
+pub(crate) const FOP_NAMES: [&str; FOPS] = [
+    "getattr",
+    "readlink",
+    "open",
+    "release",
+    "read",
+    "statfs",
+    "getxattr",
+    "listxattr",
+    "opendir",
+    "lookup",
+    "readdir",
+    "readdirplus",
+    "access",
+    "forget",
+    "batch_forget",
+];
+
 /// Counters of one mount.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FsMetrics {
     data_read: AtomicU64,
+    /// Bytes of `data_read` whose reader had to wait for them.
+    waited_bytes: AtomicU64,
+    /// Reads that were not answered from the cache at once.
+    waits: Durations,
+    files: Files,
     read_sizes: [AtomicU64; 8],
     read_latencies: [AtomicU64; 8],
     hits: Fops,
@@ -57,11 +106,11 @@ pub struct FsMetrics {
 /// [`FsMetrics`] at one moment, as the API shows them.
 #[derive(Clone, Debug, Serialize)]
 pub struct FsSnapshot {
-    /// Not built yet.
+    /// Operations are counted by file, too.
     pub files_account_enabled: bool,
-    /// Not built yet.
+    /// First accesses are kept.
     pub access_pattern_enabled: bool,
-    /// Not built yet.
+    /// Files read lately are kept.
     pub record_latest_read_files_enabled: bool,
     /// Latency is always measured.
     pub measure_latency: bool,
@@ -87,7 +136,39 @@ fn load<const N: usize>(counters: &[AtomicU64; N]) -> [u64; N] {
     std::array::from_fn(|i| counters[i].load(Relaxed))
 }
 
+impl Default for FsMetrics {
+    fn default() -> Self {
+        Self::new(FileOptions::default())
+    }
+}
+
 impl FsMetrics {
+    /// Nothing has happened yet.
+    pub fn new(options: FileOptions) -> Self {
+        Self {
+            data_read: AtomicU64::default(),
+            waited_bytes: AtomicU64::default(),
+            waits: Durations::default(),
+            files: Files::new(options),
+            read_sizes: Default::default(),
+            read_latencies: Default::default(),
+            hits: Default::default(),
+            errors: Default::default(),
+            latency_ns: Default::default(),
+        }
+    }
+
+    /// What is known of single files.
+    pub fn files(&self) -> &Files {
+        &self.files
+    }
+
+    /// Notes one operation on `nid`.
+    pub fn record_on(&self, nid: Nid, fop: Fop, ok: bool, elapsed: Duration) {
+        self.record(fop, ok, elapsed);
+        self.files.record(nid, fop, ok);
+    }
+
     /// Notes one operation.
     pub fn record(&self, fop: Fop, ok: bool, elapsed: Duration) {
         let counters = if ok { &self.hits } else { &self.errors };
@@ -96,25 +177,32 @@ impl FsMetrics {
         self.latency_ns[fop as usize].fetch_add(ns, Relaxed);
     }
 
-    /// Notes one read: the bytes its reader got, or a failure.
-    pub fn record_read(&self, bytes: Option<u32>, elapsed: Duration) {
+    /// Notes one read of `nid` that was answered at once: the bytes its reader got, or a failure.
+    pub fn record_read(&self, nid: Nid, bytes: Option<u32>, elapsed: Duration) {
         self.record(Fop::Read, bytes.is_some(), elapsed);
         let us = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
         let class = READ_LATENCY_US.iter().position(|bound| us <= *bound).unwrap_or(7);
         self.read_latencies[class].fetch_add(1, Relaxed);
         if let Some(bytes) = bytes.map(u64::from) {
-            let class = READ_SIZE.iter().position(|bound| bytes < *bound).unwrap_or(7);
-            self.read_sizes[class].fetch_add(1, Relaxed);
+            self.read_sizes[size_class(bytes)].fetch_add(1, Relaxed);
             self.data_read.fetch_add(bytes, Relaxed);
         }
+        self.files.record_read(nid, bytes);
+    }
+
+    /// Notes one read that waited for its source.
+    pub fn record_wait(&self, nid: Nid, bytes: Option<u32>, elapsed: Duration) {
+        self.waited_bytes.fetch_add(bytes.unwrap_or(0).into(), Relaxed);
+        self.waits.record(elapsed);
+        self.record_read(nid, bytes, elapsed);
     }
 
     /// All counters now; `id` is the mountpoint.
     pub fn snapshot(&self, id: &str) -> FsSnapshot {
         FsSnapshot {
-            files_account_enabled: false,
-            access_pattern_enabled: false,
-            record_latest_read_files_enabled: false,
+            files_account_enabled: self.files.options().counters,
+            access_pattern_enabled: self.files.options().pattern,
+            record_latest_read_files_enabled: self.files.options().latest,
             measure_latency: true,
             id: id.to_owned(),
             nr_opens: 0,
@@ -192,9 +280,9 @@ mod tests {
     #[test]
     fn a_short_read_counts_once_in_the_first_class() {
         let metrics = FsMetrics::default();
-        metrics.record_read(Some(6), Duration::from_micros(200));
-        metrics.record_read(None, Duration::from_secs(3));
-        metrics.record_read(Some(1 << 20), Duration::from_micros(201));
+        metrics.record_read(Nid(1), Some(6), Duration::from_micros(200));
+        metrics.record_read(Nid(1), None, Duration::from_secs(3));
+        metrics.record_wait(Nid(1), Some(1 << 20), Duration::from_micros(201));
         let shot = metrics.snapshot("/");
         assert_eq!(shot.data_read, 6 + (1 << 20));
         assert_eq!(shot.block_count_read, [1, 0, 0, 0, 0, 0, 0, 1]);
