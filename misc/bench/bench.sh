@@ -5,7 +5,7 @@
 #   BIN     directory of the binaries (target/release)
 #   RUNS    repetitions (5)
 #   IMAGE   image of misc/images/make-images to measure with (node: tens of thousands of files)
-#   ONLY    one of create convert mount fetch (all)
+#   ONLY    one of create convert mount fetch coldstart (all); coldstart.py has knobs of its own
 set -euo pipefail
 here=$(cd "$(dirname "$0")/../.." && pwd)
 bin=${BIN:-$here/target/release}
@@ -14,6 +14,8 @@ name=${IMAGE:-node}
 images=$here/misc/.cache/images
 fail() { echo "bench: $*" >&2; exit 1; }
 [ "$(id -u)" = 0 ] || fail "mounting needs root"
+export BIN=$bin RUNS=$runs
+[ "${ONLY:-}" != coldstart ] || exec "$here/misc/bench/coldstart.py"
 
 "$here/misc/images/make-images" "$images" "$name"
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/nydus-bench.XXXXXX")
@@ -110,3 +112,5 @@ if wanted fetch; then
   for ((i = 0; i < runs; i++)); do start_daemon; milliseconds read_all >>"$work/ours"; stop_daemon; done
   median "read every file, cold cache" ms <"$work/ours"
 fi
+
+[ -n "${ONLY:-}" ] || "$here/misc/bench/coldstart.py"

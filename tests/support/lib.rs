@@ -20,6 +20,7 @@ pub mod daemon;
 pub mod image;
 pub mod journey;
 pub mod layout;
+pub mod link;
 pub mod mount;
 pub mod need;
 pub mod recipes;
