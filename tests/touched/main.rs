@@ -28,7 +28,7 @@ fn main() -> Result<()> {
     for line in std::io::stdin().lock().split(b'\n') {
         let line = line?;
         let mut parts = line.splitn(3, |byte| *byte == b' ');
-        let mut number = || Some(std::str::from_utf8(parts.next()?).ok()?.parse::<u64>().ok()?);
+        let mut number = || std::str::from_utf8(parts.next()?).ok()?.parse::<u64>().ok();
         let (first, length) = number().zip(number()).context("want FIRST LENGTH PATH")?;
         let path = parts.next().context("want FIRST LENGTH PATH")?;
         let nid = find(&**rafs.bootstrap(), path)
