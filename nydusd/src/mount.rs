@@ -20,7 +20,7 @@ use storage::digest::{Digest, TaggedDigest};
 use storage::engine::Engine;
 use storage::metrics::{BackendMetrics, CacheMetrics};
 use storage::observe::Observer;
-use storage::prefetch::{Order, Prefetch, PrefetchOptions};
+use storage::prefetch::{Order, Prefetch, PrefetchOptions, ReadAhead};
 use storage::read::Reader;
 
 use crate::config::Config;
@@ -128,7 +128,12 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         };
         caches.push(BlobCache::open(engine, cache_config, backend)?);
     }
-    let blobs = Arc::new(BlobSet::new(engine, caches.clone(), config.outage_policy()));
+    let blobs = Arc::new(BlobSet::reading_ahead(
+        engine,
+        caches.clone(),
+        config.outage_policy(),
+        ReadAhead::default(),
+    ));
     let reader: Arc<dyn Reader> = Arc::clone(&blobs) as Arc<dyn Reader>;
 
     let failures = Failures::new(Arc::clone(&rafs));

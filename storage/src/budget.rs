@@ -1,9 +1,10 @@
-//! A bound on the bytes that units in flight hold, with on-demand served first.
+//! A bound on what work in flight holds, with on-demand served first: bytes of units, or
+//! places on the CPU pool.
 //!
-//! A fetch reserves for one unit at a time, when that unit's first byte has arrived: a
+//! Of bytes, a fetch reserves for one unit at a time, when that unit's first byte has arrived: a
 //! source that does not answer holds nothing, so a stalled one does not starve others.
 //! Nobody waits while holding, so every wait ends with the work of others. Prefetch holds
-//! at most half, so that a source that stalls under it does not keep readers waiting.
+//! at most a share, so that a source that stalls under it does not keep readers waiting.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +17,8 @@ use crate::backend::Priority;
 #[derive(Debug)]
 pub(crate) struct Budget {
     total: u64,
+    /// What prefetch holds at most, but for a single larger need.
+    share: u64,
     /// No I/O and no wake-up happens under this lock.
     state: Mutex<State>,
 }
@@ -53,11 +56,12 @@ impl Drop for Leaving<'_> {
 }
 
 impl Budget {
-    pub(crate) fn new(total: u64) -> Arc<Self> {
+    /// A bound of `total`, of which prefetch may hold `share`.
+    pub(crate) fn new(total: u64, share: u64) -> Arc<Self> {
         let total = total.max(1);
         let state =
             State { free: total, prefetched: 0, on_demand: VecDeque::new(), prefetch: VecDeque::new() };
-        Arc::new(Self { total, state: Mutex::new(state) })
+        Arc::new(Self { total, share, state: Mutex::new(state) })
     }
 
     /// Waits for `bytes`. More than the whole budget waits for the whole of it, so that a
@@ -106,8 +110,7 @@ impl Budget {
         };
         let need = queue.front()?.need;
         // A unit larger than prefetch's share passes alone.
-        let shared =
-            priority == Priority::OnDemand || *prefetched == 0 || *prefetched + need <= self.total / 2;
+        let shared = priority == Priority::OnDemand || *prefetched == 0 || *prefetched + need <= self.share;
         if need > *free || !shared {
             return None;
         }
@@ -144,7 +147,7 @@ mod tests {
 
     #[tokio::test]
     async fn on_demand_passes_prefetch_and_gone_waiters_return_their_share() {
-        let budget = Budget::new(10);
+        let budget = Budget::new(10, 5);
         let held = budget.reserve(1000, Priority::Prefetch).await;
         let mut prefetch = Box::pin(budget.reserve(6, Priority::Prefetch));
         let mut gone = Box::pin(budget.reserve(6, Priority::OnDemand));
@@ -163,7 +166,7 @@ mod tests {
 
     #[tokio::test]
     async fn who_leaves_the_head_of_the_queue_lets_others_pass() {
-        let budget = Budget::new(10);
+        let budget = Budget::new(10, 5);
         let held = budget.reserve(5, Priority::OnDemand).await;
         let mut large = Box::pin(budget.reserve(8, Priority::OnDemand));
         let mut small = Box::pin(budget.reserve(3, Priority::OnDemand));
@@ -177,7 +180,7 @@ mod tests {
 
     #[tokio::test]
     async fn prefetch_leaves_room_for_readers() {
-        let budget = Budget::new(10);
+        let budget = Budget::new(10, 5);
         let held = budget.reserve(3, Priority::Prefetch).await;
         let mut second = Box::pin(budget.reserve(3, Priority::Prefetch));
         assert!(second.as_mut().now_or_never().is_none());

@@ -20,13 +20,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
-use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use crate::backend::retry::within;
-use crate::backend::{Backend, ReadContext};
+use crate::backend::{Backend, Priority, ReadContext};
 use crate::budget::Budget;
 use crate::ids::ByteRange;
+use crate::link::Link;
 use crate::{Error, ErrorKind, Result};
 
 /// Bytes of stack of an engine thread. Deepest are TLS handshakes, well below 256 KiB
@@ -52,12 +52,13 @@ pub struct EngineConfig {
 }
 
 impl Default for EngineConfig {
-    /// Two workers, one job a core, 64 MiB: 32 units of 1 MiB chunks in flight.
+    /// Two workers, one job a core, 8 MiB: 4 units of 1 MiB chunks in flight. What has come
+    /// waits in the sockets, not in memory of ours.
     fn default() -> Self {
         Self {
             workers: 2,
             cpu_jobs: std::thread::available_parallelism().map_or(1, usize::from),
-            memory: 64 << 20,
+            memory: 8 << 20,
         }
     }
 }
@@ -88,8 +89,9 @@ impl Engine {
             .map_err(|e| Error::io("start the engine's threads", e))?;
         let handle = Handle {
             runtime: runtime.handle().clone(),
-            cpu: Arc::new(Semaphore::new(cpu_jobs)),
-            budget: Budget::new(config.memory),
+            cpu: Budget::new(cpu_jobs as u64, cpu_jobs as u64),
+            budget: Budget::new(config.memory, config.memory / 2),
+            link: Link::new(),
         };
         Ok(Arc::new(Self { runtime: Some(runtime), handle }))
     }
@@ -139,9 +141,10 @@ impl Drop for Engine {
 #[derive(Clone, Debug)]
 pub struct Handle {
     runtime: tokio::runtime::Handle,
-    /// One permit a running CPU job; waiters queue in order.
-    cpu: Arc<Semaphore>,
+    /// One place a running CPU job.
+    cpu: Arc<Budget>,
     budget: Arc<Budget>,
+    link: Arc<Link>,
 }
 
 impl Handle {
@@ -158,12 +161,22 @@ impl Handle {
         &self.budget
     }
 
-    /// Runs `job` on the CPU pool, after at most as many others as wait already.
+    /// The way to the sources.
+    pub(crate) fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+
+    /// Runs `job` on the CPU pool, after those that wait already; what readers wait for goes
+    /// first.
     ///
     /// # Errors
     /// `Cancelled`: the job panicked or the engine is shutting down.
-    pub async fn compute<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-        let permit = Arc::clone(&self.cpu).acquire_owned().await.map_err(|_| gone())?;
+    pub async fn compute<T: Send + 'static>(
+        &self,
+        priority: Priority,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T> {
+        let permit = self.cpu.reserve(1, priority).await;
         self.blocking(move || {
             let _permit = permit;
             job()
@@ -265,10 +278,11 @@ mod tests {
         let engine = Engine::new(EngineConfig { cpu_jobs: 1, ..EngineConfig::default() }).unwrap();
         let handle = engine.handle().clone();
         for _ in 0..3 {
-            let result: Result<()> = engine.block_on(handle.compute(|| panic!("a panic on plan")));
+            let result: Result<()> =
+                engine.block_on(handle.compute(Priority::OnDemand, || panic!("a panic on plan")));
             assert_eq!(result.unwrap_err().kind(), ErrorKind::Cancelled);
         }
-        assert_eq!(engine.block_on(handle.compute(|| 5)).unwrap(), 5);
+        assert_eq!(engine.block_on(handle.compute(Priority::Prefetch, || 5)).unwrap(), 5);
     }
 
     #[test]

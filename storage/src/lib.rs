@@ -30,6 +30,7 @@ pub mod engine;
 pub mod error;
 pub mod extent;
 pub mod ids;
+mod link;
 pub mod log;
 pub mod metrics;
 pub mod observe;

@@ -26,6 +26,8 @@ pub enum Fault {
     Fail(ErrorKind),
     /// Nothing arrives until the gate is opened.
     Stall(Gate),
+    /// The request fails once the gate is opened.
+    FailLate(Gate, ErrorKind),
     /// The backend panics.
     Panic,
 }
@@ -115,6 +117,10 @@ impl Backend for FaultyBackend {
                     }
                 }
                 Some(Fault::Fail(kind)) => return Err(Error::new(kind, "a fault on plan")),
+                Some(Fault::FailLate(gate, kind)) => {
+                    gate.pass().await;
+                    return Err(Error::new(kind, "a late fault on plan"));
+                }
                 Some(Fault::Stall(gate)) => gate.pass().await,
                 Some(Fault::Panic) => panic!("a panic on plan"),
             }
@@ -146,6 +152,11 @@ impl<B: Backend> CountingBackend<B> {
     /// All ranges asked for, in order.
     pub fn requests(&self) -> Vec<ByteRange> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How many requests asked for all of `range`.
+    pub fn fetches_of(&self, range: ByteRange) -> usize {
+        self.requests().iter().filter(|request| request.contains(range)).count()
     }
 
     /// True if no range was asked for twice.

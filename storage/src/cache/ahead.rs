@@ -1,62 +1,103 @@
 //! Works off orders of chunks that nobody waits for yet.
 
+use std::collections::HashSet;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use tokio_util::sync::CancellationToken;
 
 use super::inflight::{Outcome, Waiter};
 use super::set::Shared;
 use crate::backend::retry::within;
 use crate::backend::{Priority, ReadContext};
 use crate::extent::ChunkExtent;
+use crate::ids::ByteRange;
+use crate::link::Slot;
 use crate::prefetch::{Order, Prefetch, PrefetchOptions};
 use crate::{Error, ErrorKind};
 
-/// Stored bytes asked for at once.
-const BATCH: u64 = 2 << 20;
+/// Stored bytes asked for at once: at first, so that what a start wants first comes first,
+/// and later, so that requests are few.
+const FIRST_BATCH: u64 = 512 << 10;
+const MAX_BATCH: u64 = 8 << 20;
 
-/// Batches under way at once.
-const DEPTH: usize = 4;
+/// Chunks of one batch.
+const MAX_BATCH_CHUNKS: usize = 4096;
 
 /// Longest an abandoned source is waited for; what does not come is left to readers.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What reading ahead knows of its request.
+pub(super) fn context(cancel: &CancellationToken) -> ReadContext {
+    ReadContext {
+        priority: Priority::Prefetch,
+        deadline: Instant::now().checked_add(PATIENCE),
+        cancel: cancel.clone(),
+    }
+}
+
 /// Works off `order` to its end.
-pub(super) async fn work_off(
-    shared: Arc<Shared>,
-    mut order: Order,
-    options: PrefetchOptions,
-    handle: Prefetch,
-) {
-    let started = Instant::now();
+pub(super) async fn work_off(shared: Arc<Shared>, order: Order, options: PrefetchOptions, handle: Prefetch) {
+    // Cancelled, what runs ends by itself; nobody waits for it here.
+    let cancelled = handle.token().clone();
+    tokio::select! {
+        biased;
+        () = cancelled.cancelled() => {}
+        () = each_batch(&shared, order, options, &handle) => {}
+    }
+    handle.finish();
+}
+
+async fn each_batch(shared: &Arc<Shared>, mut order: Order, options: PrefetchOptions, handle: &Prefetch) {
+    let link = shared.engine.link();
     let mut running = FuturesUnordered::new();
-    let mut asked = 0u64;
     let mut left_over = None;
-    while !handle.is_cancelled() {
-        let batch = next_batch(&shared, &mut order, &mut left_over, &handle);
+    let mut size = FIRST_BATCH;
+    let mut pace = options.bandwidth.map(|rate| Pace { rate: rate.get(), asked: 0, started: Instant::now() });
+    loop {
+        if let Some(pace) = &pace {
+            tokio::time::sleep(pace.due()).await;
+        }
+        let mut admitted = pin!(link.admit(options.class, size));
+        let slot = loop {
+            tokio::select! {
+                biased;
+                slot = &mut admitted => break slot,
+                Some(()) = running.next(), if !running.is_empty() => {}
+            }
+        };
+        // Chosen only now: what has come meanwhile is not asked for again.
+        let batch = next_batch(shared, &mut order, &mut left_over, size, handle);
         if batch.chunks.is_empty() {
             break;
         }
-        asked += batch.bytes;
-        running.push(obtain(Arc::clone(&shared), batch, handle.clone()));
-        if running.len() >= DEPTH {
-            running.next().await;
+        slot.shrink(batch.bytes);
+        pace.iter_mut().for_each(|pace| pace.asked += batch.bytes);
+        size = (size * 2).min(MAX_BATCH);
+        if let Some(pace) = &pace {
+            size = size.min(pace.rate.max(1));
         }
-        if let Some(rate) = options.bandwidth {
-            let due = Duration::try_from_secs_f64(asked as f64 / rate.get() as f64).unwrap_or(Duration::MAX);
-            let context = context(&handle);
-            // Ends early only when cancelled, which the loop looks at.
-            let _ = within(&ReadContext { deadline: None, ..context }, "bandwidth limit", async {
-                tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
-                Ok::<_, Error>(())
-            })
-            .await;
-        }
+        running.push(fetch(Arc::clone(shared), batch, slot, handle.clone()));
     }
     while running.next().await.is_some() {}
-    handle.finish();
+}
+
+/// A bandwidth limit.
+struct Pace {
+    rate: u64,
+    asked: u64,
+    started: Instant,
+}
+
+impl Pace {
+    /// How long what was asked for so far still takes.
+    fn due(&self) -> Duration {
+        let whole = Duration::try_from_secs_f64(self.asked as f64 / self.rate as f64);
+        whole.unwrap_or(Duration::MAX).saturating_sub(self.started.elapsed())
+    }
 }
 
 /// Chunks of one blob that are asked for together.
@@ -66,11 +107,12 @@ struct Batch {
     bytes: u64,
 }
 
-/// Takes chunks that are missing from the order: of one blob, up to [`BATCH`] bytes.
+/// Takes chunks that are missing from the order: of one blob, about `size` bytes.
 fn next_batch(
     shared: &Shared,
     order: &mut Order,
     left_over: &mut Option<(u32, ChunkExtent)>,
+    size: u64,
     handle: &Prefetch,
 ) -> Batch {
     let mut batch = Batch { blob: 0, chunks: Vec::new(), bytes: 0 };
@@ -80,7 +122,8 @@ fn next_batch(
             handle.looked_at(1, 1);
             continue;
         }
-        if !batch.chunks.is_empty() && (batch.blob != blob || batch.bytes >= BATCH) {
+        let full = batch.bytes >= size || batch.chunks.len() >= MAX_BATCH_CHUNKS;
+        if !batch.chunks.is_empty() && (batch.blob != blob || full) {
             *left_over = Some((blob, extent));
             break;
         }
@@ -94,33 +137,30 @@ fn next_batch(
     batch
 }
 
-fn context(handle: &Prefetch) -> ReadContext {
-    ReadContext {
-        priority: Priority::Prefetch,
-        deadline: Instant::now().checked_add(PATIENCE),
-        cancel: handle.token().clone(),
-    }
-}
-
-async fn obtain(shared: Arc<Shared>, batch: Batch, handle: Prefetch) {
-    let context = context(&handle);
-    let waiters = shared.obtain(batch.blob, &batch.chunks, &context);
-    let waiting: FuturesUnordered<_> =
-        waiters.into_iter().map(|(waiter, led)| answer(waiter, led, &context)).collect();
-    let outcomes: Vec<(Outcome, bool)> = waiting.collect().await;
-    for (outcome, _) in &outcomes {
+async fn fetch(shared: Arc<Shared>, batch: Batch, slot: Slot, handle: Prefetch) {
+    let context = context(handle.token());
+    let waiters = shared.obtain_ahead(batch.blob, &batch.chunks, &context, slot);
+    let waiting: FuturesUnordered<_> = waiters
+        .into_iter()
+        .zip(&batch.chunks)
+        .map(|((waiter, led), extent)| answer(waiter, led.then_some(extent.unit.compressed), &context))
+        .collect();
+    let mut units: HashSet<ByteRange> = HashSet::new();
+    for (outcome, unit) in waiting.collect::<Vec<_>>().await {
         match outcome {
             Outcome::Failed(e) if e.kind() == ErrorKind::Cancelled => {}
-            Outcome::Failed(e) => handle.failed(e),
-            Outcome::Bytes(_) | Outcome::Stored => {}
+            Outcome::Failed(e) => handle.failed(&e),
+            Outcome::Bytes(_) | Outcome::Stored => units.extend(unit),
         }
     }
-    if outcomes.iter().any(|(outcome, led)| *led && !matches!(outcome, Outcome::Failed(_))) {
-        handle.fetched(batch.bytes);
-    }
+    handle.fetched(units.iter().map(|unit| unit.len()).sum());
 }
 
-async fn answer(waiter: Waiter, led: bool, context: &ReadContext) -> (Outcome, bool) {
+async fn answer(
+    waiter: Waiter,
+    unit: Option<ByteRange>,
+    context: &ReadContext,
+) -> (Outcome, Option<ByteRange>) {
     let waited = within(context, "prefetch", async { Ok::<_, Error>(waiter.wait().await) });
-    (waited.await.unwrap_or_else(Outcome::Failed), led)
+    (waited.await.unwrap_or_else(Outcome::Failed), unit)
 }

@@ -150,22 +150,29 @@ pub(super) struct ChunkMap {
     held: Arc<Held>,
 }
 
-/// Where the chunks lie that this process has locked, by index; in order and apart like
-/// the records. The system's locks only tell processes apart. Nothing blocks under it.
+/// Where the runs of chunks lie that this process has locked, by first index; in order and
+/// apart like the records. The system's locks only tell processes apart. Nothing blocks
+/// under it.
 #[derive(Default)]
-struct Held(Mutex<BTreeMap<u32, (u64, u64)>>);
+struct Held(Mutex<BTreeMap<u32, HeldRun>>);
+
+struct HeldRun {
+    last: u32,
+    place: (u64, u64),
+}
 
 impl Held {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, (u64, u64)>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, HeldRun>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The right to fetch one chunk, in this process and among processes. Given back on drop.
+/// The right to fetch a run of chunks, in this process and among processes. Given back on
+/// drop.
 pub(super) struct ChunkLock {
     file: Arc<File>,
     held: Arc<Held>,
-    index: ChunkIndex,
+    first: ChunkIndex,
     /// `None`: only held in this process so far.
     range: Option<ByteRange>,
 }
@@ -176,7 +183,7 @@ impl Drop for ChunkLock {
             // Can only fail for a bad descriptor; closing frees the lock as well.
             let _ = lock::unlock(&self.file, range);
         }
-        self.held.lock().remove(&self.index.0);
+        self.held.lock().remove(&self.first.0);
     }
 }
 
@@ -298,16 +305,43 @@ impl ChunkMap {
         self.mirror.clear(index);
     }
 
-    /// True if `record` is set or may be: nothing else is set there, or overlaps it.
-    pub(super) fn has_room(&self, index: ChunkIndex, record: &Record) -> bool {
-        let _settled = self.clearing.read().unwrap_or_else(PoisonError::into_inner);
-        let found = self.load(index);
-        if found == *record {
-            return true;
+    /// True for each chunk of a run whose record is set.
+    pub(super) fn are_ready(&self, run: &[Wanted]) -> Vec<bool> {
+        let (Some((first, _)), Some((last, _))) = (run.first(), run.last()) else { return Vec::new() };
+        if last.0 >= self.mirror.count() {
+            return run.iter().map(|(index, record)| self.is_ready(*index, record)).collect();
         }
-        let before = self.neighbour(index, false).map(|r| r.place());
-        let behind = self.neighbour(index, true).map(|r| r.place());
-        found.is_empty() && fits(before, record.place(), behind)
+        let mut found = Vec::new();
+        self.load_batch(first.0, last.0 + 1, &mut found);
+        // Who is found unset may be marked in the mirror; who is found set must be looked at
+        // in the order of `is_ready`.
+        let set = |place: usize| found.get(place).is_some_and(|record| !record.is_empty());
+        run.iter()
+            .enumerate()
+            .map(|(place, (index, record))| {
+                (set(place) || self.mirror.get(*index) != 0) && self.is_ready(*index, record)
+            })
+            .collect()
+    }
+
+    /// True if the records of a run are set or may be: nothing else is set there, or
+    /// overlaps them.
+    pub(super) fn has_room(&self, run: &[Wanted]) -> bool {
+        let (Some((first, from)), Some((last, to))) = (run.first(), run.last()) else { return true };
+        let Some(end) = last.0.checked_add(1).filter(|end| *end <= self.mirror.count()) else { return false };
+        let _settled = self.clearing.read().unwrap_or_else(PoisonError::into_inner);
+        let mut found = Vec::new();
+        self.load_batch(first.0, end, &mut found);
+        let fit = |place: usize, record: &Record| {
+            found.get(place).is_none_or(|found| found.is_empty() || found == record)
+        };
+        if !run.iter().enumerate().all(|(place, (_, record))| fit(place, record)) {
+            return false;
+        }
+        let all_set = found.len() == run.len() && found.iter().all(|record| !record.is_empty());
+        let before = self.neighbour(*first, false).map(|r| r.place());
+        let behind = self.neighbour(*last, true).map(|r| r.place());
+        all_set || fits(before, (from.place().0, to.place().1), behind)
     }
 
     /// The nearest set record before or behind an index.
@@ -350,19 +384,26 @@ impl ChunkMap {
 
     /// Sets records whose data is durable, neighbours with one write. Leaves out, and
     /// answers, those that others have taken the room of.
-    pub(super) fn set(&self, records: &mut Vec<(ChunkIndex, Record)>) -> io::Result<Vec<ChunkIndex>> {
+    pub(super) fn set(&self, records: &mut [Wanted]) -> io::Result<Vec<ChunkIndex>> {
         records.sort_by_key(|(index, _)| *index);
         let byte = byte(SET_LOCK)?;
         lock::lock(&self.file, Kind::Exclusive, byte)?;
-        let refused: Vec<_> =
-            records.extract_if(.., |(index, record)| !self.has_room(*index, record)).collect();
-        let written =
-            records.chunk_by(|(a, _), (b, _)| a.0.checked_add(1) == Some(b.0)).try_for_each(|run| {
-                let bytes: Vec<u8> = run.iter().flat_map(|(_, record)| record.as_bytes()).copied().collect();
-                self.storage.write_at(&bytes, offset(run[0].0.0))
-            });
+        let mut refused = Vec::new();
+        let written = runs(records).try_for_each(|run| self.set_run(run, &mut refused));
         lock::unlock(&self.file, byte)?;
-        written.map(|()| refused.into_iter().map(|(index, _)| index).collect())
+        written.map(|()| refused)
+    }
+
+    fn set_run(&self, run: &[Wanted], refused: &mut Vec<ChunkIndex>) -> io::Result<()> {
+        if !self.has_room(run) {
+            if let [(index, _)] = run {
+                refused.push(*index);
+                return Ok(());
+            }
+            return run.iter().try_for_each(|one| self.set_run(std::slice::from_ref(one), refused));
+        }
+        let bytes: Vec<u8> = run.iter().flat_map(|(_, record)| record.as_bytes()).copied().collect();
+        self.storage.write_at(&bytes, offset(run[0].0.0))
     }
 
     /// Runs `action` if no other cache has the map open, which none gets meanwhile.
@@ -419,29 +460,42 @@ impl ChunkMap {
         u32::try_from(ready).unwrap_or(u32::MAX)
     }
 
-    /// Asks for the right to fetch a chunk; `None` if somebody works on it, or on one that
-    /// is in its way.
-    pub(super) fn try_lock(&self, index: ChunkIndex, record: &Record) -> io::Result<Option<ChunkLock>> {
-        let place = record.place();
-        let range = ByteRange::new(place.0.saturating_add(LOCK_BASE), place.1 - place.0);
-        let range = range.map_err(io::Error::other)?;
+    /// Asks for the right to fetch the chunks of a run; `None` if somebody works on one of
+    /// them, or on one that is in their way.
+    pub(super) fn try_lock(&self, run: &[Wanted]) -> io::Result<Option<ChunkLock>> {
+        let (Some((first, from)), Some((last, to))) = (run.first(), run.last()) else { return Ok(None) };
+        let place = (from.place().0, to.place().1);
+        let range = place.1.checked_sub(place.0).ok_or(io::ErrorKind::InvalidInput)?;
+        let range = ByteRange::new(place.0.saturating_add(LOCK_BASE), range).map_err(io::Error::other)?;
         {
             let mut held = self.held.lock();
-            let before = held.range(..index.0).next_back().map(|(_, place)| *place);
-            let behind = held.range(index.0..).next().map(|(_, place)| *place);
-            if held.contains_key(&index.0) || !fits(before, place, behind) {
+            let before = held.range(..first.0).next_back();
+            let behind = held.range(first.0..).next();
+            let apart = before.is_none_or(|(_, before)| before.last < first.0)
+                && behind.is_none_or(|(next, _)| *next > last.0);
+            if !apart || !fits(before.map(|(_, b)| b.place), place, behind.map(|(_, b)| b.place)) {
                 return Ok(None);
             }
-            held.insert(index.0, place);
+            held.insert(first.0, HeldRun { last: last.0, place });
         }
         let (file, held) = (Arc::clone(&self.file), Arc::clone(&self.held));
-        let mut lock = ChunkLock { file, held, index, range: None };
+        let mut lock = ChunkLock { file, held, first: *first, range: None };
         if !lock::try_lock(&self.file, Kind::Exclusive, range)? {
             return Ok(None);
         }
         lock.range = Some(range);
         Ok(Some(lock))
     }
+}
+
+/// A chunk and the record that makes it ready. A *run* is a slice of them with consecutive
+/// indexes.
+pub(super) type Wanted = (ChunkIndex, Record);
+
+/// Cuts chunks in order of their indexes into runs.
+pub(super) fn runs(chunks: &[Wanted]) -> impl Iterator<Item = &[Wanted]> {
+    chunks
+        .chunk_by(|(a, one), (b, other)| a.0.checked_add(1) == Some(b.0) && one.place().1 <= other.place().0)
 }
 
 fn offset(index: u32) -> u64 {

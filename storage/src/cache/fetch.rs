@@ -2,38 +2,30 @@
 //!
 //! ```text
 //!  leads ─claim─▶ held by another process: look again, backing off
-//!            └──▶ plan ─▶ one task a merged range: open, cut the stream into units
-//!                                  │ a unit is complete
-//!                                  ▼
-//!                          CPU pool: decode, verify ─▶ publish
-//!                                  │ corrupt, once
-//!                                  ▼
-//!                          fetch that unit again
+//!            └──▶ plan ─▶ one request a merged range ─▶ cutter ─▶ opener
+//!                                                                   │ corrupt, once
+//!                                                                   ▼
+//!                                                          fetch that unit again
 //! ```
 
-use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::{Buf as _, Bytes};
-use futures_util::StreamExt as _;
-use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
 use super::Inner;
-use super::chunk_map::{ChunkLock, Record};
+use super::chunk_map::{ChunkLock, Record, Wanted, runs};
+use super::cutter::{Request, Timing};
 use super::inflight::{Lead, Outcome};
 use super::plan::plan;
 use crate::backend::retry::within;
-use crate::backend::{Priority, ReadContext, Supplier};
-use crate::budget::Permit;
-use crate::engine;
-use crate::extent::{Cipher, FetchUnit};
+use crate::backend::{Priority, ReadContext};
+use crate::extent::FetchUnit;
 use crate::ids::ByteRange;
-use crate::metrics::{CacheMetrics, cpu_timed};
+use crate::link::Slot;
+use crate::metrics::CacheMetrics;
 use crate::observe::Fetched;
-use crate::{Error, ErrorKind, Result, codec};
+use crate::{Error, ErrorKind};
 
 /// First and longest pause between looks at a chunk that another process fetches: short
 /// beside a fetch, long beside the two system calls of a look.
@@ -54,53 +46,49 @@ const CORRUPT_RETRIES: u32 = 1;
 /// A chunk that this process alone fetches.
 pub(super) struct Claimed {
     pub(super) lead: Lead,
-    /// `None`: it will not be cached.
-    pub(super) lock: Option<ChunkLock>,
+    /// `None`: it will not be cached. Shared with the rest of its run.
+    pub(super) lock: Option<Arc<ChunkLock>>,
 }
 
 /// A unit to fetch and the chunks wanted of it.
-struct Work {
-    unit: FetchUnit,
-    chunks: Vec<Claimed>,
+pub(super) struct Work {
+    pub(super) unit: FetchUnit,
+    pub(super) chunks: Vec<Claimed>,
     /// Times its bytes were corrupt.
-    corrupt: u32,
-    timing: Timing,
+    pub(super) corrupt: u32,
+    pub(super) timing: Timing,
 }
 
-/// When the last request for a unit got where, and who answered it.
-#[derive(Clone, Copy)]
-struct Timing {
-    requested: Instant,
-    answered: Instant,
-    received: Instant,
-    supplier: Option<Supplier>,
-}
-
-impl Timing {
-    fn begin() -> Self {
-        let now = Instant::now();
-        Self { requested: now, answered: now, received: now, supplier: None }
+impl Work {
+    /// True if a reader waits for some of it.
+    pub(super) fn is_demanded(&self) -> bool {
+        self.chunks.iter().any(|claimed| claimed.lead.is_demanded())
     }
 }
 
 /// A unit whose chunks are not all published, and why.
-type Failure = (Work, Error);
+pub(super) type Failure = (Work, Error);
 
-/// Sees to it that all of `leads` are answered.
-pub(super) async fn lead(inner: Arc<Inner>, mut leads: Vec<Lead>, context: ReadContext) {
+/// Sees to it that all of `leads` are answered. `slot` is the right to fetch what nobody
+/// waits for.
+pub(super) async fn lead(
+    inner: Arc<Inner>,
+    mut leads: Vec<Lead>,
+    context: ReadContext,
+    slot: Option<Arc<Slot>>,
+) {
     let mut pause = CLAIM_PAUSE.0;
     let begun = Instant::now();
     let patience = context.deadline.map_or(CLAIM_PATIENCE, |at| at.saturating_duration_since(begun) / 2);
     loop {
         let (mut claimed, mut contended) = claim(&inner, leads);
+        // What another process is at and nobody waits for here is left to it.
+        contended.retain(Lead::is_demanded);
         if !contended.is_empty() && begun.elapsed() >= patience {
             debug!(blob = %inner.id, chunks = contended.len(), "another process is slow; fetching past the cache");
             claimed.extend(contended.drain(..).map(|lead| Claimed { lead, lock: None }));
         }
-        for group in group(claimed) {
-            let task = fetch(Arc::clone(&inner), group, context.clone());
-            inner.engine.spawn(task);
-        }
+        start(&inner, group(claimed), &context, slot.as_ref()).await;
         if contended.is_empty() {
             return;
         }
@@ -118,36 +106,51 @@ pub(super) async fn lead(inner: Arc<Inner>, mut leads: Vec<Lead>, context: ReadC
     }
 }
 
-/// Takes the locks that are free. Answers what is ours to fetch and what another process
-/// is at; answers the waiters of what turned out ready.
-fn claim(inner: &Inner, leads: Vec<Lead>) -> (Vec<Claimed>, Vec<Lead>) {
+/// Takes the locks that are free, of whole runs where that is possible. Answers what is ours
+/// to fetch and what another process is at; answers the waiters of what turned out ready.
+fn claim(inner: &Inner, mut leads: Vec<Lead>) -> (Vec<Claimed>, Vec<Lead>) {
+    let Some(files) = inner.files() else {
+        return (leads.into_iter().map(|lead| Claimed { lead, lock: None }).collect(), Vec::new());
+    };
+    leads.sort_by_key(|lead| lead.extent().index);
+    let wanted: Vec<Wanted> =
+        leads.iter().map(|lead| (lead.extent().index, Record::of(lead.extent()))).collect();
+    let mut leads = leads.into_iter();
     let (mut claimed, mut contended) = (Vec::new(), Vec::new());
-    for lead in leads {
-        if inner.is_ready(lead.extent()) {
-            lead.answer(Outcome::Stored);
+    let mut take = |run: &[Wanted], lock: Option<ChunkLock>| {
+        // The last holder may have finished before we got the lock.
+        let ready = files.map.are_ready(run);
+        let lock = lock.map(Arc::new);
+        for (lead, ready) in leads.by_ref().take(run.len()).zip(ready) {
+            match (ready, &lock) {
+                (true, _) => lead.answer(Outcome::Stored),
+                (false, Some(lock)) => claimed.push(Claimed { lead, lock: Some(Arc::clone(lock)) }),
+                (false, None) => contended.push(lead),
+            }
+        }
+    };
+    let mut past_the_cache = Vec::new();
+    for run in runs(&wanted) {
+        if let Ok(Some(lock)) = files.map.try_lock(run) {
+            take(run, Some(lock));
             continue;
         }
-        let Some(files) = inner.files() else {
-            claimed.push(Claimed { lead, lock: None });
-            continue;
-        };
-        let lock = match files.map.try_lock(lead.extent().index, &Record::of(lead.extent())) {
-            Ok(Some(lock)) => Some(lock),
-            Ok(None) => {
-                contended.push(lead);
-                continue;
+        for one in run.chunks(1) {
+            match files.map.try_lock(one) {
+                Ok(lock) => take(one, lock),
+                Err(error) => {
+                    debug!(blob = %inner.id, %error, "no lock for a chunk; it is not cached");
+                    past_the_cache.push(one[0].0);
+                    take(one, None);
+                }
             }
-            Err(error) => {
-                debug!(blob = %inner.id, %error, "no lock for a chunk; it is not cached");
-                None
-            }
-        };
-        // The last holder may have finished between our look and the lock.
-        if inner.is_ready(lead.extent()) {
-            lead.answer(Outcome::Stored);
-        } else {
-            claimed.push(Claimed { lead, lock });
         }
+    }
+    // Without a lock there is nobody to wait for.
+    if !past_the_cache.is_empty() {
+        let unlocked =
+            contended.extract_if(.., |lead: &mut Lead| past_the_cache.contains(&lead.extent().index));
+        claimed.extend(unlocked.map(|lead| Claimed { lead, lock: None }));
     }
     (claimed, contended)
 }
@@ -174,37 +177,84 @@ fn split(works: Vec<Work>) -> Vec<Vec<Work>> {
     plan(&units).into_iter().map(|range| works.by_ref().take(range.len()).collect()).collect()
 }
 
+/// The bytes from the first to the last unit of a group.
+fn span(group: &[Work]) -> Option<ByteRange> {
+    let (start, end) = (group.first()?.unit.compressed.start(), group.last()?.unit.compressed.end());
+    ByteRange::new(start, end.checked_sub(start)?).ok()
+}
+
+/// Starts the fetch of merged ranges: several that nobody waits for with one request, if the
+/// source can do that, else each with its own.
+async fn start(inner: &Arc<Inner>, groups: Vec<Vec<Work>>, context: &ReadContext, slot: Option<&Arc<Slot>>) {
+    let ranges: Vec<ByteRange> = groups.iter().filter_map(|group| span(group)).collect();
+    if context.priority == Priority::Prefetch && ranges.len() > 1 && ranges.len() == groups.len() {
+        let request = Request::new(inner, context, slot.cloned());
+        // What went wrong shows again when the ranges are asked for one by one.
+        if let Ok(Some(stream)) = request.open_many(&ranges).await {
+            let (inner, context) = (Arc::clone(inner), context.clone());
+            let works = groups.into_iter().flatten().collect();
+            inner.engine.clone().spawn(async move {
+                let failures = request.receive(works, &ranges, Ok(stream)).await;
+                repeat(inner, failures, context).await;
+            });
+            return;
+        }
+    }
+    for group in groups {
+        inner.engine.spawn(fetch(Arc::clone(inner), group, context.clone(), slot.cloned()));
+    }
+}
+
 /// Fetches one merged range, and again what may succeed when fetched again.
-async fn fetch(inner: Arc<Inner>, works: Vec<Work>, context: ReadContext) {
-    let mut groups = vec![works];
+async fn fetch(inner: Arc<Inner>, works: Vec<Work>, context: ReadContext, slot: Option<Arc<Slot>>) {
+    let failures = fetch_once(&inner, works, &context, slot).await;
+    repeat(inner, failures, context).await;
+}
+
+/// Fetches one merged range. Answers the units that failed, in order.
+async fn fetch_once(
+    inner: &Arc<Inner>,
+    works: Vec<Work>,
+    context: &ReadContext,
+    slot: Option<Arc<Slot>>,
+) -> Vec<Failure> {
+    let Some(range) = span(&works) else { return Vec::new() };
+    let request = Request::new(inner, context, slot);
+    let stream = request.open(range).await;
+    request.receive(works, &[range], stream).await
+}
+
+/// Deals with units that failed: again, or an answer.
+async fn repeat(inner: Arc<Inner>, mut failures: Vec<Failure>, context: ReadContext) {
     let mut pause = OUTAGE_PAUSE.0;
-    while !groups.is_empty() {
+    loop {
         let (mut again, mut outage) = (Vec::new(), None);
-        for group in groups {
-            for (mut work, error) in fetch_once(&inner, group, &context).await {
-                let kind = error.kind();
-                if kind == ErrorKind::Corrupt {
-                    CacheMetrics::tick(&inner.metrics.verification_failures);
-                    work.corrupt += 1;
-                    if work.corrupt <= CORRUPT_RETRIES {
-                        warn!(blob = %inner.id, %error, "corrupt bytes; fetching them again");
-                        again.push(work);
-                        continue;
-                    }
-                } else if context.deadline.is_none()
-                    && matches!(kind, ErrorKind::Unavailable | ErrorKind::TimedOut)
-                {
-                    outage = Some(error);
+        for (mut work, error) in failures {
+            let kind = error.kind();
+            if kind == ErrorKind::Corrupt {
+                CacheMetrics::tick(&inner.metrics.verification_failures);
+                work.corrupt += 1;
+                if work.corrupt <= CORRUPT_RETRIES {
+                    warn!(blob = %inner.id, %error, "corrupt bytes; fetching them again");
                     again.push(work);
                     continue;
                 }
-                for claimed in &work.chunks {
-                    inner.observe(&claimed.lead, &work, Some(&error));
-                    claimed.lead.answer(Outcome::Failed(error.clone()));
-                }
+            } else if context.deadline.is_none()
+                && matches!(kind, ErrorKind::Unavailable | ErrorKind::TimedOut)
+                && work.is_demanded()
+            {
+                outage = Some(error);
+                again.push(work);
+                continue;
+            }
+            for claimed in &work.chunks {
+                inner.observe(&claimed.lead, &work, Some(&error));
+                claimed.lead.answer(Outcome::Failed(error.clone()));
             }
         }
-        groups = split(again);
+        if again.is_empty() {
+            return;
+        }
         if let Some(error) = outage {
             debug!(blob = %inner.id, %error, "source out; waiting for it as configured");
             let slept = within(&context, "wait for the source", async {
@@ -216,173 +266,16 @@ async fn fetch(inner: Arc<Inner>, works: Vec<Work>, context: ReadContext) {
             }
             pause = (pause * 2).min(OUTAGE_PAUSE.1);
         }
-    }
-}
-
-/// Fetches one merged range. Answers the units that failed, in order.
-async fn fetch_once(inner: &Arc<Inner>, works: Vec<Work>, context: &ReadContext) -> Vec<Failure> {
-    let (Some(first), Some(last)) = (works.first(), works.last()) else { return Vec::new() };
-    let (start, end) = (first.unit.compressed.start(), last.unit.compressed.end());
-    let Ok(range) = ByteRange::new(start, end - start) else { return Vec::new() };
-
-    let started = Instant::now();
-    let mut cutter = Cutter { inner, context, pending: works.into(), jobs: Vec::new(), received: 0 };
-    let streamed = within(context, "read", cutter.stream(range)).await;
-    let Cutter { pending, jobs, received, .. } = cutter;
-    inner.backend_metrics.record(received, started.elapsed(), streamed.is_err());
-    inner.metrics.fetched_bytes.fetch_add(received, Ordering::Relaxed);
-    if context.priority == Priority::Prefetch {
-        CacheMetrics::tick(&inner.metrics.prefetch_requests);
-        inner.metrics.prefetch_bytes.fetch_add(received, Ordering::Relaxed);
-    }
-
-    let mut failed = Vec::new();
-    for job in jobs {
-        // A job that panicked dropped its leads, which woke their waiters.
-        if let Ok(Ok(Some(failure))) = job.await {
-            failed.push(failure);
+        failures = Vec::new();
+        for group in split(again) {
+            failures.extend(fetch_once(&inner, group, &context, None).await);
         }
     }
-    if let Err(error) = streamed {
-        let error = error.context(format!("blob {}: fetch bytes {range}", inner.id));
-        failed.extend(pending.into_iter().map(|work| (work, error.clone())));
-    }
-    failed
-}
-
-/// Cuts a stream into units.
-struct Cutter<'a> {
-    inner: &'a Arc<Inner>,
-    context: &'a ReadContext,
-    /// Units whose bytes are not complete, in order.
-    pending: VecDeque<Work>,
-    /// Units on the CPU pool.
-    jobs: Vec<JoinHandle<Result<Option<Failure>>>>,
-    received: u64,
-}
-
-impl Cutter<'_> {
-    async fn stream(&mut self, range: ByteRange) -> Result<()> {
-        let requested = Timing::begin();
-        self.pending.iter_mut().for_each(|work| work.timing = requested);
-        let mut stream = self.inner.backend.open(range, self.context).await?;
-        let answer = Timing { supplier: Some(stream.supplier()), ..Timing::begin() };
-        let answer = Timing { requested: requested.requested, ..answer };
-        self.pending.iter_mut().for_each(|work| work.timing = answer);
-        let mut unit_bytes: Option<(Vec<u8>, Permit)> = None;
-        let mut position = range.start();
-        while let Some(piece) = stream.next().await {
-            let mut piece = piece?;
-            self.received += piece.len() as u64;
-            if self.received > range.len() {
-                return Err(engine::overlong(range));
-            }
-            while !piece.is_empty() {
-                let Some(work) = self.pending.front() else { break };
-                let stored = work.unit.compressed;
-                if position < stored.start() {
-                    let gap = clamp(stored.start() - position, piece.len());
-                    piece.advance(gap);
-                    position += gap as u64;
-                    continue;
-                }
-                let (mut bytes, permit) = match unit_bytes.take() {
-                    Some(begun) => begun,
-                    None => {
-                        let need = stored.len() + u64::from(work.unit.decoded_len);
-                        let permit = self.inner.engine.budget().reserve(need, self.context.priority).await;
-                        (Vec::new(), permit)
-                    }
-                };
-                let part = piece.split_to(clamp(stored.end() - position, piece.len()));
-                position += part.len() as u64;
-                if position < stored.end() {
-                    if bytes.is_empty() {
-                        bytes.reserve_exact(clamp(stored.len(), usize::MAX));
-                    }
-                    bytes.extend_from_slice(&part);
-                    unit_bytes = Some((bytes, permit));
-                } else if bytes.is_empty() {
-                    self.dispatch(part, permit);
-                } else {
-                    bytes.extend_from_slice(&part);
-                    self.dispatch(bytes.into(), permit);
-                }
-            }
-        }
-        if self.received < range.len() {
-            return Err(engine::truncated(range, self.received));
-        }
-        Ok(())
-    }
-
-    /// Sends the first pending unit, now complete, to the CPU pool.
-    fn dispatch(&mut self, stored: Bytes, permit: Permit) {
-        let Some(mut work) = self.pending.pop_front() else { return };
-        work.timing.received = Instant::now();
-        let (inner, engine) = (Arc::clone(self.inner), self.inner.engine.clone());
-        self.jobs.push(self.inner.engine.spawn(async move {
-            engine
-                .compute(move || {
-                    let failure = open_unit(&inner, work, stored);
-                    drop(permit);
-                    failure
-                })
-                .await
-        }));
-    }
-}
-
-/// `bytes` as a length of at most `max`.
-fn clamp(bytes: u64, max: usize) -> usize {
-    usize::try_from(bytes).map_or(max, |bytes| bytes.min(max))
-}
-
-/// Decodes a unit, verifies the chunks wanted of it and publishes those that are right.
-fn open_unit(inner: &Arc<Inner>, mut work: Work, stored: Bytes) -> Option<Failure> {
-    let name = |work: &Work| {
-        let chunk = work.chunks.first().map_or(0, |c| c.lead.extent().index.0);
-        format!("blob {}, chunk {chunk}, bytes {}", inner.id, work.unit.compressed)
-    };
-    let decoded = match cpu_timed(&inner.metrics.decode_cpu_ns, || decode(&work.unit, stored)) {
-        Ok(decoded) => decoded,
-        Err(e) => {
-            let context = name(&work);
-            return Some((work, e.context(context)));
-        }
-    };
-    let mut wrong = Vec::new();
-    let mut error = None;
-    for claimed in std::mem::take(&mut work.chunks) {
-        let extent = claimed.lead.extent();
-        let start = extent.offset_in_unit as usize;
-        let bytes = decoded.slice(start..start + extent.len as usize);
-        let found = extent.digest.map(|expected| {
-            let digest = || expected.algorithm.digest(&bytes);
-            (expected, cpu_timed(&inner.metrics.verify_cpu_ns, digest))
-        });
-        match found {
-            Some((expected, found)) if expected.digest != found => {
-                let what = format!(
-                    "blob {}, chunk {}, bytes {}: digest is {}:{found}, the image says {}",
-                    inner.id, extent.index, work.unit.compressed, expected.algorithm, expected.digest
-                );
-                error.get_or_insert(Error::new(ErrorKind::Corrupt, what));
-                wrong.push(claimed);
-            }
-            _ => {
-                inner.observe(&claimed.lead, &work, None);
-                inner.publish(claimed, &bytes);
-            }
-        }
-    }
-    work.chunks = wrong;
-    error.map(|error| (work, error))
 }
 
 impl Inner {
     /// Tells the observer, if there is one, how the fetch of a chunk ended.
-    fn observe(&self, lead: &Lead, work: &Work, error: Option<&Error>) {
+    pub(super) fn observe(&self, lead: &Lead, work: &Work, error: Option<&Error>) {
         let Some(observer) = &self.observer else { return };
         let Timing { requested, answered, received, supplier } = work.timing;
         observer.fetched(&Fetched {
@@ -405,14 +298,4 @@ impl Inner {
 fn share(unit: &FetchUnit, len: u32) -> u64 {
     // Both factors are below 2^25.
     unit.compressed.len() * u64::from(len) / u64::from(unit.decoded_len.max(1))
-}
-
-fn decode(unit: &FetchUnit, stored: Bytes) -> Result<Bytes> {
-    let Cipher::None = unit.cipher;
-    if unit.codec == codec::Codec::None && stored.len() == unit.decoded_len as usize {
-        return Ok(stored);
-    }
-    let mut decoded = vec![0; unit.decoded_len as usize];
-    codec::decompress(unit.codec, &stored, &mut decoded)?;
-    Ok(decoded.into())
 }

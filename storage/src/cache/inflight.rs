@@ -75,6 +75,11 @@ impl Inflight {
         (Waiter(receiver), Some(lead))
     }
 
+    /// True if a chunk is on its way.
+    pub(super) fn contains(&self, extent: &ChunkExtent) -> bool {
+        self.lock().contains_key(&(extent.index, Record::of(extent)))
+    }
+
     /// True if nothing is being fetched or written.
     #[cfg(test)]
     pub(super) fn is_idle(&self) -> bool {

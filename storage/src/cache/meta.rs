@@ -6,17 +6,22 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tracing::debug;
 
 use super::data_file::{Storage as _, hold_directory, open_own, replace};
 use super::{Inner, MetaSpec};
+use crate::backend::retry::within;
 use crate::backend::{Priority, ReadContext};
 use crate::{Error, ErrorKind, Result, engine};
 
 /// Stored bytes of a context: header and framing, and what one chunk adds at most.
 const MAX_STORED: u64 = 64 << 10;
 const MAX_STORED_CHUNK: u64 = 64;
+
+/// A moment is quiet when no reader has waited for this long.
+const QUIET: Duration = Duration::from_millis(500);
 
 /// Fetches and writes the context file if that was asked for and has not been tried.
 pub(super) fn keep(inner: &Arc<Inner>) {
@@ -40,11 +45,17 @@ async fn fetch(inner: &Inner, spec: MetaSpec, path: &Path) -> Result<()> {
     }
     let context =
         ReadContext { priority: Priority::Prefetch, deadline: None, cancel: inner.cancel.child_token() };
+    // A start wants other bytes first.
+    within(&context, "wait for a quiet moment", async {
+        inner.engine.link().quiet(QUIET).await;
+        Ok::<_, Error>(())
+    })
+    .await?;
     let stored = engine::fetch(&*inner.backend, spec.range, &context).await?;
     let path = path.to_owned();
     inner
         .engine
-        .compute(move || {
+        .compute(Priority::Prefetch, move || {
             let Some(bytes) = (spec.to_cache_file)(&stored) else {
                 return Err(io::Error::from(io::ErrorKind::InvalidData));
             };

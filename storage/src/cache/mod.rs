@@ -37,6 +37,7 @@
 
 mod ahead;
 mod chunk_map;
+mod cutter;
 mod data_file;
 mod fetch;
 mod inflight;
@@ -44,11 +45,14 @@ mod lock;
 mod meta;
 mod mirror;
 mod neighbours;
+mod opener;
 pub mod plan;
 mod set;
+mod speculate;
 mod syncer;
 #[cfg(test)]
 mod tests;
+mod untouched;
 
 use std::fmt;
 use std::fs::File;
@@ -60,17 +64,19 @@ use std::sync::{Arc, PoisonError, RwLock};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use self::chunk_map::{ChunkLock, ChunkMap, MAX_DECODED_SIZE, Record};
+use self::chunk_map::{ChunkMap, MAX_DECODED_SIZE, Record};
 use self::data_file::Storage;
-use self::fetch::Claimed;
-use self::inflight::{Inflight, Waiter};
+use self::inflight::{Inflight, Lead, Waiter};
 pub use self::neighbours::ChunkTable;
+use self::plan::MAX_GAP;
 pub use self::set::BlobSet;
-use self::syncer::{Syncer, Written};
+use self::syncer::Syncer;
+use self::untouched::Untouched;
 use crate::backend::{Backend, Priority, ReadContext};
 use crate::engine::{Engine, Handle};
 use crate::extent::ChunkExtent;
 use crate::ids::{BlobId, ByteRange, ChunkIndex};
+use crate::link::Slot;
 use crate::metrics::{BackendMetrics, CacheMetrics};
 use crate::observe::Observer;
 use crate::{Error, ErrorKind, Result};
@@ -160,6 +166,7 @@ struct Inner {
     /// `None`: nothing is kept.
     files: Option<Files>,
     inflight: Arc<Inflight>,
+    untouched: Untouched,
     cancel: CancellationToken,
     chunks: Option<ChunkTable>,
     observer: Option<Arc<dyn Observer>>,
@@ -180,6 +187,20 @@ struct Files {
     data: Arc<dyn Storage>,
     map: Arc<ChunkMap>,
     syncer: Arc<Syncer>,
+}
+
+/// What became of a wish for chunks.
+#[derive(Default)]
+struct Obtained {
+    /// One for each chunk, with true if this call leads its fetch.
+    waiters: Vec<(Waiter, bool)>,
+    /// Chunks that are on their way because they were read ahead.
+    hits: Vec<ChunkExtent>,
+    /// Chunks `low..high` that a reader's miss fetches.
+    span: Option<(u32, u32)>,
+    /// Stored bytes of these that the reader needs, and the others.
+    needed: u64,
+    widened: u64,
 }
 
 /// Which of the two files is opened; tests put their own storage in between.
@@ -236,6 +257,7 @@ impl BlobCache {
                 backend,
                 files,
                 inflight: Arc::default(),
+                untouched: Untouched::new(chunk_count),
                 cancel: CancellationToken::new(),
                 chunks: config.chunks,
                 observer: config.observer,
@@ -350,33 +372,6 @@ impl Files {
         let syncer = Arc::new(Syncer::new(Arc::clone(&data), Arc::clone(&map)));
         Ok(Self { data, map, syncer })
     }
-
-    /// Writes a verified chunk and makes it readable in this process; true if a sync run
-    /// must be started.
-    fn store(
-        &self,
-        index: ChunkIndex,
-        record: Record,
-        at: u64,
-        bytes: &[u8],
-        lock: ChunkLock,
-    ) -> std::io::Result<bool> {
-        if self.map.is_ready(index, &record) {
-            return Ok(false);
-        }
-        // What is in the way must not vouch for our bytes, and whoever reads it must not
-        // see them.
-        if !self.map.has_room(index, &record) {
-            let cleared = self.map.alone(|| self.map.clear_all())?;
-            cleared.unwrap_or_else(|| {
-                Err(std::io::Error::other("another image in use has other content under this blob's name"))
-            })?;
-        }
-        let epoch = self.syncer.epoch();
-        self.data.write_at(bytes, at)?;
-        self.map.mark(index, &record);
-        Ok(self.syncer.push(Written { index, record, epoch, _lock: lock }))
-    }
 }
 
 impl Inner {
@@ -428,60 +423,89 @@ impl Inner {
         read.is_ok()
     }
 
-    /// Joins or starts the fetch of chunks that are not ready. Answers a waiter for each
-    /// `wanted`, with true if this call leads it.
-    fn obtain(self: &Arc<Self>, wanted: &[ChunkExtent], context: &ReadContext) -> Vec<(Waiter, bool)> {
-        let mut leads = Vec::new();
+    /// Joins or starts the fetch of chunks that are not ready. A reader's fetch is widened
+    /// by about `widening` stored bytes; `slot` is the right of one that nobody waits for.
+    fn obtain(
+        self: &Arc<Self>,
+        wanted: &[ChunkExtent],
+        context: &ReadContext,
+        slot: Option<Arc<Slot>>,
+        widening: u64,
+    ) -> Obtained {
         let demanded = context.priority == Priority::OnDemand;
-        // The last unit whose siblings were asked for: chunks come in order.
+        let mut leads = Vec::new();
+        let mut obtained = Obtained::default();
+        // The last unit whose members were asked for: chunks come in order.
         let mut asked = None;
-        let mut waiters = Vec::with_capacity(wanted.len());
         for extent in wanted {
             let (waiter, lead) = self.inflight.join(extent, demanded);
-            waiters.push((waiter, lead.is_some()));
-            if lead.is_some()
-                && extent.len < extent.unit.decoded_len
-                && asked.replace(extent.unit) != Some(extent.unit)
-                && let Some(table) = &self.chunks
-            {
-                for sibling in neighbours::unit_members(table, extent) {
-                    if self.check(&sibling).is_ok() {
-                        leads.extend(self.inflight.join(&sibling, false).1);
-                    }
-                }
+            obtained.waiters.push((waiter, lead.is_some()));
+            if demanded && self.untouched.touch(extent.index) {
+                obtained.hits.push(*extent);
             }
-            leads.extend(lead);
+            let Some(lead) = lead else { continue };
+            if !demanded {
+                self.untouched.set(extent.index);
+            }
+            leads.push(lead);
+            if asked.replace(extent.unit) != Some(extent.unit) {
+                obtained.needed += extent.unit.compressed.len();
+                leads.extend(self.join_ahead(self.siblings(extent)));
+            }
+        }
+        if demanded && let (Some(first), Some(last)) = (leads.first(), leads.last()) {
+            let (low, last) = (first.extent().index.0, *last.extent());
+            let widened = self.join_ahead(self.following(&last, widening)).collect::<Vec<_>>();
+            let high = widened.last().map_or(last.index.0, |lead| lead.extent().index.0);
+            obtained.span = Some((low, high.saturating_add(1)));
+            let ahead = widened.iter().map(|lead| lead.extent().unit.compressed);
+            obtained.widened = ahead.map(|unit| unit.len()).sum();
+            leads.extend(widened);
         }
         if !leads.is_empty() {
             let context = ReadContext { cancel: self.cancel.child_token(), ..context.clone() };
-            self.engine.spawn(fetch::lead(Arc::clone(self), leads, context));
+            self.engine.spawn(fetch::lead(Arc::clone(self), leads, context, slot));
         }
-        waiters
+        obtained
     }
 
-    /// Hands verified bytes to the waiters and to the cache. May wait for the disk.
-    fn publish(self: &Arc<Self>, claimed: Claimed, bytes: &bytes::Bytes) {
-        let Claimed { lead, lock } = claimed;
-        let _storing = self.storing.read().unwrap_or_else(PoisonError::into_inner);
-        // First: whoever has the bytes must find them counted.
-        CacheMetrics::tick(&self.metrics.fetched_chunks);
-        lead.answer(inflight::Outcome::Bytes(bytes.clone()));
-        meta::keep(self);
-        let (Some(files), Some(lock)) = (self.files(), lock) else { return };
-        let extent = lead.extent();
-        match files.store(extent.index, Record::of(extent), extent.decoded_offset, bytes, lock) {
-            Ok(false) => {}
-            Ok(true) => {
-                let inner = Arc::clone(self);
-                let syncer = Arc::clone(&files.syncer);
-                self.engine.spawn_blocking(move || {
-                    if let Err(e) = syncer.run() {
-                        inner.warn_of_write(&e);
-                    }
-                });
+    /// The other chunks of the unit that holds `extent`.
+    fn siblings(&self, extent: &ChunkExtent) -> Vec<ChunkExtent> {
+        let Some(table) = &self.chunks else { return Vec::new() };
+        let mut members = neighbours::unit_members(table, extent);
+        members.retain(|member| member.index != extent.index && self.check(member).is_ok());
+        members
+    }
+
+    /// Missing chunks that follow `last` in the blob without a gap, of about `bytes` stored
+    /// bytes.
+    fn following(&self, last: &ChunkExtent, bytes: u64) -> Vec<ChunkExtent> {
+        let Some(table) = &self.chunks else { return Vec::new() };
+        let mut following = Vec::new();
+        let mut unit = last.unit.compressed;
+        let end = unit.end().saturating_add(bytes);
+        for index in (last.index.0.saturating_add(1)..self.chunk_count).map(ChunkIndex) {
+            let Some(extent) = table(index).filter(|extent| self.check(extent).is_ok()) else { break };
+            let next = extent.unit.compressed;
+            let adjacent =
+                next == unit || next.start().checked_sub(unit.end()).is_some_and(|gap| gap <= MAX_GAP);
+            if !adjacent || next.end() > end || self.is_ready(&extent) {
+                break;
             }
-            Err(e) => self.warn_of_write(&e),
+            unit = next;
+            following.push(extent);
         }
+        following
+    }
+
+    /// Leads those of `chunks` that nobody fetches yet.
+    fn join_ahead(self: &Arc<Self>, chunks: Vec<ChunkExtent>) -> impl Iterator<Item = Lead> {
+        let inner = Arc::clone(self);
+        chunks.into_iter().filter_map(move |extent| {
+            let lead = inner.inflight.join(&extent, false).1?;
+            inner.untouched.set(extent.index);
+            Some(lead)
+        })
     }
 
     fn warn_of_write(&self, error: &std::io::Error) {

@@ -10,13 +10,16 @@ use futures_util::stream::FuturesUnordered;
 use tokio_util::sync::CancellationToken;
 
 use super::inflight::{Outcome, Waiter};
+use super::speculate::Speculator;
 use super::{BlobCache, ahead};
 use crate::backend::retry::within;
 use crate::backend::{Priority, ReadContext};
 use crate::engine::{Engine, Handle};
 use crate::extent::ChunkExtent;
+use crate::ids::ChunkIndex;
+use crate::link::Slot;
 use crate::metrics::CacheMetrics;
-use crate::prefetch::{Order, Prefetch, PrefetchOptions};
+use crate::prefetch::{Order, Prefer, Prefetch, PrefetchOptions, ReadAhead};
 use crate::read::{Completion, OutagePolicy, ReadSlice, Reader};
 use crate::{Error, ErrorKind, Result};
 
@@ -39,14 +42,30 @@ impl Drop for BlobSet {
 pub(super) struct Shared {
     blobs: Vec<Arc<BlobCache>>,
     policy: OutagePolicy,
-    engine: Handle,
+    pub(super) engine: Handle,
+    pub(super) speculator: Speculator,
 }
 
 impl BlobSet {
-    /// A reader over `blobs`, which `ReadSlice::blob` indexes.
+    /// A reader over `blobs`, which `ReadSlice::blob` indexes, that reads nothing ahead.
     pub fn new(engine: &Engine, blobs: Vec<Arc<BlobCache>>, policy: OutagePolicy) -> Self {
+        Self::reading_ahead(engine, blobs, policy, ReadAhead { amplify: 0, prefer: Prefer::Bytes })
+    }
+
+    /// A reader over `blobs` that reads ahead as `read_ahead` allows.
+    pub fn reading_ahead(
+        engine: &Engine,
+        blobs: Vec<Arc<BlobCache>>,
+        policy: OutagePolicy,
+        read_ahead: ReadAhead,
+    ) -> Self {
         let engine = engine.handle().clone();
-        let shared = Arc::new(Shared { blobs, policy, engine: engine.clone() });
+        let shared = Arc::new(Shared {
+            blobs,
+            policy,
+            engine: engine.clone(),
+            speculator: Speculator::new(read_ahead),
+        });
         Self { shared, engine, cancel: CancellationToken::new() }
     }
 
@@ -78,6 +97,9 @@ impl Reader for BlobSet {
         }
         if !self.shared.copy_ready(slices, dst) {
             return Ok(false);
+        }
+        for slice in slices {
+            touch(&self.shared, slice.blob, &slice.extent);
         }
         if let Some(first) = slices.first() {
             CacheMetrics::tick(&self.shared.blobs[first.blob as usize].inner.metrics.whole_hits);
@@ -149,18 +171,37 @@ impl Shared {
 
     /// True for a chunk of an order that is possible and not there.
     pub(super) fn is_wanted(&self, blob: u32, extent: &ChunkExtent) -> bool {
-        let blob = self.blobs.get(blob as usize);
-        blob.is_some_and(|blob| blob.inner.check(extent).is_ok() && !blob.is_ready(extent))
+        self.blobs.get(blob as usize).is_some_and(|blob| {
+            let inner = &blob.inner;
+            inner.check(extent).is_ok() && !inner.is_ready(extent) && !inner.inflight.contains(extent)
+        })
+    }
+
+    /// Chunks of a blob; 0 if there is no such blob.
+    pub(super) fn chunk_count(&self, blob: u32) -> u32 {
+        self.blobs.get(blob as usize).map_or(0, |blob| blob.chunk_count())
+    }
+
+    /// Where a chunk lies, if that is known.
+    pub(super) fn chunk(&self, blob: u32, index: ChunkIndex) -> Option<ChunkExtent> {
+        self.blobs.get(blob as usize)?.inner.chunks.as_ref()?(index)
     }
 
     /// Joins or starts the fetch of chunks that [`Shared::is_wanted`].
-    pub(super) fn obtain(
+    pub(super) fn obtain_ahead(
         &self,
         blob: u32,
         chunks: &[ChunkExtent],
         context: &ReadContext,
+        slot: Slot,
     ) -> Vec<(Waiter, bool)> {
-        self.blobs[blob as usize].inner.obtain(chunks, context)
+        self.blobs[blob as usize].inner.obtain(chunks, context, Some(Arc::new(slot)), 0).waiters
+    }
+
+    /// Starts the fetch of chunks that nobody waits for.
+    pub(super) fn fetch_ahead(&self, blob: u32, chunks: &[ChunkExtent], slot: Slot) {
+        let context = ahead::context(&self.blobs[blob as usize].inner.cancel);
+        drop(self.obtain_ahead(blob, chunks, &context, slot));
     }
 
     fn is_ready(&self, slice: &ReadSlice) -> bool {
@@ -205,6 +246,13 @@ impl Shared {
     }
 }
 
+/// Notes that a reader has a chunk: reading ahead may have been right.
+fn touch(shared: &Arc<Shared>, blob: u32, extent: &ChunkExtent) {
+    if shared.blobs[blob as usize].inner.untouched.touch(extent.index) {
+        Speculator::hit(shared, blob, extent.index, extent.unit.compressed.len());
+    }
+}
+
 /// A chunk of one of the blobs: same key, same bytes.
 type Chunk = (u32, ChunkExtent);
 
@@ -233,6 +281,7 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
     wanted.retain(|chunk| {
         let ready = shared.blobs[chunk.0 as usize].is_ready(&chunk.1);
         if ready {
+            touch(shared, chunk.0, &chunk.1);
             stored.push(*chunk);
         }
         !ready
@@ -285,7 +334,7 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
 
 /// Starts or joins the fetch of every wanted chunk.
 fn start(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     wanted: &[Chunk],
     context: &ReadContext,
 ) -> FuturesUnordered<impl Future<Output = (Chunk, bool, Outcome)> + use<>> {
@@ -295,8 +344,15 @@ fn start(
     }
     let waiting = FuturesUnordered::new();
     for (blob, extents) in by_blob {
-        let waiters = shared.blobs[blob as usize].inner.obtain(&extents, context);
-        for (extent, (waiter, led)) in extents.into_iter().zip(waiters) {
+        let ahead = shared.speculator.widening(shared.engine.link());
+        let obtained = shared.blobs[blob as usize].inner.obtain(&extents, context, None, ahead);
+        if let Some(span) = obtained.span {
+            Speculator::missed(shared, blob, span, obtained.needed, obtained.widened);
+        }
+        for hit in obtained.hits {
+            Speculator::hit(shared, blob, hit.index, hit.unit.compressed.len());
+        }
+        for (extent, (waiter, led)) in extents.into_iter().zip(obtained.waiters) {
             waiting.push(async move { ((blob, extent), led, waiter.wait().await) });
         }
     }

@@ -21,7 +21,7 @@ pub(super) struct Written {
     /// [`Syncer::epoch`] before the bytes were written.
     pub(super) epoch: u64,
     /// Held until other processes can see the record.
-    pub(super) _lock: ChunkLock,
+    pub(super) _lock: Arc<ChunkLock>,
 }
 
 /// The queue of one blob.
@@ -46,10 +46,10 @@ impl Syncer {
         self.epoch.load(Ordering::SeqCst)
     }
 
-    /// Queues a chunk. True: the caller starts [`Syncer::run`] on a thread that may block.
-    pub(super) fn push(&self, written: Written) -> bool {
+    /// Queues chunks. True: the caller starts [`Syncer::run`] on a thread that may block.
+    pub(super) fn push(&self, written: impl IntoIterator<Item = Written>) -> bool {
         let mut queue = self.queue();
-        queue.0.push(written);
+        queue.0.extend(written);
         !std::mem::replace(&mut queue.1, true)
     }
 

@@ -1,7 +1,7 @@
 //! Orders that are worked off ahead of readers.
 
 use super::*;
-use crate::prefetch::{Class, Order, PrefetchOptions};
+use crate::prefetch::{Class, Order, Prefer, PrefetchOptions, ReadAhead};
 
 const OPTIONS: PrefetchOptions = PrefetchOptions { class: Class::Preheat, bandwidth: None };
 
@@ -53,4 +53,59 @@ fn a_cancelled_order_ends_although_its_source_stalls() {
     engine.block_on(gate.arrivals(1));
     prefetch.cancel();
     engine.block_on(prefetch.wait());
+}
+
+fn reading_ahead(
+    engine: &Engine,
+    sample: &Sample,
+    dir: &TempDir,
+    backend: &Arc<CountingBackend<FaultyBackend>>,
+    read_ahead: ReadAhead,
+) -> BlobSet {
+    let extents = sample.extents.clone();
+    let table: ChunkTable = Arc::new(move |index| extents.get(index.0 as usize).copied());
+    let config = BlobCacheConfig { chunks: Some(table), ..sample.config(dir) };
+    let cache = BlobCache::open(engine, config, backend.clone()).unwrap();
+    BlobSet::reading_ahead(engine, vec![cache], PATIENT, read_ahead)
+}
+
+#[test]
+fn a_miss_fetches_what_follows_with_the_same_request() {
+    let (engine, sample, dir) = (engine(), Sample::new(8), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let amplify = (sample.range(4).end() - sample.range(1).end()) as u32;
+    let read_ahead = ReadAhead { amplify, prefer: Prefer::Bytes };
+    let reader = reading_ahead(&engine, &sample, &dir, &backend, read_ahead);
+    sample.read(&reader, 1).unwrap();
+    let whole = ByteRange::new(sample.range(1).start(), sample.range(4).end() - sample.range(1).start());
+    assert_eq!(backend.requests()[0], whole.unwrap());
+    settle(&reader);
+    assert!((1..=4).all(|index| sample.try_read(&reader, index)));
+    assert!((1..=4).all(|index| backend.fetches_of(sample.range(index)) == 1));
+}
+
+#[test]
+fn without_amplification_nothing_is_read_ahead() {
+    let (engine, sample, dir) = (engine(), Sample::new(8), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let read_ahead = ReadAhead { amplify: 0, prefer: Prefer::Time };
+    let reader = reading_ahead(&engine, &sample, &dir, &backend, read_ahead);
+    sample.read(&reader, 1).unwrap();
+    settle(&reader);
+    assert_eq!(backend.requests(), [sample.range(1)]);
+}
+
+#[test]
+fn a_corrupt_chunk_read_ahead_fails_nobody_but_its_reader() {
+    let (engine, sample, dir) = (engine(), Sample::new(4), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let whole = ByteRange::new(sample.range(0).start(), sample.range(3).end()).unwrap();
+    backend.inner().fault(whole, Fault::Corrupt(sample.range(2).start() + 3), 1);
+    backend.inner().fault(sample.range(2), Fault::Corrupt(sample.range(2).start() + 3), 1);
+    let reader = reading_ahead(&engine, &sample, &dir, &backend, ReadAhead::default());
+    sample.read(&reader, 0).unwrap();
+    settle(&reader);
+    assert!([0, 1, 3].iter().all(|index| sample.try_read(&reader, *index)));
+    assert!(!sample.try_read(&reader, 2));
+    sample.read(&reader, 2).unwrap();
 }

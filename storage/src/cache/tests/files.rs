@@ -205,14 +205,14 @@ fn records_keep_order_and_distance() {
     ];
     for (index, offset, room) in cases {
         let (index, record) = record(index, offset);
-        assert_eq!(map.has_room(index, &record), room, "chunk {index} at {offset}");
-        let refused = map.set(&mut vec![(index, record)]).unwrap();
+        assert_eq!(map.has_room(&[(index, record)]), room, "chunk {index} at {offset}");
+        let refused = map.set(&mut [(index, record)]).unwrap();
         assert_eq!(refused.is_empty(), room, "chunk {index} at {offset}");
     }
     // The same holds for what is only locked so far.
     let lock = |index, offset| {
         let (index, record) = record(index, offset);
-        map.try_lock(index, &record).unwrap()
+        map.try_lock(&[(index, record)]).unwrap()
     };
     let held = lock(10, place(10));
     assert!(held.is_some() && lock(10, place(10)).is_none() && lock(11, place(10)).is_none());

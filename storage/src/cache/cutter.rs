@@ -1,0 +1,295 @@
+//! One request: its bytes come in, whole units go to the CPU pool.
+//!
+//! A unit that a reader waits for goes at once, and so does what has gathered when the stream
+//! has no more at the moment; otherwise small units go together, for a trip to the pool costs
+//! as much as the work on a small chunk. What nobody waits for gives way to streams with a
+//! reader behind them.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use bytes::{Buf as _, Bytes};
+use futures_util::{FutureExt as _, StreamExt as _};
+use tokio::task::JoinHandle;
+
+use super::Inner;
+use super::fetch::{Failure, Work};
+use super::opener::{Received, open_units};
+use crate::backend::retry::within;
+use crate::backend::{ByteStream, Priority, ReadContext, Supplier};
+use crate::budget::Permit;
+use crate::ids::ByteRange;
+use crate::link::{Demand, Receiving, Slot};
+use crate::metrics::CacheMetrics;
+use crate::{ErrorKind, Result, engine};
+
+/// Decoded bytes that go to the CPU pool together: some 100 µs of hashing.
+const TOGETHER: u64 = 256 << 10;
+
+/// When the last request for a unit got where, and who answered it.
+#[derive(Clone, Copy)]
+pub(super) struct Timing {
+    pub(super) requested: Instant,
+    pub(super) answered: Instant,
+    pub(super) received: Instant,
+    pub(super) supplier: Option<Supplier>,
+}
+
+impl Timing {
+    pub(super) fn begin() -> Self {
+        let now = Instant::now();
+        Self { requested: now, answered: now, received: now, supplier: None }
+    }
+}
+
+/// A request for one or more ranges of a blob.
+pub(super) struct Request {
+    inner: Arc<Inner>,
+    context: ReadContext,
+    /// Right to bytes that nobody waits for.
+    slot: Option<Arc<Slot>>,
+    /// Tells the link that a reader waits.
+    demand: Option<Demand>,
+    begun: Instant,
+}
+
+impl Request {
+    pub(super) fn new(inner: &Arc<Inner>, context: &ReadContext, slot: Option<Arc<Slot>>) -> Self {
+        let demand = (context.priority == Priority::OnDemand).then(|| inner.engine.link().demand());
+        Self { inner: Arc::clone(inner), context: context.clone(), slot, demand, begun: Instant::now() }
+    }
+
+    /// Asks for one range.
+    pub(super) async fn open(&self, range: ByteRange) -> Result<ByteStream> {
+        within(&self.context, "read", self.inner.backend.open(range, &self.context)).await
+    }
+
+    /// Asks for several ranges; `None` if the source has no such request.
+    pub(super) async fn open_many(&self, ranges: &[ByteRange]) -> Result<Option<ByteStream>> {
+        within(&self.context, "read", self.inner.backend.open_many(ranges, &self.context)).await
+    }
+
+    /// Takes the bytes of `ranges`, which hold `works` in order. Answers the units that
+    /// failed.
+    pub(super) async fn receive(
+        self,
+        works: Vec<Work>,
+        ranges: &[ByteRange],
+        stream: Result<ByteStream>,
+    ) -> Vec<Failure> {
+        let inner = &self.inner;
+        let mut cutter = Cutter {
+            request: &self,
+            pending: works.into(),
+            gathered: Vec::new(),
+            jobs: Vec::new(),
+            received: 0,
+        };
+        let streamed = match stream {
+            Ok(stream) => within(&self.context, "read", cutter.take(stream, ranges)).await,
+            Err(error) => Err(error),
+        };
+        cutter.dispatch();
+        let Cutter { pending, jobs, received, .. } = cutter;
+        let failed = streamed.as_ref().is_err_and(|e| e.kind() != ErrorKind::Cancelled);
+        inner.backend_metrics.record(received, self.begun.elapsed(), failed);
+        inner.metrics.fetched_bytes.fetch_add(received, Ordering::Relaxed);
+        if self.demand.is_none() {
+            CacheMetrics::tick(&inner.metrics.prefetch_requests);
+            inner.metrics.prefetch_bytes.fetch_add(received, Ordering::Relaxed);
+        }
+
+        let mut failed = Vec::new();
+        for job in jobs {
+            // A job that panicked dropped its leads, which woke their waiters.
+            if let Ok(Ok(failures)) = job.await {
+                failed.extend(failures);
+            }
+        }
+        if let Err(error) = streamed {
+            let range = ranges.first().map_or_else(String::new, ToString::to_string);
+            let error = error.context(format!("blob {}: fetch bytes {range}", inner.id));
+            failed.extend(pending.into_iter().map(|work| (work, error.clone())));
+        }
+        failed
+    }
+}
+
+/// Cuts a stream into units.
+struct Cutter<'a> {
+    request: &'a Request,
+    /// Units whose bytes are not complete, in order.
+    pending: VecDeque<Work>,
+    /// Complete units that have not gone to the pool.
+    gathered: Vec<Received>,
+    /// Batches on the CPU pool.
+    jobs: Vec<JoinHandle<Result<Vec<Failure>>>>,
+    received: u64,
+}
+
+impl Cutter<'_> {
+    async fn take(&mut self, mut stream: ByteStream, ranges: &[ByteRange]) -> Result<()> {
+        let Request { inner, slot, begun, demand, .. } = self.request;
+        let (link, demanded) = (inner.engine.link(), demand.is_some());
+        let timing = Timing { supplier: Some(stream.supplier()), requested: *begun, ..Timing::begin() };
+        self.pending.iter_mut().for_each(|work| work.timing = timing);
+        let mut receiving = link.answered(begun.elapsed(), demanded);
+
+        let total: u64 = ranges.iter().map(|range| range.len()).sum();
+        let Some(mut place) = Place::new(ranges) else { return Ok(()) };
+        let mut begun_unit: Option<(Vec<u8>, Permit)> = None;
+        while let Some(piece) = self.next_piece(&mut stream, &mut receiving).await {
+            let mut piece = piece?;
+            let len = piece.len() as u64;
+            self.received += len;
+            receiving.received(len);
+            slot.iter().for_each(|slot| slot.came(len));
+            if self.received > total {
+                return Err(engine::overlong(place.range));
+            }
+            while !piece.is_empty() {
+                let Some(work) = self.pending.front() else { break };
+                let stored = work.unit.compressed;
+                if let Some(gap) = place.gap_before(stored) {
+                    let gap = clamp(gap, piece.len());
+                    piece.advance(gap);
+                    place.advance(gap);
+                    continue;
+                }
+                let (mut bytes, permit) = match begun_unit.take() {
+                    Some(begun) => begun,
+                    None => {
+                        let need = stored.len() + u64::from(work.unit.decoded_len);
+                        (Vec::new(), self.reserve(need).await)
+                    }
+                };
+                let part = piece.split_to(clamp(stored.end() - place.position, piece.len()));
+                place.advance(part.len());
+                if place.position < stored.end() {
+                    if bytes.is_empty() {
+                        bytes.reserve_exact(clamp(stored.len(), usize::MAX));
+                    }
+                    bytes.extend_from_slice(&part);
+                    begun_unit = Some((bytes, permit));
+                } else if bytes.is_empty() {
+                    self.gather(part, permit, &mut receiving);
+                } else {
+                    bytes.extend_from_slice(&part);
+                    self.gather(bytes.into(), permit, &mut receiving);
+                }
+            }
+        }
+        if self.received < total {
+            return Err(engine::truncated(place.range, self.received));
+        }
+        Ok(())
+    }
+
+    /// The next bytes. Before it waits for them, what has gathered goes to the pool.
+    async fn next_piece(
+        &mut self,
+        stream: &mut ByteStream,
+        receiving: &mut Receiving,
+    ) -> Option<Result<Bytes>> {
+        if !receiving.is_demanded() {
+            let link = self.request.inner.engine.link();
+            if link.has_readers() && !self.pending.iter().any(Work::is_demanded) {
+                self.dispatch();
+                link.give_way().await;
+            }
+        }
+        match stream.next().now_or_never() {
+            Some(piece) => piece,
+            None => {
+                self.dispatch();
+                stream.next().await
+            }
+        }
+    }
+
+    /// Waits until a unit may be held in memory. Who waits holds nothing: what has gathered
+    /// goes to the pool first.
+    async fn reserve(&mut self, need: u64) -> Permit {
+        let Request { inner, context, .. } = self.request;
+        let budget = inner.engine.budget();
+        if let Some(permit) = budget.reserve(need, context.priority).now_or_never() {
+            return permit;
+        }
+        self.dispatch();
+        budget.reserve(need, context.priority).await
+    }
+
+    /// Takes the first pending unit, now complete.
+    fn gather(&mut self, stored: Bytes, permit: Permit, receiving: &mut Receiving) {
+        let Some(mut work) = self.pending.pop_front() else { return };
+        work.timing.received = Instant::now();
+        let demanded = work.is_demanded();
+        self.gathered.push(Received { work, stored, _permit: permit });
+        let decoded: u64 = self.gathered.iter().map(|unit| u64::from(unit.work.unit.decoded_len)).sum();
+        if demanded || decoded >= TOGETHER {
+            self.dispatch();
+        }
+        if receiving.is_demanded() && !self.pending.iter().any(Work::is_demanded) {
+            receiving.is_ahead_now();
+        }
+    }
+
+    /// Sends what has gathered to the CPU pool.
+    fn dispatch(&mut self) {
+        if self.gathered.is_empty() {
+            return;
+        }
+        let units = std::mem::take(&mut self.gathered);
+        let inner = Arc::clone(&self.request.inner);
+        let engine = inner.engine.clone();
+        let demanded = units.iter().any(|unit| unit.work.is_demanded());
+        let priority = if demanded { Priority::OnDemand } else { Priority::Prefetch };
+        self.jobs.push(
+            self.request
+                .inner
+                .engine
+                .spawn(async move { engine.compute(priority, move || open_units(&inner, units)).await }),
+        );
+    }
+}
+
+/// Where in the ranges of a request its stream is.
+struct Place<'a> {
+    range: ByteRange,
+    position: u64,
+    following: &'a [ByteRange],
+}
+
+impl<'a> Place<'a> {
+    fn new(ranges: &'a [ByteRange]) -> Option<Self> {
+        let (first, following) = ranges.split_first()?;
+        Some(Self { range: *first, position: first.start(), following })
+    }
+
+    /// Bytes of the stream before `unit`, which lies in one of the ranges, that are in the
+    /// current one.
+    fn gap_before(&mut self, unit: ByteRange) -> Option<u64> {
+        while self.position == self.range.end()
+            && let Some((next, following)) = self.following.split_first()
+        {
+            (self.range, self.position, self.following) = (*next, next.start(), following);
+        }
+        let end = self.range.end().min(unit.start());
+        let inside = unit.start() >= self.range.start() && unit.end() <= self.range.end();
+        match inside {
+            true => end.checked_sub(self.position).filter(|gap| *gap > 0),
+            false => Some(self.range.end() - self.position).filter(|gap| *gap > 0),
+        }
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.position += bytes as u64;
+    }
+}
+
+/// `bytes` as a length of at most `max`.
+fn clamp(bytes: u64, max: usize) -> usize {
+    usize::try_from(bytes).map_or(max, |bytes| bytes.min(max))
+}

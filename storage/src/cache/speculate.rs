@@ -1,0 +1,294 @@
+//! What to read ahead of readers that follow no recorded order.
+//!
+//! Each miss plants a *seed* where it was: files that are read one after another lie together
+//! in a blob, so the chunks behind it (and, less so, before it) are the best guess. Seeds grow
+//! in steps, the ones that last proved right first, and each step is twice the one before.
+//! Seeds that meet have read everything between them, so a reader of everything ends up
+//! with one long run through the blob.
+//!
+//! What it may cost is a *credit* in bytes, earned by what readers turn out to need: a miss,
+//! or the first touch of what was read ahead. Reading ahead that helps pays for more of it;
+//! once readers fall silent or the guesses are wrong it runs dry.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use super::set::Shared;
+use crate::extent::ChunkExtent;
+use crate::ids::ChunkIndex;
+use crate::link::Link;
+use crate::prefetch::{Class, Prefer, ReadAhead};
+
+/// Bytes that a byte needed by a reader earns when time counts: a start that reads a quarter
+/// of what surrounds its accesses is served from what was read ahead.
+const TIME_GAIN: f64 = 4.0;
+
+/// The same when bytes count: what is fetched stays below twice what is read.
+const BYTES_GAIN: f64 = 0.8;
+
+/// Bytes that a miss earns when time counts, in multiples of what could have come while its
+/// reader waited.
+const MISS_GAIN: f64 = 4.0;
+
+/// Most credit.
+const MAX_CREDIT: f64 = (32 << 20) as f64;
+
+/// A source that answers faster than this is not worth guessing for: bytes count.
+const NEAR: Duration = Duration::from_millis(1);
+
+/// First step of a seed, and what a first miss is widened by before anything is known.
+const FIRST_STEP: u64 = 256 << 10;
+
+/// Largest step: a reader who wants its last chunk waits for the rest of it.
+const MAX_STEP: u64 = 4 << 20;
+
+/// When bytes count, steps and widened reads stay this small.
+const CAREFUL_STEP: u64 = 128 << 10;
+
+/// Seeds that are remembered.
+const MAX_SEEDS: usize = 128;
+
+/// A miss this many chunks beyond a seed still belongs to it.
+const NEAR_CHUNKS: u32 = 64;
+
+/// Chunks that are looked at for one step: ready ones cost a look, too.
+const MAX_LOOK: u32 = 4096;
+
+/// One step in this many goes backward.
+const BACKWARD: u32 = 4;
+
+/// What one image's readers did, and what follows.
+#[derive(Debug)]
+pub(super) struct Speculator {
+    read_ahead: ReadAhead,
+    /// Nothing blocks under it.
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    credit: f64,
+    /// Most recently proved right first.
+    seeds: VecDeque<Seed>,
+    /// A task works on them.
+    running: bool,
+}
+
+/// A part of a blob that has been read, or read ahead.
+#[derive(Debug)]
+struct Seed {
+    blob: u32,
+    /// Chunks `low..high`.
+    low: u32,
+    high: u32,
+    /// Steps since a reader last proved it right.
+    steps: u32,
+    /// Nothing is left behind it, or before it.
+    ended: bool,
+    begun: bool,
+}
+
+/// The next step of a seed.
+struct Step {
+    blob: u32,
+    chunks: Vec<ChunkExtent>,
+    bytes: u64,
+}
+
+impl Speculator {
+    pub(super) fn new(read_ahead: ReadAhead) -> Self {
+        Self { read_ahead, state: Mutex::default() }
+    }
+
+    /// Stored bytes that a missing read is widened by.
+    pub(super) fn widening(&self, link: &Link) -> u64 {
+        let most = u64::from(self.read_ahead.amplify);
+        let step = match self.counts_bytes(link) {
+            true => CAREFUL_STEP,
+            false => link.held().map_or(FIRST_STEP, |held| (held / 2).max(FIRST_STEP)),
+        };
+        let credit = self.lock().credit.max(0.0) as u64;
+        step.min(most).min(credit.max(FIRST_STEP / 2))
+    }
+
+    fn counts_bytes(&self, link: &Link) -> bool {
+        self.read_ahead.prefer == Prefer::Bytes || link.round_trip().is_some_and(|time| time < NEAR)
+    }
+
+    /// Notes that a reader missed `needed` stored bytes, that chunks `low..high` of the blob
+    /// are now fetched, `widened` bytes of them ahead, and starts reading ahead.
+    pub(super) fn missed(
+        shared: &Arc<Shared>,
+        blob: u32,
+        (low, high): (u32, u32),
+        needed: u64,
+        widened: u64,
+    ) {
+        let this = &shared.speculator;
+        if this.read_ahead.amplify == 0 {
+            return;
+        }
+        let link = shared.engine.link();
+        let wait = link.held().unwrap_or(FIRST_STEP) as f64;
+        let start = {
+            let mut state = this.lock();
+            state.earn(needed as f64 * this.gain(link));
+            if !this.counts_bytes(link) {
+                state.earn(wait * MISS_GAIN);
+            }
+            state.credit -= widened as f64;
+            state.plant(blob, low, high);
+            !std::mem::replace(&mut state.running, true)
+        };
+        if start {
+            let task = run(Arc::downgrade(shared));
+            shared.engine.spawn(task);
+        }
+    }
+
+    /// Notes that a reader touched `needed` stored bytes that were read ahead, in chunk `index`.
+    pub(super) fn hit(shared: &Arc<Shared>, blob: u32, index: ChunkIndex, needed: u64) {
+        let this = &shared.speculator;
+        let gain = this.gain(shared.engine.link());
+        let start = {
+            let mut state = this.lock();
+            state.earn(needed as f64 * gain);
+            state.proved_right(blob, index.0)
+                && state.credit > 0.0
+                && !std::mem::replace(&mut state.running, true)
+        };
+        if start {
+            let task = run(Arc::downgrade(shared));
+            shared.engine.spawn(task);
+        }
+    }
+
+    fn gain(&self, link: &Link) -> f64 {
+        if self.counts_bytes(link) { BYTES_GAIN } else { TIME_GAIN }
+    }
+
+    /// Largest step now.
+    fn max_step(&self, link: &Link) -> u64 {
+        match self.counts_bytes(link) {
+            true => CAREFUL_STEP,
+            false => link.held().map_or(FIRST_STEP, |held| held.clamp(FIRST_STEP, MAX_STEP)),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing panics under the lock; a poisoned state would still be consistent.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads ahead until the credit or the guesses run out.
+async fn run(shared: Weak<Shared>) {
+    loop {
+        let Some(alive) = shared.upgrade() else { return };
+        let link = Arc::clone(alive.engine.link());
+        let max_step = alive.speculator.max_step(&link);
+        drop(alive);
+        let slot = link.admit(Class::Predicted, max_step).await;
+        let Some(shared) = shared.upgrade() else { return };
+        // Chosen only now: the last miss counts.
+        let step = {
+            let mut state = shared.speculator.lock();
+            let step = state.next_step(&shared, max_step);
+            match &step {
+                Some(step) => state.credit -= step.bytes as f64,
+                None => state.running = false,
+            }
+            step
+        };
+        let Some(step) = step else { return };
+        slot.shrink(step.bytes);
+        shared.fetch_ahead(step.blob, &step.chunks, slot);
+    }
+}
+
+impl State {
+    fn earn(&mut self, bytes: f64) {
+        self.credit = (self.credit + bytes).min(MAX_CREDIT);
+    }
+
+    /// Enters what a miss fetches: into the seed it continues, or as a new one.
+    fn plant(&mut self, blob: u32, low: u32, high: u32) {
+        let near = |seed: &Seed| {
+            seed.blob == blob
+                && low <= seed.high.saturating_add(NEAR_CHUNKS)
+                && high.saturating_add(NEAR_CHUNKS) >= seed.low
+        };
+        let seed = match self.seeds.iter().position(near).and_then(|place| self.seeds.remove(place)) {
+            Some(seed) => Seed { high: seed.high.max(high), low: seed.low.min(low), steps: 0, ..seed },
+            None => Seed { blob, low, high, steps: 0, ended: false, begun: low == 0 },
+        };
+        self.seeds.push_front(seed);
+        self.seeds.truncate(MAX_SEEDS);
+    }
+
+    /// Moves the seed that holds a chunk to the front; false if there is none that can grow.
+    fn proved_right(&mut self, blob: u32, index: u32) -> bool {
+        let holds = |seed: &Seed| seed.blob == blob && seed.low <= index && index < seed.high;
+        let place = self.seeds.iter().position(holds);
+        let Some(mut seed) = place.and_then(|place| self.seeds.remove(place)) else { return false };
+        seed.steps = 0;
+        let grows = !seed.ended || !seed.begun;
+        self.seeds.push_front(seed);
+        grows
+    }
+
+    /// Lets the best seed grow.
+    fn next_step(&mut self, shared: &Shared, max_step: u64) -> Option<Step> {
+        loop {
+            if self.credit <= 0.0 {
+                return None;
+            }
+            let growing = self.seeds.iter_mut().filter(|seed| !seed.ended || !seed.begun);
+            // The first of those that have gone on for the shortest time without a proof.
+            let seed = growing.min_by_key(|seed| seed.steps)?;
+            let step = (FIRST_STEP << seed.steps.min(8)).min(max_step).min(self.credit as u64 + 1);
+            seed.steps += 1;
+            let grown = seed.grow(shared, step);
+            if !grown.chunks.is_empty() {
+                return Some(grown);
+            }
+        }
+    }
+}
+
+impl Seed {
+    /// Takes missing chunks of about `step` stored bytes beside the seed.
+    fn grow(&mut self, shared: &Shared, step: u64) -> Step {
+        let backward = !self.begun && (self.ended || self.steps.is_multiple_of(BACKWARD));
+        let mut grown = Step { blob: self.blob, chunks: Vec::new(), bytes: 0 };
+        let mut unit = None;
+        for _ in 0..MAX_LOOK {
+            let index = if backward { self.low.checked_sub(1) } else { Some(self.high) };
+            let found = index.filter(|index| *index < shared.chunk_count(self.blob));
+            let Some(index) = found else {
+                if backward {
+                    self.begun = true
+                } else {
+                    self.ended = true
+                }
+                break;
+            };
+            if backward {
+                self.low = index
+            } else {
+                self.high = index + 1
+            }
+            let extent = shared.chunk(self.blob, ChunkIndex(index));
+            let Some(extent) = extent.filter(|extent| shared.is_wanted(self.blob, extent)) else { continue };
+            if unit.replace(extent.unit) != Some(extent.unit) {
+                grown.bytes += extent.unit.compressed.len();
+            }
+            grown.chunks.push(extent);
+            if grown.bytes >= step {
+                break;
+            }
+        }
+        grown
+    }
+}
