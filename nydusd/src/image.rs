@@ -193,7 +193,9 @@ fn blob_source(config: &Config) -> anyhow::Result<Arc<dyn BlobSource>> {
         BackendConfig::OciLayout(path) => {
             Arc::new(storage::backend::layout::OciLayoutSource::new(path.clone()))
         }
-        BackendConfig::Registry(registry) => Arc::new(registry_source(registry)?),
+        BackendConfig::Registry(registry) => {
+            Arc::new(registry_source(registry)?.with_spool_dir(config.work_dir.clone()))
+        }
     })
 }
 

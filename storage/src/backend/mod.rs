@@ -10,6 +10,7 @@ pub mod origin;
 mod ranged;
 pub mod registry;
 pub mod retry;
+mod sequential;
 
 use std::fmt;
 use std::pin::Pin;
@@ -127,6 +128,13 @@ pub trait Backend: Send + Sync + fmt::Debug + 'static {
     ) -> BoxFuture<'a, Result<Option<ByteStream>>> {
         let _ = (ranges, context);
         Box::pin(async { Ok(None) })
+    }
+
+    /// True once the source turned out to send the whole blob whatever the range: it is then
+    /// read once, from front to end, and a range is there when that stream has passed it. All
+    /// of it comes anyway, so to read on in order costs nothing more.
+    fn is_sequential(&self) -> bool {
+        false
     }
 }
 

@@ -15,6 +15,8 @@ pub struct Origin {
     /// It does not answer several ranges with one body. Relaxed, as it guards nothing: a late
     /// look costs one request.
     single: AtomicBool,
+    /// It sends whole objects whatever the range. Relaxed, as `single`.
+    whole: AtomicBool,
 }
 
 impl Origin {
@@ -27,6 +29,18 @@ impl Origin {
     pub fn refuses_many(&self, why: &str) {
         if !self.single.swap(true, Relaxed) {
             tracing::debug!(why, "a server has no multi-range requests; ranges are asked for one by one");
+        }
+    }
+
+    /// Does it send whole objects whatever the range?
+    pub fn ignores_range(&self) -> bool {
+        self.whole.load(Relaxed)
+    }
+
+    /// It was asked for a part of an object and sent that, or all of it.
+    pub(super) fn set_ignores_range(&self, ignores: bool) {
+        if self.whole.swap(ignores, Relaxed) != ignores && ignores {
+            tracing::warn!("a server ignores Range; its blobs are read whole, once, from front to end");
         }
     }
 }

@@ -24,8 +24,6 @@ use super::{ByteStream, ReadContext, Supplier};
 use crate::ids::ByteRange;
 use crate::{Error, ErrorKind, Result};
 
-/// Where a server ignores `Range`, at most this much is read and thrown away to reach one.
-pub(super) const MAX_SKIP: u64 = 64 << 20;
 /// A connection that brought this much before it broke counts as progress.
 const PROGRESS_SIZE: u64 = 64 << 10;
 
@@ -97,6 +95,20 @@ pub(super) async fn open_many<O: Ranged>(
     let mut reading = Reading::new(object, ranges, retry, context);
     let answered = reading.begin().await?;
     Ok(answered.then(|| reading.into_stream(supplier)))
+}
+
+/// As [`open`], for a range whose first part is there already.
+pub(super) fn resume<O: Ranged>(
+    object: O,
+    supplier: Supplier,
+    range: ByteRange,
+    part: Option<O::Part>,
+    retry: RetryPolicy,
+    context: &ReadContext,
+) -> ByteStream {
+    let mut reading = Reading::new(object, &[range], retry, context);
+    reading.part = part;
+    reading.into_stream(supplier)
 }
 
 /// Ranges being read.
@@ -270,12 +282,12 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    /// Checks that `answer` holds the front of `range`; `login` is the name that a login of
-    /// its server goes by.
+    /// Checks that `answer` holds the front of `range`, or the whole object; `login` is the
+    /// name that a login of its server goes by.
     ///
     /// # Errors
     /// What its status means; `Corrupt`: another range; `OutOfRange`: the object is shorter;
-    /// `Unsupported`: encoded, or too far in where the server ignores `Range`.
+    /// `Unsupported`: encoded.
     pub(super) async fn accept(
         answer: Answer,
         range: ByteRange,
@@ -308,12 +320,18 @@ impl Segment {
         if let Some(size) = size.filter(|size| *size < range.end()) {
             return Err(refuse(ErrorKind::OutOfRange, shorter(size)));
         }
-        if range.start() > MAX_SKIP {
-            let why =
-                format!("the server ignores Range, and byte {} is too far in to skip to", range.start());
-            return Err(refuse(ErrorKind::Unsupported, format!("{why}; use a server that supports ranges")));
-        }
         Ok(Self { answer, skip: range.start(), left: range.len() })
+    }
+
+    /// True if the server sends more of the object than was asked for.
+    pub(super) fn ignores_range(&self) -> bool {
+        let more = total(&self.answer).is_some_and(|size| size > self.left);
+        self.answer.status() == StatusCode::OK && (self.skip > 0 || more)
+    }
+
+    /// The same answer for other bytes of the object that it holds whole.
+    pub(super) fn widened(self, range: ByteRange) -> Self {
+        Self { skip: range.start(), left: range.len(), ..self }
     }
 
     /// The answer behind it.

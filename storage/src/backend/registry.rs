@@ -7,10 +7,14 @@
 //!                   GET Range ◀── again from the byte reached ── reset, truncation, 5xx
 //! ```
 //!
+//! Several ranges are asked for with one request where the server has that. A server that
+//! ignores `Range` is read once, in sequence ([`sequential`]).
+//!
 //! Invariant: a remembered URL that fails is forgotten and resolved once more. What is believed
 //! of an answer, and how a broken stream goes on, is [`ranged`]'s.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
@@ -19,7 +23,8 @@ use reqwest::{Method, StatusCode, Url};
 
 use super::http::Answer;
 use super::ranged::{self, Part, Parts, Ranged, Segment};
-use super::retry::{Failure, RetryPolicy, with_retries};
+use super::retry::{Failure, RetryPolicy, with_retries, within};
+use super::sequential::{Spool, SpoolReader};
 use super::{Backend, BlobSource, ByteStream, ReadContext, Supplier};
 use crate::digest::{Digest, DigestAlgorithm, TaggedDigest};
 use crate::ids::{BlobId, ByteRange};
@@ -27,6 +32,9 @@ use crate::oci::client::{Call, MAX_REDIRECTS, RegistryClient, is_redirect, too_m
 use crate::oci::reference::{check_host, check_repository};
 use crate::oci::token::Access;
 use crate::{Error, ErrorKind, Result};
+
+/// Repeats of the stream that reads a blob in sequence, before its readers are told.
+const FILL_RETRIES: u32 = 3;
 
 /// How `Location`s of blobs are changed before use (`blob_url_scheme`, `blob_redirected_host`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -78,6 +86,7 @@ pub struct RegistrySource {
     repository: String,
     rewrite: Rewrite,
     retry: RetryPolicy,
+    spool_dir: PathBuf,
 }
 
 impl RegistrySource {
@@ -92,7 +101,20 @@ impl RegistrySource {
         retry: RetryPolicy,
     ) -> Result<Self> {
         check_repository(repository)?;
-        Ok(Self { client, repository: repository.to_owned(), rewrite, retry })
+        Ok(Self {
+            client,
+            repository: repository.to_owned(),
+            rewrite,
+            retry,
+            spool_dir: std::env::temp_dir(),
+        })
+    }
+
+    /// Keeps blobs in `dir` whose server turns out to ignore `Range`; by default in the
+    /// directory for temporary files, which may be memory.
+    #[must_use]
+    pub fn with_spool_dir(self, dir: PathBuf) -> Self {
+        Self { spool_dir: dir, ..self }
     }
 
     /// The client, for a change of login.
@@ -111,7 +133,8 @@ impl BlobSource for RegistrySource {
             .map_err(|e| e.context("a registry holds only blobs named by SHA-256"))?;
         let digest = TaggedDigest { algorithm: DigestAlgorithm::Sha256, digest };
         let blob = RegistryBlob::new(self.client.clone(), &self.repository, digest);
-        Ok(Arc::new(blob.with_retry(self.retry).with_rewrite(self.rewrite.clone())))
+        let blob = blob.with_retry(self.retry).with_rewrite(self.rewrite.clone());
+        Ok(Arc::new(blob.with_spool_dir(&self.spool_dir)))
     }
 }
 
@@ -124,6 +147,8 @@ pub struct RegistryBlob {
     rewrite: Rewrite,
     retry: RetryPolicy,
     shared: Arc<Shared>,
+    /// `None`: this reads a blob in sequence for another one.
+    spool: Option<Arc<Spool>>,
 }
 
 #[derive(Default)]
@@ -144,7 +169,8 @@ impl RegistryBlob {
     pub fn new(client: RegistryClient, repository: &str, digest: TaggedDigest) -> Self {
         let retry = client.retry();
         let (repository, rewrite) = (repository.to_owned(), Rewrite::default());
-        Self { client, repository, digest, rewrite, retry, shared: Arc::default() }
+        let spool = Some(Arc::new(Spool::new(std::env::temp_dir())));
+        Self { client, repository, digest, rewrite, retry, shared: Arc::default(), spool }
     }
 
     /// Retries as `retry` says.
@@ -157,6 +183,13 @@ impl RegistryBlob {
     #[must_use]
     pub fn with_rewrite(self, rewrite: Rewrite) -> Self {
         Self { rewrite, ..self }
+    }
+
+    /// Keeps the blob in `dir` if its server turns out to ignore `Range`; by default in the
+    /// directory for temporary files.
+    #[must_use]
+    pub fn with_spool_dir(self, dir: &Path) -> Self {
+        Self { spool: Some(Arc::new(Spool::new(dir.to_owned()))), ..self }
     }
 
     fn resolved(&self) -> std::sync::MutexGuard<'_, Option<Url>> {
@@ -264,26 +297,59 @@ impl RegistryBlob {
         Err(too_many_redirects(&Method::GET, &url).into())
     }
 
+    /// Asks for `range`; where the whole blob comes instead, it is kept from then on.
+    async fn ask_server(
+        &self,
+        range: ByteRange,
+        context: &ReadContext,
+    ) -> std::result::Result<Body, Failure> {
+        let body = self.request(&[range], context).await?;
+        let none = || Error::new(ErrorKind::Unsupported, "no answer to one range");
+        match (body.ok_or_else(none)?, &self.spool) {
+            (Body::One(segment), Some(spool)) if segment.ignores_range() => {
+                let size = match ranged::total(segment.answer()) {
+                    Some(size) => size,
+                    None => self.size(context).await?,
+                };
+                // What an earlier stream brought is skipped, not kept twice.
+                let from = spool.reached();
+                let rest = ByteRange::new(from, size.saturating_sub(from))?;
+                let shared = Shared { resolved: Mutex::new(self.resolved().clone()), size: size.into() };
+                let filler = Self { shared: Arc::new(shared), spool: None, ..self.clone() };
+                let retry = RetryPolicy { on_demand: self.retry.on_demand.min(FILL_RETRIES), ..self.retry };
+                let own = Spool::context();
+                let first = Some(Body::One(segment.widened(rest)));
+                let stream = ranged::resume(filler, Supplier::Origin, rest, first, retry, &own);
+                Ok(Body::Spooled(spool.begin(range, rest, &own, stream)?))
+            }
+            (body, _) => Ok(body),
+        }
+    }
+
     async fn accept(
         &self,
         answer: Answer,
         ranges: &[ByteRange],
         context: &ReadContext,
     ) -> std::result::Result<Option<Body>, Failure> {
+        let origin = self.client.origin(answer.url());
         if let [range] = ranges {
             let segment = Segment::accept(answer, *range, self.client.host(), context).await?;
+            if segment.ignores_range() || segment.answer().status() == StatusCode::PARTIAL_CONTENT {
+                origin.set_ignores_range(segment.ignores_range());
+            }
             return Ok(Some(Body::One(segment)));
         }
-        let origin = self.client.origin(answer.url());
         let parts = Parts::accept(answer, origin, ranges, self.client.host(), context).await?;
         Ok(parts.map(Body::Many))
     }
 }
 
-/// A body that belongs to what was asked for.
+/// Bytes that belong to what was asked for.
 pub(super) enum Body {
     One(Segment),
     Many(Parts),
+    Spooled(SpoolReader),
 }
 
 impl Part for Body {
@@ -291,6 +357,7 @@ impl Part for Body {
         match self {
             Self::One(segment) => segment.next(context).await,
             Self::Many(parts) => parts.next(context).await,
+            Self::Spooled(reader) => reader.next(context).await,
         }
     }
 }
@@ -299,8 +366,22 @@ impl Ranged for RegistryBlob {
     type Part = Body;
 
     async fn ask(&self, range: ByteRange, context: &ReadContext) -> std::result::Result<Body, Failure> {
-        let body = self.request(&[range], context).await?;
-        body.ok_or_else(|| Error::new(ErrorKind::Unsupported, "no answer to one range").into())
+        let Some(spool) = &self.spool else { return self.ask_server(range, context).await };
+        if let Some(reader) = spool.read(range)? {
+            return Ok(Body::Spooled(reader));
+        }
+        if !spool.is_begun() && !self.client.origin(&self.place()?).ignores_range() {
+            return self.ask_server(range, context).await;
+        }
+        // All readers but one wait for the stream that this one begins.
+        let waited = within(context, "wait for a blob that is read in sequence", async {
+            Ok::<_, Failure>(spool.first.lock().await)
+        });
+        let _first = waited.await?;
+        match spool.read(range)? {
+            Some(reader) => Ok(Body::Spooled(reader)),
+            None => self.ask_server(range, context).await,
+        }
     }
 
     async fn ask_many(
@@ -308,7 +389,7 @@ impl Ranged for RegistryBlob {
         ranges: &[ByteRange],
         context: &ReadContext,
     ) -> std::result::Result<Option<Body>, Failure> {
-        self.request(ranges, context).await
+        if self.is_sequential() { Ok(None) } else { self.request(ranges, context).await }
     }
 
     fn named(&self, failure: Failure) -> Failure {
@@ -340,6 +421,10 @@ impl Backend for RegistryBlob {
         context: &'a ReadContext,
     ) -> BoxFuture<'a, Result<Option<ByteStream>>> {
         Box::pin(ranged::open_many(self.clone(), Supplier::Origin, ranges, self.retry, context))
+    }
+
+    fn is_sequential(&self) -> bool {
+        self.spool.as_ref().is_some_and(|spool| spool.is_begun())
     }
 }
 

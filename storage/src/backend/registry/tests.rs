@@ -1,4 +1,5 @@
 mod many;
+mod sequential;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,7 +8,6 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::backend::fault_server::{Asked, FaultServer, Reply};
 use crate::backend::http::HttpOptions;
-use crate::backend::ranged::MAX_SKIP;
 use crate::engine::fetch;
 use crate::oci::auth::Credentials;
 use crate::oci::client::RegistryOptions;
@@ -192,25 +192,6 @@ async fn silence_is_a_passing_fault() {
     let source = RegistrySource::new(client, "a/b", Rewrite::default(), QUICK).unwrap();
     check(&source.blob(&blob_id()).unwrap(), 50, 1000).await;
     assert_eq!(server.asked()[1].range.unwrap().1, 1050);
-}
-
-#[tokio::test]
-async fn a_server_that_ignores_range_is_read_in_sequence() {
-    let plain = data();
-    let server = server(move |_| Some(Reply::new(200, plain.clone()))).await;
-    let blob = blob(&server);
-    check(&blob, 0, 10).await;
-    check(&blob, 123_456, 70_000).await;
-    check(&blob, 0, 200_000).await;
-    let err = read(&blob, 199_999, 2).await.unwrap_err();
-    assert_eq!(err.kind(), ErrorKind::OutOfRange);
-    let far = server_with_length(MAX_SKIP + 100).await;
-    let err = read(&super::tests::blob(&far), MAX_SKIP + 1, 10).await.unwrap_err();
-    assert!(err.kind() == ErrorKind::Unsupported && err.to_string().contains("ignores Range"), "{err}");
-}
-
-async fn server_with_length(len: u64) -> FaultServer {
-    server(move |_| Some(Reply::new(200, "").header("content-length", len).stall_after(0))).await
 }
 
 #[tokio::test]
