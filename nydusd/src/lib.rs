@@ -24,6 +24,7 @@ pub mod logging;
 pub mod metrics;
 pub mod mount;
 pub mod node;
+pub mod preheat;
 pub mod table;
 pub mod transport;
 pub mod version;

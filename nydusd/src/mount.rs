@@ -286,6 +286,11 @@ impl Mount {
         &self.rafs
     }
 
+    /// The image, to be held on to.
+    pub fn rafs_shared(&self) -> &Arc<Rafs> {
+        &self.rafs
+    }
+
     /// Its data.
     pub fn reader(&self) -> &Arc<dyn Reader> {
         &self.reader

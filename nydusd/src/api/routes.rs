@@ -29,7 +29,7 @@ const JSON: &str = "application/json";
 
 impl Reply {
     /// A document.
-    fn json(document: &impl Serialize) -> Self {
+    pub fn json(document: &impl Serialize) -> Self {
         match serde_json::to_vec(document) {
             Ok(body) => Self { status: StatusCode::OK, content_type: JSON, body: Some(body) },
             Err(e) => Self::error(500, &format!("Serialize(\"{e}\")")),
@@ -37,7 +37,7 @@ impl Reply {
     }
 
     /// Done, with nothing to say.
-    fn empty() -> Self {
+    pub fn empty() -> Self {
         Self { status: StatusCode::NO_CONTENT, content_type: JSON, body: None }
     }
 
@@ -107,6 +107,7 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, 
             let entries = daemon.adapter().inflight().entries();
             if entries.is_empty() { Reply::empty() } else { Reply::json(&entries) }
         }
+        "/api/v1/prefetch" => super::prefetch::answer(daemon, method, query, body),
         "/api/v1/daemon/events" if get => Reply::not_built("Events"),
         "/api/v1/daemon/backend" if get => Reply::not_built("FsBackendInfo"),
         "/api/v1/mount" if put || method == Method::POST || method == Method::DELETE => {
@@ -190,21 +191,15 @@ fn configure(body: &[u8]) -> Reply {
     }
 }
 
-/// Answers for the mount that `id` names by mountpoint or instance id, or for the only one.
+/// Answers for the mount that `id` names, or for the only one.
 fn with_mount(
     daemon: &Daemon,
     id: Option<&str>,
     wrapper: &str,
     answer: impl FnOnce(&Mount) -> Reply,
 ) -> Reply {
-    let mounts = daemon.adapter().table().mounts();
-    let found: Option<&Arc<Mount>> = match (id, mounts.as_slice()) {
-        (Some(id), mounts) => mounts.iter().find(|mount| mount.mountpoint() == id || mount.config().id == id),
-        (None, [only]) => Some(only),
-        (None, _) => None,
-    };
-    match found {
-        Some(mount) => answer(mount),
+    match find_mount(daemon, id) {
+        Some(mount) => answer(&mount),
         None => no_counter(wrapper),
     }
 }
@@ -220,6 +215,18 @@ fn files(mount: &Mount, latest: bool) -> Reply {
         true if files.options().latest => Reply::json(&files.take_latest()),
         false if files.options().counters => Reply::json(&files.counters()),
         _ => no_counter("FsFilesMetrics"),
+    }
+}
+
+/// The mount that `id` names by mountpoint or instance id; without `id` the only one.
+pub(super) fn find_mount(daemon: &Daemon, id: Option<&str>) -> Option<Arc<Mount>> {
+    let mounts = daemon.adapter().table().mounts();
+    match (id, mounts.as_slice()) {
+        (Some(id), mounts) => {
+            mounts.iter().find(|mount| mount.mountpoint() == id || mount.config().id == id).cloned()
+        }
+        (None, [only]) => Some(Arc::clone(only)),
+        (None, _) => None,
     }
 }
 
@@ -250,7 +257,7 @@ fn blob_cache(mount: &Mount) -> BlobCache {
 }
 
 /// The decoded value of `name` in a query string; `+` is a space.
-fn parameter(query: &str, name: &str) -> Option<String> {
+pub(super) fn parameter(query: &str, name: &str) -> Option<String> {
     query
         .split('&')
         .map(|pair| pair.split_once('=').unwrap_or((pair, "")))

@@ -11,6 +11,7 @@
 //! | `expect_bootstrap` | `rafs.expect_bootstrap` | `sha256:hex`; another bootstrap is refused |
 //! | `allow_unverified` | `rafs.allow_unverified` | serve images without chunk digests |
 //! | `id_mapping` | `rafs.id_mapping` | `[internal, external, count]`: owners shown elsewhere |
+//! | `prefer` | `rafs.prefer` | `"time"` (default) or `"bytes"`: what reading ahead saves |
 //! | `proxy_from_environment` in the registry's fields | the same | use `HTTPS_PROXY` and its kin, else ignored |
 //!
 //! Unknown keys are ignored with a warning. A key of the contract that this build does not
@@ -18,6 +19,7 @@
 //! with a warning where clients send it and ignoring it only costs speed.
 
 mod backend;
+mod prefetch;
 mod section;
 mod v1;
 mod v2;
@@ -28,19 +30,18 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use storage::digest::{Digest, TaggedDigest};
+use storage::prefetch::ReadAhead;
 use storage::read::OutagePolicy;
 
 use crate::metrics::FileOptions;
 pub(crate) use backend::check_basic_auth;
 pub use backend::{BackendConfig, LocalFsConfig, RegistryConfig};
+pub use prefetch::PrefetchConfig;
+pub(crate) use prefetch::parse_prefer;
 use section::Section;
 
 /// Largest configuration document (contract 2.1).
 const MAX_CONFIG_SIZE: u64 = 1 << 20;
-/// Bound of every size in a prefetch block (contract 2.9).
-const MAX_PREFETCH_SIZE: u64 = 256 << 20;
-/// Bound of every thread count (contract 2.9).
-const MAX_THREADS: u64 = 1024;
 
 /// Why a configuration is refused: the key and the remedy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,6 +116,12 @@ pub struct Config {
     pub allow_unverified: bool,
     /// What to keep of single files.
     pub files: FileOptions,
+    /// What is fetched after the mount without being asked for.
+    pub prefetch: PrefetchConfig,
+    /// Absolute paths to fetch after the mount, in place of the image's prefetch table.
+    pub prefetch_files: Option<Vec<Vec<u8>>>,
+    /// How far what is fetched goes beyond what is read.
+    pub read_ahead: ReadAhead,
     /// What the document said that has no effect here; to be logged once.
     pub warnings: Vec<String>,
 }
@@ -137,6 +144,9 @@ impl Config {
             expect_bootstrap: None,
             allow_unverified: false,
             files: FileOptions::default(),
+            prefetch: PrefetchConfig::default(),
+            prefetch_files: None,
+            read_ahead: ReadAhead::default(),
             warnings: Vec::new(),
         }
     }
@@ -215,6 +225,9 @@ impl Config {
                 "iostats_files": self.files.counters,
                 "access_pattern": self.files.pattern,
                 "latest_read_files": self.files.latest,
+                "batch_size": self.read_ahead.amplify,
+                "prefer": prefetch::prefer_name(self.read_ahead.prefer),
+                "prefetch": self.prefetch.public_json(),
             },
         })
     }
@@ -286,35 +299,6 @@ fn read_id_mapping(name: &str, numbers: &[u64]) -> Result<Option<IdMapping>, Con
 /// The recogniser of v2: a `version` that is a number.
 fn is_v2(document: &Value) -> bool {
     document.get("version").is_some_and(Value::is_number)
-}
-
-/// Checks a prefetch block and says that it has no effect yet.
-fn read_prefetch(
-    section: Option<Section>,
-    keys: [&'static str; 3],
-    warnings: &mut Vec<String>,
-) -> Result<(), ConfigError> {
-    let Some(mut section) = section else { return Ok(()) };
-    let [threads, size, bandwidth] = keys;
-    let threads_name = section.name(threads);
-    let size_name = section.name(size);
-    let threads = section.take_u64(threads)?.unwrap_or(8);
-    let size = section.take_u64(size)?.unwrap_or(1 << 20);
-    section.take_u64(bandwidth)?;
-    section.take_bool("prefetch_all")?;
-    section.take_bool("stream_prefetch")?;
-    let enable_name = section.name("enable");
-    if section.take_bool("enable")? == Some(true) {
-        if threads == 0 || threads > MAX_THREADS {
-            return Err(ConfigError::new(format!("`{threads_name}`: {threads}: want 1 to {MAX_THREADS}")));
-        }
-        if size > MAX_PREFETCH_SIZE {
-            return Err(ConfigError::new(format!("`{size_name}`: {size}: want at most {MAX_PREFETCH_SIZE}")));
-        }
-        warnings.push(format!("`{enable_name}` has no effect yet"));
-    }
-    section.finish(warnings);
-    Ok(())
 }
 
 /// Reads the fields of a file cache: everything but `work_dir` is refused when it asks for something.
