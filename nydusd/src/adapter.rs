@@ -107,7 +107,6 @@ impl Adapter {
     ) -> io::Result<ReadPlan> {
         let (mount, nid) = self.resolve(node)?;
         let len = mount.rafs().read(nid, offset, size, slices).map_err(refuse)?;
-        mount.tracer().touch(slices);
         Ok(ReadPlan { mount, nid, len })
     }
 

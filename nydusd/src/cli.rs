@@ -8,9 +8,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use storage::digest::{Digest, TaggedDigest};
+use storage::prefetch::Prefer;
 
-use crate::config::OnOutage;
-use crate::trace;
+use crate::config::{OnOutage, parse_prefer};
+use crate::preheat;
 
 /// Services of the contract that this build does not offer.
 const NOT_BUILT: [&str; 4] = ["virtiofs", "singleton", "nbd", "uffd"];
@@ -36,6 +37,8 @@ pub struct Cli {
 pub enum Command {
     /// Mount an image on a directory of this host through FUSE
     Fuse(Box<FuseArgs>),
+    /// Fetch an image, or parts of it, into the cache directory and end
+    Prefetch(Box<PrefetchArgs>),
 }
 
 /// Flags of every service.
@@ -82,15 +85,11 @@ pub struct GlobalArgs {
     pub upgrade: bool,
 }
 
-/// Flags of `fuse`.
+/// Which image, and how its data is come by.
 #[derive(Args, Clone, Debug)]
-pub struct FuseArgs {
-    /// Directory to mount on
-    #[arg(short = 'M', long, value_name = "DIR")]
-    pub mountpoint: PathBuf,
-
-    /// Image to mount: docker://HOST/REPO[:TAG|@DIGEST] or oci:PATH[:TAG]
-    #[arg(long, value_name = "REF", conflicts_with_all = ["bootstrap", "config", "localfs_dir", "shared_dir"])]
+pub struct ImageArgs {
+    /// The image: docker://HOST/REPO[:TAG|@DIGEST] or oci:PATH[:TAG]
+    #[arg(long, value_name = "REF", conflicts_with_all = ["bootstrap", "config", "localfs_dir"])]
     pub image: Option<String>,
 
     /// Cache directory of --image [default: /var/lib/nydus/cache for root, else $XDG_CACHE_HOME/nydus]
@@ -110,7 +109,7 @@ pub struct FuseArgs {
     pub proxy_from_environment: bool,
 
     /// Bootstrap (metadata file) of the image
-    #[arg(short = 'B', long, value_name = "FILE", conflicts_with = "shared_dir")]
+    #[arg(short = 'B', long, value_name = "FILE")]
     pub bootstrap: Option<PathBuf>,
 
     /// Directory of blobs that is also the cache directory; replaces --config
@@ -137,9 +136,21 @@ pub struct FuseArgs {
     #[arg(long, value_name = "WHAT")]
     pub on_outage: Option<OnOutage>,
 
-    /// Record what starts read, and fetch it ahead of later ones [default: on]
-    #[arg(long, value_name = "WHAT")]
-    pub trace: Option<trace::Mode>,
+    /// What counts more: an early answer (time) or little that nobody asked for (bytes) [default: time]
+    #[arg(long, value_name = "WHAT", value_parser = parse_prefer)]
+    pub prefer: Option<Prefer>,
+}
+
+/// Flags of `fuse`.
+#[derive(Args, Clone, Debug)]
+pub struct FuseArgs {
+    /// Directory to mount on
+    #[arg(short = 'M', long, value_name = "DIR")]
+    pub mountpoint: PathBuf,
+
+    /// The image.
+    #[command(flatten)]
+    pub image: ImageArgs,
 
     /// Threads that serve the kernel's requests
     #[arg(
@@ -160,10 +171,10 @@ pub struct FuseArgs {
     pub writable: bool,
 
     /// Host directory to pass through (not built yet)
-    #[arg(short = 's', long, value_name = "DIR")]
+    #[arg(short = 's', long, value_name = "DIR", conflicts_with_all = ["bootstrap", "image"])]
     pub shared_dir: Option<PathBuf>,
 
-    /// Files to prefetch (no effect yet)
+    /// File with one absolute path a line: fetched after the mount, directories with all below them
     #[arg(long, value_name = "FILE")]
     pub prefetch_files: Option<PathBuf>,
 
@@ -182,6 +193,61 @@ pub struct FuseArgs {
     /// Flags of every service.
     #[command(flatten)]
     pub global: GlobalArgs,
+}
+
+/// Flags of `prefetch`.
+#[derive(Args, Clone, Debug)]
+pub struct PrefetchArgs {
+    /// The image.
+    #[command(flatten)]
+    pub image: ImageArgs,
+
+    /// What to fetch.
+    #[command(flatten)]
+    pub what: WhatArgs,
+
+    /// Flags of every service.
+    #[command(flatten)]
+    pub global: GlobalArgs,
+}
+
+/// What to fetch ahead, and how fast.
+#[derive(Args, Clone, Debug)]
+pub struct WhatArgs {
+    /// What.
+    #[command(flatten)]
+    pub part: PartArgs,
+
+    /// Bytes a second at most, as stored: 10MiB, 500kB
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub bandwidth: Option<std::num::NonZeroU64>,
+}
+
+/// One of these.
+#[derive(Args, Clone, Debug)]
+#[group(required = true, multiple = false)]
+pub struct PartArgs {
+    /// The whole image
+    #[arg(long)]
+    pub all: bool,
+
+    /// What this list names, one absolute path a line, directories with all below them; - for standard input
+    #[arg(long, value_name = "LIST")]
+    pub files: Option<PathBuf>,
+}
+
+impl PartArgs {
+    /// The paths of `--files`, if that was given.
+    ///
+    /// # Errors
+    /// The list can not be read or is not one.
+    pub fn paths(&self) -> anyhow::Result<Option<Vec<Vec<u8>>>> {
+        let read = |path: &PathBuf| match path.to_str() {
+            Some("-") => preheat::list::read(std::io::stdin().lock()),
+            _ => preheat::list::load(path),
+        };
+        self.files.as_ref().map(read).transpose()
+    }
 }
 
 /// Severity threshold of the log.
@@ -220,6 +286,13 @@ pub(crate) fn parse_sha256(text: &str) -> Result<Digest, String> {
     Digest::from_hex(hex).map_err(|_| format!("{text:?}: want sha256: and 64 hex digits"))
 }
 
+fn parse_rate(text: &str) -> Result<std::num::NonZeroU64, String> {
+    text.parse::<bytesize::ByteSize>()
+        .ok()
+        .and_then(|size| std::num::NonZeroU64::new(size.as_u64()))
+        .ok_or_else(|| format!("{text:?}: want a number of bytes above 0, as in 10MiB"))
+}
+
 fn parse_seconds(text: &str) -> Result<std::time::Duration, String> {
     text.parse::<f64>()
         .ok()
@@ -238,17 +311,34 @@ impl Cli {
         let mut arguments: Vec<OsString> = arguments.into_iter().collect();
         let first = arguments.get(1).and_then(|a| a.to_str()).unwrap_or_default();
         if NOT_BUILT.contains(&first) {
-            let message = format!("the `{first}` service is not built yet; this build offers `fuse`\n");
+            let message =
+                format!("the `{first}` service is not built yet; this build offers `fuse` and `prefetch`\n");
             return Err(clap::Error::raw(clap::error::ErrorKind::InvalidSubcommand, message));
         }
-        let top_level = ["fuse", "-h", "--help", "-V", "--version"];
+        let top_level = ["fuse", "prefetch", "-h", "--help", "-V", "--version"];
         if arguments.len() > 1 && !top_level.contains(&first) {
             arguments.insert(1, "fuse".into());
         }
         let cli = Self::try_parse_from(arguments)?;
-        let Command::Fuse(fuse) = &cli.command;
-        fuse.refuse_what_is_not_built()?;
+        match &cli.command {
+            Command::Fuse(fuse) => fuse.refuse_what_is_not_built()?,
+            Command::Prefetch(prefetch) => prefetch.global.refuse_what_daemons_have()?,
+        }
         Ok(cli)
+    }
+}
+
+impl GlobalArgs {
+    fn refuse_what_daemons_have(&self) -> Result<(), clap::Error> {
+        let given =
+            [("--apisock", self.apisock.is_some()), ("--id", self.id.is_some()), ("--upgrade", self.upgrade)];
+        match given.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(clap::Error::raw(
+                clap::error::ErrorKind::ArgumentConflict,
+                format!("{flag} is for daemons; `prefetch` ends by itself\n"),
+            )),
+            None => Ok(()),
+        }
     }
 }
 
@@ -279,7 +369,7 @@ mod tests {
     fn parse(arguments: &[&str]) -> Result<FuseArgs, clap::Error> {
         let all = std::iter::once("nydusd").chain(arguments.iter().copied());
         Cli::parse_arguments(all.map(OsString::from)).map(|cli| {
-            let Command::Fuse(fuse) = cli.command;
+            let Command::Fuse(fuse) = cli.command else { panic!("not `fuse`") };
             *fuse
         })
     }
@@ -304,7 +394,14 @@ mod tests {
             .unwrap();
         assert_eq!((args.mountpoint.to_str(), args.fuse_threads), (Some("/m"), 4));
         let args = parse(&["-M", "/m", "-D", "/d", "-B", "/b", "--backend-source", "http://x"]).unwrap();
-        assert_eq!(args.localfs_dir.as_deref(), Some(std::path::Path::new("/d")));
+        assert_eq!(args.image.localfs_dir.as_deref(), Some(std::path::Path::new("/d")));
+    }
+
+    #[test]
+    fn rates_have_units() {
+        for (text, rate) in [("1", 1), ("10MiB", 10 << 20), ("1.5 KiB", 1536), ("2GB", 2_000_000_000)] {
+            assert_eq!(parse_rate(text).map(std::num::NonZeroU64::get), Ok(rate), "{text}");
+        }
     }
 
     #[test]
@@ -326,6 +423,11 @@ mod tests {
             ("--mountpoint /m --log-level loud", "loud"),
             ("--mountpoint /m --expect-root sha256:12", "sha256:12"),
             ("--mountpoint /m --read-timeout 0", "--read-timeout"),
+            ("--mountpoint /m --prefer luck", "luck"),
+            ("prefetch --image oci:/x", "--all"),
+            ("prefetch --image oci:/x --all --files /l", "--files"),
+            ("prefetch --image oci:/x --all --bandwidth 0", "10MiB"),
+            ("prefetch --image oci:/x --all --bandwidth much", "10MiB"),
             ("virtiofs --sock /s", "`virtiofs` service is not built yet"),
             ("uffd --sock /s", "`uffd` service is not built yet"),
         ] {

@@ -19,8 +19,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::adapter::Adapter;
 use crate::cli::FuseArgs;
+use crate::preheat::jobs::Jobs;
 use crate::transport::fusedev::{FuseMount, usable_mountpoint};
-use crate::{api, image, mount};
+use crate::{api, image, mount, preheat};
 
 /// Longest wait for the disk at an orderly end: whoever stops us waits a second in all.
 const FLUSH_LIMIT: Duration = Duration::from_millis(400);
@@ -74,6 +75,7 @@ pub struct Daemon {
     args: FuseArgs,
     state: AtomicU8,
     adapter: Arc<Adapter>,
+    preheat: Jobs,
     fuse: OnceLock<FuseMount>,
     /// Held while mounting and while stopping begins: a mount that nobody would take away
     /// again must not appear. True once stopping has begun.
@@ -89,6 +91,7 @@ impl Daemon {
             args,
             state: AtomicU8::new(State::Init as u8),
             adapter: Arc::default(),
+            preheat: Jobs::default(),
             fuse: OnceLock::new(),
             stopping: Mutex::new(false),
             engine: OnceLock::new(),
@@ -116,6 +119,16 @@ impl Daemon {
         &self.adapter
     }
 
+    /// What is fetched ahead.
+    pub fn preheat(&self) -> &Jobs {
+        &self.preheat
+    }
+
+    /// The engine, once the start has made it.
+    pub fn engine(&self) -> Option<&Arc<Engine>> {
+        self.engine.get()
+    }
+
     /// Ends the daemon and leaves the mount in place. Returns at once.
     pub fn exit(&self) {
         // A closed channel means that the end has come already.
@@ -128,7 +141,8 @@ impl Daemon {
         check_socket(args.global.apisock.as_deref())?;
         // Before anything is fetched for a mount that can not be.
         usable_mountpoint(&args.mountpoint)?;
-        let plan = image::plan(args)?;
+        let mut plan = image::plan(&args.image, args.global.config.as_deref())?;
+        image::apply_fuse_arguments(plan.config_mut(), args)?;
         let engine = Engine::new(EngineConfig::default())?;
         let engine = self.engine.get_or_init(|| engine);
         let spec = image::resolve(engine, plan)?;
@@ -146,6 +160,11 @@ impl Daemon {
             .recv()
             .with_context(|| format!("the new mount {} ended at once", fuse.mountpoint().display()))?;
         self.set_state(State::Running);
+        if let Some(request) = preheat::after_mount(mount.config(), &**mount.rafs().bootstrap())
+            && let Err(e) = self.preheat.start(engine.handle(), &mount, request)
+        {
+            tracing::warn!("nothing is fetched ahead: {e}");
+        }
         tracing::info!(
             "serving bootstrap sha256:{} on {}",
             mount.bootstrap_digest(),
@@ -170,6 +189,7 @@ impl Daemon {
     fn stop(&self, unmount: bool) {
         *self.stopping.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.set_state(State::Stopped);
+        self.preheat.cancel_all();
         if let Some(fuse) = self.fuse.get() {
             if unmount {
                 if let Err(e) = fuse.unmount() {
@@ -183,7 +203,6 @@ impl Daemon {
         let mounts = self.adapter.table().mounts();
         let flush = move || {
             for mount in mounts {
-                mount.tracer().finish();
                 for cache in mount.caches() {
                     if let Err(e) = cache.flush() {
                         tracing::warn!("{}", crate::logging::chain(&e));

@@ -1,6 +1,6 @@
 //! What to mount: from the command line and the configuration to a [`MountSpec`].
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
@@ -16,7 +16,7 @@ use storage::oci::manifest::Platform;
 use storage::oci::nydus::{FetchOptions, NydusImage};
 use storage::oci::token::Login;
 
-use crate::cli::{FailoverPolicy, FuseArgs};
+use crate::cli::{FailoverPolicy, FuseArgs, ImageArgs};
 use crate::config::{BackendConfig, Config, RegistryConfig};
 use crate::mount::MountSpec;
 
@@ -36,7 +36,7 @@ pub enum Plan {
 ///
 /// # Errors
 /// Nothing to mount, or a configuration that is refused.
-pub fn plan(args: &FuseArgs) -> anyhow::Result<Plan> {
+pub fn plan(args: &ImageArgs, config: Option<&Path>) -> anyhow::Result<Plan> {
     if let Some(name) = &args.image {
         return plan_named(name, args);
     }
@@ -47,7 +47,7 @@ pub fn plan(args: &FuseArgs) -> anyhow::Result<Plan> {
              (mounting through the API is not built yet)"
         );
     };
-    let mut config = match (&args.global.config, &args.localfs_dir) {
+    let mut config = match (config, &args.localfs_dir) {
         (Some(path), _) => Config::load(path)?,
         (None, Some(dir)) => Config::localfs_dir(dir),
         (None, None) => bail!("--bootstrap needs --config or --localfs-dir to find the image's blobs"),
@@ -58,7 +58,7 @@ pub fn plan(args: &FuseArgs) -> anyhow::Result<Plan> {
 }
 
 /// `--image`: everything has a default.
-fn plan_named(name: &str, args: &FuseArgs) -> anyhow::Result<Plan> {
+fn plan_named(name: &str, args: &ImageArgs) -> anyhow::Result<Plan> {
     let name: ImageName = name.parse()?;
     let login = match std::env::var(PULL_AUTH) {
         Ok(auth) => Login::Fixed(Credentials::from_base64(&auth).with_context(|| PULL_AUTH.to_owned())?),
@@ -87,6 +87,8 @@ fn plan_named(name: &str, args: &FuseArgs) -> anyhow::Result<Plan> {
         None => default_cache_dir()?,
     };
     let mut config = Config::new(backend, work_dir);
+    // Nobody has said otherwise: what the image itself recommends is fetched.
+    config.prefetch.enable = true;
     apply_arguments(&mut config, args);
     Ok(Plan::Named(name, Box::new(options), Box::new(config)))
 }
@@ -104,15 +106,38 @@ fn default_cache_dir() -> anyhow::Result<PathBuf> {
 }
 
 /// What the command line says goes before the document.
-fn apply_arguments(config: &mut Config, args: &FuseArgs) {
+fn apply_arguments(config: &mut Config, args: &ImageArgs) {
     config.expect_root = args.expect_root.or(config.expect_root);
     config.expect_bootstrap = args.expect_bootstrap.or(config.expect_bootstrap);
     config.allow_unverified |= args.allow_unverified;
     config.read_timeout = args.read_timeout.unwrap_or(config.read_timeout);
     config.on_outage = args.on_outage.unwrap_or(config.on_outage);
-    config.trace = args.trace.unwrap_or(config.trace);
+    config.read_ahead.prefer = args.prefer.unwrap_or(config.read_ahead.prefer);
+}
+
+impl Plan {
+    /// The configuration so far.
+    pub fn config_mut(&mut self) -> &mut Config {
+        match self {
+            Self::Bootstrap(_, config) | Self::Named(_, _, config) => config,
+        }
+    }
+}
+
+/// What `fuse` alone has on its command line.
+///
+/// # Errors
+/// The list of files to prefetch can not be read or is not one.
+pub fn apply_fuse_arguments(config: &mut Config, args: &FuseArgs) -> anyhow::Result<()> {
+    if let Some(list) = &args.prefetch_files {
+        config.prefetch_files = Some(crate::preheat::list::load(list).context("--prefetch-files")?);
+        if args.global.config.is_none() {
+            config.prefetch.enable = true;
+        } else if !config.prefetch.enable {
+            config.warnings.push("prefetch is off, so --prefetch-files has no effect".to_owned());
+        }
+    }
     for (flag, given) in [
-        ("--prefetch-files", args.prefetch_files.is_some()),
         ("--backend-source", args.backend_source.is_some()),
         ("--failover-policy", args.failover_policy != FailoverPolicy::Resend),
     ] {
@@ -120,6 +145,7 @@ fn apply_arguments(config: &mut Config, args: &FuseArgs) {
             config.warnings.push(format!("{flag} has no effect yet"));
         }
     }
+    Ok(())
 }
 
 fn apply_pull_auth(config: &mut Config) -> anyhow::Result<()> {

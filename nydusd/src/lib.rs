@@ -24,8 +24,8 @@ pub mod logging;
 pub mod metrics;
 pub mod mount;
 pub mod node;
+pub mod preheat;
 pub mod table;
-pub mod trace;
 pub mod transport;
 pub mod version;
 

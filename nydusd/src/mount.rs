@@ -20,7 +20,7 @@ use storage::digest::{Digest, TaggedDigest};
 use storage::engine::Engine;
 use storage::metrics::{BackendMetrics, CacheMetrics};
 use storage::observe::Observer;
-use storage::prefetch::{Class, Order, Prefetch, PrefetchOptions, ReadAhead};
+use storage::prefetch::{Order, Prefetch, PrefetchOptions, ReadAhead};
 use storage::read::Reader;
 
 use crate::config::Config;
@@ -29,7 +29,6 @@ use crate::failures::Failures;
 use crate::metrics::{FetchMetrics, FsMetrics};
 use crate::node::NodeId;
 use crate::table::{MountTable, Place};
-use crate::trace::{Tracer, TracerSpec};
 
 /// One mounted image.
 pub struct Mount {
@@ -52,7 +51,6 @@ pub struct Mount {
     echoes: Echoes,
     /// Orders that were being worked off when last looked at.
     orders: Mutex<Vec<Prefetch>>,
-    tracer: Tracer,
 }
 
 impl std::fmt::Debug for Mount {
@@ -93,7 +91,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
     let (path, digest) = adopt(&bootstrap, work_dir, config.expect_bootstrap)?;
     let bootstrap: Arc<dyn Bootstrap> = Arc::from(rafs::bootstrap::open(&path, &OpenOptions::default())?);
     drop(fetched);
-    let root = check_root(&*bootstrap, stated_root, config.expect_root)?;
+    check_root(&*bootstrap, stated_root, config.expect_root)?;
 
     let records = bootstrap.blobs();
     let backends = records.iter().map(|blob| source.blob(&blob.id)).collect::<storage::Result<Vec<_>>>()?;
@@ -139,17 +137,6 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
     let reader: Arc<dyn Reader> = Arc::clone(&blobs) as Arc<dyn Reader>;
 
     let failures = Failures::new(Arc::clone(&rafs));
-    let tracer = Tracer::open(
-        engine,
-        TracerSpec {
-            mode: config.trace,
-            limits: config.trace_limits,
-            work_dir,
-            bootstrap: digest,
-            root,
-            rafs: Arc::clone(&rafs),
-        },
-    );
     let mount = table.attach(move |place| Mount {
         place,
         mountpoint,
@@ -167,11 +154,8 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         backend_metrics,
         failures,
         echoes: Echoes::default(),
-        tracer,
     });
-    let mount = mount.context("no mount index is free; unmount an image first")?;
-    mount.fetch_ahead();
-    Ok(mount)
+    mount.context("no mount index is free; unmount an image first")
 }
 
 /// Makes the cache directory with its parents. What it will hold is private to its owner: an
@@ -185,15 +169,14 @@ pub(crate) fn make_cache_dir(path: &Path) -> anyhow::Result<()> {
         .with_context(|| format!("make the cache directory {}", path.display()))
 }
 
-/// Compares the image root digest with what the manifest states and what was demanded. Answers
-/// it, if it had to be known.
+/// Compares the image root digest with what the manifest states and what was demanded.
 fn check_root(
     bootstrap: &dyn Bootstrap,
     stated: Option<TaggedDigest>,
     expected: Option<TaggedDigest>,
-) -> anyhow::Result<Option<TaggedDigest>> {
+) -> anyhow::Result<()> {
     if stated.is_none() && expected.is_none() {
-        return Ok(None);
+        return Ok(());
     }
     let found = rafs::merkle::image_root(bootstrap)?;
     if let Some(stated) = stated.filter(|stated| *stated != found) {
@@ -208,7 +191,7 @@ fn check_root(
              meant, or correct `expect_root`"
         );
     }
-    Ok(Some(found))
+    Ok(())
 }
 
 /// The context of a blob that reads depend on: from the cache directory if a valid one lies
@@ -273,7 +256,6 @@ impl Mount {
             mountpoint: "/".to_owned(),
             failures: Failures::new(Arc::clone(&rafs)),
             echoes: Echoes::default(),
-            tracer: Tracer::off(Arc::clone(&rafs)),
             rafs,
             reader,
             blobs: None,
@@ -304,6 +286,11 @@ impl Mount {
         &self.rafs
     }
 
+    /// The image, to be held on to.
+    pub fn rafs_shared(&self) -> &Arc<Rafs> {
+        &self.rafs
+    }
+
     /// Its data.
     pub fn reader(&self) -> &Arc<dyn Reader> {
         &self.reader
@@ -321,18 +308,6 @@ impl Mount {
         let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         orders.retain(|order| !order.progress().finished);
         orders
-    }
-
-    /// Starts fetching what earlier starts of the image read, if that is known.
-    fn fetch_ahead(&self) {
-        let Some(trace) = self.tracer.earlier() else { return };
-        tracing::info!("fetching ahead {} chunks that earlier starts read", trace.entries.len());
-        self.prefetch(trace.order(&self.rafs), PrefetchOptions { class: Class::Trace, bandwidth: None });
-    }
-
-    /// Its start-up trace.
-    pub fn tracer(&self) -> &Tracer {
-        &self.tracer
     }
 
     /// One cache a blob, in the order of the blob table.

@@ -12,7 +12,7 @@ mod kills;
 mod lazy;
 mod lifetime;
 mod outages;
+mod preheat;
 mod registries;
 mod sharing;
 mod tampering;
-mod traces;

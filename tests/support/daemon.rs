@@ -168,6 +168,40 @@ impl Daemon {
         serde_json::from_str(body).with_context(|| format!("GET {path}: {body}"))
     }
 
+    /// Sends `body`, unless it is null, and returns status and JSON of the answer, null if it is empty.
+    ///
+    /// # Errors
+    /// No connection, or no HTTP.
+    pub fn request(&self, method: &str, path: &str, body: &Value) -> Result<(u16, Value)> {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let mut stream = UnixStream::connect(&self.socket)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n");
+        write!(stream, "{head}Content-Length: {}\r\n\r\n{body}", body.len())?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
+        let text = String::from_utf8_lossy(&answer);
+        let (head, body) = text.split_once("\r\n\r\n").context("the API answered no HTTP")?;
+        let status = head.split(' ').nth(1).context("no status")?.parse()?;
+        Ok((status, serde_json::from_str(body).unwrap_or(Value::Null)))
+    }
+
+    /// Asks until there is an answer.
+    ///
+    /// # Errors
+    /// What `ask` fails with; none within 30 seconds.
+    pub fn wait_until<T>(&self, what: &str, ask: impl Fn(&Self) -> Result<Option<T>>) -> Result<T> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(answer) = ask(self)? {
+                return Ok(answer);
+            }
+            ensure!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}\n{}", self.log());
+            // The state is only to be asked for; there is nothing to wait on.
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Sends SIGKILL and waits for the end. The dead mount stays until [`Daemon`] is dropped.
     ///
     /// # Errors

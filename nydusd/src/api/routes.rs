@@ -15,7 +15,6 @@ use crate::cli::LogLevel;
 use crate::daemon::{Daemon, State};
 use crate::metrics;
 use crate::mount::Mount;
-use crate::trace::files::Optimize;
 
 /// What goes back to the client.
 #[derive(Debug)]
@@ -30,7 +29,7 @@ const JSON: &str = "application/json";
 
 impl Reply {
     /// A document.
-    fn json(document: &impl Serialize) -> Self {
+    pub fn json(document: &impl Serialize) -> Self {
         match serde_json::to_vec(document) {
             Ok(body) => Self { status: StatusCode::OK, content_type: JSON, body: Some(body) },
             Err(e) => Self::error(500, &format!("Serialize(\"{e}\")")),
@@ -38,7 +37,7 @@ impl Reply {
     }
 
     /// Done, with nothing to say.
-    fn empty() -> Self {
+    pub fn empty() -> Self {
         Self { status: StatusCode::NO_CONTENT, content_type: JSON, body: None }
     }
 
@@ -104,14 +103,11 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, 
             })
         }
         "/metrics" if get => Reply::metrics(daemon),
-        "/api/v1/trace" if get => {
-            let format = parameter(query, "format");
-            with_mount(daemon, id.as_deref(), "Trace", |mount| trace(mount, format.as_deref()))
-        }
         "/api/v1/metrics/inflight" if get => {
             let entries = daemon.adapter().inflight().entries();
             if entries.is_empty() { Reply::empty() } else { Reply::json(&entries) }
         }
+        "/api/v1/prefetch" => super::prefetch::answer(daemon, method, query, body),
         "/api/v1/daemon/events" if get => Reply::not_built("Events"),
         "/api/v1/daemon/backend" if get => Reply::not_built("FsBackendInfo"),
         "/api/v1/mount" if put || method == Method::POST || method == Method::DELETE => {
@@ -130,7 +126,7 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, 
 }
 
 /// Every path of the contract, and ours: a wrong method on one of them is a bad request.
-const ROUTES: [&str; 19] = [
+const ROUTES: [&str; 18] = [
     "/metrics",
     "/api/v1/daemon",
     "/api/v2/daemon",
@@ -148,7 +144,6 @@ const ROUTES: [&str; 19] = [
     "/api/v1/metrics/backend",
     "/api/v1/metrics/blobcache",
     "/api/v1/metrics/inflight",
-    "/api/v1/trace",
     "/api/v2/blobs",
 ];
 
@@ -182,22 +177,6 @@ fn backend(mount: &Mount) -> Backend {
     }
 }
 
-/// The start-up trace: the document of [`crate::trace`], or what `nydus-image optimize` reads.
-fn trace(mount: &Mount, format: Option<&str>) -> Reply {
-    let missing = || Reply::error(404, "Trace(NoTrace)");
-    match format {
-        None | Some("trace") => mount.tracer().document().map_or_else(missing, |trace| Reply::json(&trace)),
-        Some("optimize") => match mount.tracer().current() {
-            Some(trace) => match Optimize::new(&trace, &**mount.rafs().bootstrap()) {
-                Ok(document) => Reply::json(&document),
-                Err(e) => Reply::error(500, &format!("Trace({e})")),
-            },
-            None => missing(),
-        },
-        Some(_) => Reply::error(400, "QueryString(\"format: want trace or optimize\")"),
-    }
-}
-
 fn configure(body: &[u8]) -> Reply {
     let request: Configure = match serde_json::from_slice(body) {
         Ok(request) => request,
@@ -212,21 +191,15 @@ fn configure(body: &[u8]) -> Reply {
     }
 }
 
-/// Answers for the mount that `id` names by mountpoint or instance id, or for the only one.
+/// Answers for the mount that `id` names, or for the only one.
 fn with_mount(
     daemon: &Daemon,
     id: Option<&str>,
     wrapper: &str,
     answer: impl FnOnce(&Mount) -> Reply,
 ) -> Reply {
-    let mounts = daemon.adapter().table().mounts();
-    let found: Option<&Arc<Mount>> = match (id, mounts.as_slice()) {
-        (Some(id), mounts) => mounts.iter().find(|mount| mount.mountpoint() == id || mount.config().id == id),
-        (None, [only]) => Some(only),
-        (None, _) => None,
-    };
-    match found {
-        Some(mount) => answer(mount),
+    match find_mount(daemon, id) {
+        Some(mount) => answer(&mount),
         None => no_counter(wrapper),
     }
 }
@@ -242,6 +215,18 @@ fn files(mount: &Mount, latest: bool) -> Reply {
         true if files.options().latest => Reply::json(&files.take_latest()),
         false if files.options().counters => Reply::json(&files.counters()),
         _ => no_counter("FsFilesMetrics"),
+    }
+}
+
+/// The mount that `id` names by mountpoint or instance id; without `id` the only one.
+pub(super) fn find_mount(daemon: &Daemon, id: Option<&str>) -> Option<Arc<Mount>> {
+    let mounts = daemon.adapter().table().mounts();
+    match (id, mounts.as_slice()) {
+        (Some(id), mounts) => {
+            mounts.iter().find(|mount| mount.mountpoint() == id || mount.config().id == id).cloned()
+        }
+        (None, [only]) => Some(Arc::clone(only)),
+        (None, _) => None,
     }
 }
 
@@ -272,7 +257,7 @@ fn blob_cache(mount: &Mount) -> BlobCache {
 }
 
 /// The decoded value of `name` in a query string; `+` is a space.
-fn parameter(query: &str, name: &str) -> Option<String> {
+pub(super) fn parameter(query: &str, name: &str) -> Option<String> {
     query
         .split('&')
         .map(|pair| pair.split_once('=').unwrap_or((pair, "")))

@@ -10,9 +10,8 @@
 //! | `expect_root` | `rafs.expect_root` | `alg:hex`; another image root digest is refused |
 //! | `expect_bootstrap` | `rafs.expect_bootstrap` | `sha256:hex`; another bootstrap is refused |
 //! | `allow_unverified` | `rafs.allow_unverified` | serve images without chunk digests |
-//! | `trace` | `rafs.trace` | `"on"` (default), `"record"` or `"off"`: see [`crate::trace`] |
-//! | `trace_seconds` | `rafs.trace_seconds` | longest recording of a start (default 60) |
 //! | `id_mapping` | `rafs.id_mapping` | `[internal, external, count]`: owners shown elsewhere |
+//! | `prefer` | `rafs.prefer` | `"time"` (default) or `"bytes"`: what reading ahead saves |
 //! | `proxy_from_environment` in the registry's fields | the same | use `HTTPS_PROXY` and its kin, else ignored |
 //!
 //! Unknown keys are ignored with a warning. A key of the contract that this build does not
@@ -20,6 +19,7 @@
 //! with a warning where clients send it and ignoring it only costs speed.
 
 mod backend;
+mod prefetch;
 mod section;
 mod v1;
 mod v2;
@@ -30,21 +30,18 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use storage::digest::{Digest, TaggedDigest};
+use storage::prefetch::ReadAhead;
 use storage::read::OutagePolicy;
 
 use crate::metrics::FileOptions;
-use crate::trace;
-
 pub(crate) use backend::check_basic_auth;
 pub use backend::{BackendConfig, LocalFsConfig, RegistryConfig};
+pub use prefetch::PrefetchConfig;
+pub(crate) use prefetch::parse_prefer;
 use section::Section;
 
 /// Largest configuration document (contract 2.1).
 const MAX_CONFIG_SIZE: u64 = 1 << 20;
-/// Bound of every size in a prefetch block (contract 2.9).
-const MAX_PREFETCH_SIZE: u64 = 256 << 20;
-/// Bound of every thread count (contract 2.9).
-const MAX_THREADS: u64 = 1024;
 
 /// Why a configuration is refused: the key and the remedy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,10 +116,12 @@ pub struct Config {
     pub allow_unverified: bool,
     /// What to keep of single files.
     pub files: FileOptions,
-    /// What is done about start-up traces.
-    pub trace: trace::Mode,
-    /// When their recording ends.
-    pub trace_limits: trace::Limits,
+    /// What is fetched after the mount without being asked for.
+    pub prefetch: PrefetchConfig,
+    /// Absolute paths to fetch after the mount, in place of the image's prefetch table.
+    pub prefetch_files: Option<Vec<Vec<u8>>>,
+    /// How far what is fetched goes beyond what is read.
+    pub read_ahead: ReadAhead,
     /// What the document said that has no effect here; to be logged once.
     pub warnings: Vec<String>,
 }
@@ -145,8 +144,9 @@ impl Config {
             expect_bootstrap: None,
             allow_unverified: false,
             files: FileOptions::default(),
-            trace: trace::Mode::default(),
-            trace_limits: trace::Limits::default(),
+            prefetch: PrefetchConfig::default(),
+            prefetch_files: None,
+            read_ahead: ReadAhead::default(),
             warnings: Vec::new(),
         }
     }
@@ -225,8 +225,9 @@ impl Config {
                 "iostats_files": self.files.counters,
                 "access_pattern": self.files.pattern,
                 "latest_read_files": self.files.latest,
-                "trace": self.trace.name(),
-                "trace_seconds": self.trace_limits.longest.as_secs_f64(),
+                "batch_size": self.read_ahead.amplify,
+                "prefer": prefetch::prefer_name(self.read_ahead.prefer),
+                "prefetch": self.prefetch.public_json(),
             },
         })
     }
@@ -252,8 +253,12 @@ impl Config {
             pattern: section.take_bool("access_pattern")?.unwrap_or(false),
             latest: section.take_bool("latest_read_files")?.unwrap_or(false),
         };
-        if let Some(timeout) = read_seconds(section, "read_timeout")? {
-            self.read_timeout = timeout;
+        let name = section.name("read_timeout");
+        if let Some(seconds) = section.take_f64("read_timeout")? {
+            self.read_timeout = Duration::try_from_secs_f64(seconds)
+                .ok()
+                .filter(|timeout| !timeout.is_zero())
+                .ok_or_else(|| ConfigError::new(format!("`{name}`: {seconds}: want seconds above 0")))?;
         }
         let name = section.name("on_outage");
         match section.take_string("on_outage")?.as_deref() {
@@ -273,27 +278,8 @@ impl Config {
             self.expect_bootstrap = Some(digest.map_err(|e| ConfigError::new(format!("`{name}`: {e}")))?);
         }
         self.allow_unverified = section.take_bool("allow_unverified")?.unwrap_or(false);
-        let name = section.name("trace");
-        if let Some(word) = section.take_string("trace")? {
-            self.trace = <trace::Mode as clap::ValueEnum>::from_str(&word, false)
-                .map_err(|_| ConfigError::new(format!("`{name}`: {word:?}: want on, record or off")))?;
-        }
-        if let Some(longest) = read_seconds(section, "trace_seconds")? {
-            self.trace_limits.longest = longest;
-        }
         Ok(())
     }
-}
-
-/// A number of seconds above 0.
-fn read_seconds(section: &mut Section, key: &'static str) -> Result<Option<Duration>, ConfigError> {
-    let name = section.name(key);
-    let Some(seconds) = section.take_f64(key)? else { return Ok(None) };
-    Duration::try_from_secs_f64(seconds)
-        .ok()
-        .filter(|duration| !duration.is_zero())
-        .map(Some)
-        .ok_or_else(|| ConfigError::new(format!("`{name}`: {seconds}: want seconds above 0")))
 }
 
 /// `[internal, external, count]`; a range of nothing is no mapping.
@@ -313,35 +299,6 @@ fn read_id_mapping(name: &str, numbers: &[u64]) -> Result<Option<IdMapping>, Con
 /// The recogniser of v2: a `version` that is a number.
 fn is_v2(document: &Value) -> bool {
     document.get("version").is_some_and(Value::is_number)
-}
-
-/// Checks a prefetch block and says that it has no effect yet.
-fn read_prefetch(
-    section: Option<Section>,
-    keys: [&'static str; 3],
-    warnings: &mut Vec<String>,
-) -> Result<(), ConfigError> {
-    let Some(mut section) = section else { return Ok(()) };
-    let [threads, size, bandwidth] = keys;
-    let threads_name = section.name(threads);
-    let size_name = section.name(size);
-    let threads = section.take_u64(threads)?.unwrap_or(8);
-    let size = section.take_u64(size)?.unwrap_or(1 << 20);
-    section.take_u64(bandwidth)?;
-    section.take_bool("prefetch_all")?;
-    section.take_bool("stream_prefetch")?;
-    let enable_name = section.name("enable");
-    if section.take_bool("enable")? == Some(true) {
-        if threads == 0 || threads > MAX_THREADS {
-            return Err(ConfigError::new(format!("`{threads_name}`: {threads}: want 1 to {MAX_THREADS}")));
-        }
-        if size > MAX_PREFETCH_SIZE {
-            return Err(ConfigError::new(format!("`{size_name}`: {size}: want at most {MAX_PREFETCH_SIZE}")));
-        }
-        warnings.push(format!("`{enable_name}` has no effect yet"));
-    }
-    section.finish(warnings);
-    Ok(())
 }
 
 /// Reads the fields of a file cache: everything but `work_dir` is refused when it asks for something.

@@ -1,3 +1,5 @@
+use storage::prefetch::Prefer;
+
 use super::*;
 
 fn v1(extra: &str) -> String {
@@ -38,15 +40,6 @@ fn v1_is_read_with_its_defaults() {
     assert!(!Config::parse(&v1(r#","enable_xattr":false"#)).unwrap().enable_xattr);
     let config = Config::parse(&v1(r#","on_outage":"wait""#)).unwrap();
     assert_eq!(config.outage_policy(), OutagePolicy::Wait);
-    assert_eq!(config.trace, trace::Mode::On);
-    let config = Config::parse(&v1(r#","trace":"record","trace_seconds":1.5"#)).unwrap();
-    assert_eq!(
-        (config.trace, config.trace_limits.longest),
-        (trace::Mode::Record, Duration::from_millis(1500))
-    );
-    for bad in [r#","trace":"maybe""#, r#","trace":true"#, r#","trace_seconds":0"#] {
-        assert!(Config::parse(&v1(bad)).unwrap_err().to_string().contains("`trace"), "{bad}");
-    }
     let config = Config::parse(&v1(r#","read_timeout":0.5"#)).unwrap();
     assert_eq!(config.outage_policy(), OutagePolicy::FailAfter(Duration::from_millis(500)));
 }
@@ -110,11 +103,51 @@ fn what_clients_send_is_accepted() {
     let config = Config::parse(&v1(sent)).unwrap();
     let mapping = config.id_mapping.unwrap();
     assert_eq!((mapping.shown(0), mapping.shown(65535), mapping.shown(65536)), (100_000, 165_535, 65_536));
-    assert!(config.warnings.iter().any(|w| w == "`fs_prefetch.enable` has no effect yet"));
     assert!(config.files.counters && !config.files.pattern && !config.files.latest);
+    let prefetch = PrefetchConfig { enable: true, all: true, threads: 4, ..PrefetchConfig::default() };
+    assert_eq!(config.prefetch, prefetch);
     let proxy = r#","proxy":{"url":"","fallback":true,"check_interval":5},"mirrors":[]"#;
     assert!(Config::parse(&registry(proxy)).unwrap().warnings.is_empty());
     assert!(Config::parse(&v1(r#","id_mapping":[5,5,10]"#)).unwrap().id_mapping.is_none());
+}
+
+#[test]
+fn prefetch_blocks_are_read_in_both_formats() {
+    let limit = |bytes| std::num::NonZeroU64::new(bytes);
+    let config = Config::parse(&v1("")).unwrap();
+    assert_eq!(config.prefetch, PrefetchConfig::default());
+    assert_eq!(config.read_ahead, ReadAhead { amplify: 1 << 20, prefer: Prefer::Time });
+
+    let config = Config::parse(&v1(r#","amplify_io":0,"prefer":"bytes",
+           "fs_prefetch":{"enable":true,"bandwidth_rate":4096,"merging_size":131072}"#))
+    .unwrap();
+    assert_eq!(config.read_ahead, ReadAhead { amplify: 0, prefer: Prefer::Bytes });
+    // v1 fetches everything unless told otherwise, v2 only if told to.
+    let mut wanted =
+        PrefetchConfig { enable: true, all: true, bandwidth: limit(4096), batch_size: 1 << 17, threads: 8 };
+    assert_eq!(config.prefetch, wanted);
+
+    let v2 = |rafs: &str, cache: &str| {
+        Config::parse(&format!(
+            r#"{{"version":2,"backend":{{"type":"localfs","localfs":{{"dir":"/b"}}}},
+            "cache":{{"type":"filecache"{cache}}},"rafs":{{{rafs}}}}}"#
+        ))
+        .unwrap()
+    };
+    let rafs =
+        r#""batch_size":268435456,"prefetch":{"enable":true,"bandwidth_limit":4096,"batch_size":131072}"#;
+    wanted.all = false;
+    let config = v2(rafs, "");
+    assert_eq!((config.prefetch, config.read_ahead.amplify), (wanted, 256 << 20));
+    // Either block asks, both limit.
+    let cache = r#","prefetch":{"enable":true,"stream_prefetch":true,"bandwidth_limit":1024}"#;
+    (wanted.all, wanted.bandwidth) = (true, limit(1024));
+    assert_eq!(v2(rafs, cache).prefetch, wanted);
+    let alone = v2("", cache).prefetch;
+    assert_eq!((alone.enable, alone.all, alone.bandwidth), (true, true, limit(1024)));
+    // A block that is off says nothing, not even wrong numbers.
+    let off = r#","prefetch":{"enable":false,"threads":0,"batch_size":999999999}"#;
+    assert_eq!(v2(rafs, off).prefetch.bandwidth, limit(4096));
 }
 
 #[test]
@@ -138,6 +171,10 @@ fn refusals_name_the_key() {
         (v1(r#","fs_prefetch":{"enable":true,"threads_count":0}"#), "fs_prefetch.threads_count"),
         (v1(r#","fs_prefetch":{"enable":true,"merging_size":999999999}"#), "fs_prefetch.merging_size"),
         (v1(r#","amplify_io":999999999"#), "amplify_io"),
+        (v1(r#","fs_prefetch":{"enable":true,"threads_count":1025}"#), "fs_prefetch.threads_count"),
+        (v1(r#","fs_prefetch":{"bandwidth_rate":"1M"}"#), "fs_prefetch.bandwidth_rate"),
+        (v1(r#","amplify_io":268435457"#), "amplify_io"),
+        (v1(r#","prefer":"luck""#), "prefer"),
         (v1(r#","on_outage":"hope""#), "on_outage"),
         (v1(r#","read_timeout":0"#), "read_timeout"),
         (v1(r#","expect_root":"sha256:0""#), "expect_root"),

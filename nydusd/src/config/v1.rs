@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::section::Section;
-use super::{BackendConfig, Config, ConfigError, MAX_PREFETCH_SIZE};
+use super::{BackendConfig, Config, ConfigError, PrefetchConfig, prefetch};
 
 /// Parses a v1 document.
 pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
@@ -35,16 +35,9 @@ pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
 
     config.read_common(&mut root)?;
     root.take_bool("digest_validate")?;
-    let amplify = root.take_u64("amplify_io")?;
-    if amplify.is_some_and(|size| size > MAX_PREFETCH_SIZE) {
-        return Err(ConfigError::new(format!("`amplify_io`: want at most {MAX_PREFETCH_SIZE}")));
-    }
-    if amplify.is_some_and(|size| size != 0) {
-        config.warnings.push("`amplify_io` has no effect yet".to_owned());
-    }
-    let prefetch = root.take_section("fs_prefetch")?;
-    let keys = ["threads_count", "merging_size", "bandwidth_rate"];
-    super::read_prefetch(prefetch, keys, &mut config.warnings)?;
+    config.read_ahead = prefetch::read_ahead(&mut root, "amplify_io")?;
+    let section = root.take_section("fs_prefetch")?;
+    config.prefetch = PrefetchConfig::read(section, &prefetch::V1, &mut config.warnings)?;
     for key in ["readahead", "readahead_sec", "warmup"] {
         root.no_effect(key, &mut config.warnings);
     }

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::section::Section;
-use super::{BackendConfig, Config, ConfigError, MAX_PREFETCH_SIZE};
+use super::{BackendConfig, Config, ConfigError, PrefetchConfig, prefetch};
 
 /// Keys of `backend` that hold the fields of one type each.
 const BACKENDS: [&str; 6] = ["localfs", "registry", "localdisk", "oss", "s3", "http-proxy"];
@@ -40,8 +40,7 @@ pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
     super::check_cache_type(&kind_name, cache.take_string("type")?.as_deref())?;
     cache.refuse("compressed")?;
     cache.take_bool("validate")?;
-    let keys = ["threads", "batch_size", "bandwidth_limit"];
-    super::read_prefetch(cache.take_section("prefetch")?, keys, &mut warnings)?;
+    let cache_prefetch = PrefetchConfig::read(cache.take_section("prefetch")?, &prefetch::V2, &mut warnings)?;
     let work_dir = super::read_filecache(cache.take_section("filecache")?, &mut warnings)?;
     cache.take_section("fscache")?;
     cache.finish(&mut warnings);
@@ -52,17 +51,12 @@ pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
     if let Some(mut rafs) = root.take_section("rafs")? {
         config.read_common(&mut rafs)?;
         rafs.take_bool("validate")?;
-        let batch_name = rafs.name("batch_size");
-        let batch = rafs.take_u64("batch_size")?;
-        if batch.is_some_and(|size| size > MAX_PREFETCH_SIZE) {
-            return Err(ConfigError::new(format!("`{batch_name}`: want at most {MAX_PREFETCH_SIZE}")));
-        }
-        if batch.is_some_and(|size| size != 0) {
-            config.warnings.push(format!("`{batch_name}` has no effect yet"));
-        }
-        super::read_prefetch(rafs.take_section("prefetch")?, keys, &mut config.warnings)?;
+        config.read_ahead = prefetch::read_ahead(&mut rafs, "batch_size")?;
+        let section = rafs.take_section("prefetch")?;
+        config.prefetch = PrefetchConfig::read(section, &prefetch::V2, &mut config.warnings)?;
         rafs.finish(&mut config.warnings);
     }
+    config.prefetch = config.prefetch.join(cache_prefetch);
     root.finish(&mut config.warnings);
     Ok(config)
 }

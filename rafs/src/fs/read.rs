@@ -75,6 +75,16 @@ impl Rafs {
         Ok(())
     }
 
+    /// Blob and extent of the chunk at `position` of file `nid`; `None` behind the last one.
+    ///
+    /// # Errors
+    /// Those of [`Rafs::read`].
+    pub fn file_chunk(&self, nid: Nid, position: u32) -> Result<Option<(u32, ChunkExtent)>> {
+        let attr = self.regular(nid)?;
+        let start = u64::from(position) * u64::from(self.bootstrap.summary().chunk_size);
+        (start < attr.size).then(|| self.file_extent(&attr, position.into())).transpose()
+    }
+
     /// Where a chunk lies and what it must hash to.
     ///
     /// # Errors

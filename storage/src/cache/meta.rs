@@ -4,7 +4,7 @@
 //! came through. Whoever reads the file validates it; here it is only moved.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,14 +25,25 @@ const QUIET: Duration = Duration::from_millis(500);
 
 /// Fetches and writes the context file if that was asked for and has not been tried.
 pub(super) fn keep(inner: &Arc<Inner>) {
-    let taken = inner.meta.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-    let Some((spec, path)) = taken else { return };
+    let Some((spec, path)) = take(inner) else { return };
     let task = Arc::clone(inner);
     inner.engine.spawn(async move {
         if let Err(error) = fetch(&task, spec, &path).await {
             debug!(blob = %task.id, %error, "the blob context is not kept");
         }
     });
+}
+
+/// The same, waited for.
+pub(super) async fn keep_now(inner: &Inner) -> Result<()> {
+    match take(inner) {
+        Some((spec, path)) => fetch(inner, spec, &path).await,
+        None => Ok(()),
+    }
+}
+
+fn take(inner: &Inner) -> Option<(MetaSpec, PathBuf)> {
+    inner.meta.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
 }
 
 async fn fetch(inner: &Inner, spec: MetaSpec, path: &Path) -> Result<()> {

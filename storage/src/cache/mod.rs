@@ -320,6 +320,20 @@ impl BlobCache {
         self.settle().map_err(|e| Error::io(format!("blob {}: sync the cache", self.inner.id), e))
     }
 
+    /// False if nothing is kept: the disk was full or read-only, or failed since.
+    pub fn keeps_chunks(&self) -> bool {
+        self.inner.files().is_some()
+    }
+
+    /// Fetches the blob context and keeps it beside the data now, not after the first chunk.
+    /// Does nothing if that is done, under way, or has failed before.
+    ///
+    /// # Errors
+    /// The backend's; `Io`: it can not be written.
+    pub async fn keep_context(&self) -> Result<()> {
+        meta::keep_now(&self.inner).await
+    }
+
     /// Waits until all answered chunks are written and durable.
     fn settle(&self) -> std::io::Result<()> {
         let Some(files) = &self.inner.files else { return Ok(()) };

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use nydusd::cli::WhatArgs;
 
 /// Talks to a running nydusd over its API socket.
 #[derive(Debug, Parser)]
@@ -32,20 +33,8 @@ pub enum Command {
     /// Counters
     #[command(subcommand)]
     Metrics(Metrics),
-    /// What starts of the image read: its files and their ranges, most wanted first
-    Trace(Trace),
-}
-
-/// Forms of a trace.
-#[derive(Args, Debug)]
-pub struct Trace {
-    /// Print the trace as the daemon keeps it
-    #[arg(long, conflicts_with = "optimize")]
-    pub json: bool,
-
-    /// Print what `nydus-image optimize --prefetch-files` reads
-    #[arg(long)]
-    pub optimize: bool,
+    /// Fetch data of a mounted image ahead of its readers
+    Prefetch(Prefetch),
 }
 
 /// Settings.
@@ -56,6 +45,23 @@ pub enum Setting {
         /// The level
         value: String,
     },
+}
+
+/// A prefetch.
+#[derive(Args, Debug)]
+#[command(after_help = "Exit codes: 0 started, or with --wait all is there; 1 otherwise; 2 wrong usage.")]
+pub struct Prefetch {
+    /// What to fetch.
+    #[command(flatten)]
+    pub what: WhatArgs,
+
+    /// Mountpoint or id of the image, if the daemon has several
+    #[arg(long, value_name = "PATH")]
+    pub mountpoint: Option<String>,
+
+    /// Wait for the end and show how far it is
+    #[arg(long)]
+    pub wait: bool,
 }
 
 /// Families of counters.

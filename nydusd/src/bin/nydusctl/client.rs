@@ -38,6 +38,12 @@ impl<'a> Client<'a> {
         self.request(Method::PUT, path, document.to_string()).map(drop)
     }
 
+    /// Sends `document` to `path` and answers what comes back.
+    pub fn post(&self, path: &str, document: &Value) -> anyhow::Result<Value> {
+        let body = self.request(Method::POST, path, document.to_string())?;
+        serde_json::from_slice(&body).context("the daemon's answer is not JSON")
+    }
+
     fn request(&self, method: Method, path: &str, body: String) -> anyhow::Result<Vec<u8>> {
         self.runtime.block_on(async {
             let stream = tokio::net::UnixStream::connect(self.socket)

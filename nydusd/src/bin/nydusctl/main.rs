@@ -4,7 +4,7 @@ mod cli;
 mod client;
 mod info;
 mod metrics;
-mod trace;
+mod prefetch;
 
 use std::process::ExitCode;
 
@@ -37,6 +37,6 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             client.put("/api/v1/daemon", &json!({ "log_level": value }))
         }
         Command::Metrics(family) => metrics::run(&client, family, cli.raw),
-        Command::Trace(show) => trace::run(&client, show),
+        Command::Prefetch(prefetch) => prefetch::run(&client, prefetch, cli.raw),
     }
 }

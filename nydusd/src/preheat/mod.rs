@@ -1,0 +1,124 @@
+//! Preheating: fetching what nobody reads yet.
+//!
+//! ```text
+//!  configuration, --prefetch-files ──▶ after_mount ─┐
+//!  POST /api/v1/prefetch, nydusctl ─────────────────┼─▶ jobs ──▶ order ──▶ Mount::prefetch
+//!  nydusd prefetch ──▶ standalone ──────────────────┘     │
+//!                                                         ▼
+//!                                          GET /api/v1/prefetch, progress
+//! ```
+//!
+//! A job is a few stages, worked off one after the other: each an order of chunks and a class.
+//! Readers always go before all of them. Chunks that are there already cost nothing, so that
+//! orders may name a chunk twice, and jobs may overlap.
+
+pub mod jobs;
+pub mod list;
+pub mod order;
+pub mod show;
+pub mod standalone;
+
+use std::collections::HashSet;
+use std::num::NonZeroU64;
+use std::sync::Arc;
+
+use rafs::bootstrap::{Bootstrap, Nid};
+use rafs::fs::Rafs;
+use storage::prefetch::{Class, Order};
+
+use crate::config::Config;
+
+/// What is to be fetched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// The whole image.
+    Image,
+    /// Files, and directories with all below them, by their absolute paths in the image. Links
+    /// are followed inside the image.
+    Files(Vec<Vec<u8>>),
+    /// The image's prefetch table.
+    Table,
+}
+
+/// A job to be started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// A word for it: `start`, `all`, `files`.
+    pub what: &'static str,
+    /// What is fetched, one after the other.
+    pub stages: Vec<(Class, Wish)>,
+    /// Bytes a second at most, as stored; `None`: what the link gives.
+    pub bandwidth: Option<NonZeroU64>,
+}
+
+/// What the configuration wants to be fetched after the mount, if anything (contract 2.10).
+pub fn after_mount(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request> {
+    let prefetch = &config.prefetch;
+    let first = match &config.prefetch_files {
+        Some(files) => Some(Wish::Files(files.clone())),
+        None => (!bootstrap.prefetch().is_empty()).then_some(Wish::Table),
+    };
+    let mut stages: Vec<_> = first.into_iter().map(|wish| (Class::Preheat, wish)).collect();
+    if prefetch.all {
+        stages.push((Class::Background, Wish::Image));
+    }
+    let wanted = prefetch.enable && !stages.is_empty();
+    wanted.then_some(Request { what: "start", stages, bandwidth: prefetch.bandwidth })
+}
+
+/// A wish as found in an image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Chunks {
+    /// These first.
+    nodes: Vec<Nid>,
+    /// Then all of it.
+    image: bool,
+}
+
+impl Chunks {
+    /// Finds what is wished for; names of files that are not there go to `missing`. Gives up when `stop`
+    /// says so.
+    fn resolve(rafs: &Rafs, wish: &Wish, mut missing: impl FnMut(&[u8]), stop: impl Fn() -> bool) -> Self {
+        let bootstrap = rafs.bootstrap();
+        match wish {
+            Wish::Image => Self { nodes: Vec::new(), image: true },
+            Wish::Table => Self::of(bootstrap.root(), bootstrap.prefetch().into_iter()),
+            Wish::Files(paths) => {
+                let found = paths.iter().take_while(|_| !stop()).filter_map(|path| {
+                    let nid = list::find(&**bootstrap, path);
+                    if nid.is_none() {
+                        missing(path);
+                    }
+                    nid
+                });
+                Self::of(bootstrap.root(), found)
+            }
+        }
+    }
+
+    /// The root means everything, in the order it is stored. What stands behind it is in it.
+    fn of(root: Nid, found: impl Iterator<Item = Nid>) -> Self {
+        let mut seen = HashSet::new();
+        let mut chunks = Self::default();
+        for nid in found.filter(|nid| seen.insert(*nid)) {
+            match nid == root {
+                true => chunks.image = true,
+                false if chunks.image => {}
+                false => chunks.nodes.push(nid),
+            }
+        }
+        chunks
+    }
+
+    fn order(&self, rafs: &Arc<Rafs>) -> Order {
+        let nodes = order::nodes(rafs, self.nodes.clone());
+        match self.image {
+            true if self.nodes.is_empty() => order::image(rafs),
+            true => Box::new(nodes.chain(order::image(rafs))),
+            false => nodes,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
