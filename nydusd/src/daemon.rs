@@ -185,6 +185,20 @@ impl Daemon {
         Ok(fuse)
     }
 
+    /// For the end of the FUSE connection: usually the mount was taken away.
+    ///
+    /// # Errors
+    /// It is still there, dead.
+    fn unmounted(&self) -> anyhow::Result<()> {
+        match self.fuse.get() {
+            Some(fuse) if fuse.is_aborted() => bail!(
+                "the FUSE connection of {} was aborted, and with it every read; start nydusd again",
+                fuse.mountpoint().display()
+            ),
+            _ => Ok(()),
+        }
+    }
+
     /// Unmounts, whoever still uses the mount, and makes the cache durable.
     fn stop(&self, unmount: bool) {
         *self.stopping.lock().unwrap_or_else(PoisonError::into_inner) = true;
@@ -248,6 +262,7 @@ pub fn run(args: FuseArgs) -> i32 {
         }
     };
     let (ends, receiver) = mpsc::unbounded_channel();
+    let log_is_file = args.global.log_file.is_some();
     let daemon = Arc::new(Daemon::new(args, ends));
     let result = runtime.block_on(control(&daemon, receiver));
     // Never dropped: see above.
@@ -255,7 +270,10 @@ pub fn run(args: FuseArgs) -> i32 {
     match result {
         Ok(()) => 0,
         Err(e) => {
-            tracing::error!("{e:#}");
+            // Once where the log goes to standard error, too.
+            if log_is_file {
+                tracing::error!("{e:#}");
+            }
             crate::logging::print_failure(&e);
             1
         }
@@ -326,8 +344,7 @@ async fn serve(
         _ = interrupt.recv() => Ok(true),
         end = ends.recv() => match end {
             Some(End::Exit) => Ok(false),
-            // The mount is gone; unmounting again is harmless and clears a half-dead one.
-            Some(End::Fuse(result)) => result.map(|()| true),
+            Some(End::Fuse(result)) => result.and_then(|()| daemon.unmounted()).map(|()| true),
             None => Ok(true),
         },
     };

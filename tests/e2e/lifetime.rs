@@ -5,10 +5,10 @@ use std::fs;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::process::Command;
 
-use nix::mount::{MntFlags, umount2};
-use tests::daemon::DaemonOptions;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tests::daemon::{Daemon, DaemonOptions};
 use tests::journey::Journey;
-use tests::mount::mounted;
+use tests::mount::{Mount, mounted};
 use tests::{Result, binaries, command, ensure, needs_mounts, recipes};
 
 /// SIGTERM: exit 0, unmounted, the API socket gone.
@@ -34,12 +34,53 @@ fn external_unmount_ends_the_daemon() -> Result<()> {
     needs_mounts!();
     let journey = Journey::start(&recipes::tiny())?;
     let nydus = journey.convert("nydus", &[])?;
-    for flags in [MntFlags::empty(), MntFlags::MNT_DETACH] {
+    for flags in [MntFlags::empty(), MntFlags::MNT_DETACH, MntFlags::MNT_FORCE] {
         let mut daemon = DaemonOptions::image(&nydus.reference(), &journey.path("cache")).start()?;
         umount2(daemon.root(), flags)?;
         let status = daemon.wait_ended()?;
         ensure!(status.code() == Some(0), "{status}: {}", daemon.log());
     }
+    Ok(())
+}
+
+/// The kernel's number of the daemon's FUSE connection.
+fn connection(daemon: &Daemon) -> Result<u64> {
+    Ok(nix::sys::stat::minor(fs::metadata(daemon.root())?.dev()))
+}
+
+/// Aborts a FUSE connection, as an operator can.
+fn abort(connection: u64) -> Result<()> {
+    let control = tempfile::tempdir()?;
+    mount(None::<&str>, control.path(), Some("fusectl"), MsFlags::empty(), None::<&str>)?;
+    let _control = Mount::guard(control.path());
+    Ok(fs::write(control.path().join(connection.to_string()).join("abort"), "1")?)
+}
+
+/// A connection that is aborted leaves no dead mount; the daemon ends with 1 and says why, once.
+#[test]
+fn an_aborted_connection_is_a_failure_without_a_dead_mount() -> Result<()> {
+    needs_mounts!();
+    let journey = Journey::start(&recipes::tiny())?;
+    let nydus = journey.convert("nydus", &[])?;
+    let options = DaemonOptions::image(&nydus.reference(), &journey.path("cache"));
+    let mut daemon = options.start()?;
+    abort(connection(&daemon)?)?;
+    let status = daemon.wait_ended()?;
+    ensure!(status.code() == Some(1), "{status}");
+    ensure!(!mounted(daemon.root()), "a dead mount is left");
+    let told: Vec<_> =
+        daemon.log().lines().filter(|line| line.contains("aborted")).map(str::to_owned).collect();
+    ensure!(matches!(&told[..], [line] if line.starts_with("Error:")), "{told:?}");
+
+    // What others mounted over ours stays.
+    let mut daemon = options.start()?;
+    let connection = connection(&daemon)?;
+    mount(None::<&str>, daemon.root(), Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
+    fs::write(daemon.root().join("theirs"), "")?;
+    abort(connection)?;
+    let status = daemon.wait_ended()?;
+    ensure!(status.code() == Some(1), "{status}");
+    ensure!(daemon.root().join("theirs").exists(), "another mount was taken away");
     Ok(())
 }
 

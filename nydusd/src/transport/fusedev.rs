@@ -16,18 +16,20 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, FuseSession, Reader, Writer};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::mount::{MntFlags, umount2};
 use storage::backend::Priority;
 use storage::read::ReadSlice;
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::message::{self, InHeader, OUT_HEADER_LEN, OutHeader, ReadIn};
+use super::mounted::MountIdentity;
 use crate::adapter::{Adapter, ReadPlan};
 use crate::failures::Failure;
 use crate::metrics::InflightGuard;
@@ -42,9 +44,14 @@ const BUFFER_SIZE: usize = (1 << 20) + 4096;
 /// Stack of a serving thread: frames here are small, buffers are on the heap.
 const STACK_SIZE: usize = 256 << 10;
 
+/// What `umount -f` takes at most from the end of the connection to the end of the mount.
+const FORCED_UNMOUNT: Duration = Duration::from_millis(200);
+
 /// A mounted connection to the kernel.
 pub struct FuseMount {
     mountpoint: PathBuf,
+    /// Unknown without a proc file system.
+    identity: Option<MountIdentity>,
     /// Taken to unmount.
     session: Mutex<Option<FuseSession>>,
     connection: Arc<Connection>,
@@ -64,12 +71,15 @@ impl FuseMount {
         let mountpoint = usable_mountpoint(mountpoint)?;
         let mut session = FuseSession::new(&mountpoint, SOURCE, "", true)?;
         session.mount().with_context(|| format!("mount on {}", mountpoint.display()))?;
+        let identity = MountIdentity::at(&mountpoint)
+            .inspect_err(|e| tracing::warn!("the mount on {} has no identity: {e}", mountpoint.display()))
+            .ok();
         let file = session.get_fuse_file().context("the FUSE session has no descriptor")?;
         let fd = OwnedFd::from(file.try_clone().context("duplicate the FUSE descriptor")?);
         // The crate asks for non-blocking reads; our threads wait in read(2).
         fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_RDWR)).context("make the FUSE descriptor blocking")?;
         let connection = Arc::new(Connection { fd });
-        Ok(Self { mountpoint, session: Mutex::new(Some(session)), connection })
+        Ok(Self { mountpoint, identity, session: Mutex::new(Some(session)), connection })
     }
 
     /// The canonical mountpoint.
@@ -125,12 +135,34 @@ impl FuseMount {
     /// The kernel refuses.
     pub fn unmount(&self) -> anyhow::Result<()> {
         let session = self.session.lock().unwrap_or_else(PoisonError::into_inner).take();
-        match session {
-            Some(mut session) => {
-                session.umount().with_context(|| format!("unmount {}", self.mountpoint.display()))
-            }
-            None => Ok(()),
+        let Some(mut session) = session else { return Ok(()) };
+        let context = || format!("unmount {}", self.mountpoint.display());
+        session.umount().with_context(context)?;
+        // The crate takes a connection that has ended for a mount that is gone.
+        self.unmount_dead().with_context(context)
+    }
+
+    /// For an ended connection: true if its mount is still there, so that somebody aborted it.
+    pub fn is_aborted(&self) -> bool {
+        let gone = |identity: &MountIdentity| identity.wait_gone(FORCED_UNMOUNT).unwrap_or(true);
+        self.identity.as_ref().is_some_and(|identity| !gone(identity))
+    }
+
+    /// Removes the mount of an ended connection, and no other.
+    fn unmount_dead(&self) -> anyhow::Result<()> {
+        let path = &self.mountpoint;
+        let Some(ours) = &self.identity else { return Ok(()) };
+        if ours.wait_gone(Duration::ZERO)? {
+            return Ok(());
         }
+        if MountIdentity::at(path)? != *ours {
+            bail!("another mount covers the dead one; unmount both by hand");
+        }
+        // The numbers of a mount that is gone may be a successor's: that one answers.
+        if nix::sys::statvfs::statvfs(path) != Err(Errno::ENOTCONN) {
+            return Ok(());
+        }
+        Ok(umount2(path, MntFlags::MNT_DETACH)?)
     }
 
     /// Leaves the mount in place when this value is dropped.

@@ -2,6 +2,7 @@
 
 pub mod fusedev;
 mod message;
+mod mounted;
 
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,93 @@
+//! Which mount is ours, in the kernel's own numbers: a path tells only what is on top of it now.
+
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// The mounts that this process sees; see proc_pid_mountinfo(5).
+const TABLE: &str = "/proc/self/mountinfo";
+
+/// One mount, as long as it lasts: the kernel gives its numbers away again afterwards.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MountIdentity {
+    /// Of the mount.
+    id: Vec<u8>,
+    /// Of what is mounted, `major:minor`.
+    device: Vec<u8>,
+}
+
+impl MountIdentity {
+    /// The topmost mount at `path`. Asks nothing of the file system mounted there.
+    ///
+    /// # Errors
+    /// No such path, or no proc file system.
+    pub fn at(path: &Path) -> io::Result<Self> {
+        // No request goes to a file system for that.
+        let place = File::options().read(true).custom_flags(libc::O_PATH).open(path)?;
+        let info = std::fs::read(format!("/proc/self/fdinfo/{}", place.as_raw_fd()))?;
+        let id = info
+            .split(|byte| *byte == b'\n')
+            .find_map(|line| line.strip_prefix(b"mnt_id:"))
+            .ok_or_else(|| io::Error::other("no mount id in fdinfo"))?
+            .trim_ascii();
+        let table = std::fs::read(TABLE)?;
+        let (_, device) = rows(&table)
+            .find(|(row, _)| *row == id)
+            .ok_or_else(|| io::Error::other("the mount is not in the mount table"))?;
+        Ok(Self { id: id.to_vec(), device: device.to_vec() })
+    }
+
+    /// Waits until it is mounted no more; false if it still is after `limit`.
+    ///
+    /// # Errors
+    /// The mount table can not be read.
+    pub fn wait_gone(&self, limit: Duration) -> io::Result<bool> {
+        let deadline = Instant::now() + limit;
+        let mut file = File::open(TABLE)?;
+        let mut table = Vec::new();
+        loop {
+            table.clear();
+            file.rewind()?;
+            file.read_to_end(&mut table)?;
+            if !rows(&table).any(|row| row == (&self.id, &self.device)) {
+                return Ok(true);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            // The table is always readable; what changes it is urgent. Whatever ends the wait,
+            // the table is read again.
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let _ = poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLPRI)], timeout);
+        }
+    }
+}
+
+/// Mount id and device of every row.
+fn rows(table: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    table.split(|byte| *byte == b'\n').filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        Some((fields.next()?, fields.nth(1)?))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_is_found_by_its_path_and_not_gone() {
+        let proc = MountIdentity::at(Path::new("/proc")).unwrap();
+        assert_eq!(proc, MountIdentity::at(Path::new("/proc/self")).unwrap());
+        assert_ne!(proc, MountIdentity::at(Path::new("/")).unwrap());
+        assert!(!proc.wait_gone(Duration::ZERO).unwrap());
+        assert!(MountIdentity { id: b"0".into(), ..proc.clone() }.wait_gone(Duration::MAX / 4).unwrap());
+        assert!(MountIdentity { device: b"0:0".into(), ..proc }.wait_gone(Duration::MAX / 4).unwrap());
+    }
+}
