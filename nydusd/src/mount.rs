@@ -12,7 +12,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context as _, bail};
 use rafs::blob_context::{BlobContext, stored_range};
-use rafs::bootstrap::{Blob, Bootstrap, Nid, OpenOptions, adopt};
+use rafs::bootstrap::{Blob, Bootstrap, Nid, adopt};
 use rafs::fs::{Rafs, RafsOptions};
 use storage::backend::{Backend, BlobSource, ReadContext};
 use storage::cache::{BlobCache, BlobCacheConfig, BlobSet, ChunkTable, MetaSpec};
@@ -88,8 +88,8 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
     let MountSpec { mountpoint, bootstrap, fetched, stated_root, source, config } = spec;
     let work_dir = &config.work_dir;
     make_cache_dir(work_dir)?;
-    let (path, digest) = adopt(&bootstrap, work_dir, config.expect_bootstrap)?;
-    let bootstrap: Arc<dyn Bootstrap> = Arc::from(rafs::bootstrap::open(&path, &OpenOptions::default())?);
+    let (bootstrap, digest) = adopt(&bootstrap, work_dir, config.expect_bootstrap)?;
+    let bootstrap: Arc<dyn Bootstrap> = Arc::from(bootstrap);
     drop(fetched);
     check_root(&*bootstrap, stated_root, config.expect_root)?;
 

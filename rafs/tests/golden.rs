@@ -127,12 +127,20 @@ fn a_bootstrap_is_adopted_under_its_digest() {
     let dir = tempfile::tempdir().unwrap();
     let source = golden("default/image.boot");
     let digest = DigestAlgorithm::Sha256.digest(&golden_bytes("default/image.boot"));
-    let (path, found) = adopt(&source, dir.path(), Some(digest)).unwrap();
+    let (adopted, found) = adopt(&source, dir.path(), Some(digest)).unwrap();
     assert_eq!(found, digest);
+    assert_eq!(adopted.summary().inode_count, 417);
+    let path = dir.path().join(format!("{digest}.boot"));
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
     assert_eq!(open(&path, &OpenOptions::default()).unwrap().summary().inode_count, 417);
 
-    let error = adopt(&source, dir.path(), Some(Digest([7; 32]))).unwrap_err();
+    let broken = dir.path().join("broken");
+    std::fs::write(&broken, [7; 8192]).unwrap();
+    let error = adopt(&broken, dir.path(), None).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(error.to_string().starts_with(broken.to_str().unwrap()), "{error}");
+    std::fs::remove_file(&broken).unwrap();
+    let error = adopt(&source, dir.path(), Some(Digest([7; 32]))).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Mismatch);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left behind");
     for bad in [Path::new("/dev/null"), Path::new("/"), Path::new("/no/such/file")] {

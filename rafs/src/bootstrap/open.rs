@@ -1,9 +1,9 @@
 //! From a path to a validated bootstrap.
 
 use std::fs::File;
-use std::io::{Read, Write as _};
+use std::io::{Read, Seek as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use storage::digest::{Digest, DigestAlgorithm};
 use storage::ids::BlobId;
@@ -32,16 +32,19 @@ pub struct OpenOptions {
 /// `Io`: the file can not be read. `Unsupported`: an image of a kind not read yet, by name.
 /// `Corrupt`: not a bootstrap, or a broken rule of the format.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn Bootstrap>> {
-    let context = |e: Error| e.context(path.display());
-    let mut file = open_source(path)?;
-    let image = if is_private(&file).map_err(context)? {
-        Image::Mapped(Mapping::new(&file).map_err(context)?)
+    validate(&mut open_source(path)?, options).map_err(|e| e.context(path.display()))
+}
+
+/// The bootstrap that `file` holds.
+fn validate(file: &mut File, options: &OpenOptions) -> Result<Box<dyn Bootstrap>> {
+    let image = if is_private(file)? {
+        Image::Mapped(Mapping::new(file)?)
     } else {
         let mut bytes = Vec::new();
-        copy_bounded(&mut file, &mut bytes).map_err(context)?;
+        copy_bounded(file, &mut bytes)?;
         Image::Owned(bytes)
     };
-    V6::new(image, options).map(|v6| Box::new(v6) as Box<dyn Bootstrap>).map_err(context)
+    V6::new(image, options).map(|v6| Box::new(v6) as Box<dyn Bootstrap>)
 }
 
 /// Validates a bootstrap that is in memory.
@@ -52,15 +55,15 @@ pub fn from_bytes(bytes: Vec<u8>, options: &OpenOptions) -> Result<Box<dyn Boots
     V6::from_vec(bytes, options).map(|v6| Box::new(v6) as Box<dyn Bootstrap>)
 }
 
-/// Copies the bootstrap at `source` into `work_dir` as `<sha256>.boot`, mode 0600, and
-/// answers the path and the digest of the copy.
+/// Copies the bootstrap at `source` into `work_dir` as `<sha256>.boot`, mode 0600, and opens
+/// the copy as [`open`] does; answers it with its digest.
 ///
-/// The copy appears under its name only when it is whole; an older one is replaced.
+/// The copy appears under its name only when it is whole and valid; an older one is replaced.
 ///
 /// # Errors
-/// `Mismatch`: its SHA-256 is not `expect`; nothing is left behind. `Io`: reading or
-/// writing failed. `Corrupt`: larger than any bootstrap.
-pub fn adopt(source: &Path, work_dir: &Path, expect: Option<Digest>) -> Result<(PathBuf, Digest)> {
+/// `Mismatch`: its SHA-256 is not `expect`. `Io`: reading or writing failed. `Unsupported`,
+/// `Corrupt`: as [`open`]. Each names `source`, and nothing is left behind.
+pub fn adopt(source: &Path, work_dir: &Path, expect: Option<Digest>) -> Result<(Box<dyn Bootstrap>, Digest)> {
     let mut from = open_source(source)?;
     let failed = |e| Error::io(format!("copy {} to {}", source.display(), work_dir.display()), e);
     // Temporary files have mode 0600 from the start.
@@ -91,9 +94,11 @@ pub fn adopt(source: &Path, work_dir: &Path, expect: Option<Digest>) -> Result<(
             ),
         ));
     }
-    let path = work_dir.join(format!("{digest}.boot"));
-    copy.persist(&path).map_err(|e| failed(e.error))?;
-    Ok((path, digest))
+    let file = copy.as_file_mut();
+    file.rewind().map_err(failed)?;
+    let bootstrap = validate(file, &OpenOptions::default()).map_err(|e| e.context(source.display()))?;
+    copy.persist(work_dir.join(format!("{digest}.boot"))).map_err(|e| failed(e.error))?;
+    Ok((bootstrap, digest))
 }
 
 fn open_source(path: &Path) -> Result<File> {
