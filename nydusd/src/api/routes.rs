@@ -70,7 +70,9 @@ impl Reply {
 pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, body: &[u8]) -> Reply {
     let get = method == Method::GET;
     let put = method == Method::PUT;
+    let delete = method == Method::DELETE;
     let id = parameter(query, "id");
+    let has = |name| parameter(query, name).is_some();
     match path {
         "/api/v1/daemon" | "/api/v2/daemon" if get => info(daemon, path.starts_with("/api/v1")),
         "/api/v1/daemon" | "/api/v2/daemon" if put => configure(body),
@@ -110,16 +112,16 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, 
         "/api/v1/prefetch" => super::prefetch::answer(daemon, method, query, body),
         "/api/v1/daemon/events" if get => Reply::not_built("Events"),
         "/api/v1/daemon/backend" if get => Reply::not_built("FsBackendInfo"),
-        "/api/v1/mount" if put || method == Method::POST || method == Method::DELETE => {
-            match parameter(query, "mountpoint") {
-                Some(_) => Reply::not_built("Mount"),
-                None => Reply::error(400, "QueryString(\"mountpoint should be specified in query string\")"),
-            }
-        }
+        "/api/v1/mount" if put || method == Method::POST || delete => match parameter(query, "mountpoint") {
+            Some(_) => Reply::not_built("Mount"),
+            None => Reply::error(400, "QueryString(\"mountpoint should be specified in query string\")"),
+        },
         "/api/v1/config" if get || put => Reply::not_built("Configure"),
         "/api/v2/blobs" if get => Reply::not_built("GetBlobObjects"),
         "/api/v2/blobs" if put => Reply::not_built("CreateBlobObject"),
-        "/api/v2/blobs" if method == Method::DELETE => Reply::not_built("DeleteBlobObject"),
+        // To drop fscache's file of a blob: a FUSE daemon has none, so that is done already.
+        "/api/v2/blobs" if delete && has("blob_id") && !has("domain_id") => Reply::empty(),
+        "/api/v2/blobs" if delete => Reply::not_built("DeleteBlobObject"),
         known if ROUTES.contains(&known) => Reply::error(400, "BadRequest"),
         _ => Reply::error(404, "NoRoute"),
     }

@@ -100,6 +100,8 @@ fn the_api_answers_as_its_clients_expect() {
         ("GET", "/api/v1/metrics/pattern", "", 404, "Pattern(Metrics(Stats(NoCounter)))"),
         ("GET", "/api/v1/nothing", "", 404, "NoRoute"),
         ("POST", "/api/v1/daemon", "", 400, "BadRequest"),
+        ("DELETE", "/api/v2/blobs?blob_id=abc", "", 204, ""),
+        ("DELETE", "/api/v2/blobs?domain_id=d&blob_id=abc", "", 501, "DeleteBlobObject("),
         ("POST", "/api/v1/mount", "{}", 400, "QueryString("),
         ("POST", "/api/v1/mount?mountpoint=/x", "{}", 501, "Mount("),
         ("PUT", "/api/v1/daemon/start", "", 400, "UnexpectedEvent(\\\"Start\\\")"),
