@@ -131,6 +131,19 @@ fn nydusctl_answers() -> Result<()> {
     Ok(())
 }
 
+/// A daemon that does not answer ends `nydusctl` with 1, not never.
+#[test]
+fn nydusctl_does_not_wait_for_ever() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let socket = scratch.path().join("api.sock");
+    // The kernel accepts connections for it; nobody answers.
+    let _silent = std::os::unix::net::UnixListener::bind(&socket)?;
+    let mut ctl = Command::new(binaries::nydusctl());
+    let finished = command::finish(ctl.arg("-S").arg(&socket).args(["--timeout", "1", "info"]))?;
+    ensure!(finished.code == Some(1) && finished.stderr.contains("--timeout"), "{finished:?}");
+    Ok(())
+}
+
 /// Inode numbers are those of the listing, one for hard links; `.` and `..` are there; the tree is
 /// read-only.
 #[test]

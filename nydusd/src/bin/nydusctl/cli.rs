@@ -13,6 +13,16 @@ pub struct Cli {
     #[arg(short = 'S', long, value_name = "PATH")]
     pub sock: PathBuf,
 
+    /// Longest wait for an answer of the daemon
+    #[arg(
+        long,
+        global = true,
+        value_name = "SECONDS",
+        default_value_t = 30,
+        value_parser = clap::value_parser!(u64).range(1..)
+    )]
+    pub timeout: u64,
+
     /// Print the daemon's JSON as it is
     #[arg(short = 'r', long, global = true)]
     pub raw: bool,

@@ -1,6 +1,7 @@
 //! One HTTP request at a time over the API socket.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use http_body_util::{BodyExt as _, Full};
@@ -11,14 +12,16 @@ use serde_json::Value;
 /// A connection to a daemon. Each request opens its own: a daemon is asked rarely.
 pub struct Client<'a> {
     socket: &'a Path,
+    timeout: Duration,
     runtime: tokio::runtime::Runtime,
 }
 
 impl<'a> Client<'a> {
-    /// For the daemon at `socket`. Connects with the first request.
-    pub fn new(socket: &'a Path) -> anyhow::Result<Self> {
+    /// For the daemon at `socket`, which has `timeout` for each answer. Connects with the first
+    /// request.
+    pub fn new(socket: &'a Path, timeout: Duration) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        Ok(Self { socket, runtime })
+        Ok(Self { socket, timeout, runtime })
     }
 
     /// The document at `path`.
@@ -45,7 +48,7 @@ impl<'a> Client<'a> {
     }
 
     fn request(&self, method: Method, path: &str, body: String) -> anyhow::Result<Vec<u8>> {
-        self.runtime.block_on(async {
+        let answer = async {
             let stream = tokio::net::UnixStream::connect(self.socket)
                 .await
                 .with_context(|| format!("connect to {}", self.socket.display()))?;
@@ -68,6 +71,9 @@ impl<'a> Client<'a> {
                 bail!("{path}: the daemon answers {status}: {text}");
             }
             Ok(body.to_vec())
-        })
+        };
+        self.runtime.block_on(async { tokio::time::timeout(self.timeout, answer).await }).with_context(
+            || format!("{path}: no answer within {} s; --timeout allows more", self.timeout.as_secs()),
+        )?
     }
 }

@@ -7,6 +7,7 @@ mod metrics;
 mod prefetch;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser as _;
 use serde_json::json;
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
-    let client = Client::new(&cli.sock)?;
+    let client = Client::new(&cli.sock, Duration::from_secs(cli.timeout))?;
     match &cli.command {
         Command::Info => {
             let info = client.get("/api/v1/daemon")?;
