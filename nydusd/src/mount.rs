@@ -88,6 +88,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
     let MountSpec { mountpoint, bootstrap, fetched, stated_root, source, config } = spec;
     let work_dir = &config.work_dir;
     make_cache_dir(work_dir)?;
+    storage::leftovers::sweep(work_dir, storage::leftovers::is_cache_temporary);
     let (bootstrap, digest) = adopt(&bootstrap, work_dir, config.expect_bootstrap)?;
     let bootstrap: Arc<dyn Bootstrap> = Arc::from(bootstrap);
     drop(fetched);

@@ -30,6 +30,7 @@ pub mod engine;
 pub mod error;
 pub mod extent;
 pub mod ids;
+pub mod leftovers;
 mod link;
 pub mod log;
 pub mod metrics;

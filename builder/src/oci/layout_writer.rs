@@ -16,7 +16,7 @@ use storage::oci::manifest::MAX_MANIFEST_SIZE;
 use super::archive::Archive;
 use super::media;
 use super::objects::{Objects, blob_name};
-use super::spool::{SpooledBlob, TEMP_PREFIX, sync_dir};
+use super::spool::{self, SpooledBlob, TEMP_PREFIX, sync_dir};
 use crate::{Error, ErrorKind, Result};
 
 const LAYOUT_MARKER: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
@@ -77,6 +77,7 @@ impl LayoutWriter {
             fs::create_dir(dir).map_err(|e| Error::io(format!("directory {}", dir.display()), e))?;
             writer.created.push(dir.to_owned());
         }
+        spool::sweep(&blobs);
         Ok(writer)
     }
 
@@ -158,6 +159,7 @@ impl ArchiveWriter {
     /// # Errors
     /// `Io`: no temporary directory beside it.
     pub fn open(path: &Path, tag: Option<&str>) -> Result<Self> {
+        spool::sweep(parent_of(path));
         let spool = tempfile::Builder::new()
             .prefix(TEMP_PREFIX)
             .tempdir_in(parent_of(path))

@@ -13,6 +13,7 @@
 //! session that is left behind is forgotten by the registry.
 
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -148,16 +149,15 @@ impl Pusher {
 /// A directory for blobs on their way: where the environment says, else on disk rather than in
 /// memory, where `/tmp` may be.
 fn spool_dir() -> Result<tempfile::TempDir> {
-    let builder = || {
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(super::spool::TEMP_PREFIX);
-        builder
+    let make = |dir: &Path| {
+        super::spool::sweep(dir);
+        tempfile::Builder::new().prefix(super::spool::TEMP_PREFIX).tempdir_in(dir)
     };
-    let var_tmp = std::path::Path::new("/var/tmp");
+    let var_tmp = Path::new("/var/tmp");
     let made = if std::env::var_os("TMPDIR").is_none() && var_tmp.is_dir() {
-        builder().tempdir_in(var_tmp).or_else(|_| builder().tempdir())
+        make(var_tmp).or_else(|_| make(&std::env::temp_dir()))
     } else {
-        builder().tempdir()
+        make(&std::env::temp_dir())
     };
     made.map_err(|e| Error::io("temporary directory for blobs (set TMPDIR to choose another)", e))
 }

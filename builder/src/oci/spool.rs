@@ -9,8 +9,13 @@ use tempfile::{NamedTempFile, TempPath};
 
 use crate::{Error, ErrorKind, Result};
 
-/// Name of every temporary file begins so; what a killed process leaves can be told by it.
+/// Name of every temporary file begins so; what a killed process leaves is told by it.
 pub const TEMP_PREFIX: &str = ".nydus-image-";
+
+/// Removes what killed processes left in `dir`.
+pub fn sweep(dir: &Path) {
+    storage::leftovers::sweep(dir, |name| name.starts_with(TEMP_PREFIX.as_bytes()));
+}
 
 /// Write buffer of a spool: large enough that a system call moves many small chunks.
 const BUFFER: usize = 256 << 10;

@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use builder::oci::spool;
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 
@@ -182,8 +183,9 @@ impl Summary<'_> {
 }
 
 fn temporary(dir: &Path, mode: u32) -> anyhow::Result<NamedTempFile> {
+    spool::sweep(dir);
     tempfile::Builder::new()
-        .prefix(".nydus-image-")
+        .prefix(spool::TEMP_PREFIX)
         .permissions(std::fs::Permissions::from_mode(mode))
         .tempfile_in(dir)
         .with_context(|| format!("make a file in {}", dir.display()))
