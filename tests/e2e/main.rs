@@ -6,6 +6,7 @@
 mod conversions;
 mod corpus;
 mod digests;
+mod interrupts;
 mod judges;
 mod kernel;
 mod kills;

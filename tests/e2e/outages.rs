@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use tests::daemon::{Daemon, DaemonOptions};
 use tests::image::{Entry, Image};
 use tests::journey::{Journey, convert, within};
+use tests::mount::mounted;
 use tests::recipes::noise;
 use tests::registry::Registry;
 use tests::relay::{Relay, Rule};
@@ -65,21 +66,7 @@ fn a_stalled_registry_delays_nobody_else() -> Result<()> {
     daemon.drop_pages(&root.join("d/cached"))?;
 
     scene.relay.set(Rule::Stall);
-    let readers: Vec<_> = (0..READERS)
-        .map(|number| {
-            let (path, big) = (root.join("d/big"), Arc::clone(&big));
-            thread::spawn(move || -> Result<()> {
-                let file = File::open(path)?;
-                // No readahead, or one reader would wait for the chunks of all.
-                nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_RANDOM)?;
-                let mut found = [0; 4096];
-                file.read_exact_at(&mut found, number * CHUNK)?;
-                let start = usize::try_from(number * CHUNK)?;
-                ensure!(found == big[start..start + 4096], "reader {number} got wrong bytes");
-                Ok(())
-            })
-        })
-        .collect();
+    let readers = spawn_readers(&root, &big);
     scene.relay.wait_stalled(1)?;
     wait_for_requests(&root, READERS)?;
 
@@ -99,6 +86,50 @@ fn a_stalled_registry_delays_nobody_else() -> Result<()> {
         reader.join().expect("readers do not panic")?;
     }
     Ok(())
+}
+
+/// SIGTERM ends a daemon whose readers all wait for a registry, and them with it.
+#[test]
+fn sigterm_ends_readers_that_wait() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("docker-registry");
+    let big = Arc::new(noise(6, usize::try_from(READERS * CHUNK)?));
+    let scene = Scene::set(vec![Entry::dir("./"), Entry::dir("d"), Entry::file("d/big", big.as_slice())])?;
+    // They would wait for ever.
+    let mut daemon = scene.options().flag("--on-outage", "wait").start()?;
+    let root = daemon.root().to_owned();
+    scene.relay.set(Rule::Stall);
+    let readers = spawn_readers(&root, &big);
+    scene.relay.wait_stalled(1)?;
+    wait_for_requests(&root, READERS)?;
+    let status = daemon.terminate()?;
+    ensure!(status.code() == Some(0), "{status}");
+    ensure!(!mounted(&root), "still mounted");
+    for reader in readers {
+        let ended =
+            within(AT_ONCE, "the end of a reader", move || Ok(reader.join().expect("readers do not panic")))?;
+        ensure!(ended.is_err(), "a reader got bytes from a registry that sent none");
+    }
+    Ok(())
+}
+
+/// One reader a chunk of `d/big`, which holds `bytes`.
+fn spawn_readers(root: &Path, bytes: &Arc<Vec<u8>>) -> Vec<thread::JoinHandle<Result<()>>> {
+    (0..READERS)
+        .map(|number| {
+            let (path, bytes) = (root.join("d/big"), Arc::clone(bytes));
+            thread::spawn(move || -> Result<()> {
+                let file = File::open(path)?;
+                // No readahead, or one reader would wait for the chunks of all.
+                nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_RANDOM)?;
+                let mut found = [0; 4096];
+                file.read_exact_at(&mut found, number * CHUNK)?;
+                let start = usize::try_from(number * CHUNK)?;
+                ensure!(found == bytes[start..start + 4096], "reader {number} got wrong bytes");
+                Ok(())
+            })
+        })
+        .collect()
 }
 
 /// Waits until the kernel has `count` requests waiting for the daemon of this mount.
