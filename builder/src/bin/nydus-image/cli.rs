@@ -3,10 +3,14 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use crate::convert::ConvertArgs;
 use builder::{Error, ErrorKind};
 use clap::builder::{PathBufValueParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
+
+use crate::convert::ConvertArgs;
+pub use crate::values::{
+    Compressor, ConversionType, Digester, Feature, FsVersion, LogLevel, PrefetchPolicy, WhiteoutSpec, number,
+};
 
 /// Builds, merges, checks, inspects and converts container images in the RAFS format.
 #[derive(Debug, Parser)]
@@ -27,21 +31,6 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Option<Command>,
-}
-
-/// Levels of the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogLevel {
-    /// Everything.
-    Trace,
-    /// Details of each step.
-    Debug,
-    /// What was done.
-    Info,
-    /// What was coped with.
-    Warn,
-    /// What failed.
-    Error,
 }
 
 /// The sub-commands of the contract.
@@ -92,105 +81,6 @@ pub struct Unbuilt {
     /// Whatever was typed.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
     pub arguments: Vec<OsString>,
-}
-
-/// What a source is converted from and to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ConversionType {
-    /// Directory.
-    #[value(name = "dir-rafs", alias = "directory")]
-    DirRafs,
-    /// Tar stream, plain or compressed with gzip or zstd.
-    #[value(name = "tar-rafs")]
-    TarRafs,
-    /// Tar stream compressed with gzip.
-    #[value(name = "targz-rafs")]
-    TargzRafs,
-    /// eStargz (not built yet).
-    #[value(name = "estargz-rafs")]
-    EstargzRafs,
-    /// Reference to a tar.gz (not built yet).
-    #[value(name = "targz-ref")]
-    TargzRef,
-    /// Reference to an eStargz (not built yet).
-    #[value(name = "estargz-ref")]
-    EstargzRef,
-    /// Reference by stargz index (not built yet).
-    #[value(name = "estargztoc-ref", alias = "stargz_index")]
-    EstargztocRef,
-    /// Reference to a plain tar with 512-byte blocks (not built yet).
-    #[value(name = "tar-tarfs")]
-    TarTarfs,
-}
-
-impl ConversionType {
-    /// The word on the command line.
-    pub fn name(self) -> String {
-        self.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned())
-    }
-}
-
-/// Compressors on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Compressor {
-    /// Stored.
-    #[value(name = "none")]
-    None,
-    /// Raw LZ4 block.
-    #[value(name = "lz4_block")]
-    Lz4Block,
-    /// zstd frame.
-    #[value(name = "zstd")]
-    Zstd,
-}
-
-/// Digesters on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Digester {
-    /// BLAKE3.
-    Blake3,
-    /// SHA-256.
-    Sha256,
-}
-
-/// Prefetch policies on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum PrefetchPolicy {
-    /// A table in the bootstrap; patterns are read from stdin, one path a line.
-    Fs,
-    /// Prefetched data first in the blob (not built yet).
-    Blob,
-    /// None; stdin is not read.
-    None,
-}
-
-/// Whiteout styles on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum WhiteoutSpec {
-    /// `.wh.` files.
-    Oci,
-    /// Character devices 0:0 and opaque xattrs.
-    Overlayfs,
-    /// Keep everything as it is.
-    None,
-}
-
-/// Versions of the format on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum FsVersion {
-    /// RAFS v5 (not built yet).
-    #[value(name = "5")]
-    V5,
-    /// RAFS v6.
-    #[value(name = "6")]
-    V6,
-}
-
-/// Optional features on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Feature {
-    /// Table of content and chunk digests in the blob.
-    BlobToc,
 }
 
 /// Arguments of `create`.
@@ -490,15 +380,6 @@ fn bootstrap_file() -> impl TypedValueParser<Value = PathBuf> {
     })
 }
 
-/// A number as `0x…` or decimal.
-pub fn number(flag: &str, text: &str) -> anyhow::Result<u64> {
-    let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        Some(hex) => u64::from_str_radix(hex, 16),
-        None => text.parse(),
-    };
-    parsed.map_err(|_| Error::invalid(format!("{flag} {text:?}: want a number, decimal or 0x…")).into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -571,12 +452,5 @@ mod tests {
         let Some(Command::Inspect(args)) = cli.command else { panic!() };
         assert_eq!(args.request.as_deref().map(str::trim), Some("blobs"));
         assert!(error_of(&["create", "src"]).contains("--bootstrap"));
-    }
-
-    #[test]
-    fn numbers_are_decimal_or_hexadecimal() {
-        assert_eq!(number("--chunk-size", "0x1000").unwrap(), 4096);
-        assert_eq!(number("--chunk-size", "4096").unwrap(), 4096);
-        assert!(number("--chunk-size", "4k").is_err());
     }
 }

@@ -13,6 +13,7 @@ mod logging;
 mod merge;
 mod output;
 mod progress;
+mod values;
 mod version;
 
 use std::process::ExitCode;
