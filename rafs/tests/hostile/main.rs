@@ -1,11 +1,12 @@
 //! Forged bootstraps: each broken rule is refused with its reason, and no bytes whatever make
 //! the reader panic or hang.
 
+mod damaged;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::ops::ControlFlow;
 
-use proptest::prelude::*;
 use rafs::ErrorKind;
 use rafs::bootstrap::{Bootstrap, FileType, Nid, OpenOptions, Step, Walk, from_bytes};
 use rafs::fs::{Rafs, RafsOptions, SeekKind};
@@ -545,95 +546,4 @@ fn visit_all(image: &dyn Bootstrap) -> u64 {
         }
     }
     entries
-}
-
-/// Whatever the bytes: an answer, and what is accepted can be used in full.
-fn survive(bytes: Vec<u8>) -> bool {
-    let report = rafs::check::structure(bytes.clone(), &OpenOptions::default());
-    let Ok(image) = from_bytes(bytes, &OpenOptions::default()) else {
-        assert!(report.is_err() || !report.unwrap().is_clean());
-        return false;
-    };
-    visit_all(&*image);
-    let _ = image_root(&*image);
-    let _ = image.prefetch();
-    assert!(report.is_ok());
-    true
-}
-
-const IMAGES: [&str; 6] = ["default", "batch", "merged", "chunkdict", "tar-rafs", "prefetch"];
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
-
-    #[test]
-    fn damaged_bootstraps_are_refused_or_work(
-        image in prop::sample::select(&IMAGES[..]),
-        edits in prop::collection::vec((any::<prop::sample::Index>(), 0u8..4, any::<u64>()), 1..6),
-        cut in prop::option::weighted(0.05, any::<prop::sample::Index>()),
-    ) {
-        let mut bytes = golden_bytes(&format!("{image}/image.boot"));
-        for (at, kind, value) in edits {
-            let at = at.index(bytes.len() - 8);
-            match kind {
-                0 => bytes[at] ^= 1 << (value & 7),
-                1 => bytes[at] = value as u8,
-                2 => bytes[at & !3..][..4].copy_from_slice(&(value as u32).to_le_bytes()),
-                _ => bytes[at & !7..][..8].copy_from_slice(&value.to_le_bytes()),
-            }
-        }
-        if let Some(cut) = cut {
-            let len = cut.index(bytes.len());
-            bytes.truncate(len);
-        }
-        survive(bytes);
-    }
-
-    /// Most of a golden file is names and padding; here the damage is where fields are.
-    #[test]
-    fn damaged_fields_are_refused_or_work(
-        image in prop::sample::select(&IMAGES[..]),
-        edits in prop::collection::vec((any::<prop::sample::Index>(), 0usize..64, any::<u8>()), 1..4),
-    ) {
-        let mut bytes = golden_bytes(&format!("{image}/image.boot"));
-        let tree = open_bytes(bytes.clone());
-        let meta = tree.summary().meta_blkaddr as usize * 4096;
-        let mut places = vec![SB, SB + 64, EXT, SLOT, SLOT + 64];
-        places.extend((0..tree.blobs().len() * 4).map(|i| BLOBS + i * 64));
-        places.extend((0..8).map(|i| tree.summary().chunk_table.0 as usize + i * 80));
-        let mut walk = Walk::new(&*tree, tree.root());
-        while let Some(step) = walk.step().unwrap() {
-            if let Step::Enter(entry) | Step::Leaf(entry) = step {
-                let at = meta + entry.nid.0 as usize * 32;
-                places.extend([at, at, at + 64]);
-            }
-        }
-        for (place, offset, value) in edits {
-            let at = (places[place.index(places.len())] + offset).min(bytes.len() - 1);
-            bytes[at] = value;
-        }
-        survive(bytes);
-    }
-
-    #[test]
-    fn any_nid_and_cursor_gets_an_answer(nid in any::<u64>(), near in 0u64..4000, cursor in any::<u64>()) {
-        let image = open_bytes(golden_bytes("default/image.boot"));
-        let contexts = Vec::new();
-        let rafs = Rafs::new(image.clone(), contexts, RafsOptions::default()).unwrap();
-        for nid in [nid, near, nid >> 24, image.root().0].map(Nid) {
-            let known = image.attr(nid).is_ok();
-            let _ = image.parent(nid);
-            let _ = image.lookup(nid, b"files");
-            let _ = image.read_link(nid);
-            let _ = image.chunk(nid, cursor as u32);
-            let _ = image.children(nid, cursor, &mut |_| ControlFlow::Continue(()));
-            prop_assert_eq!(image.xattrs(nid, &mut |_| ControlFlow::Continue(())).is_ok(), known);
-            let mut slices = Vec::new();
-            let read = rafs.read(nid, cursor, cursor as u32 % (1 << 22), &mut slices);
-            prop_assert_eq!(slices.iter().map(|s| s.len).sum::<u32>(), read.unwrap_or(0));
-            let _ = rafs.seek(nid, cursor, SeekKind::Data);
-            let _ = rafs.getxattr(nid, b"user.x");
-            let _ = rafs.listxattr(nid);
-        }
-    }
 }
