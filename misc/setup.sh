@@ -7,6 +7,7 @@ packages=(
   acl attr libcap2-bin            # names and xattrs in test images
   apache2-utils openssl           # htpasswd, a private CA
   buildah skopeo umoci mmdebstrap # real images, reference unpacks
+  chromium                        # looks at pages that nydusctl draws
   docker-registry                 # the registry
   erofs-utils squashfs-tools      # fsck.erofs, the builder's rival in the bench
   fuse3 python3 util-linux mount  # mounts, the second implementation of the root digest

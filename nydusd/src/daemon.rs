@@ -150,6 +150,7 @@ impl Daemon {
             tracing::warn!("configuration: {warning}");
         }
         let mount = mount::open(engine, spec, self.adapter.table())?;
+        engine.spawn(crate::why::log_start(Arc::downgrade(&mount)));
         let fuse = self.mount_unless_stopping()?;
         let ends = self.ends.clone();
         let (_, initialized) = fuse.serve(Arc::clone(&self.adapter), args.fuse_threads, move |result| {

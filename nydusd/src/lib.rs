@@ -28,6 +28,7 @@ pub mod preheat;
 pub mod table;
 pub mod transport;
 pub mod version;
+pub mod why;
 
 #[expect(unsafe_code, reason = "one C struct without a constructor")]
 mod sys;

@@ -19,7 +19,7 @@ use storage::cache::{BlobCache, BlobCacheConfig, BlobSet, ChunkTable, MetaSpec};
 use storage::digest::{Digest, TaggedDigest};
 use storage::engine::Engine;
 use storage::metrics::{BackendMetrics, CacheMetrics};
-use storage::observe::Observer;
+use storage::observe::{Fetched, Observer};
 use storage::prefetch::{Order, Prefetch, PrefetchOptions, ReadAhead};
 use storage::read::Reader;
 
@@ -29,6 +29,7 @@ use crate::failures::Failures;
 use crate::metrics::{FetchMetrics, FsMetrics};
 use crate::node::NodeId;
 use crate::table::{MountTable, Place};
+use crate::why::Recorder;
 
 /// One mounted image.
 pub struct Mount {
@@ -45,6 +46,10 @@ pub struct Mount {
     mounted_at: SystemTime,
     metrics: Arc<FsMetrics>,
     fetch_metrics: Arc<FetchMetrics>,
+    /// Who read what when; `None` if that is not wanted.
+    recorder: Option<Arc<Recorder>>,
+    /// Chunks that were in the cache at the mount.
+    cached_at_mount: u64,
     cache_metrics: Arc<CacheMetrics>,
     backend_metrics: Arc<BackendMetrics>,
     failures: Failures,
@@ -113,6 +118,9 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
     }
 
     let fetch_metrics = Arc::<FetchMetrics>::default();
+    let recorder = config.why.then(|| Arc::new(Recorder::new(records.iter().map(|blob| &blob.id))));
+    let observer: Arc<dyn Observer> =
+        Arc::new(Observers { metrics: Arc::clone(&fetch_metrics), recorder: recorder.clone() });
     let cache_metrics = Arc::<CacheMetrics>::default();
     let backend_metrics = Arc::<BackendMetrics>::default();
     let mut caches = Vec::with_capacity(records.len());
@@ -122,7 +130,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
             meta: meta_spec(blob),
             chunks: Some(chunk_table(&rafs, number)),
             allow_unverified: config.allow_unverified,
-            observer: Some(Arc::clone(&fetch_metrics) as Arc<dyn Observer>),
+            observer: Some(Arc::clone(&observer)),
             metrics: Arc::clone(&cache_metrics),
             backend_metrics: Arc::clone(&backend_metrics),
             ..base
@@ -137,6 +145,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
     ));
     let reader: Arc<dyn Reader> = Arc::clone(&blobs) as Arc<dyn Reader>;
 
+    let cached_at_mount = caches.iter().map(|cache| u64::from(cache.ready_count())).sum();
     let failures = Failures::new(Arc::clone(&rafs));
     let mount = table.attach(move |place| Mount {
         place,
@@ -147,6 +156,8 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         caches,
         metrics: Arc::new(FsMetrics::new(config.files)),
         fetch_metrics,
+        recorder,
+        cached_at_mount,
         orders: Mutex::default(),
         config,
         bootstrap_digest: digest,
@@ -157,6 +168,21 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         echoes: Echoes::default(),
     });
     mount.context("no mount index is free; unmount an image first")
+}
+
+/// Whoever is told of fetches.
+struct Observers {
+    metrics: Arc<FetchMetrics>,
+    recorder: Option<Arc<Recorder>>,
+}
+
+impl Observer for Observers {
+    fn fetched(&self, event: &Fetched<'_>) {
+        self.metrics.fetched(event);
+        if let Some(recorder) = &self.recorder {
+            recorder.fetched(event);
+        }
+    }
 }
 
 /// Makes the cache directory with its parents. What it will hold is private to its owner: an
@@ -266,6 +292,8 @@ impl Mount {
             mounted_at: SystemTime::now(),
             metrics: Arc::default(),
             fetch_metrics: Arc::default(),
+            recorder: None,
+            cached_at_mount: 0,
             orders: Mutex::default(),
             cache_metrics: Arc::default(),
             backend_metrics: Arc::default(),
@@ -339,6 +367,16 @@ impl Mount {
     /// Counters of fetched chunks.
     pub fn fetch_metrics(&self) -> &FetchMetrics {
         &self.fetch_metrics
+    }
+
+    /// Who read what when, if that is recorded.
+    pub fn recorder(&self) -> Option<&Arc<Recorder>> {
+        self.recorder.as_ref()
+    }
+
+    /// Chunks that were in the cache when it was mounted.
+    pub fn cached_at_mount(&self) -> u64 {
+        self.cached_at_mount
     }
 
     /// Chunks in the cache, and chunks of all its blobs.

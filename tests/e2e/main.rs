@@ -17,3 +17,4 @@ mod preheat;
 mod registries;
 mod sharing;
 mod tampering;
+mod why;

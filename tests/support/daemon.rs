@@ -130,6 +130,22 @@ impl Daemon {
             .unwrap_or_default()
     }
 
+    /// Waits for a line of the log that contains `text`.
+    ///
+    /// # Errors
+    /// None comes in time.
+    pub fn wait_for_log(&self, text: &str) -> Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(line) = self.log().lines().find(|line| line.contains(text)) {
+                return Ok(line.to_owned());
+            }
+            ensure!(Instant::now() < deadline, "no {text:?} within {PATIENCE:?} in:\n{}", self.log());
+            // A file that grows can only be looked at.
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// The process.
     pub fn pid(&self) -> Pid {
         Pid::from_raw(self.child.id().cast_signed())

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
+use futures_util::StreamExt as _;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Frame, Incoming};
@@ -36,6 +37,9 @@ pub enum Rule {
     CutAfter(u64),
     /// Forward without `Range`: the whole blob with status 200.
     IgnoreRange,
+    /// Forward, but stop for so long before these bytes of a blob: first and last. An answer in
+    /// several parts stops before all of them.
+    Late(u64, u64, Duration),
     /// Forward with the first bit of the first byte of the answer flipped.
     FlipFirstBit,
 }
@@ -254,6 +258,7 @@ async fn relay(shared: &Shared, mut request: Request<Incoming>) -> Result<Respon
     }
     let mut rule = Rule::Pass;
     let mut active = None;
+    let ranges = ranges_of(&request);
     if let Some(fetch) = blob_fetch(&request) {
         active = Some(Held::count(&shared.active));
         shared.log().fetches.push(fetch);
@@ -286,11 +291,16 @@ async fn relay(shared: &Shared, mut request: Request<Incoming>) -> Result<Respon
     if active.is_none() {
         return Ok(response.map(|body| body.map_err(std::io::Error::other).boxed()));
     }
-    pour(shared, response, rule).await
+    pour(shared, response, rule, &ranges).await
 }
 
-/// Hands the body on in pieces as they come, changed as the rule wants.
-async fn pour(shared: &Shared, response: Response<Incoming>, rule: Rule) -> Result<Response<Body>> {
+/// Hands the body, an answer to `ranges`, on in pieces as they come, changed as the rule wants.
+async fn pour(
+    shared: &Shared,
+    response: Response<Incoming>,
+    rule: Rule,
+    ranges: &[(u64, u64)],
+) -> Result<Response<Body>> {
     let (head, mut body) = response.into_parts();
     let mut frames: Vec<Result<Frame<Bytes>, std::io::Error>> = Vec::new();
     let mut left = if let Rule::CutAfter(limit) = rule { limit } else { u64::MAX };
@@ -314,8 +324,58 @@ async fn pour(shared: &Shared, response: Response<Incoming>, rule: Rule) -> Resu
         shared.log().bytes += data.len() as u64;
         frames.push(Ok(Frame::data(data)));
     }
-    let stream = futures_util::stream::iter(frames);
+    let stream = futures_util::stream::iter(paused(frames, pause_of(rule, ranges))).then(
+        |(delay, frame)| async move {
+            tokio::time::sleep(delay).await;
+            frame
+        },
+    );
     Ok(Response::from_parts(head, BodyExt::boxed(http_body_util::StreamBody::new(stream))))
+}
+
+/// Bytes before the pause that [`Rule::Late`] wants of an answer to `ranges`, and the pause.
+fn pause_of(rule: Rule, ranges: &[(u64, u64)]) -> Option<(u64, Duration)> {
+    let Rule::Late(first, last, delay) = rule else { return None };
+    match ranges {
+        [] => Some((first, delay)),
+        [(start, end)] => (*start <= last && first <= *end).then(|| (first.saturating_sub(*start), delay)),
+        many => many.iter().any(|(start, end)| *start <= last && first <= *end).then_some((0, delay)),
+    }
+}
+
+/// The ranges that a request asks for, first and last byte of each.
+fn ranges_of(request: &Request<Incoming>) -> Vec<(u64, u64)> {
+    let header = request.headers().get(header::RANGE).and_then(|value| value.to_str().ok());
+    let list = header.and_then(|text| text.strip_prefix("bytes=")).unwrap_or_default();
+    let range = |text: &str| {
+        let (first, last) = text.trim().split_once('-')?;
+        Some((first.parse().ok()?, last.parse().ok()?))
+    };
+    list.split(',').filter_map(range).collect()
+}
+
+/// The frames, each with the time to wait before it: none but before the byte of `pause`.
+fn paused(
+    frames: Vec<Result<Frame<Bytes>, std::io::Error>>,
+    mut pause: Option<(u64, Duration)>,
+) -> Vec<(Duration, Result<Frame<Bytes>, std::io::Error>)> {
+    let mut paused = Vec::new();
+    let mut at = 0;
+    for frame in frames {
+        let len = frame.as_ref().ok().and_then(Frame::data_ref).map_or(0, |data| data.len() as u64);
+        match pause {
+            Some((before, delay)) if before < at + len => {
+                pause = None;
+                let mut data = frame.ok().and_then(|frame| frame.into_data().ok()).unwrap_or_default();
+                let late = data.split_off(usize::try_from(before - at).unwrap_or(0));
+                paused.push((Duration::ZERO, Ok(Frame::data(data))));
+                paused.push((delay, Ok(Frame::data(late))));
+            }
+            _ => paused.push((Duration::ZERO, frame)),
+        }
+        at += len;
+    }
+    paused
 }
 
 /// One in a counter of requests; it goes also when the client hangs up.

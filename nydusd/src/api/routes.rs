@@ -15,6 +15,7 @@ use crate::cli::LogLevel;
 use crate::daemon::{Daemon, State};
 use crate::metrics;
 use crate::mount::Mount;
+use crate::why;
 
 /// What goes back to the client.
 #[derive(Debug)]
@@ -105,6 +106,10 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, 
             })
         }
         "/metrics" if get => Reply::metrics(daemon),
+        "/api/v1/why" if get => with_mount(daemon, id.as_deref(), "Why", |mount| match mount.recorder() {
+            Some(recorder) => Reply::json(&why::build(mount, recorder)),
+            None => Reply::error(404, "Why(\"nothing is recorded: `why` is false in the configuration\")"),
+        }),
         "/api/v1/metrics/inflight" if get => {
             let entries = daemon.adapter().inflight().entries();
             if entries.is_empty() { Reply::empty() } else { Reply::json(&entries) }
@@ -128,8 +133,9 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, 
 }
 
 /// Every path of the contract, and ours: a wrong method on one of them is a bad request.
-const ROUTES: [&str; 18] = [
+const ROUTES: [&str; 19] = [
     "/metrics",
+    "/api/v1/why",
     "/api/v1/daemon",
     "/api/v2/daemon",
     "/api/v1/daemon/start",

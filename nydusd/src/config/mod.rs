@@ -10,6 +10,7 @@
 //! | `expect_root` | `rafs.expect_root` | `alg:hex`; another image root digest is refused |
 //! | `expect_bootstrap` | `rafs.expect_bootstrap` | `sha256:hex`; another bootstrap is refused |
 //! | `allow_unverified` | `rafs.allow_unverified` | serve images without chunk digests |
+//! | `why` | `rafs.why` | `false`: do not record what readers wait for |
 //! | `id_mapping` | `rafs.id_mapping` | `[internal, external, count]`: owners shown elsewhere |
 //! | `prefer` | `rafs.prefer` | `"time"` (default) or `"bytes"`: what reading ahead saves |
 //! | `proxy_from_environment` in the registry's fields | the same | use `HTTPS_PROXY` and its kin, else ignored |
@@ -114,6 +115,8 @@ pub struct Config {
     pub expect_bootstrap: Option<Digest>,
     /// Serve images without chunk digests.
     pub allow_unverified: bool,
+    /// Record what readers wait for.
+    pub why: bool,
     /// What to keep of single files.
     pub files: FileOptions,
     /// What is fetched after the mount without being asked for.
@@ -143,6 +146,7 @@ impl Config {
             expect_root: None,
             expect_bootstrap: None,
             allow_unverified: false,
+            why: true,
             files: FileOptions::default(),
             prefetch: PrefetchConfig::default(),
             prefetch_files: None,
@@ -222,6 +226,7 @@ impl Config {
                 "read_timeout": self.read_timeout.as_secs_f64(),
                 "on_outage": match self.on_outage { OnOutage::Fail => "fail", OnOutage::Wait => "wait" },
                 "allow_unverified": self.allow_unverified,
+                "why": self.why,
                 "iostats_files": self.files.counters,
                 "access_pattern": self.files.pattern,
                 "latest_read_files": self.files.latest,
@@ -248,6 +253,7 @@ impl Config {
         if let Some(numbers) = section.take_numbers("id_mapping")? {
             self.id_mapping = read_id_mapping(&name, &numbers)?;
         }
+        self.why = section.take_bool("why")?.unwrap_or(true);
         self.files = FileOptions {
             counters: section.take_bool("iostats_files")?.unwrap_or(false),
             pattern: section.take_bool("access_pattern")?.unwrap_or(false),

@@ -26,6 +26,7 @@ use serde::Serialize;
 
 use durations::Durations;
 pub use fetches::{FetchMetrics, FetchSnapshot};
+pub(crate) use fetches::{amplification, supplier_name};
 pub use files::{FileOptions, Files};
 pub use prometheus::{CONTENT_TYPE, expose, resident_memory};
 

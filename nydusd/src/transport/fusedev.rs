@@ -33,6 +33,7 @@ use super::mounted::MountIdentity;
 use crate::adapter::{Adapter, ReadPlan};
 use crate::failures::Failure;
 use crate::metrics::InflightGuard;
+use crate::why::Wait;
 
 /// Source in the mount table (contract 1.8).
 const SOURCE: &str = "rafs";
@@ -223,6 +224,8 @@ struct PendingRead {
     slices: Vec<ReadSlice>,
     started: Instant,
     answered: bool,
+    /// Recorded, if that is wanted.
+    wait: Option<Wait>,
     _inflight: InflightGuard,
 }
 
@@ -240,6 +243,10 @@ impl PendingRead {
         match result {
             Ok(data) => {
                 metrics.record_wait(self.plan.nid, Some(len), self.started.elapsed());
+                // Its reader may ask at once why it waited.
+                if let Some(mut wait) = self.wait.take() {
+                    wait.succeed();
+                }
                 self.connection.reply(OutHeader::data(self.unique, len), &data);
                 self.answered = true;
             }
@@ -364,7 +371,11 @@ impl Worker {
         let data = &mut reply[..plan.len as usize];
         match plan.mount.reader().try_read(&self.slices, data) {
             Ok(true) => {
-                plan.mount.metrics().record_read(plan.nid, Some(plan.len), started.elapsed());
+                let elapsed = started.elapsed();
+                plan.mount.metrics().record_read(plan.nid, Some(plan.len), elapsed);
+                if let Some(recorder) = plan.mount.recorder() {
+                    recorder.hit(plan.nid, read.offset, plan.len, header.pid, elapsed);
+                }
                 self.connection.reply(out, data);
             }
             Ok(false) if plan.mount.echoes().is_echo(plan.nid, read.offset, plan.len) => {
@@ -384,6 +395,10 @@ impl Worker {
     fn submit(&self, header: &InHeader, plan: ReadPlan, offset: u64, started: Instant) {
         let inflight = self.adapter.inflight().enter(plan.nid.0, header.opcode, header.unique, started);
         let reader = Arc::clone(plan.mount.reader());
+        let wait = plan
+            .mount
+            .recorder()
+            .map(|recorder| recorder.wait(plan.nid, offset, plan.len, header.pid, started));
         let pending = PendingRead {
             connection: Arc::clone(&self.connection),
             unique: header.unique,
@@ -392,6 +407,7 @@ impl Worker {
             slices: self.slices.clone(),
             started,
             answered: false,
+            wait,
             _inflight: inflight,
         };
         reader.submit(

@@ -45,6 +45,28 @@ pub enum Command {
     Metrics(Metrics),
     /// Fetch data of a mounted image ahead of its readers
     Prefetch(Prefetch),
+    /// What readers waited for, longest wait first
+    Why(Why),
+}
+
+/// How to show what readers waited for.
+#[derive(Args, Debug)]
+pub struct Why {
+    /// Mountpoint or id of the image, if the daemon has several
+    #[arg(long, value_name = "ID")]
+    pub id: Option<String>,
+
+    /// Print everything as JSON
+    #[arg(long, conflicts_with = "html")]
+    pub json: bool,
+
+    /// Write a page with a timeline to this file
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+
+    /// Rows of each table
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    pub count: usize,
 }
 
 /// Settings.

@@ -5,6 +5,7 @@ mod client;
 mod info;
 mod metrics;
 mod prefetch;
+mod why;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -39,5 +40,6 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         }
         Command::Metrics(family) => metrics::run(&client, family, cli.raw),
         Command::Prefetch(prefetch) => prefetch::run(&client, prefetch, cli.raw),
+        Command::Why(options) => why::run(&client, options, cli.raw),
     }
 }

@@ -1,0 +1,48 @@
+//! One line in the log when a start is over.
+
+use std::sync::Weak;
+use std::time::Duration;
+
+use tracing::info;
+
+use crate::metrics::amplification;
+use crate::mount::Mount;
+
+/// A start is over when no reader has waited for this long.
+const QUIET: Duration = Duration::from_secs(3);
+
+/// Waits for the first read and for the end of the start that it begins, and logs what it
+/// cost. Ends early with the mount.
+pub async fn log_start(mount: Weak<Mount>) {
+    let Some(recorder) = mount.upgrade().and_then(|mount| mount.recorder().cloned()) else { return };
+    recorder.first_read().await;
+    loop {
+        let totals = recorder.totals();
+        let quiet_since = totals.last_wait_us.max(totals.first_us.unwrap_or(0));
+        let quiet = Duration::from_micros(recorder.now_us().saturating_sub(quiet_since));
+        if quiet >= QUIET && !recorder.is_waited_for() {
+            break;
+        }
+        tokio::time::sleep(QUIET.saturating_sub(quiet).max(Duration::from_secs(1))).await;
+    }
+    let Some(mount) = mount.upgrade() else { return };
+    let totals = recorder.totals();
+    let (cache, fetches) = (mount.cache_metrics().snapshot(), mount.fetch_metrics().snapshot());
+    let seconds = |us: u64| us as f64 / 1e6;
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    info!(
+        "start of {}: {:.2} s from the first read to the end of the last wait; {} reads, {} of them waited {:.2} s \
+         in all, the longest {:.3} s; {:.1} MiB fetched in {} requests, x{:.2} of the {:.1} MiB that readers asked \
+         for (`nydusctl why` tells more)",
+        mount.mountpoint(),
+        seconds(totals.last_wait_us.saturating_sub(totals.first_us.unwrap_or(0))),
+        totals.reads,
+        totals.waited,
+        seconds(totals.waited_us),
+        seconds(totals.longest_us.into()),
+        mib(cache.fetched_bytes),
+        mount.backend_metrics().snapshot("").read_count,
+        amplification(cache.fetched_bytes, fetches.demanded_bytes),
+        mib(fetches.demanded_bytes),
+    );
+}
