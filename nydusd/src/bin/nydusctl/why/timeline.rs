@@ -58,12 +58,12 @@ pub fn draw(report: &Report) -> String {
         return "<h2>Timeline</h2><p>Nothing was waited for, and nothing fetched.</p>".to_owned();
     }
     let axis = Axis::new(spans.collect(), bars);
-    let mut drawn = String::new();
+    let (mut backs, mut drawn) = (String::new(), String::new());
     let mut y = TOP;
     for (name, bars) in &lanes {
         let rows = pack(bars);
         let height = rows.iter().max().map_or(1, |row| row + 1) as f64 * ROW + 6.0;
-        drawn += &format!(
+        backs += &format!(
             "<rect class=\"lane\" x=\"0\" y=\"{y:.1}\" width=\"{:.1}\" height=\"{:.1}\"/>\
              <text x=\"8\" y=\"{:.1}\">{}</text>\n",
             axis.width(),
@@ -86,26 +86,21 @@ pub fn draw(report: &Report) -> String {
     };
     format!(
         "<h2>Timeline, from the mount on</h2><div class=\"scroll\"><svg class=\"timeline\" width=\"{width:.0}\" \
-         height=\"{y:.0}\" viewBox=\"0 0 {width:.0} {y:.0}\">{grid}\n{drawn}</svg></div>{left_out}",
+         height=\"{y:.0}\" viewBox=\"0 0 {width:.0} {y:.0}\">{backs}{grid}\n{drawn}</svg></div>{left_out}",
         width = axis.width(),
         grid = axis.grid(y),
     )
 }
 
-/// A name and bars for each process, longest wait first, then for each supplier.
+/// A name and bars for each process in the order of their first waits, then for each supplier.
 fn lanes(report: &Report) -> Vec<(String, Vec<Bar>)> {
-    let mut places: Vec<usize> = Vec::new();
     let mut by_process: BTreeMap<usize, Vec<Bar>> = BTreeMap::new();
-    for read in report.reads.iter().take(MAX_BARS) {
-        if !places.contains(&read.process) {
-            places.push(read.process);
-        }
-        by_process.entry(read.process).or_default().push(read_bar(report, read));
+    for (rank, read) in report.reads.iter().take(MAX_BARS).enumerate() {
+        by_process.entry(read.process).or_default().push(read_bar(report, read, rank == 0));
     }
-    let mut lanes: Vec<_> = places
-        .into_iter()
-        .filter_map(|place| Some((process_name(report, place), by_process.remove(&place)?)))
-        .collect();
+    let mut lanes: Vec<_> =
+        by_process.into_iter().map(|(place, bars)| (process_name(report, place), bars)).collect();
+    lanes.sort_by_key(|(_, bars)| bars.iter().map(|bar| bar.from).min());
 
     let mut fetches: Vec<_> = report.fetches.iter().collect();
     fetches.sort_by_key(|fetch| std::cmp::Reverse(fetch_end(fetch) - fetch.at_us));
@@ -143,7 +138,7 @@ fn lanes(report: &Report) -> Vec<(String, Vec<Bar>)> {
     lanes
 }
 
-fn read_bar(report: &Report, read: &Read) -> Bar {
+fn read_bar(report: &Report, read: &Read, longest: bool) -> Bar {
     let parts = read.waits.parts();
     let phases: Vec<String> = parts
         .iter()
@@ -164,7 +159,7 @@ fn read_bar(report: &Report, read: &Read) -> Bar {
     );
     let failed = if read.outcome == Outcome::Done { "" } else { " failed" };
     Bar {
-        class: format!("read{failed}"),
+        class: format!("read{}{failed}", if longest { " longest" } else { "" }),
         from: read.at_us,
         to: read.at_us + read.took_us,
         parts: PHASES.iter().zip(parts).map(|((class, _), (_, us))| (*class, us)).collect(),
