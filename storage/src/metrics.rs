@@ -3,6 +3,7 @@
 //! Plain atomics, shared by all blobs of one configured instance. The snapshots carry the
 //! field names of the daemon's metrics API (backend and blobcache families).
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -26,6 +27,8 @@ pub struct BackendMetrics {
     reads: AtomicU64,
     errors: AtomicU64,
     bytes: AtomicU64,
+    /// Requests sent again after a failure; shared with those who send them.
+    pub(crate) retries: Arc<AtomicU64>,
     latency_ms: AtomicU64,
     latency_classes: Classes,
     size_classes: Classes,
@@ -41,6 +44,8 @@ pub struct BackendSnapshot {
     pub read_count: u64,
     /// Requests that failed.
     pub read_errors: u64,
+    /// Requests sent again after a failure.
+    pub read_retries: u64,
     /// Bytes received.
     pub read_amount_total: u64,
     /// Milliseconds from request to last byte, summed.
@@ -74,6 +79,7 @@ impl BackendMetrics {
             backend_type: backend_type.to_owned(),
             read_count: self.reads.load(Relaxed),
             read_errors: self.errors.load(Relaxed),
+            read_retries: self.retries.load(Relaxed),
             read_amount_total: self.bytes.load(Relaxed),
             read_cumulative_latency_millis_total: self.latency_ms.load(Relaxed),
             read_cumulative_latency_millis_dist: count(&self.latency_classes),

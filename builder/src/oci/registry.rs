@@ -68,8 +68,12 @@ impl Repository {
             .enable_all()
             .build()
             .map_err(|e| Error::io("start the registry threads", e))?;
-        let context =
-            ReadContext { priority: Priority::OnDemand, deadline: None, cancel: options.cancel.clone() };
+        let context = ReadContext {
+            priority: Priority::OnDemand,
+            deadline: None,
+            cancel: options.cancel.clone(),
+            ..ReadContext::on_demand(None)
+        };
         let client = RegistryClient::new(reference.host(), client)?;
         Ok(Self { runtime: Arc::new(runtime), client, reference, context })
     }

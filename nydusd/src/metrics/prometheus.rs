@@ -192,6 +192,9 @@ fn requests(writer: &mut Writer<'_, '_>) -> fmt::Result {
         }
         Ok(())
     })?;
+    writer.counter(("backend_retries", "Requests sent again after a failure"), |mount| {
+        mount.backend_metrics().snapshot(kind(mount)).read_retries
+    })?;
     writer.counter(("backend_received_bytes", "Blob bytes received, wanted or not"), |mount| {
         mount.backend_metrics().snapshot(kind(mount)).read_amount_total
     })?;

@@ -252,6 +252,7 @@ impl PendingRead {
             }
             Err(error) => {
                 metrics.record_wait(self.plan.nid, None, self.started.elapsed());
+                drop(self.wait.take());
                 if error.kind() == storage::ErrorKind::TimedOut {
                     self.plan.mount.echoes().timed_out(self.plan.nid, self.offset, len, self.started);
                 }

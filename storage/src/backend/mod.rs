@@ -15,6 +15,7 @@ mod sequential;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -46,12 +47,19 @@ pub struct ReadContext {
     pub deadline: Option<Instant>,
     /// Fires when nobody wants the bytes any more.
     pub cancel: CancellationToken,
+    /// Counts the requests that were sent again.
+    pub retries: Arc<AtomicU64>,
 }
 
 impl ReadContext {
-    /// An on-demand read with a deadline, cancelled by nobody.
+    /// An on-demand read with a deadline, cancelled by nobody, with a count of its own.
     pub fn on_demand(deadline: Option<Instant>) -> Self {
-        Self { priority: Priority::OnDemand, deadline, cancel: CancellationToken::new() }
+        Self {
+            priority: Priority::OnDemand,
+            deadline,
+            cancel: CancellationToken::new(),
+            retries: Arc::default(),
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 
 use std::future::Future;
 use std::hash::{BuildHasher as _, RandomState};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use super::{Priority, ReadContext};
@@ -126,9 +127,11 @@ impl Attempts {
         tracing::debug!(error = %failure.error, attempt = self.made, ?delay, "a request failed, trying again");
         within(context, "wait before a repeat", async {
             tokio::time::sleep(delay).await;
-            Ok(())
+            Ok::<_, Error>(())
         })
-        .await
+        .await?;
+        context.retries.fetch_add(1, Relaxed);
+        Ok(())
     }
 }
 
@@ -213,6 +216,7 @@ mod tests {
         .await
         .unwrap_err();
         assert_eq!((err.kind(), count), (ErrorKind::Unavailable, 5));
+        assert_eq!(context.retries.load(Relaxed), 4);
         assert!(err.to_string().contains("5 attempts"), "{err}");
 
         let soon = ReadContext::on_demand(Some(Instant::now() + Duration::from_millis(10)));
@@ -222,6 +226,7 @@ mod tests {
             .unwrap_err();
         assert_eq!(err.kind(), ErrorKind::TimedOut);
         assert!(std::error::Error::source(&err).unwrap().to_string().contains("503"));
+        assert_eq!(soon.retries.load(Relaxed), 0);
     }
 
     #[tokio::test]

@@ -36,6 +36,7 @@ pub(super) fn context(cancel: &CancellationToken) -> ReadContext {
         priority: Priority::Prefetch,
         deadline: Instant::now().checked_add(PATIENCE),
         cancel: cancel.clone(),
+        ..ReadContext::on_demand(None)
     }
 }
 

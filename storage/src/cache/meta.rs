@@ -54,8 +54,12 @@ async fn fetch(inner: &Inner, spec: MetaSpec, path: &Path) -> Result<()> {
     if open_own(path)?.is_some() {
         return Ok(());
     }
-    let context =
-        ReadContext { priority: Priority::Prefetch, deadline: None, cancel: inner.cancel.child_token() };
+    let context = ReadContext {
+        priority: Priority::Prefetch,
+        deadline: None,
+        cancel: inner.cancel.child_token(),
+        ..ReadContext::on_demand(None)
+    };
     // A start wants other bytes first.
     within(&context, "wait for a quiet moment", async {
         inner.engine.link().quiet(QUIET).await;

@@ -477,7 +477,11 @@ impl Inner {
             leads.extend(widened);
         }
         if !leads.is_empty() {
-            let context = ReadContext { cancel: self.cancel.child_token(), ..context.clone() };
+            let context = ReadContext {
+                cancel: self.cancel.child_token(),
+                retries: Arc::clone(&self.backend_metrics.retries),
+                ..context.clone()
+            };
             self.engine.spawn(fetch::lead(Arc::clone(self), leads, context, slot));
         }
         obtained

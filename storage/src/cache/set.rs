@@ -113,6 +113,7 @@ impl Reader for BlobSet {
             priority,
             deadline: self.shared.policy.deadline(),
             cancel: CancellationToken::new(),
+            ..ReadContext::on_demand(None)
         };
         let shared = Arc::clone(&self.shared);
         self.engine.spawn(async move {

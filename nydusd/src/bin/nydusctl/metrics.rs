@@ -66,6 +66,7 @@ fn text(family: &Metrics, document: &Value) -> String {
             ("Backend type:", "backend_type"),
             ("Requests:", "read_count"),
             ("Failed requests:", "read_errors"),
+            ("Repeated requests:", "read_retries"),
             ("Bytes received:", "read_amount_total"),
             ("Time in requests, ms:", "read_cumulative_latency_millis_total"),
         ]),
