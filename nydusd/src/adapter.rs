@@ -107,6 +107,7 @@ impl Adapter {
     ) -> io::Result<ReadPlan> {
         let (mount, nid) = self.resolve(node)?;
         let len = mount.rafs().read(nid, offset, size, slices).map_err(refuse)?;
+        mount.tracer().touch(slices);
         Ok(ReadPlan { mount, nid, len })
     }
 

@@ -12,6 +12,7 @@ use storage::prefetch::Prefer;
 
 use crate::config::{OnOutage, parse_prefer};
 use crate::preheat;
+use crate::trace;
 
 /// Services of the contract that this build does not offer.
 const NOT_BUILT: [&str; 4] = ["virtiofs", "singleton", "nbd", "uffd"];
@@ -151,6 +152,10 @@ pub struct FuseArgs {
     /// The image.
     #[command(flatten)]
     pub image: ImageArgs,
+
+    /// Record what starts read, and fetch it ahead of later ones [default: on]
+    #[arg(long, value_name = "WHAT")]
+    pub trace: Option<trace::Mode>,
 
     /// Threads that serve the kernel's requests
     #[arg(

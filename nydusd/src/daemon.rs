@@ -151,6 +151,7 @@ impl Daemon {
         }
         let mount = mount::open(engine, spec, self.adapter.table())?;
         engine.spawn(crate::why::log_start(Arc::downgrade(&mount)));
+        mount.fetch_ahead();
         let fuse = self.mount_unless_stopping()?;
         let ends = self.ends.clone();
         let (_, initialized) = fuse.serve(Arc::clone(&self.adapter), args.fuse_threads, move |result| {
@@ -218,6 +219,7 @@ impl Daemon {
         let mounts = self.adapter.table().mounts();
         let flush = move || {
             for mount in mounts {
+                mount.tracer().finish();
                 for cache in mount.caches() {
                     if let Err(e) = cache.flush() {
                         tracing::warn!("{}", crate::logging::chain(&e));

@@ -129,6 +129,7 @@ impl Plan {
 /// # Errors
 /// The list of files to prefetch can not be read or is not one.
 pub fn apply_fuse_arguments(config: &mut Config, args: &FuseArgs) -> anyhow::Result<()> {
+    config.trace = args.trace.unwrap_or(config.trace);
     if let Some(list) = &args.prefetch_files {
         config.prefetch_files = Some(crate::preheat::list::load(list).context("--prefetch-files")?);
         if args.global.config.is_none() {

@@ -26,6 +26,7 @@ pub mod mount;
 pub mod node;
 pub mod preheat;
 pub mod table;
+pub mod trace;
 pub mod transport;
 pub mod version;
 pub mod why;

@@ -20,7 +20,7 @@ use storage::digest::{Digest, TaggedDigest};
 use storage::engine::Engine;
 use storage::metrics::{BackendMetrics, CacheMetrics};
 use storage::observe::{Fetched, Observer};
-use storage::prefetch::{Order, Prefetch, PrefetchOptions, ReadAhead};
+use storage::prefetch::{Class, Order, Prefetch, PrefetchOptions, ReadAhead};
 use storage::read::Reader;
 
 use crate::config::Config;
@@ -29,6 +29,7 @@ use crate::failures::Failures;
 use crate::metrics::{FetchMetrics, FsMetrics};
 use crate::node::NodeId;
 use crate::table::{MountTable, Place};
+use crate::trace::{Tracer, TracerSpec};
 use crate::why::Recorder;
 
 /// One mounted image.
@@ -56,6 +57,7 @@ pub struct Mount {
     echoes: Echoes,
     /// Orders that were being worked off when last looked at.
     orders: Mutex<Vec<Prefetch>>,
+    tracer: Tracer,
 }
 
 impl std::fmt::Debug for Mount {
@@ -97,7 +99,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
     let (bootstrap, digest) = adopt(&bootstrap, work_dir, config.expect_bootstrap)?;
     let bootstrap: Arc<dyn Bootstrap> = Arc::from(bootstrap);
     drop(fetched);
-    check_root(&*bootstrap, stated_root, config.expect_root)?;
+    let root = check_root(&*bootstrap, stated_root, config.expect_root)?;
 
     let records = bootstrap.blobs();
     let backends = records.iter().map(|blob| source.blob(&blob.id)).collect::<storage::Result<Vec<_>>>()?;
@@ -147,6 +149,17 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
 
     let cached_at_mount = caches.iter().map(|cache| u64::from(cache.ready_count())).sum();
     let failures = Failures::new(Arc::clone(&rafs));
+    let tracer = Tracer::open(
+        engine,
+        TracerSpec {
+            mode: config.trace,
+            limits: config.trace_limits,
+            work_dir,
+            bootstrap: digest,
+            root,
+            rafs: Arc::clone(&rafs),
+        },
+    );
     let mount = table.attach(move |place| Mount {
         place,
         mountpoint,
@@ -166,6 +179,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         backend_metrics,
         failures,
         echoes: Echoes::default(),
+        tracer,
     });
     mount.context("no mount index is free; unmount an image first")
 }
@@ -196,14 +210,15 @@ pub(crate) fn make_cache_dir(path: &Path) -> anyhow::Result<()> {
         .with_context(|| format!("make the cache directory {}", path.display()))
 }
 
-/// Compares the image root digest with what the manifest states and what was demanded.
+/// Compares the image root digest with what the manifest states and what was demanded. Answers
+/// it, if it had to be known.
 fn check_root(
     bootstrap: &dyn Bootstrap,
     stated: Option<TaggedDigest>,
     expected: Option<TaggedDigest>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Option<TaggedDigest>> {
     if stated.is_none() && expected.is_none() {
-        return Ok(());
+        return Ok(None);
     }
     let found = rafs::merkle::image_root(bootstrap)?;
     if let Some(stated) = stated.filter(|stated| *stated != found) {
@@ -218,7 +233,7 @@ fn check_root(
              meant, or correct `expect_root`"
         );
     }
-    Ok(())
+    Ok(Some(found))
 }
 
 /// The context of a blob that reads depend on: from the cache directory if a valid one lies
@@ -283,6 +298,7 @@ impl Mount {
             mountpoint: "/".to_owned(),
             failures: Failures::new(Arc::clone(&rafs)),
             echoes: Echoes::default(),
+            tracer: Tracer::off(Arc::clone(&rafs)),
             rafs,
             reader,
             blobs: None,
@@ -337,6 +353,18 @@ impl Mount {
         let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         orders.retain(|order| !order.progress().finished);
         orders
+    }
+
+    /// Starts fetching what earlier starts of the image read, if that is known.
+    pub fn fetch_ahead(&self) {
+        let Some(trace) = self.tracer.earlier() else { return };
+        tracing::info!("fetching ahead {} chunks that earlier starts read", trace.entries.len());
+        self.prefetch(trace.order(&self.rafs), PrefetchOptions { class: Class::Trace, bandwidth: None });
+    }
+
+    /// Its start-up trace.
+    pub fn tracer(&self) -> &Tracer {
+        &self.tracer
     }
 
     /// One cache a blob, in the order of the blob table.

@@ -17,4 +17,5 @@ mod preheat;
 mod registries;
 mod sharing;
 mod tampering;
+mod traces;
 mod why;

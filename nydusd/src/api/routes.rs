@@ -15,6 +15,7 @@ use crate::cli::LogLevel;
 use crate::daemon::{Daemon, State};
 use crate::metrics;
 use crate::mount::Mount;
+use crate::trace::files::Optimize;
 use crate::why;
 
 /// What goes back to the client.
@@ -110,6 +111,10 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, 
             Some(recorder) => Reply::json(&why::build(mount, recorder)),
             None => Reply::error(404, "Why(\"nothing is recorded: `why` is false in the configuration\")"),
         }),
+        "/api/v1/trace" if get => {
+            let format = parameter(query, "format");
+            with_mount(daemon, id.as_deref(), "Trace", |mount| trace(mount, format.as_deref()))
+        }
         "/api/v1/metrics/inflight" if get => {
             let entries = daemon.adapter().inflight().entries();
             if entries.is_empty() { Reply::empty() } else { Reply::json(&entries) }
@@ -133,7 +138,7 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, 
 }
 
 /// Every path of the contract, and ours: a wrong method on one of them is a bad request.
-const ROUTES: [&str; 19] = [
+const ROUTES: [&str; 20] = [
     "/metrics",
     "/api/v1/why",
     "/api/v1/daemon",
@@ -152,6 +157,7 @@ const ROUTES: [&str; 19] = [
     "/api/v1/metrics/backend",
     "/api/v1/metrics/blobcache",
     "/api/v1/metrics/inflight",
+    "/api/v1/trace",
     "/api/v2/blobs",
 ];
 
@@ -182,6 +188,22 @@ fn backend(mount: &Mount) -> Backend {
         config: mount.config().public_json(),
         bootstrap: format!("sha256:{}", mount.bootstrap_digest()),
         verified: !mount.rafs().is_unverified(),
+    }
+}
+
+/// The start-up trace: the document of [`crate::trace`], or what `nydus-image optimize` reads.
+fn trace(mount: &Mount, format: Option<&str>) -> Reply {
+    let missing = || Reply::error(404, "Trace(NoTrace)");
+    match format {
+        None | Some("trace") => mount.tracer().document().map_or_else(missing, |trace| Reply::json(&trace)),
+        Some("optimize") => match mount.tracer().current() {
+            Some(trace) => match Optimize::new(&trace, &**mount.rafs().bootstrap()) {
+                Ok(document) => Reply::json(&document),
+                Err(e) => Reply::error(500, &format!("Trace({e})")),
+            },
+            None => missing(),
+        },
+        Some(_) => Reply::error(400, "QueryString(\"format: want trace or optimize\")"),
     }
 }
 

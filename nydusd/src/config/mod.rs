@@ -11,6 +11,8 @@
 //! | `expect_bootstrap` | `rafs.expect_bootstrap` | `sha256:hex`; another bootstrap is refused |
 //! | `allow_unverified` | `rafs.allow_unverified` | serve images without chunk digests |
 //! | `why` | `rafs.why` | `false`: do not record what readers wait for |
+//! | `trace` | `rafs.trace` | `"on"` (default), `"record"` or `"off"`: see [`crate::trace`] |
+//! | `trace_seconds` | `rafs.trace_seconds` | longest recording of a start (default 60) |
 //! | `id_mapping` | `rafs.id_mapping` | `[internal, external, count]`: owners shown elsewhere |
 //! | `prefer` | `rafs.prefer` | `"time"` (default) or `"bytes"`: what reading ahead saves |
 //! | `proxy_from_environment` in the registry's fields | the same | use `HTTPS_PROXY` and its kin, else ignored |
@@ -35,6 +37,8 @@ use storage::prefetch::ReadAhead;
 use storage::read::OutagePolicy;
 
 use crate::metrics::FileOptions;
+use crate::trace;
+
 pub(crate) use backend::check_basic_auth;
 pub use backend::{BackendConfig, LocalFsConfig, RegistryConfig};
 pub use prefetch::PrefetchConfig;
@@ -125,6 +129,10 @@ pub struct Config {
     pub prefetch_files: Option<Vec<Vec<u8>>>,
     /// How far what is fetched goes beyond what is read.
     pub read_ahead: ReadAhead,
+    /// What is done about start-up traces.
+    pub trace: trace::Mode,
+    /// When their recording ends.
+    pub trace_limits: trace::Limits,
     /// What the document said that has no effect here; to be logged once.
     pub warnings: Vec<String>,
 }
@@ -151,6 +159,8 @@ impl Config {
             prefetch: PrefetchConfig::default(),
             prefetch_files: None,
             read_ahead: ReadAhead::default(),
+            trace: trace::Mode::default(),
+            trace_limits: trace::Limits::default(),
             warnings: Vec::new(),
         }
     }
@@ -233,6 +243,8 @@ impl Config {
                 "batch_size": self.read_ahead.amplify,
                 "prefer": prefetch::prefer_name(self.read_ahead.prefer),
                 "prefetch": self.prefetch.public_json(),
+                "trace": self.trace.name(),
+                "trace_seconds": self.trace_limits.longest.as_secs_f64(),
             },
         })
     }
@@ -259,12 +271,8 @@ impl Config {
             pattern: section.take_bool("access_pattern")?.unwrap_or(false),
             latest: section.take_bool("latest_read_files")?.unwrap_or(false),
         };
-        let name = section.name("read_timeout");
-        if let Some(seconds) = section.take_f64("read_timeout")? {
-            self.read_timeout = Duration::try_from_secs_f64(seconds)
-                .ok()
-                .filter(|timeout| !timeout.is_zero())
-                .ok_or_else(|| ConfigError::new(format!("`{name}`: {seconds}: want seconds above 0")))?;
+        if let Some(timeout) = read_seconds(section, "read_timeout")? {
+            self.read_timeout = timeout;
         }
         let name = section.name("on_outage");
         match section.take_string("on_outage")?.as_deref() {
@@ -284,8 +292,27 @@ impl Config {
             self.expect_bootstrap = Some(digest.map_err(|e| ConfigError::new(format!("`{name}`: {e}")))?);
         }
         self.allow_unverified = section.take_bool("allow_unverified")?.unwrap_or(false);
+        let name = section.name("trace");
+        if let Some(word) = section.take_string("trace")? {
+            self.trace = <trace::Mode as clap::ValueEnum>::from_str(&word, false)
+                .map_err(|_| ConfigError::new(format!("`{name}`: {word:?}: want on, record or off")))?;
+        }
+        if let Some(longest) = read_seconds(section, "trace_seconds")? {
+            self.trace_limits.longest = longest;
+        }
         Ok(())
     }
+}
+
+/// A number of seconds above 0.
+fn read_seconds(section: &mut Section, key: &'static str) -> Result<Option<Duration>, ConfigError> {
+    let name = section.name(key);
+    let Some(seconds) = section.take_f64(key)? else { return Ok(None) };
+    Duration::try_from_secs_f64(seconds)
+        .ok()
+        .filter(|duration| !duration.is_zero())
+        .map(Some)
+        .ok_or_else(|| ConfigError::new(format!("`{name}`: {seconds}: want seconds above 0")))
 }
 
 /// `[internal, external, count]`; a range of nothing is no mapping.

@@ -40,6 +40,15 @@ fn v1_is_read_with_its_defaults() {
     assert!(!Config::parse(&v1(r#","enable_xattr":false"#)).unwrap().enable_xattr);
     let config = Config::parse(&v1(r#","on_outage":"wait""#)).unwrap();
     assert_eq!(config.outage_policy(), OutagePolicy::Wait);
+    assert_eq!(config.trace, trace::Mode::On);
+    let config = Config::parse(&v1(r#","trace":"record","trace_seconds":1.5"#)).unwrap();
+    assert_eq!(
+        (config.trace, config.trace_limits.longest),
+        (trace::Mode::Record, Duration::from_millis(1500))
+    );
+    for bad in [r#","trace":"maybe""#, r#","trace":true"#, r#","trace_seconds":0"#] {
+        assert!(Config::parse(&v1(bad)).unwrap_err().to_string().contains("`trace"), "{bad}");
+    }
     let config = Config::parse(&v1(r#","read_timeout":0.5"#)).unwrap();
     assert_eq!(config.outage_policy(), OutagePolicy::FailAfter(Duration::from_millis(500)));
 }

@@ -47,6 +47,8 @@ pub enum Command {
     Prefetch(Prefetch),
     /// What readers waited for, longest wait first
     Why(Why),
+    /// What starts of the image read: its files and their ranges, most wanted first
+    Trace(Trace),
 }
 
 /// How to show what readers waited for.
@@ -67,6 +69,18 @@ pub struct Why {
     /// Rows of each table
     #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
     pub count: usize,
+}
+
+/// Forms of a trace.
+#[derive(Args, Debug)]
+pub struct Trace {
+    /// Print the trace as the daemon keeps it
+    #[arg(long, conflicts_with = "optimize")]
+    pub json: bool,
+
+    /// Print what `nydus-image optimize --prefetch-files` reads
+    #[arg(long)]
+    pub optimize: bool,
 }
 
 /// Settings.

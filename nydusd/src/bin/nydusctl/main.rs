@@ -5,6 +5,7 @@ mod client;
 mod info;
 mod metrics;
 mod prefetch;
+mod trace;
 mod why;
 
 use std::process::ExitCode;
@@ -41,5 +42,6 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Metrics(family) => metrics::run(&client, family, cli.raw),
         Command::Prefetch(prefetch) => prefetch::run(&client, prefetch, cli.raw),
         Command::Why(options) => why::run(&client, options, cli.raw),
+        Command::Trace(show) => trace::run(&client, show),
     }
 }

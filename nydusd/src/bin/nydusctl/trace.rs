@@ -1,0 +1,48 @@
+//! `nydusctl trace`.
+
+use std::fmt::Write as _;
+
+use serde_json::Value;
+
+use crate::cli::Trace;
+use crate::client::Client;
+
+const DOCUMENT: &str = "/api/v1/trace";
+const OPTIMIZE: &str = "/api/v1/trace?format=optimize";
+
+/// Prints the trace in the form that was asked for.
+pub fn run(client: &Client<'_>, show: &Trace) -> anyhow::Result<()> {
+    let text = match (show.json, show.optimize) {
+        (true, _) => client.get(DOCUMENT)?.to_string(),
+        (_, true) => client.get(OPTIMIZE)?.to_string(),
+        _ => text(&client.get(DOCUMENT)?, &client.get(OPTIMIZE)?),
+    };
+    println!("{text}");
+    Ok(())
+}
+
+/// A trace for people: a line a file, with `first byte+bytes` of each range.
+fn text(document: &Value, files: &Value) -> String {
+    let runs = || document["order"].as_array().into_iter().flatten();
+    let chunks: u64 = runs().filter_map(|run| run[2].as_u64()).sum();
+    let files = files["files"].as_array().map_or(&[][..], Vec::as_slice);
+    let state = if document["complete"] == true { "ended" } else { "goes on" };
+    let mut text = format!(
+        "{:<12}{}\n{:<12}{}\n{:<12}{chunks} in {} files\n{:<12}{state}\n",
+        "Bootstrap:",
+        document["bootstrap"].as_str().unwrap_or_default(),
+        "Starts:",
+        document["starts"],
+        "Chunks:",
+        files.len(),
+        "Recording:",
+    );
+    for file in files {
+        // Writing to a string does not fail.
+        let _ = write!(text, "\n{}", file["path"].as_str().unwrap_or_default().escape_debug());
+        for range in file["ranges"].as_array().into_iter().flatten() {
+            let _ = write!(text, " {}+{}", range[0], range[1]);
+        }
+    }
+    text
+}
