@@ -100,7 +100,7 @@ mod tests {
         sweep(dir.path(), is_cache_temporary);
         let mut left: Vec<_> = read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         left.sort();
-        assert_eq!(left, [".boot-dir-new", ".fetch-new", ".hidden", long, "0123.tmp"].map(OsStr::new));
+        assert_eq!(left, [".boot-dir-new", ".fetch-new", ".hidden", "0123.tmp", long].map(OsStr::new));
         sweep(&dir.path().join("nowhere"), is_cache_temporary);
     }
 }
