@@ -89,6 +89,31 @@ impl BackendMetrics {
     }
 }
 
+/// One server of a remote source at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct OriginSnapshot {
+    /// Scheme, host and port.
+    pub origin: String,
+    /// Requests sent, hedges included.
+    pub requests: u64,
+    /// Requests without an answer, or with one that says the server is broken.
+    pub failures: u64,
+    /// Requests made again after a failure.
+    pub retries: u64,
+    /// Second requests sent because the first was late.
+    pub hedges: u64,
+    /// Second requests that were answered first.
+    pub hedge_wins: u64,
+    /// Times that it failed so often that prefetch was held back.
+    pub breaker_opens: u64,
+    /// It is held back now.
+    pub breaker_open: bool,
+    /// It asked to be left alone (`Retry-After`), and the time is not over.
+    pub paused: bool,
+    /// Bytes of bodies received.
+    pub bytes: u64,
+}
+
 /// What became of reads through one cache.
 #[derive(Debug, Default)]
 pub struct CacheMetrics {

@@ -136,7 +136,8 @@ impl Asked {
     }
 }
 
-type Plan = dyn Fn(&Asked) -> Reply + Send + Sync;
+/// The answer, and whether it never comes.
+type Plan = dyn Fn(&Asked) -> (Reply, bool) + Send + Sync;
 
 /// The server; gone when dropped.
 pub(crate) struct FaultServer {
@@ -155,6 +156,11 @@ impl Drop for FaultServer {
 impl FaultServer {
     /// Answers each request as `plan` says.
     pub(crate) async fn start(plan: impl Fn(&Asked) -> Reply + Send + Sync + 'static) -> Self {
+        Self::start_late(move |asked| (plan(asked), false)).await
+    }
+
+    /// Answers each request as `plan` says, or, where it says true, never.
+    pub(crate) async fn start_late(plan: impl Fn(&Asked) -> (Reply, bool) + Send + Sync + 'static) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let asked = Arc::new(Mutex::new(Vec::new()));
@@ -222,5 +228,9 @@ async fn answer(
         asked.number = log.len();
         log.push(asked.clone());
     }
-    Ok(plan(&asked).into_response(asked.method == Method::HEAD))
+    let (reply, never) = plan(&asked);
+    if never {
+        std::future::pending::<()>().await;
+    }
+    Ok(reply.into_response(asked.method == Method::HEAD))
 }

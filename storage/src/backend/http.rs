@@ -7,7 +7,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
@@ -18,9 +18,9 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
 
-use super::ReadContext;
-use super::origin::{Origin, Origins};
+use super::origin::{Limits, Origin, Origins, Ticket};
 use super::retry::{Failure, within};
+use super::{Priority, ReadContext};
 use crate::{Error, ErrorKind, Result};
 
 /// How this program names itself to servers.
@@ -50,6 +50,8 @@ pub struct HttpOptions {
     pub proxy_from_environment: bool,
     /// Connect to this socket, whatever host a URL names; proxies then mean nothing.
     pub unix_socket: Option<PathBuf>,
+    /// How each server is spared.
+    pub limits: Limits,
 }
 
 impl Default for HttpOptions {
@@ -61,6 +63,7 @@ impl Default for HttpOptions {
             skip_verify: false,
             proxy_from_environment: false,
             unix_socket: None,
+            limits: Limits::default(),
         }
     }
 }
@@ -69,6 +72,9 @@ impl Default for HttpOptions {
 #[derive(Clone, Debug)]
 pub struct Http {
     client: reqwest::Client,
+    /// The connections of second requests: over HTTP/2 one of the first pool would wait behind
+    /// the very stream that is late.
+    second: reqwest::Client,
     progress_timeout: Option<Duration>,
     origins: Origins,
 }
@@ -79,31 +85,16 @@ impl Http {
     /// # Errors
     /// `NotFound`, `Io`, `Invalid`: a CA file is missing, unreadable or holds no certificate.
     pub fn new(options: &HttpOptions) -> Result<Self> {
-        let mut builder = reqwest::Client::builder()
-            .tls_backend_preconfigured(tls_config(options)?)
-            .user_agent(USER_AGENT)
-            .redirect(reqwest::redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .referer(false)
-            .http2_adaptive_window(true)
-            .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
-            .tcp_nodelay(true);
-        if let Some(timeout) = options.connect_timeout {
-            builder = builder.connect_timeout(timeout);
-        }
-        if let Some(path) = &options.unix_socket {
-            builder = builder.unix_socket(path.as_path());
-        }
-        builder = builder.no_proxy();
-        if options.proxy_from_environment {
-            for proxy in environment_proxies(|name| std::env::var(name).ok())? {
-                builder = builder.proxy(proxy);
-            }
-        }
-        let client = builder
-            .build()
-            .map_err(|e| Error::new(ErrorKind::Invalid, "set up the HTTP client").with_source(e))?;
-        Ok(Self { client, progress_timeout: options.progress_timeout, origins: Origins::default() })
+        let tls = tls_config(options)?;
+        let client = client(options, tls.clone())?;
+        let second = self::client(options, tls)?;
+        let origins = Origins::new(options.limits);
+        Ok(Self { client, second, progress_timeout: options.progress_timeout, origins })
+    }
+
+    /// The servers spoken to.
+    pub fn origins(&self) -> &Origins {
+        &self.origins
     }
 
     /// What is known about the server behind `url`.
@@ -113,22 +104,143 @@ impl Http {
 
     /// Sends `request` and awaits the head of its answer, whatever its status.
     ///
-    /// A request whose body is a stream may take as long as the context allows.
+    /// It takes a place among the server's requests until the answer is read or dropped. A
+    /// request whose body is a stream may take as long as the context allows.
     ///
     /// # Errors
     /// A passing failure if the server can not be reached or falls silent; a final one if
-    /// it can not be trusted; `TimedOut`, `Cancelled` as the context says.
+    /// it can not be trusted, or is left in peace; `TimedOut`, `Cancelled` as the context says.
     pub async fn send(
         &self,
         request: Request,
         context: &ReadContext,
     ) -> std::result::Result<Answer, Failure> {
+        self.exchange(request, false, context).await
+    }
+
+    /// As [`Http::send`], for a request that may be sent twice if somebody waits for it and its
+    /// answer is late: the first answer counts.
+    ///
+    /// # Errors
+    /// As [`Http::send`].
+    pub async fn send_hedged(
+        &self,
+        request: Request,
+        context: &ReadContext,
+    ) -> std::result::Result<Answer, Failure> {
+        self.exchange(request, true, context).await
+    }
+
+    async fn exchange(
+        &self,
+        request: Request,
+        hedged: bool,
+        context: &ReadContext,
+    ) -> std::result::Result<Answer, Failure> {
         let what = format!("{} {}", request.method(), shown(request.url()));
         let streams = request.body().is_some_and(|body| body.as_bytes().is_none());
         let silence = if streams { None } else { self.progress_timeout };
-        let answer = progress(silence, &what, context, self.client.execute(request)).await?;
-        Ok(Answer { what, response: answer, silence: self.progress_timeout })
+        let origin = self.origins.of(request.url());
+        let mut ticket = origin.admit(context).await?;
+        let started = Instant::now();
+        let again = if hedged { request.try_clone() } else { None };
+        let first = progress(silence, &what, context, self.client.execute(request));
+        let late = (context.priority == Priority::OnDemand && hedged).then(|| origin.late_after()).flatten();
+        let result = match (again, late) {
+            (Some(again), Some(late)) => {
+                let second = || progress(silence, &what, context, self.second.execute(again));
+                sooner(first, late, second, &origin).await
+            }
+            _ => first.await,
+        };
+        match &result {
+            Ok(response) => {
+                let status = response.status();
+                let wait = retry_after(response.headers());
+                let (_, passing, _) = judge(status, "");
+                if status.is_server_error() && passing {
+                    ticket.failed(format!("{what}: {status}"), wait);
+                } else {
+                    let wait = wait.filter(|_| status == StatusCode::TOO_MANY_REQUESTS);
+                    ticket.answered(hedged.then(|| started.elapsed()), wait);
+                }
+            }
+            Err(failure) if failure.passing => ticket.failed(failure.error.to_string(), None),
+            Err(_) => {}
+        }
+        Ok(Answer { what, response: result?, silence: self.progress_timeout, ticket })
     }
+}
+
+type Head = std::result::Result<Response, Failure>;
+
+/// The answer of the first request; if that is late, the first good one of it and a second.
+async fn sooner<F: Future<Output = Head>>(
+    first: impl Future<Output = Head>,
+    late: Duration,
+    second: impl FnOnce() -> F,
+    origin: &Origin,
+) -> Head {
+    tokio::pin!(first);
+    tokio::select! {
+        biased;
+        head = &mut first => return head,
+        () = tokio::time::sleep(late) => {}
+    }
+    let Some(_place) = origin.second() else { return first.await };
+    let good = |head: &Head| {
+        let bad = |status: StatusCode| status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
+        head.as_ref().is_ok_and(|response| !bad(response.status()))
+    };
+    let second = second();
+    tokio::pin!(second);
+    let (head, other) = tokio::select! {
+        biased;
+        head = &mut first => {
+            let other = if good(&head) { None } else { Some(second.await) };
+            (Some(head), other)
+        }
+        other = &mut second => {
+            let head = if good(&other) { None } else { Some(first.await) };
+            (head, Some(other))
+        }
+    };
+    match (head, other) {
+        (Some(head), other) if good(&head) || !other.as_ref().is_some_and(good) => head,
+        (_, Some(other)) => {
+            origin.second_won();
+            other
+        }
+        // One of them is always there.
+        (Some(head), None) => head,
+        (None, None) => Err(Error::new(ErrorKind::Cancelled, "a request without an end").into()),
+    }
+}
+
+/// Connections made as `options` say.
+fn client(options: &HttpOptions, tls: rustls::ClientConfig) -> Result<reqwest::Client> {
+    let mut builder = reqwest::Client::builder()
+        .tls_backend_preconfigured(tls)
+        .user_agent(USER_AGENT)
+        .redirect(reqwest::redirect::Policy::none())
+        .retry(reqwest::retry::never())
+        .referer(false)
+        .http2_adaptive_window(true)
+        .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
+        .tcp_nodelay(true);
+    if let Some(timeout) = options.connect_timeout {
+        builder = builder.connect_timeout(timeout);
+    }
+    if let Some(path) = &options.unix_socket {
+        builder = builder.unix_socket(path.as_path());
+    }
+    builder = builder.no_proxy();
+    if options.proxy_from_environment {
+        for proxy in environment_proxies(|name| std::env::var(name).ok())? {
+            builder = builder.proxy(proxy);
+        }
+    }
+    builder.build().map_err(|e| Error::new(ErrorKind::Invalid, "set up the HTTP client").with_source(e))
 }
 
 /// Awaits `step` of an exchange no longer than `silence` and the context allow.
@@ -157,6 +269,7 @@ pub struct Answer {
     what: String,
     response: Response,
     silence: Option<Duration>,
+    ticket: Ticket,
 }
 
 impl Answer {
@@ -190,7 +303,11 @@ impl Answer {
     /// # Errors
     /// A passing failure: reset, truncation, silence. `TimedOut`, `Cancelled`.
     pub async fn chunk(&mut self, context: &ReadContext) -> std::result::Result<Option<Bytes>, Failure> {
-        progress(self.silence, &self.what, context, self.response.chunk()).await
+        let piece = progress(self.silence, &self.what, context, self.response.chunk()).await?;
+        if let Some(piece) = &piece {
+            self.ticket.received(piece.len());
+        }
+        Ok(piece)
     }
 
     /// The whole body, at most `cap` bytes.
@@ -213,7 +330,7 @@ impl Answer {
     /// `login` is the name a login of this server goes by.
     pub async fn into_failure(mut self, login: &str, context: &ReadContext) -> Failure {
         let status = self.status();
-        let retry_after = self.header(RETRY_AFTER).and_then(|v| parse_retry_after(v, SystemTime::now()));
+        let retry_after = retry_after(self.headers());
         let mut page = Vec::new();
         // The page only embellishes the message; what can not be read is left out.
         while page.len() < MAX_ERROR_BODY && self.response.status() != StatusCode::NOT_MODIFIED {
@@ -271,6 +388,11 @@ fn error_text(page: &[u8]) -> String {
         Err(_) => return String::new(),
     };
     text.chars().filter(|c| !c.is_control()).take(MAX_ERROR_TEXT).collect()
+}
+
+/// How long the server wants to be left alone.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    parse_retry_after(headers.get(RETRY_AFTER)?.to_str().ok()?, SystemTime::now())
 }
 
 /// `Retry-After`: seconds or a date.

@@ -1,7 +1,9 @@
 //! Where bytes come from: one read-only source for one blob.
 
+pub mod breaker;
 #[cfg(test)]
 pub(crate) mod fault_server;
+mod hedge;
 pub mod http;
 pub mod layout;
 pub mod localfs;
@@ -28,6 +30,7 @@ pub use multipart::MAX_MANY_RANGES;
 
 use crate::Result;
 use crate::ids::{BlobId, ByteRange};
+use crate::metrics::OriginSnapshot;
 
 /// Who waits for the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -156,4 +159,9 @@ pub trait BlobSource: Send + Sync + fmt::Debug + 'static {
     /// # Errors
     /// `Invalid`: the id is not one this place can hold.
     fn blob(&self, id: &BlobId) -> Result<Arc<dyn Backend>>;
+
+    /// The servers that were spoken to, by name; none where there are no servers.
+    fn origins(&self) -> Vec<OriginSnapshot> {
+        Vec::new()
+    }
 }

@@ -50,6 +50,9 @@ pub(super) trait Ranged: Clone + Send + Sync + 'static {
         async { Ok(None) }
     }
 
+    /// A request is made again.
+    fn retried(&self) {}
+
     /// Puts the object's name before a failure.
     fn named(&self, failure: Failure) -> Failure;
 }
@@ -145,7 +148,9 @@ impl<O: Ranged> Reading<O> {
             self.attempts.reset();
         }
         self.progress = 0;
-        self.attempts.pause(self.object.named(failure), &self.context).await
+        self.attempts.pause(self.object.named(failure), &self.context).await?;
+        self.object.retried();
+        Ok(())
     }
 
     /// Awaits the first answer. False: several ranges are wanted, and the source has no request
@@ -355,6 +360,12 @@ impl Part for Segment {
                 self.left -= piece.len() as u64;
                 return Ok(Some(piece));
             }
+        }
+        // The end of a body comes once its connection waits for the next request. Without it
+        // that request may open another one. The client knows this end, the server can not
+        // keep it waiting.
+        if self.answer.header(CONTENT_LENGTH).is_some() {
+            self.answer.chunk(context).await?;
         }
         Ok(None)
     }

@@ -28,6 +28,7 @@ use super::sequential::{Spool, SpoolReader};
 use super::{Backend, BlobSource, ByteStream, ReadContext, Supplier};
 use crate::digest::{Digest, DigestAlgorithm, TaggedDigest};
 use crate::ids::{BlobId, ByteRange};
+use crate::metrics::OriginSnapshot;
 use crate::oci::client::{Call, MAX_REDIRECTS, RegistryClient, is_redirect, too_many_redirects};
 use crate::oci::reference::{check_host, check_repository};
 use crate::oci::token::Access;
@@ -128,6 +129,10 @@ impl BlobSource for RegistrySource {
         "registry"
     }
 
+    fn origins(&self) -> Vec<OriginSnapshot> {
+        self.client.origins()
+    }
+
     fn blob(&self, id: &BlobId) -> Result<Arc<dyn Backend>> {
         let digest = Digest::from_hex(id.as_str())
             .map_err(|e| e.context("a registry holds only blobs named by SHA-256"))?;
@@ -212,6 +217,7 @@ impl RegistryBlob {
     ) -> std::result::Result<Answer, Failure> {
         let mut call = Call::new(Method::GET, url, Access::pull(&*self.repository));
         call.headers = ranged::headers(ranges)?;
+        call.hedged = true;
         self.client.send(call, context).await
     }
 
@@ -390,6 +396,12 @@ impl Ranged for RegistryBlob {
         context: &ReadContext,
     ) -> std::result::Result<Option<Body>, Failure> {
         if self.is_sequential() { Ok(None) } else { self.request(ranges, context).await }
+    }
+
+    fn retried(&self) {
+        if let Ok(url) = self.place() {
+            self.client.origin(&url).retried();
+        }
     }
 
     fn named(&self, failure: Failure) -> Failure {

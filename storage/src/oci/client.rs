@@ -21,8 +21,9 @@ use super::token::{Access, Authenticator, Login, header_value};
 use crate::backend::ReadContext;
 use crate::backend::http::{Answer, Http, HttpOptions, parse_url, same_origin};
 use crate::backend::origin::Origin;
-use crate::backend::retry::{Failure, RetryPolicy, with_retries};
+use crate::backend::retry::{Failure, RetryPolicy, with_retries, within};
 use crate::digest::TaggedDigest;
+use crate::metrics::OriginSnapshot;
 use crate::{Error, ErrorKind, Result};
 
 /// Redirects followed in a row.
@@ -80,12 +81,14 @@ pub struct Call {
     pub headers: HeaderMap,
     /// The body.
     pub body: Option<Body>,
+    /// It may be sent twice if its answer is late.
+    pub hedged: bool,
 }
 
 impl Call {
     /// A request without headers and body.
     pub fn new(method: Method, url: Url, access: Access) -> Self {
-        Self { method, url, access, headers: HeaderMap::new(), body: None }
+        Self { method, url, access, headers: HeaderMap::new(), body: None, hedged: false }
     }
 }
 
@@ -111,6 +114,21 @@ struct Inner {
     settled: AtomicBool,
     auth: Authenticator,
     retry: RetryPolicy,
+    /// Taken by the first request; the flag is set before it is released.
+    first: tokio::sync::Mutex<()>,
+    contacted: AtomicBool,
+}
+
+/// The first request to a registry.
+struct FirstContact<'a> {
+    contacted: &'a AtomicBool,
+    _guard: tokio::sync::MutexGuard<'a, ()>,
+}
+
+impl Drop for FirstContact<'_> {
+    fn drop(&mut self) {
+        self.contacted.store(true, Ordering::Relaxed);
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,6 +167,8 @@ impl RegistryClient {
             http,
             host: host.to_owned(),
             retry: options.retry,
+            first: tokio::sync::Mutex::default(),
+            contacted: AtomicBool::new(false),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -166,6 +186,11 @@ impl RegistryClient {
     /// Replaces the login from now on.
     pub fn set_credentials(&self, credentials: Credentials) {
         self.inner.auth.set_credentials(credentials);
+    }
+
+    /// The servers spoken to, by name.
+    pub fn origins(&self) -> Vec<OriginSnapshot> {
+        self.inner.http.origins().snapshot()
     }
 
     /// What is known about the server behind `url`.
@@ -223,20 +248,22 @@ impl RegistryClient {
     /// Transport failures; those of the token server; `Denied`: 401 and no login helps. A
     /// passing failure if the login was renewed but the body is a stream that is spent.
     pub async fn send(&self, call: Call, context: &ReadContext) -> std::result::Result<Answer, Failure> {
-        let Call { method, url, access, headers, body } = call;
+        let Call { method, url, access, headers, body, hedged } = call;
         let own = self.is_own(&url);
         let mut request = Request::new(method, url);
         *request.headers_mut() = headers;
         *request.body_mut() = body;
         if !own {
-            return self.inner.http.send(request, context).await;
+            return self.transmit(request, hedged, context).await;
         }
+        // Readers that come together would each be told to log in, and connect each for itself.
+        let _first = self.first_contact(context).await?;
         let used = self.inner.auth.header(&access, context).await?;
         if let Some(header) = &used {
             request.headers_mut().insert(AUTHORIZATION, header_value(header)?);
         }
         let again = request.try_clone();
-        let answer = self.exchange(request, context).await?;
+        let answer = self.exchange(request, hedged, context).await?;
         if answer.status() != StatusCode::UNAUTHORIZED {
             return Ok(answer);
         }
@@ -256,13 +283,43 @@ impl RegistryClient {
             return Err(Failure::passing(Error::new(ErrorKind::Unavailable, why)));
         };
         request.headers_mut().insert(AUTHORIZATION, header_value(&header)?);
-        self.exchange(request, context).await
+        self.exchange(request, hedged, context).await
+    }
+
+    /// Held by the first request to the registry, whatever comes of it, until its answer is
+    /// there; the others wait for it.
+    async fn first_contact(
+        &self,
+        context: &ReadContext,
+    ) -> std::result::Result<Option<FirstContact<'_>>, Failure> {
+        if self.inner.contacted.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let what = format!("first contact with {}", self.host());
+        let guard = within(context, &what, async { Ok::<_, Failure>(self.inner.first.lock().await) }).await?;
+        if self.inner.contacted.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        Ok(Some(FirstContact { contacted: &self.inner.contacted, _guard: guard }))
+    }
+
+    async fn transmit(
+        &self,
+        request: Request,
+        hedged: bool,
+        context: &ReadContext,
+    ) -> std::result::Result<Answer, Failure> {
+        match hedged {
+            true => self.inner.http.send_hedged(request, context).await,
+            false => self.inner.http.send(request, context).await,
+        }
     }
 
     /// Sends to the registry itself in the scheme it speaks, learning it at first contact.
     async fn exchange(
         &self,
         mut request: Request,
+        hedged: bool,
         context: &ReadContext,
     ) -> std::result::Result<Answer, Failure> {
         let plain = self.inner.plain.load(Ordering::Relaxed);
@@ -272,7 +329,7 @@ impl RegistryClient {
         };
         set(&mut request, plain);
         if self.inner.settled.load(Ordering::Relaxed) {
-            return self.inner.http.send(request, context).await;
+            return self.transmit(request, hedged, context).await;
         }
         let again = request.try_clone();
         let result = self.inner.http.send(request, context).await;

@@ -1,13 +1,16 @@
 mod many;
 mod sequential;
+mod sparing;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::backend::breaker::BreakerPolicy;
 use crate::backend::fault_server::{Asked, FaultServer, Reply};
 use crate::backend::http::HttpOptions;
+use crate::backend::origin::Limits;
 use crate::engine::fetch;
 use crate::oci::auth::Credentials;
 use crate::oci::client::RegistryOptions;
@@ -30,8 +33,16 @@ fn blob_id() -> BlobId {
     BlobId::new(&DigestAlgorithm::Sha256.digest(&data()).to_string()).unwrap()
 }
 
+/// Servers that fail on plan are not left in peace.
+fn http() -> HttpOptions {
+    let breaker = BreakerPolicy { failures: u32::MAX, ..BreakerPolicy::default() };
+    let limits = Limits { breaker, retry_after_cap: Duration::from_millis(1), ..Limits::default() };
+    HttpOptions { limits, ..HttpOptions::default() }
+}
+
 fn options() -> RegistryOptions {
     RegistryOptions {
+        http: http(),
         login: Login::Fixed(Credentials::Anonymous),
         retry: QUICK,
         ..RegistryOptions::default()
@@ -187,7 +198,7 @@ async fn silence_is_a_passing_fault() {
     let data = data();
     let server =
         server(move |asked| (asked.number == 0).then(|| Reply::ranged(asked, &data).stall_after(10))).await;
-    let http = HttpOptions { progress_timeout: Some(Duration::from_millis(50)), ..HttpOptions::default() };
+    let http = HttpOptions { progress_timeout: Some(Duration::from_millis(50)), ..http() };
     let client = RegistryClient::new(server.host(), RegistryOptions { http, ..options() }).unwrap();
     let source = RegistrySource::new(client, "a/b", Rewrite::default(), QUICK).unwrap();
     check(&source.blob(&blob_id()).unwrap(), 50, 1000).await;
