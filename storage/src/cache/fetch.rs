@@ -11,6 +11,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::{StreamExt as _, stream};
 use tracing::{debug, warn};
 
 use super::Inner;
@@ -39,6 +40,9 @@ const CLAIM_PATIENCE: Duration = Duration::from_secs(30);
 /// First and longest pause between attempts while a source is out and the policy is to
 /// wait: soon enough for a blip, and no burden on a source that comes back.
 const OUTAGE_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// Requests at once for an order whose ranges the source can not send together.
+const AHEAD_REQUESTS: usize = 6;
 
 /// How often a corrupt unit is fetched again: a proxy may have lied once.
 const CORRUPT_RETRIES: u32 = 1;
@@ -200,9 +204,17 @@ async fn start(inner: &Arc<Inner>, groups: Vec<Vec<Work>>, context: &ReadContext
             return;
         }
     }
-    for group in groups {
-        inner.engine.spawn(fetch(Arc::clone(inner), group, context.clone(), slot.cloned()));
+    if slot.is_none() {
+        for group in groups {
+            inner.engine.spawn(fetch(Arc::clone(inner), group, context.clone(), None));
+        }
+        return;
     }
+    let (shared, context, slot) = (Arc::clone(inner), context.clone(), slot.cloned());
+    inner.engine.spawn(async move {
+        let one = |group| fetch(Arc::clone(&shared), group, context.clone(), slot.clone());
+        stream::iter(groups).for_each_concurrent(AHEAD_REQUESTS, one).await;
+    });
 }
 
 /// Fetches one merged range, and again what may succeed when fetched again.
