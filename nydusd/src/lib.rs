@@ -31,5 +31,5 @@ pub mod transport;
 pub mod version;
 pub mod why;
 
-#[expect(unsafe_code, reason = "one C struct without a constructor")]
+#[expect(unsafe_code, reason = "one C struct without a constructor, and the settings of C's allocator")]
 mod sys;

@@ -1,4 +1,4 @@
-//! The limit of open files.
+//! Limits of the process: open files, and memory that is held without need.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -6,6 +6,12 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 const RESERVED: u64 = 16_384;
 /// Most that is asked for without the user's word.
 const MOST: u64 = 1_000_000;
+
+/// Keeps memory that was freed from staying with the process. To be called before threads are
+/// started.
+pub fn keep_heap_small() {
+    crate::sys::keep_heap_small();
+}
 
 /// Raises the limit of open files towards `wanted`; 0 leaves it. What the system refuses is
 /// logged and lived with.

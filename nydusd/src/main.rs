@@ -5,6 +5,7 @@ use nydusd::{daemon, limits, logging, preheat};
 
 fn main() {
     let cli = Cli::parse_arguments(std::env::args_os()).unwrap_or_else(|e| e.exit());
+    limits::keep_heap_small();
     let global = match &cli.command {
         Command::Fuse(args) => &args.global,
         Command::Prefetch(args) => &args.global,

@@ -20,7 +20,7 @@ use storage::digest::{Digest, TaggedDigest};
 use storage::engine::Engine;
 use storage::metrics::{BackendMetrics, CacheMetrics};
 use storage::observe::{Fetched, Observer};
-use storage::prefetch::{Class, Order, Prefetch, PrefetchOptions, ReadAhead};
+use storage::prefetch::{Class, Order, Prefetch, PrefetchOptions};
 use storage::read::Reader;
 
 use crate::config::Config;
@@ -143,7 +143,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         engine,
         caches.clone(),
         config.outage_policy(),
-        ReadAhead::default(),
+        config.read_ahead,
     ));
     let reader: Arc<dyn Reader> = Arc::clone(&blobs) as Arc<dyn Reader>;
 

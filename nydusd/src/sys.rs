@@ -6,3 +6,32 @@ pub(crate) fn zeroed_statvfs() -> libc::statvfs64 {
     // C struct of integers and integer arrays only.
     unsafe { std::mem::zeroed() }
 }
+
+/// Heaps: one for each of two busy threads.
+#[cfg(target_env = "gnu")]
+const HEAPS: libc::c_int = 2;
+/// Free bytes at the end of a heap that are kept.
+#[cfg(target_env = "gnu")]
+const KEPT: libc::c_int = 1 << 20;
+/// Larger pieces are mapped one by one and given back when freed; chunks are smaller.
+#[cfg(target_env = "gnu")]
+const MAPPED: libc::c_int = 2 << 20;
+
+/// Keeps what the C library's allocator holds close to what is in use.
+///
+/// By default each of our many threads may get a heap of its own, and what one has freed is
+/// not given to another: a read of a whole image left 50 MB behind where 10 were in use.
+#[cfg(target_env = "gnu")]
+pub(crate) fn keep_heap_small() {
+    for (parameter, value) in
+        [(libc::M_ARENA_MAX, HEAPS), (libc::M_TRIM_THRESHOLD, KEPT), (libc::M_MMAP_THRESHOLD, MAPPED)]
+    {
+        // SAFETY: `mallopt` takes two integers and only changes the allocator's own settings.
+        // An unknown setting is refused, which costs nothing but memory.
+        unsafe { libc::mallopt(parameter, value) };
+    }
+}
+
+/// Other C libraries have no such settings.
+#[cfg(not(target_env = "gnu"))]
+pub(crate) fn keep_heap_small() {}

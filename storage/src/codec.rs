@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::Read as _;
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
 
 use crate::{Error, ErrorKind, Result};
 
@@ -74,7 +75,9 @@ pub fn decompress(codec: Codec, src: &[u8], dst: &mut [u8]) -> Result<()> {
             src.len()
         }
         Codec::Lz4Block => lz4_flex::block::decompress_into(src, dst).map_err(|e| corrupt(e.to_string()))?,
-        Codec::Zstd => zstd::bulk::decompress_to_buffer(src, dst).map_err(|e| corrupt(e.to_string()))?,
+        Codec::Zstd => {
+            with_zstd(|zstd| zstd.decompress_to_buffer(src, dst)).map_err(|e| corrupt(e.to_string()))?
+        }
         Codec::Gzip => {
             let mut reader = flate2::bufread::GzDecoder::new(src);
             reader.read_exact(dst).map_err(|e| corrupt(e.to_string()))?;
@@ -88,6 +91,31 @@ pub fn decompress(codec: Codec, src: &[u8], dst: &mut [u8]) -> Result<()> {
         return Err(corrupt(format!("decodes to {got} bytes, {want} are recorded")));
     }
     Ok(())
+}
+
+/// Most zstd contexts that are kept: more threads than cores rarely decompress at once.
+const MAX_CONTEXTS: usize = 8;
+
+/// Idle zstd contexts. Making one costs as much as decompressing a small chunk, and a context
+/// a thread would be one for each of the many that only wait. Nothing blocks under it.
+static CONTEXTS: Mutex<Vec<zstd::bulk::Decompressor<'static>>> = Mutex::new(Vec::new());
+
+/// Runs `work` with a zstd context that nobody else uses.
+fn with_zstd<T>(
+    work: impl FnOnce(&mut zstd::bulk::Decompressor<'static>) -> std::io::Result<T>,
+) -> std::io::Result<T> {
+    let contexts = || CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let kept = contexts().pop();
+    let mut context = match kept {
+        Some(context) => context,
+        None => zstd::bulk::Decompressor::new()?,
+    };
+    let result = work(&mut context);
+    let mut contexts = contexts();
+    if contexts.len() < MAX_CONTEXTS {
+        contexts.push(context);
+    }
+    result
 }
 
 /// A reusable compressor; one per worker thread.
