@@ -139,12 +139,8 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         };
         caches.push(BlobCache::open(engine, cache_config, backend)?);
     }
-    let blobs = Arc::new(BlobSet::reading_ahead(
-        engine,
-        caches.clone(),
-        config.outage_policy(),
-        config.read_ahead,
-    ));
+    let blobs =
+        Arc::new(BlobSet::reading_ahead(engine, caches.clone(), config.outage_policy(), config.read_ahead));
     let reader: Arc<dyn Reader> = Arc::clone(&blobs) as Arc<dyn Reader>;
 
     let cached_at_mount = caches.iter().map(|cache| u64::from(cache.ready_count())).sum();

@@ -7,15 +7,16 @@ pub(crate) fn zeroed_statvfs() -> libc::statvfs64 {
     unsafe { std::mem::zeroed() }
 }
 
-/// Heaps: one for each of two busy threads.
+/// Heaps. Small pieces come from a thread's own cache and rarely need the heap's lock.
 #[cfg(target_env = "gnu")]
-const HEAPS: libc::c_int = 2;
+const HEAPS: libc::c_int = 1;
 /// Free bytes at the end of a heap that are kept.
 #[cfg(target_env = "gnu")]
 const KEPT: libc::c_int = 1 << 20;
-/// Larger pieces are mapped one by one and given back when freed; chunks are smaller.
+/// Larger pieces are mapped one by one and given back when freed: a heap that held a chunk
+/// between small pieces would stay that large.
 #[cfg(target_env = "gnu")]
-const MAPPED: libc::c_int = 2 << 20;
+const MAPPED: libc::c_int = 128 << 10;
 
 /// Keeps what the C library's allocator holds close to what is in use.
 ///

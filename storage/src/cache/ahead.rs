@@ -141,13 +141,14 @@ fn next_batch(
 async fn fetch(shared: Arc<Shared>, batch: Batch, slot: Slot, handle: Prefetch) {
     let context = context(handle.token());
     let waiters = shared.obtain_ahead(batch.blob, &batch.chunks, &context, slot);
-    let waiting: FuturesUnordered<_> = waiters
+    let mut waiting: FuturesUnordered<_> = waiters
         .into_iter()
         .zip(&batch.chunks)
         .map(|((waiter, led), extent)| answer(waiter, led.then_some(extent.unit.compressed), &context))
         .collect();
     let mut units: HashSet<ByteRange> = HashSet::new();
-    for (outcome, unit) in waiting.collect::<Vec<_>>().await {
+    // One by one: an outcome holds the bytes of its chunk.
+    while let Some((outcome, unit)) = waiting.next().await {
         match outcome {
             Outcome::Failed(e) if e.kind() == ErrorKind::Cancelled => {}
             Outcome::Failed(e) => handle.failed(&e),
