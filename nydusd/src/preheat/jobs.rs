@@ -25,7 +25,7 @@ const MAX_ENDED: usize = 64;
 const REMEMBERED: Duration = Duration::from_secs(3600);
 
 /// Missing files that are named; the others are counted.
-const MAX_NAMED: usize = 100;
+const MAX_NAMED: usize = 20;
 
 /// The jobs of one daemon.
 #[derive(Debug, Default)]

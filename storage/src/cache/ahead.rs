@@ -10,6 +10,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio_util::sync::CancellationToken;
 
 use super::inflight::{Outcome, Waiter};
+use super::pace::Pace;
 use super::set::Shared;
 use crate::backend::retry::within;
 use crate::backend::{Priority, ReadContext};
@@ -26,6 +27,9 @@ const MAX_BATCH: u64 = 8 << 20;
 
 /// Chunks of one batch.
 const MAX_BATCH_CHUNKS: usize = 4096;
+
+/// Chunks passed over before others get the thread: an order may be long, and all of it there.
+const AT_A_STRETCH: u32 = 1024;
 
 /// Longest an abandoned source is waited for; what does not come is left to readers.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -57,10 +61,10 @@ async fn each_batch(shared: &Arc<Shared>, mut order: Order, options: PrefetchOpt
     let mut running = FuturesUnordered::new();
     let mut left_over = None;
     let mut size = FIRST_BATCH;
-    let mut pace = options.bandwidth.map(|rate| Pace { rate: rate.get(), asked: 0, started: Instant::now() });
+    let mut pace = options.bandwidth.map(|rate| Pace::new(rate, Instant::now()));
     loop {
         if let Some(pace) = &pace {
-            tokio::time::sleep(pace.due()).await;
+            tokio::time::sleep(pace.due(Instant::now())).await;
         }
         let mut admitted = pin!(link.admit(options.class, size));
         let slot = loop {
@@ -71,34 +75,19 @@ async fn each_batch(shared: &Arc<Shared>, mut order: Order, options: PrefetchOpt
             }
         };
         // Chosen only now: what has come meanwhile is not asked for again.
-        let batch = next_batch(shared, &mut order, &mut left_over, size, handle);
+        let batch = next_batch(shared, &mut order, &mut left_over, size, handle).await;
         if batch.chunks.is_empty() {
             break;
         }
         slot.shrink(batch.bytes);
-        pace.iter_mut().for_each(|pace| pace.asked += batch.bytes);
         size = (size * 2).min(MAX_BATCH);
-        if let Some(pace) = &pace {
-            size = size.min(pace.rate.max(1));
+        if let Some(pace) = &mut pace {
+            pace.charge(batch.bytes, Instant::now());
+            size = size.min(pace.rate());
         }
         running.push(fetch(Arc::clone(shared), batch, slot, handle.clone()));
     }
     while running.next().await.is_some() {}
-}
-
-/// A bandwidth limit.
-struct Pace {
-    rate: u64,
-    asked: u64,
-    started: Instant,
-}
-
-impl Pace {
-    /// How long what was asked for so far still takes.
-    fn due(&self) -> Duration {
-        let whole = Duration::try_from_secs_f64(self.asked as f64 / self.rate as f64);
-        whole.unwrap_or(Duration::MAX).saturating_sub(self.started.elapsed())
-    }
 }
 
 /// Chunks of one blob that are asked for together.
@@ -109,7 +98,7 @@ struct Batch {
 }
 
 /// Takes chunks that are missing from the order: of one blob, about `size` bytes.
-fn next_batch(
+async fn next_batch(
     shared: &Shared,
     order: &mut Order,
     left_over: &mut Option<(u32, ChunkExtent)>,
@@ -118,9 +107,14 @@ fn next_batch(
 ) -> Batch {
     let mut batch = Batch { blob: 0, chunks: Vec::new(), bytes: 0 };
     let mut last_unit = None;
+    let mut passed = 0;
     while let Some((blob, extent)) = left_over.take().or_else(|| order.next()) {
         if !shared.is_wanted(blob, &extent) {
             handle.looked_at(1, 1);
+            passed = (passed + 1) % AT_A_STRETCH;
+            if passed == 0 {
+                tokio::task::yield_now().await;
+            }
             continue;
         }
         let full = batch.bytes >= size || batch.chunks.len() >= MAX_BATCH_CHUNKS;

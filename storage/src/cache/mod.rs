@@ -6,6 +6,7 @@
 //!  mod.rs       BlobCache: one blob
 //!  inflight.rs    one leader a chunk in this process
 //!  fetch.rs       leader's work: claim, fetch, decode, verify, answer, write
+//!  ahead.rs       works off orders, within their limit of bandwidth (pace.rs)
 //!  plan.rs        units wanted → ranges to fetch
 //!  data_file.rs   <id>.blob.data            bytes at their decoded offsets
 //!  chunk_map.rs   <id>.blob.data.chunk_map  what of it is ready; lock a chunk
@@ -46,6 +47,7 @@ mod meta;
 mod mirror;
 mod neighbours;
 mod opener;
+mod pace;
 pub mod plan;
 mod set;
 mod speculate;
