@@ -6,13 +6,14 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use storage::digest::{Digest, TaggedDigest};
 use storage::prefetch::Prefer;
 
 use crate::config::{OnOutage, parse_prefer};
 use crate::preheat;
-use crate::trace;
+use crate::trace::{self, Document, MAX_DOCUMENT};
 
 /// Services of the contract that this build does not offer.
 const NOT_BUILT: [&str; 4] = ["virtiofs", "singleton", "nbd", "uffd"];
@@ -239,19 +240,56 @@ pub struct PartArgs {
     /// What this list names, one absolute path a line, directories with all below them; - for standard input
     #[arg(long, value_name = "LIST")]
     pub files: Option<PathBuf>,
+
+    /// What starts of the image read: the document of `nydusctl trace --json`
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+}
+
+/// What to fetch, as read from the files that were named.
+#[derive(Debug)]
+pub enum Part {
+    /// The whole image.
+    All,
+    /// Absolute paths.
+    Files(Vec<Vec<u8>>),
+    /// A trace, of whatever image.
+    Trace(Box<Document>),
+}
+
+impl Part {
+    /// The word for it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Files(_) => "files",
+            Self::Trace(_) => "trace",
+        }
+    }
 }
 
 impl PartArgs {
-    /// The paths of `--files`, if that was given.
+    /// Reads the list or the trace.
     ///
     /// # Errors
-    /// The list can not be read or is not one.
-    pub fn paths(&self) -> anyhow::Result<Option<Vec<Vec<u8>>>> {
-        let read = |path: &PathBuf| match path.to_str() {
-            Some("-") => preheat::list::read(std::io::stdin().lock()),
-            _ => preheat::list::load(path),
-        };
-        self.files.as_ref().map(read).transpose()
+    /// It can not be read, the list is not one, or the trace is larger than any.
+    pub fn load(&self) -> anyhow::Result<Part> {
+        use std::io::Read as _;
+        if let Some(path) = &self.trace {
+            let context = || format!("trace {}", path.display());
+            let file = std::fs::File::open(path).with_context(context)?;
+            let mut bytes = Vec::new();
+            // One byte more than any trace has, so that a larger file is refused as such.
+            file.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes).with_context(context)?;
+            return Ok(Part::Trace(Box::new(Document::parse(&bytes).with_context(context)?)));
+        }
+        Ok(match &self.files {
+            None => Part::All,
+            Some(path) if path.as_os_str() == "-" => {
+                Part::Files(preheat::list::read(std::io::stdin().lock())?)
+            }
+            Some(path) => Part::Files(preheat::list::load(path)?),
+        })
     }
 }
 

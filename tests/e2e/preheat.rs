@@ -237,6 +237,53 @@ fn a_hanging_prefetch_delays_nobody_and_can_be_cancelled() -> Result<()> {
     Ok(())
 }
 
+/// The trace of one daemon preheats the cache of another, before it mounts and while it is mounted;
+/// a trace of another image is refused.
+#[test]
+fn a_trace_preheats_other_nodes() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("docker-registry");
+    let scene = Scene::files()?;
+    let first = scene.options().start()?;
+    for name in ["d/5", "other"] {
+        fs::read(first.root().join(name))?;
+    }
+    let document = run(&mut nydusctl(&first, &["trace", "--json"]))?;
+    let trace = scene.list(&document)?;
+    let trace = trace.to_str().expect("scratch paths are text");
+
+    for mounted in [false, true] {
+        let cache = scene.journey.path(if mounted { "mounted" } else { "fresh" });
+        let options = DaemonOptions::image(&scene.relay.reference("warm"), &cache);
+        let daemon = match mounted {
+            true => {
+                let daemon = options.start()?;
+                run(&mut nydusctl(&daemon, &["prefetch", "--trace", trace, "--wait"]))?;
+                daemon
+            }
+            false => {
+                let mut prefetch = Command::new(binaries::nydusd());
+                prefetch.args(["prefetch", "--image", &scene.relay.reference("warm"), "--cache-dir"]);
+                run(prefetch.arg(&cache).args(["--trace", trace]))?;
+                options.start()?
+            }
+        };
+        scene.relay.forget();
+        for (name, seed) in [("d/5", 5), ("other", 99)] {
+            ensure!(fs::read(daemon.root().join(name))? == noise(seed, SIZE), "{name} has wrong bytes");
+        }
+        ensure!(scene.data_fetches()? == 0, "{:?}", scene.relay.fetches());
+        let mut other: Value = serde_json::from_str(&document)?;
+        other["bootstrap"] = json!(format!("sha256:{}", "0".repeat(64)));
+        let (status, answer) = daemon.request("POST", "/api/v1/prefetch", &json!({ "trace": other }))?;
+        ensure!(
+            status == 400 && answer["message"].to_string().contains("another image"),
+            "{status} {answer}"
+        );
+    }
+    Ok(())
+}
+
 /// What clients may get wrong is refused in the API's shape, and starts nothing.
 #[test]
 fn bad_requests_are_refused_with_a_reason() -> Result<()> {
@@ -253,6 +300,8 @@ fn bad_requests_are_refused_with_a_reason() -> Result<()> {
         ("POST", path, json!({ "files": [format!("/{}", "x".repeat(4096))] }), 400, "4096"),
         ("POST", path, json!({ "files": many }), 400, "directories"),
         ("POST", path, json!({ "everything": true }), 400, "everything"),
+        ("POST", path, json!({ "trace": { "version": 9 } }), 400, "bootstrap"),
+        ("POST", path, json!({ "trace": {}, "all": true }), 400, "version"),
         ("POST", path, json!({ "all": true, "bandwidth": -1 }), 400, "-1"),
         ("POST", path, json!(7), 400, "ParseBody"),
         ("POST", path, json!({ "all": true, "mountpoint": "/nowhere" }), 404, "/nowhere"),

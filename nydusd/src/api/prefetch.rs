@@ -16,10 +16,11 @@ use storage::prefetch::Class;
 
 use super::routes::{Reply, find_mount, parameter};
 use crate::daemon::Daemon;
-use crate::preheat::{Request, Wish, list};
+use crate::preheat::{self, Request, Wish, list};
+use crate::trace::Document;
 
-/// Body of `POST`: one of `all` and `files`.
-#[derive(Debug, Default, Deserialize)]
+/// Body of `POST`: one of `all`, `files` and `trace`.
+#[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Body {
     /// Mountpoint or id of the image; may be left out while there is but one.
@@ -28,6 +29,8 @@ struct Body {
     all: bool,
     /// Absolute paths in the image, directories with all below them.
     files: Option<Vec<String>>,
+    /// The document of [`crate::trace`], as it is.
+    trace: Option<Document>,
     /// Bytes a second at most, as stored; 0: no limit.
     bandwidth: u64,
 }
@@ -59,22 +62,24 @@ fn start(daemon: &Daemon, body: &[u8]) -> Reply {
         Ok(body) => body,
         Err(e) => return Reply::error(400, &format!("ParseBody(Error(\"{e}\"))")),
     };
-    let (what, wish) = match (body.all, body.files) {
-        (true, None) => ("all", Wish::Image),
-        (false, Some(files)) => match check(&files) {
-            Ok(()) => ("files", Wish::Files(files.into_iter().map(String::into_bytes).collect())),
-            Err(e) => return refuse(400, format!("{e:#}")),
-        },
-        _ => return refuse(400, "say what: either \"all\": true or \"files\": [..]"),
-    };
-    let request =
-        Request { what, stages: vec![(Class::Preheat, wish)], bandwidth: NonZeroU64::new(body.bandwidth) };
     let Some(mount) = find_mount(daemon, body.mountpoint.as_deref()) else {
         return match &body.mountpoint {
             Some(name) => refuse(404, format!("nothing is mounted at {name:?}")),
             None => refuse(404, "no image is mounted, or several: say which by \"mountpoint\""),
         };
     };
+    let (what, wish) = match (body.all, body.files, body.trace) {
+        (true, None, None) => ("all", Ok(Wish::Image)),
+        (false, Some(files), None) => ("files", wish(files)),
+        (false, None, Some(document)) => ("trace", preheat::trace(&mount, &document)),
+        _ => return refuse(400, "say what: one of \"all\": true, \"files\": [..] and \"trace\": {..}"),
+    };
+    let wish = match wish {
+        Ok(wish) => wish,
+        Err(e) => return refuse(400, format!("{e:#}")),
+    };
+    let bandwidth = NonZeroU64::new(body.bandwidth);
+    let request = Request { what, stages: vec![(Class::Preheat, wish)], bandwidth };
     // Whoever has a mount has an engine.
     let Some(engine) = daemon.engine() else { return refuse(503, "the daemon is starting") };
     match daemon.preheat().start(engine.handle(), &mount, request) {
@@ -83,11 +88,12 @@ fn start(daemon: &Daemon, body: &[u8]) -> Reply {
     }
 }
 
-fn check(files: &[String]) -> anyhow::Result<()> {
+fn wish(files: Vec<String>) -> anyhow::Result<Wish> {
     if files.len() > list::MAX_PATHS {
         anyhow::bail!("more than {} files; name directories instead", list::MAX_PATHS);
     }
-    files.iter().try_for_each(|path| list::check(path.as_bytes()))
+    files.iter().try_for_each(|path| list::check(path.as_bytes()))?;
+    Ok(Wish::Files(files.into_iter().map(String::into_bytes).collect()))
 }
 
 fn refuse(status: u16, why: impl std::fmt::Display) -> Reply {

@@ -131,7 +131,7 @@ pub struct Report {
     pub id: u64,
     /// The mount it fetches for.
     pub mountpoint: String,
-    /// What it fetches: `start` (what the configuration asks for), `all`, `files`.
+    /// What it fetches: `start` (what the configuration asks for), `all`, `files`, `trace`.
     pub what: &'static str,
     /// Where it is.
     pub state: State,

@@ -27,6 +27,8 @@ use rafs::fs::Rafs;
 use storage::prefetch::{Class, Order};
 
 use crate::config::Config;
+use crate::mount::Mount;
+use crate::trace::{Document, Identity, Trace};
 
 /// What is to be fetched.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,17 +40,28 @@ pub enum Wish {
     Files(Vec<Vec<u8>>),
     /// The image's prefetch table.
     Table,
+    /// What starts of the image read, in their order.
+    Trace(Arc<Trace>),
 }
 
 /// A job to be started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// A word for it: `start`, `all`, `files`.
+    /// A word for it: `start`, `all`, `files`, `trace`.
     pub what: &'static str,
     /// What is fetched, one after the other.
     pub stages: Vec<(Class, Wish)>,
     /// Bytes a second at most, as stored; `None`: what the link gives.
     pub bandwidth: Option<NonZeroU64>,
+}
+
+/// The wish for what a trace document names, checked against the image of `mount`.
+///
+/// # Errors
+/// It is of another image, or says what can not be.
+pub fn trace(mount: &Mount, document: &Document) -> anyhow::Result<Wish> {
+    let identity = Identity::new(mount.bootstrap_digest(), mount.rafs().bootstrap().blobs());
+    Ok(Wish::Trace(Arc::new(document.trace(&identity)?)))
 }
 
 /// What the configuration wants to be fetched after the mount, if anything (contract 2.10).
@@ -70,6 +83,8 @@ pub fn after_mount(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Chunks {
     /// These first.
+    trace: Option<Arc<Trace>>,
+    /// Then these.
     nodes: Vec<Nid>,
     /// Then all of it.
     image: bool,
@@ -81,7 +96,8 @@ impl Chunks {
     fn resolve(rafs: &Rafs, wish: &Wish, mut missing: impl FnMut(&[u8]), stop: impl Fn() -> bool) -> Self {
         let bootstrap = rafs.bootstrap();
         match wish {
-            Wish::Image => Self { nodes: Vec::new(), image: true },
+            Wish::Image => Self { image: true, ..Self::default() },
+            Wish::Trace(trace) => Self { trace: Some(Arc::clone(trace)), ..Self::default() },
             Wish::Table => Self::of(bootstrap.root(), bootstrap.prefetch().into_iter()),
             Wish::Files(paths) => {
                 let found = paths.iter().take_while(|_| !stop()).filter_map(|path| {
@@ -111,12 +127,11 @@ impl Chunks {
     }
 
     fn order(&self, rafs: &Arc<Rafs>) -> Order {
-        let nodes = order::nodes(rafs, self.nodes.clone());
-        match self.image {
-            true if self.nodes.is_empty() => order::image(rafs),
-            true => Box::new(nodes.chain(order::image(rafs))),
-            false => nodes,
-        }
+        let trace = self.trace.iter().map(|trace| trace.order(rafs));
+        let nodes = (!self.nodes.is_empty()).then(|| order::nodes(rafs, self.nodes.clone()));
+        let image = self.image.then(|| order::image(rafs));
+        let parts: Vec<Order> = trace.chain(nodes).chain(image).collect();
+        Box::new(parts.into_iter().flatten())
     }
 }
 

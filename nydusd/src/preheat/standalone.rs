@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use super::jobs::{Jobs, State};
 use super::show::{Show, TICK, text};
 use super::{Request, Wish};
-use crate::cli::PrefetchArgs;
+use crate::cli::{Part, PrefetchArgs};
 use crate::table::MountTable;
 use crate::{image, mount};
 
@@ -68,10 +68,8 @@ fn control(args: PrefetchArgs) -> anyhow::Result<()> {
 }
 
 fn fetch(args: &PrefetchArgs, jobs: &Jobs) -> anyhow::Result<()> {
-    let (what, wish) = match args.what.part.paths()? {
-        Some(paths) => ("files", Wish::Files(paths)),
-        None => ("all", Wish::Image),
-    };
+    let part = args.what.part.load()?;
+    let what = part.name();
     let plan = image::plan(&args.image, args.global.config.as_deref())?;
     let engine = Engine::new(EngineConfig::default())?;
     let spec = image::resolve(&engine, plan)?;
@@ -85,6 +83,11 @@ fn fetch(args: &PrefetchArgs, jobs: &Jobs) -> anyhow::Result<()> {
             tracing::warn!("{}", crate::logging::chain(&e));
         }
     }
+    let wish = match part {
+        Part::All => Wish::Image,
+        Part::Files(paths) => Wish::Files(paths),
+        Part::Trace(document) => super::trace(&mount, &document)?,
+    };
     let request = Request { what, stages: vec![(Class::Preheat, wish)], bandwidth: args.what.bandwidth };
     let id = jobs.start(engine.handle(), &mount, request)?;
     let mut show = Show::default();

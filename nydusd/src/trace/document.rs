@@ -98,17 +98,23 @@ impl Document {
     pub fn parse(bytes: &[u8]) -> anyhow::Result<Self> {
         ensure!(bytes.len() as u64 <= MAX_DOCUMENT, "more than {MAX_DOCUMENT} bytes");
         let document: Self = serde_json::from_slice(bytes).context("not a trace")?;
-        let version = document.version;
-        ensure!(version == Self::VERSION, "a trace of version {version}; this build reads {}", Self::VERSION);
+        document.check_version()?;
         Ok(document)
+    }
+
+    fn check_version(&self) -> anyhow::Result<()> {
+        let (version, ours) = (self.version, Self::VERSION);
+        ensure!(version == ours, "a trace of version {version}; this build reads {ours}");
+        Ok(())
     }
 
     /// The trace, checked against the image.
     ///
     /// # Errors
-    /// It belongs to another image, names a blob or chunk that the image does not have or one
+    /// It is of another version, belongs to another image, names a blob or chunk that the image does not have or one
     /// chunk twice, or more chunks than a trace may have.
     pub fn trace(&self, identity: &Identity) -> anyhow::Result<Trace> {
+        self.check_version()?;
         let bootstrap = format!("sha256:{}", identity.bootstrap);
         if self.bootstrap != bootstrap {
             bail!("the trace is of another image: its bootstrap is {:?}, ours {bootstrap}", self.bootstrap);

@@ -1,6 +1,7 @@
 //! `nydusctl prefetch`: has the daemon fetch ahead, and waits if told to.
 
 use anyhow::{Context as _, bail};
+use nydusd::cli::Part;
 use nydusd::preheat::show::{Show, TICK, text};
 use serde_json::json;
 
@@ -12,13 +13,14 @@ const PATH: &str = "/api/v1/prefetch";
 /// Starts a prefetch and prints its id; with `--wait`, its end.
 pub fn run(client: &Client<'_>, prefetch: &Prefetch, raw: bool) -> anyhow::Result<()> {
     let what = &prefetch.what;
-    let mut body = match what.part.paths()? {
-        Some(paths) => {
+    let mut body = match what.part.load()? {
+        Part::All => json!({ "all": true }),
+        Part::Files(paths) => {
             let paths: Result<Vec<_>, _> = paths.into_iter().map(String::from_utf8).collect();
             // JSON can not say other names; `nydusd prefetch` reads them.
             json!({ "files": paths.context("the API takes paths in UTF-8 only; name their directory")? })
         }
-        None => json!({ "all": true }),
+        Part::Trace(document) => json!({ "trace": document }),
     };
     if let Some(mountpoint) = &prefetch.mountpoint {
         body["mountpoint"] = json!(mountpoint);
