@@ -1,6 +1,6 @@
 //! Works off orders of chunks that nobody waits for yet.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,12 +21,15 @@ use crate::prefetch::{Order, Prefetch, PrefetchOptions};
 use crate::{Error, ErrorKind};
 
 /// Stored bytes asked for at once: at first, so that what a start wants first comes first,
-/// and later, so that requests are few.
-const FIRST_BATCH: u64 = 512 << 10;
-const MAX_BATCH: u64 = 8 << 20;
+/// and later, so that requests are few. What comes within a request keeps its order.
+const FIRST_SEGMENT: u64 = 1 << 20;
+const MAX_SEGMENT: u64 = 16 << 20;
 
-/// Chunks of one batch.
-const MAX_BATCH_CHUNKS: usize = 4096;
+/// Each segment is this many times the one before.
+const GROWTH: u64 = 4;
+
+/// Chunks of one segment.
+const MAX_SEGMENT_CHUNKS: usize = 8192;
 
 /// Chunks passed over before others get the thread: an order may be long, and all of it there.
 const AT_A_STRETCH: u32 = 1024;
@@ -51,16 +54,15 @@ pub(super) async fn work_off(shared: Arc<Shared>, order: Order, options: Prefetc
     tokio::select! {
         biased;
         () = cancelled.cancelled() => {}
-        () = each_batch(&shared, order, options, &handle) => {}
+        () = each_segment(&shared, order, options, &handle) => {}
     }
     handle.finish();
 }
 
-async fn each_batch(shared: &Arc<Shared>, mut order: Order, options: PrefetchOptions, handle: &Prefetch) {
+async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchOptions, handle: &Prefetch) {
     let link = shared.engine.link();
     let mut running = FuturesUnordered::new();
-    let mut left_over = None;
-    let mut size = FIRST_BATCH;
+    let mut size = FIRST_SEGMENT;
     let mut pace = options.bandwidth.map(|rate| Pace::new(rate, Instant::now()));
     loop {
         if let Some(pace) = &pace {
@@ -75,69 +77,63 @@ async fn each_batch(shared: &Arc<Shared>, mut order: Order, options: PrefetchOpt
             }
         };
         // Chosen only now: what has come meanwhile is not asked for again.
-        let batch = next_batch(shared, &mut order, &mut left_over, size, handle).await;
-        if batch.chunks.is_empty() {
+        let (segment, bytes) = next_segment(shared, &mut order, size, handle).await;
+        if segment.is_empty() {
             break;
         }
-        slot.shrink(batch.bytes);
-        size = (size * 2).min(MAX_BATCH);
+        slot.shrink(bytes);
+        size = (size * GROWTH).min(MAX_SEGMENT);
         if let Some(pace) = &mut pace {
-            pace.charge(batch.bytes, Instant::now());
+            pace.charge(bytes, Instant::now());
             size = size.min(pace.rate());
         }
-        running.push(fetch(Arc::clone(shared), batch, slot, handle.clone()));
+        let slot = Arc::new(slot);
+        for (blob, chunks) in segment {
+            running.push(fetch(Arc::clone(shared), blob, chunks, Arc::clone(&slot), handle.clone()));
+        }
     }
     while running.next().await.is_some() {}
 }
 
-/// Chunks of one blob that are asked for together.
-struct Batch {
-    blob: u32,
-    chunks: Vec<ChunkExtent>,
-    bytes: u64,
-}
-
-/// Takes chunks that are missing from the order: of one blob, about `size` bytes.
-async fn next_batch(
+/// Takes chunks that are missing from the order, about `size` bytes, by blob. Answers the
+/// bytes as well.
+async fn next_segment(
     shared: &Shared,
     order: &mut Order,
-    left_over: &mut Option<(u32, ChunkExtent)>,
     size: u64,
     handle: &Prefetch,
-) -> Batch {
-    let mut batch = Batch { blob: 0, chunks: Vec::new(), bytes: 0 };
-    let mut last_unit = None;
-    let mut passed = 0;
-    while let Some((blob, extent)) = left_over.take().or_else(|| order.next()) {
-        if !shared.is_wanted(blob, &extent) {
-            handle.looked_at(1, 1);
+) -> (BTreeMap<u32, Vec<ChunkExtent>>, u64) {
+    let mut segment: BTreeMap<u32, Vec<ChunkExtent>> = BTreeMap::new();
+    let (mut bytes, mut chunks, mut passed) = (0, 0, 0);
+    while bytes < size
+        && chunks < MAX_SEGMENT_CHUNKS
+        && let Some((blob, extent)) = order.next()
+    {
+        let wanted = shared.is_wanted(blob, &extent);
+        handle.looked_at(1, u64::from(!wanted));
+        if !wanted {
             passed = (passed + 1) % AT_A_STRETCH;
             if passed == 0 {
                 tokio::task::yield_now().await;
             }
             continue;
         }
-        let full = batch.bytes >= size || batch.chunks.len() >= MAX_BATCH_CHUNKS;
-        if !batch.chunks.is_empty() && (batch.blob != blob || full) {
-            *left_over = Some((blob, extent));
-            break;
+        let of_blob = segment.entry(blob).or_default();
+        if of_blob.last().is_none_or(|last| last.unit != extent.unit) {
+            bytes += extent.unit.compressed.len();
         }
-        handle.looked_at(1, 0);
-        batch.blob = blob;
-        batch.chunks.push(extent);
-        if last_unit.replace(extent.unit) != Some(extent.unit) {
-            batch.bytes += extent.unit.compressed.len();
-        }
+        of_blob.push(extent);
+        chunks += 1;
     }
-    batch
+    (segment, bytes)
 }
 
-async fn fetch(shared: Arc<Shared>, batch: Batch, slot: Slot, handle: Prefetch) {
+async fn fetch(shared: Arc<Shared>, blob: u32, chunks: Vec<ChunkExtent>, slot: Arc<Slot>, handle: Prefetch) {
     let context = context(handle.token());
-    let waiters = shared.obtain_ahead(batch.blob, &batch.chunks, &context, slot);
+    let waiters = shared.obtain_ahead(blob, &chunks, &context, slot);
     let mut waiting: FuturesUnordered<_> = waiters
         .into_iter()
-        .zip(&batch.chunks)
+        .zip(&chunks)
         .map(|((waiter, led), extent)| answer(waiter, led.then_some(extent.unit.compressed), &context))
         .collect();
     let mut units: HashSet<ByteRange> = HashSet::new();

@@ -189,7 +189,19 @@ fn span(group: &[Work]) -> Option<ByteRange> {
 
 /// Starts the fetch of merged ranges: several that nobody waits for with one request, if the
 /// source can do that, else each with its own.
-async fn start(inner: &Arc<Inner>, groups: Vec<Vec<Work>>, context: &ReadContext, slot: Option<&Arc<Slot>>) {
+async fn start(
+    inner: &Arc<Inner>,
+    mut groups: Vec<Vec<Work>>,
+    context: &ReadContext,
+    slot: Option<&Arc<Slot>>,
+) {
+    if slot.is_some() {
+        // What was wanted first comes first.
+        let wanted = |group: &Vec<Work>| {
+            group.iter().flat_map(|work| &work.chunks).map(|claimed| claimed.lead.wanted()).min()
+        };
+        groups.sort_by_cached_key(wanted);
+    }
     let ranges: Vec<ByteRange> = groups.iter().filter_map(|group| span(group)).collect();
     if context.priority == Priority::Prefetch && ranges.len() > 1 && ranges.len() == groups.len() {
         let request = Request::new(inner, context, slot.cloned());

@@ -194,15 +194,15 @@ impl Shared {
         blob: u32,
         chunks: &[ChunkExtent],
         context: &ReadContext,
-        slot: Slot,
+        slot: Arc<Slot>,
     ) -> Vec<(Waiter, bool)> {
-        self.blobs[blob as usize].inner.obtain(chunks, context, Some(Arc::new(slot)), 0).waiters
+        self.blobs[blob as usize].inner.obtain(chunks, context, Some(slot), 0).waiters
     }
 
     /// Starts the fetch of chunks that nobody waits for.
     pub(super) fn fetch_ahead(&self, blob: u32, chunks: &[ChunkExtent], slot: Slot) {
         let context = ahead::context(&self.blobs[blob as usize].inner.cancel);
-        drop(self.obtain_ahead(blob, chunks, &context, slot));
+        drop(self.obtain_ahead(blob, chunks, &context, Arc::new(slot)));
     }
 
     fn is_ready(&self, slice: &ReadSlice) -> bool {
