@@ -8,7 +8,7 @@
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use anyhow::{Context as _, bail};
 use rafs::blob_context::{BlobContext, stored_range};
@@ -18,6 +18,7 @@ use storage::backend::{Backend, BlobSource, ReadContext};
 use storage::cache::{BlobCache, BlobCacheConfig, BlobSet, ChunkTable, MetaSpec};
 use storage::digest::{Digest, TaggedDigest};
 use storage::engine::Engine;
+use storage::ids::{BlobId, ChunkIndex};
 use storage::metrics::{BackendMetrics, CacheMetrics};
 use storage::observe::{Fetched, Observer};
 use storage::prefetch::{Class, Order, Prefetch, PrefetchOptions};
@@ -193,6 +194,12 @@ impl Observer for Observers {
             recorder.fetched(event);
         }
     }
+
+    fn copied(&self, blob: &BlobId, chunk: ChunkIndex, began: Instant, ended: Instant) {
+        if let Some(recorder) = &self.recorder {
+            recorder.copied(blob, chunk, began, ended);
+        }
+    }
 }
 
 /// Makes the cache directory with its parents. What it will hold is private to its owner: an
@@ -342,6 +349,11 @@ impl Mount {
         let prefetch = self.blobs.as_ref().map(|blobs| blobs.prefetch(order, options));
         self.orders().extend(prefetch.clone());
         prefetch
+    }
+
+    /// Bytes that its daemon's fetches hold in memory now.
+    pub fn buffered(&self) -> u64 {
+        self.blobs.as_ref().map_or(0, |blobs| blobs.buffered())
     }
 
     /// Orders that are being worked off.

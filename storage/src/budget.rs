@@ -64,6 +64,11 @@ impl Budget {
         Arc::new(Self { total, share, state: Mutex::new(state) })
     }
 
+    /// Bytes that are reserved now.
+    pub(crate) fn held(&self) -> u64 {
+        self.total.saturating_sub(self.lock().free)
+    }
+
     /// Waits for `bytes`. More than the whole budget waits for the whole of it, so that a
     /// single large unit passes alone.
     pub(crate) async fn reserve(self: &Arc<Self>, bytes: u64, priority: Priority) -> Permit {

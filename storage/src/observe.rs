@@ -39,4 +39,10 @@ pub struct Fetched<'a> {
 pub trait Observer: Send + Sync + 'static {
     /// A chunk came, or did not.
     fn fetched(&self, event: &Fetched<'_>);
+
+    /// A reader that had waited got bytes of this chunk, and others perhaps, from the data
+    /// file: they were there already, or another process had fetched them.
+    fn copied(&self, blob: &BlobId, chunk: ChunkIndex, began: Instant, ended: Instant) {
+        let _ = (blob, chunk, began, ended);
+    }
 }

@@ -277,7 +277,7 @@ fn blob_cache(mount: &Mount) -> BlobCache {
         prefetch_begin_time_millis: ahead.began.subsec_millis().into(),
         prefetch_end_time_secs: ahead.ended.as_secs(),
         prefetch_end_time_millis: ahead.ended.subsec_millis().into(),
-        buffered_backend_size: 0,
+        buffered_backend_size: mount.buffered(),
         data_all_ready: entries_count == chunks_total,
         chunks_total,
         compressed_bytes_total: blobs.iter().map(|blob| blob.data_size).sum(),

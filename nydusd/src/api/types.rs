@@ -52,7 +52,7 @@ pub(super) struct BlobCache {
     pub prefetch_begin_time_millis: u64,
     pub prefetch_end_time_secs: u64,
     pub prefetch_end_time_millis: u64,
-    /// Bytes that wait for the disk beyond those of running fetches: none.
+    /// Bytes that fetches hold in memory.
     pub buffered_backend_size: u64,
     pub data_all_ready: bool,
     /// Beyond the contract: chunks of all blobs.

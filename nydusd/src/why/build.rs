@@ -212,6 +212,11 @@ fn join(
     for (place, fetch) in recorded.fetches.iter().enumerate() {
         by_chunk.entry(Chunk { blob: fetch.blob, index: fetch.chunk }).or_default().push(place);
     }
+    let mut copies: HashMap<Chunk, Vec<(u64, u64)>> = HashMap::new();
+    for copy in &recorded.copies {
+        let span = (copy.began_us, copy.began_us + u64::from(copy.took_us));
+        copies.entry(Chunk { blob: copy.blob, index: copy.chunk }).or_default().push(span);
+    }
     let mut fetched_for = HashMap::new();
     let reads = recorded
         .reads
@@ -229,6 +234,9 @@ fn join(
                 }
             }
             let fetch = last.map(|place| &recorded.fetches[place]);
+            let copied = chunks.iter().flat_map(|chunk| copies.get(chunk).into_iter().flatten());
+            let disk_us =
+                copied.map(|(began, ended)| ended.min(&span.1).saturating_sub(*began.max(&span.0))).max();
             Read {
                 process: event.process.0.into(),
                 file,
@@ -236,7 +244,7 @@ fn join(
                 len: event.len,
                 at_us: event.began_us,
                 took_us: event.took_us.into(),
-                waits: waits_of(event, fetch),
+                waits: waits_of(event, fetch, disk_us.unwrap_or(0)),
                 source: match (event.end, fetch) {
                     (End::SlowHit, _) => Some(Cow::Borrowed("cache")),
                     (_, Some(fetch)) => fetch.supplier.map(|s| Cow::Borrowed(supplier_name(s))),
@@ -276,8 +284,9 @@ fn overlaps(fetch: &FetchEvent, (from, to): (u64, u64)) -> bool {
     fetch.wanted_us <= to && ready(fetch) >= from
 }
 
-/// The parts of a read's wait that fall into the phases of the fetch that ended last.
-fn waits_of(event: &ReadEvent, fetch: Option<&FetchEvent>) -> Waits {
+/// The parts of a read's wait that fall into the phases of the fetch that ended last, and the
+/// time it took to copy from the data file.
+fn waits_of(event: &ReadEvent, fetch: Option<&FetchEvent>, copy_us: u64) -> Waits {
     let (from, to) = (event.began_us, event.began_us + u64::from(event.took_us));
     let mut waits = Waits::default();
     if let Some(fetch) = fetch {
@@ -288,11 +297,8 @@ fn waits_of(event: &ReadEvent, fetch: Option<&FetchEvent>) -> Waits {
     }
     let known = waits.queue_us + waits.network_us + waits.decode_us;
     let rest = (to - from).saturating_sub(known);
-    if event.end == End::SlowHit {
-        waits.disk_us = rest;
-    } else {
-        waits.other_us = rest;
-    }
+    waits.disk_us = if event.end == End::SlowHit { rest } else { copy_us.min(rest) };
+    waits.other_us = rest - waits.disk_us;
     waits
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rafs::bootstrap::Nid;
 use storage::backend::Supplier;
-use storage::ids::BlobId;
+use storage::ids::{BlobId, ChunkIndex};
 use storage::observe::{Fetched, Observer};
 use tokio::sync::Notify;
 
@@ -20,6 +20,9 @@ const FILES: usize = 7168;
 /// A read from the cache that takes longer has waited for the disk. In the page cache it
 /// takes microseconds.
 const SLOW_HIT: Duration = Duration::from_millis(1);
+
+/// A copy from the data file that takes less is not worth remembering.
+const NOTED_COPY: Duration = Duration::from_micros(100);
 
 /// How a read ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,8 +66,18 @@ pub(super) struct FetchEvent {
     pub failed: bool,
 }
 
+/// A copy from the cache's data file for a reader that had waited.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct CopyEvent {
+    pub began_us: u64,
+    pub took_us: u32,
+    pub blob: u32,
+    pub chunk: u32,
+}
+
 // What the bounds promise of memory.
 const _: () = assert!(size_of::<ReadEvent>() <= 48 && size_of::<FetchEvent>() <= 48);
+const _: () = assert!(size_of::<CopyEvent>() <= 24);
 
 /// Reads of one file.
 #[derive(Clone, Copy, Debug, Default)]
@@ -108,6 +121,7 @@ pub(super) struct ReadTotals {
 #[derive(Debug, Default)]
 struct Fetches {
     events: Events<FetchEvent>,
+    copies: Events<CopyEvent>,
     /// Stored bytes that came before anybody had read anything.
     before_first_read: u64,
     /// Set with the first read.
@@ -121,6 +135,7 @@ pub(super) struct Recorded {
     pub dropped_reads: u64,
     pub fetches: Vec<FetchEvent>,
     pub dropped_fetches: u64,
+    pub copies: Vec<CopyEvent>,
     pub files: HashMap<Nid, FileUse>,
     pub other_files: FileUse,
     pub processes: Vec<Process>,
@@ -227,12 +242,14 @@ impl Recorder {
         }
         let fetches = lock(&self.fetches);
         let before_first_read = fetches.before_first_read;
+        let (copies, _) = fetches.copies.all();
         let (fetches, dropped_fetches) = fetches.events.all();
         Recorded {
             reads: events,
             dropped_reads,
             fetches,
             dropped_fetches,
+            copies,
             files,
             other_files,
             processes,
@@ -325,5 +342,85 @@ impl Observer for Recorder {
             fetches.before_first_read += event.stored;
         }
         fetches.events.push(record);
+    }
+
+    fn copied(&self, blob: &BlobId, chunk: ChunkIndex, began: Instant, ended: Instant) {
+        let took = ended.saturating_duration_since(began);
+        let Some(blob) = self.blobs.get(blob).filter(|_| took >= NOTED_COPY) else { return };
+        let began_us = micros(began.saturating_duration_since(self.began));
+        let copy = CopyEvent { began_us, took_us: short(micros(took)), blob: *blob, chunk: chunk.0 };
+        lock(&self.fetches).copies.push(copy);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recorder() -> (BlobId, Arc<Recorder>) {
+        let blob = BlobId::new("b").unwrap();
+        (blob.clone(), Arc::new(Recorder::new([&blob])))
+    }
+
+    fn fetched(recorder: &Recorder, blob: &BlobId, stored: u64) {
+        let now = Instant::now();
+        recorder.fetched(&Fetched {
+            blob,
+            chunk: ChunkIndex(3),
+            stored,
+            demanded: false,
+            supplier: Some(Supplier::Origin),
+            wanted: now,
+            requested: now,
+            answered: now,
+            received: now,
+            verified: now,
+            error: None,
+        });
+    }
+
+    #[test]
+    fn waits_count_as_what_became_of_them() {
+        let (_, recorder) = recorder();
+        let tid = nix::unistd::gettid().as_raw().cast_unsigned();
+        let begin = |nid| recorder.wait(Nid(nid), 0, 10, tid, Instant::now());
+        let (mut good, bad, open) = (begin(1), begin(2), begin(3));
+        good.succeed();
+        drop((good, bad));
+        recorder.hit(Nid(1), 0, 5, tid, Duration::ZERO);
+        recorder.hit(Nid(1), 0, 5, tid, SLOW_HIT);
+        let recorded = recorder.recorded();
+        let ends: Vec<End> = recorded.reads.iter().map(|read| read.end).collect();
+        assert_eq!(ends, [End::Done, End::Failed, End::SlowHit, End::Waiting]);
+        let totals = recorded.totals;
+        assert_eq!((totals.reads, totals.waited, totals.failed), (4, 3, 1));
+        assert_eq!((recorded.files[&Nid(1)].reads, recorded.files[&Nid(1)].bytes), (3, 20));
+        assert_eq!(recorded.files[&Nid(2)].bytes, 0);
+        assert!(recorder.is_waited_for());
+        drop(open);
+        assert!(!recorder.is_waited_for());
+    }
+
+    #[test]
+    fn bytes_before_the_first_read_are_told_apart() {
+        let (blob, recorder) = recorder();
+        fetched(&recorder, &blob, 70);
+        recorder.hit(Nid(1), 0, 5, 0, Duration::ZERO);
+        fetched(&recorder, &blob, 30);
+        let began = Instant::now();
+        recorder.copied(&blob, ChunkIndex(9), began, began + NOTED_COPY);
+        recorder.copied(&blob, ChunkIndex(9), began, began);
+        let recorded = recorder.recorded();
+        assert_eq!((recorded.before_first_read, recorded.fetches.len(), recorded.copies.len()), (70, 2, 1));
+    }
+
+    #[test]
+    fn files_are_bounded() {
+        let (_, recorder) = recorder();
+        for nid in 0..2 * FILES as u64 {
+            recorder.hit(Nid(nid), 0, 1, 0, Duration::ZERO);
+        }
+        let recorded = recorder.recorded();
+        assert_eq!((recorded.files.len(), recorded.other_files.reads), (FILES, FILES as u32));
     }
 }

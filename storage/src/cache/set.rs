@@ -78,6 +78,11 @@ impl BlobSet {
         handle
     }
 
+    /// Bytes that units in flight hold now, of all images of the engine.
+    pub fn buffered(&self) -> u64 {
+        self.engine.budget().held()
+    }
+
     /// The blobs.
     pub fn blobs(&self) -> &[Arc<BlobCache>] {
         &self.shared.blobs
@@ -321,6 +326,7 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
             return Ok(out);
         }
         let reader = Arc::clone(shared);
+        let (first, began) = (stored[0], Instant::now());
         let parts: Vec<_> = stored
             .drain(..)
             .flat_map(|chunk: Chunk| places[&(chunk.0, chunk.1.index.0)].iter())
@@ -330,6 +336,10 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
         let (filled, forgotten) = shared.engine.blocking(move || reader.copy_parts(out, &parts)).await?;
         out = filled;
         wanted = forgotten;
+        let blob = &shared.blobs[first.0 as usize].inner;
+        if let Some(observer) = &blob.observer {
+            observer.copied(&blob.id, first.1.index, began, Instant::now());
+        }
     }
 }
 

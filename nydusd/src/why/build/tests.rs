@@ -1,5 +1,5 @@
 use super::super::processes::ProcessIndex;
-use super::super::record::FileUse;
+use super::super::record::{CopyEvent, FileUse};
 use super::*;
 use storage::backend::Supplier;
 
@@ -38,6 +38,7 @@ fn recorded(reads: Vec<ReadEvent>, fetches: Vec<FetchEvent>) -> Recorded {
         dropped_reads: 0,
         fetches,
         dropped_fetches: 0,
+        copies: vec![CopyEvent { began_us: 5050, took_us: 30, blob: 0, chunk: 3 }],
         files: HashMap::from([(Nid(9), FileUse { reads: 1, bytes: 1 })]),
         other_files: FileUse::default(),
         processes: Vec::new(),
@@ -71,8 +72,9 @@ fn a_wait_is_told_by_the_fetch_that_ended_last() {
     let waits = Waits { queue_us: 0, network_us: 400, decode_us: 60, disk_us: 0, other_us: 40 };
     assert_eq!((reads[0].waits, reads[0].source.as_deref()), (waits, Some("origin")));
     assert_eq!(fetched_for, HashMap::from([(0, 0), (1, 0)]));
-    // Another process fetched what the second read wanted.
-    assert_eq!((reads[1].waits.other_us, reads[1].source.as_deref()), (100, None));
+    // Another process fetched what the second read wanted, and it was read from the disk.
+    let waits = reads[1].waits;
+    assert_eq!((waits.disk_us, waits.other_us, reads[1].source.as_deref()), (30, 70, None));
     assert_eq!((reads[2].waits.disk_us, reads[2].source.as_deref()), (70, Some("cache")));
     // Files in the order of their numbers: 5, 6, and 9, which only hit.
     assert_eq!((reads[1].file, names.places.len()), (1, 3));
