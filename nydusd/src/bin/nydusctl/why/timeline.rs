@@ -1,4 +1,5 @@
-//! The drawn timeline: a lane a process with its waits, a lane a supplier with its fetches.
+//! The drawn timeline: a lane a process with its waits, a lane a supplier with its requests, each
+//! a strip of the chunks that it brought.
 //!
 //! Long silences are squeezed, so that a start of a second shows although the daemon has run
 //! for days.
@@ -6,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use nydusd::why::Report;
-use nydusd::why::report::{Outcome, Read};
+use nydusd::why::report::{Fetch, Outcome, Read};
 
 use super::html::escape;
 use super::{chunk_name, duration, fetch_end, file_name, process_name, size, source_name};
@@ -34,6 +35,9 @@ const BAR: f64 = 11.0;
 const BREAK: f64 = 26.0;
 const NARROWEST: f64 = 1.5;
 
+/// Moments of one request that differ by no more were one, before they were rounded.
+const ROUNDING: u64 = 2;
+
 /// Silences longer than this, in microseconds, are squeezed.
 const SILENCE: u64 = 400_000;
 
@@ -43,25 +47,32 @@ struct Bar {
     class: String,
     from: u64,
     to: u64,
-    /// Class and length of each phase.
+    /// Class and end of each phase; the first begins with the bar.
     parts: Vec<(&'static str, u64)>,
     /// What hovering tells.
     about: String,
 }
 
+/// Bars in one row: one read, or the chunks of one request.
+type Strip = Vec<Bar>;
+
+fn span(strip: &Strip) -> (u64, u64) {
+    let from = strip.iter().map(|bar| bar.from).min().unwrap_or(0);
+    (from, strip.iter().map(|bar| bar.to).max().unwrap_or(from))
+}
+
 /// The drawing.
 pub fn draw(report: &Report) -> String {
     let lanes = lanes(report);
-    let spans = lanes.iter().flat_map(|(_, bars)| bars.iter().map(|bar| (bar.from, bar.to)));
-    let bars: usize = lanes.iter().map(|(_, bars)| bars.len()).sum();
-    if bars == 0 {
+    let spans: Vec<_> = lanes.iter().flat_map(|(_, strips)| strips.iter().map(span)).collect();
+    if spans.is_empty() {
         return "<h2>Timeline</h2><p>Nothing was waited for, and nothing fetched.</p>".to_owned();
     }
-    let axis = Axis::new(spans.collect(), bars);
+    let axis = Axis::new(spans);
     let (mut backs, mut drawn) = (String::new(), String::new());
     let mut y = TOP;
-    for (name, bars) in &lanes {
-        let rows = pack(bars);
+    for (name, strips) in &lanes {
+        let rows = pack(strips);
         let height = rows.iter().max().map_or(1, |row| row + 1) as f64 * ROW + 6.0;
         backs += &format!(
             "<rect class=\"lane\" x=\"0\" y=\"{y:.1}\" width=\"{:.1}\" height=\"{:.1}\"/>\
@@ -71,8 +82,8 @@ pub fn draw(report: &Report) -> String {
             y + 14.0,
             escape(name)
         );
-        for (bar, row) in bars.iter().zip(rows) {
-            drawn += &draw_bar(bar, &axis, y + 3.0 + row as f64 * ROW);
+        for (strip, row) in strips.iter().zip(rows) {
+            strip.iter().for_each(|bar| drawn += &draw_bar(bar, &axis, y + 3.0 + row as f64 * ROW));
         }
         y += height;
     }
@@ -92,50 +103,80 @@ pub fn draw(report: &Report) -> String {
     )
 }
 
-/// A name and bars for each process in the order of their first waits, then for each supplier.
-fn lanes(report: &Report) -> Vec<(String, Vec<Bar>)> {
-    let mut by_process: BTreeMap<usize, Vec<Bar>> = BTreeMap::new();
+/// A name and strips for each process in the order of their first waits, then for each supplier.
+fn lanes(report: &Report) -> Vec<(String, Vec<Strip>)> {
+    let mut by_process: BTreeMap<usize, Vec<Strip>> = BTreeMap::new();
     for (rank, read) in report.reads.iter().take(MAX_BARS).enumerate() {
-        by_process.entry(read.process).or_default().push(read_bar(report, read, rank == 0));
+        by_process.entry(read.process).or_default().push(vec![read_bar(report, read, rank == 0)]);
     }
     let mut lanes: Vec<_> =
-        by_process.into_iter().map(|(place, bars)| (process_name(report, place), bars)).collect();
-    lanes.sort_by_key(|(_, bars)| bars.iter().map(|bar| bar.from).min());
+        by_process.into_iter().map(|(place, strips)| (process_name(report, place), strips)).collect();
+    lanes.sort_by_key(|(_, strips)| strips.iter().map(span).min());
 
     let mut fetches: Vec<_> = report.fetches.iter().collect();
     fetches.sort_by_key(|fetch| std::cmp::Reverse(fetch_end(fetch) - fetch.at_us));
-    let mut by_source: BTreeMap<String, Vec<Bar>> = BTreeMap::new();
-    for fetch in fetches.into_iter().take(MAX_BARS) {
-        let failed = if fetch.failed { " failed" } else { "" };
-        let (word, ahead) = if fetch.demanded { ("asked for", "") } else { ("fetched ahead", " ahead") };
-        let source = fetch.source.as_deref().unwrap_or("nobody");
-        let file = fetch.file.map_or_else(String::new, |file| format!(" for {}", file_name(report, file)));
-        let about = format!(
-            "chunk {}, {}{file}\n{word} at {}, from {source}\nqueue {}, first byte {}, rest {}, decode {}",
-            chunk_name(report, fetch.chunk),
-            size(fetch.bytes),
-            duration(fetch.at_us),
-            duration(fetch.queue_us),
-            duration(fetch.answer_us),
-            duration(fetch.transfer_us),
-            duration(fetch.decode_us)
-        );
-        by_source.entry(format!("fetched from {source}")).or_default().push(Bar {
-            class: format!("fetch{ahead}{failed}"),
-            from: fetch.at_us,
-            to: fetch_end(fetch),
-            parts: vec![
-                ("queue", fetch.queue_us),
-                ("answer", fetch.answer_us),
-                ("network", fetch.transfer_us),
-                ("decode", fetch.decode_us),
-            ],
-            about,
-        });
+    fetches.truncate(MAX_BARS);
+    fetches.sort_by_key(|fetch| (&fetch.source, sent(fetch), received(fetch)));
+    let together = |a: &&Fetch, b: &&Fetch| {
+        a.source == b.source
+            && sent(b) - sent(a) <= ROUNDING
+            && (sent(a) + a.answer_us).abs_diff(sent(b) + b.answer_us) <= ROUNDING
+    };
+    let mut by_source: BTreeMap<String, Vec<Strip>> = BTreeMap::new();
+    for request in fetches.chunk_by(together) {
+        let source = request[0].source.as_deref().unwrap_or("nobody");
+        by_source.entry(format!("fetched from {source}")).or_default().push(request_strip(report, request));
     }
     lanes.extend(by_source);
-    lanes.iter_mut().for_each(|(_, bars)| bars.sort_by_key(|bar| (bar.from, bar.to)));
+    lanes.iter_mut().for_each(|(_, strips)| strips.sort_by_key(span));
     lanes
+}
+
+/// When the request for a chunk went out.
+fn sent(fetch: &Fetch) -> u64 {
+    fetch.at_us + fetch.queue_us
+}
+
+/// When its last byte came.
+fn received(fetch: &Fetch) -> u64 {
+    sent(fetch) + fetch.answer_us + fetch.transfer_us
+}
+
+/// The chunks of one request, in the order they came: the first bar has the wait for the first
+/// byte, each other one begins when the one before had come.
+fn request_strip(report: &Report, request: &[&Fetch]) -> Strip {
+    let mut begin = None;
+    request
+        .iter()
+        .map(|fetch| {
+            let answered = sent(fetch) + fetch.answer_us;
+            let (from, mut parts) = match begin {
+                None => (fetch.at_us, vec![("queue", sent(fetch)), ("answer", answered)]),
+                Some(before) => (before, Vec::new()),
+            };
+            begin = Some(received(fetch));
+            parts.extend([("network", received(fetch)), ("decode", fetch_end(fetch))]);
+            fetch_bar(report, fetch, from, parts)
+        })
+        .collect()
+}
+
+fn fetch_bar(report: &Report, fetch: &Fetch, from: u64, parts: Vec<(&'static str, u64)>) -> Bar {
+    let failed = if fetch.failed { " failed" } else { "" };
+    let (word, ahead) = if fetch.demanded { ("asked for", "") } else { ("fetched ahead", " ahead") };
+    let source = fetch.source.as_deref().unwrap_or("nobody");
+    let file = fetch.file.map_or_else(String::new, |file| format!(" for {}", file_name(report, file)));
+    let about = format!(
+        "chunk {}, {}{file}\n{word} at {}, from {source}\nqueue {}, first byte {}, rest {}, decode {}",
+        chunk_name(report, fetch.chunk),
+        size(fetch.bytes),
+        duration(fetch.at_us),
+        duration(fetch.queue_us),
+        duration(fetch.answer_us),
+        duration(fetch.transfer_us),
+        duration(fetch.decode_us)
+    );
+    Bar { class: format!("fetch{ahead}{failed}"), from, to: fetch_end(fetch), parts, about }
 }
 
 fn read_bar(report: &Report, read: &Read, longest: bool) -> Bar {
@@ -162,22 +203,31 @@ fn read_bar(report: &Report, read: &Read, longest: bool) -> Bar {
         class: format!("read{}{failed}", if longest { " longest" } else { "" }),
         from: read.at_us,
         to: read.at_us + read.took_us,
-        parts: PHASES.iter().zip(parts).map(|((class, _), (_, us))| (*class, us)).collect(),
+        parts: PHASES
+            .iter()
+            .zip(parts)
+            .scan(read.at_us, |at, ((class, _), (_, us))| {
+                *at += us;
+                Some((*class, *at))
+            })
+            .collect(),
         about,
     }
 }
 
-/// A row for each bar, so that bars of a row do not overlap while there are rows.
-fn pack(bars: &[Bar]) -> Vec<usize> {
+/// A row for each strip, so that strips of a row do not overlap while there are rows.
+fn pack(strips: &[Strip]) -> Vec<usize> {
     let mut ends: Vec<u64> = Vec::new();
-    bars.iter()
-        .map(|bar| match ends.iter().position(|end| *end <= bar.from) {
+    strips
+        .iter()
+        .map(span)
+        .map(|(from, to)| match ends.iter().position(|end| *end <= from) {
             Some(row) => {
-                ends[row] = bar.to;
+                ends[row] = to;
                 row
             }
             None if ends.len() < MAX_ROWS => {
-                ends.push(bar.to);
+                ends.push(to);
                 ends.len() - 1
             }
             None => MAX_ROWS - 1,
@@ -189,21 +239,22 @@ fn draw_bar(bar: &Bar, axis: &Axis, y: f64) -> String {
     let x = axis.x(bar.from);
     let width = (axis.x(bar.to) - x).max(NARROWEST);
     let mut drawn = format!("<g class=\"{}\"><title>{}</title>", bar.class, escape(&bar.about));
-    let mut at = bar.from;
-    for (class, us) in &bar.parts {
-        let from = axis.x(at);
-        at += us;
-        let part = axis.x(at) - from;
+    let mut at = x;
+    for (class, end) in &bar.parts {
+        let part = axis.x(*end) - at;
+        // The next chunk of a request may come while this one is decoded.
+        let (top, height) =
+            if *class == "decode" && bar.class.starts_with("fetch") { (y + BAR / 2.0, BAR / 2.0) } else { (y, BAR) };
         if part > 0.05 {
             drawn += &format!(
-                "<rect class=\"{class}\" x=\"{from:.1}\" y=\"{y:.1}\" width=\"{part:.1}\" height=\"{BAR}\"/>"
+                "<rect class=\"{class}\" x=\"{at:.1}\" y=\"{top:.1}\" width=\"{part:.1}\" height=\"{height:.1}\"/>"
             );
+            at += part;
         }
     }
     // What hovering finds, however short the bar is.
-    drawn += &format!(
-        "<rect class=\"area\" x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{BAR}\"/></g>\n"
-    );
+    drawn +=
+        &format!("<rect class=\"area\" x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{BAR}\"/></g>\n");
     drawn
 }
 
@@ -216,7 +267,8 @@ struct Axis {
 }
 
 impl Axis {
-    fn new(mut all: Vec<(u64, u64)>, bars: usize) -> Self {
+    fn new(mut all: Vec<(u64, u64)>) -> Self {
+        let wanted = (all.len() as f64 * 8.0).clamp(1080.0, 6000.0);
         all.sort_unstable();
         let mut merged: Vec<(u64, u64)> = Vec::new();
         for (from, to) in all {
@@ -226,7 +278,6 @@ impl Axis {
             }
         }
         let busy: u64 = merged.iter().map(|(from, to)| to - from).sum();
-        let wanted = (bars as f64 * 3.0).clamp(1080.0, 6000.0);
         let scale = wanted / busy.max(1) as f64;
         let mut x = LABELS;
         let spans = merged
