@@ -55,3 +55,13 @@ pub struct ChunkExtent {
     /// `None` only for images without chunk digests, mounted with `--allow-unverified`.
     pub digest: Option<ExpectedDigest>,
 }
+
+impl ChunkExtent {
+    /// Its part, by decoded length, of the stored bytes of its unit: over all chunks of a
+    /// unit they add up to the unit, but for rounding.
+    pub fn stored_share(&self) -> u64 {
+        let decoded = u64::from(self.unit.decoded_len.max(1));
+        // Units of a checked image are far smaller than the product allows.
+        self.unit.compressed.len().saturating_mul(self.len.into()) / decoded
+    }
+}

@@ -129,6 +129,9 @@ pub struct CacheMetrics {
     pub fetched_chunks: AtomicU64,
     /// Stored bytes received from the backend.
     pub fetched_bytes: AtomicU64,
+    /// Stored bytes of chunks that readers asked for, each chunk counted once: when a reader
+    /// has it fetched, or is the first to get what was fetched ahead.
+    pub asked_bytes: AtomicU64,
     /// Units whose bytes were wrong or incomplete, counted each time.
     pub verification_failures: AtomicU64,
     /// Chunks that could not be written to the cache.
@@ -164,6 +167,8 @@ pub struct CacheSnapshot {
     pub fetched_chunks: u64,
     /// Stored bytes received from the backend.
     pub fetched_bytes: u64,
+    /// Stored bytes of fetched chunks that readers asked for.
+    pub asked_bytes: u64,
     /// Units whose bytes were wrong or incomplete, counted each time.
     pub verification_failures: u64,
     /// Chunks that could not be written to the cache.
@@ -189,6 +194,7 @@ impl CacheMetrics {
             read_errors: self.read_errors.load(Relaxed),
             fetched_chunks: self.fetched_chunks.load(Relaxed),
             fetched_bytes: self.fetched_bytes.load(Relaxed),
+            asked_bytes: self.asked_bytes.load(Relaxed),
             verification_failures: self.verification_failures.load(Relaxed),
             write_errors: self.write_errors.load(Relaxed),
             verify_cpu_ns: self.verify_cpu_ns.load(Relaxed),

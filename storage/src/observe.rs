@@ -14,8 +14,7 @@ pub struct Fetched<'a> {
     pub blob: &'a BlobId,
     /// The chunk.
     pub chunk: ChunkIndex,
-    /// Its part, by decoded length, of the stored bytes of its unit: over all chunks of a unit
-    /// they add up to the unit, but for rounding.
+    /// Its part of the stored bytes of its unit: [`crate::extent::ChunkExtent::stored_share`].
     pub stored: u64,
     /// A reader waited for it; else it was fetched ahead.
     pub demanded: bool,

@@ -73,8 +73,6 @@ pub struct Supplied {
 pub struct FetchSnapshot {
     /// By supplier and purpose, those that are not zero.
     pub supplied: Vec<Supplied>,
-    /// Stored bytes of chunks that readers asked for.
-    pub demanded_bytes: u64,
     /// Chunks that could not be had.
     pub failures: u64,
     /// Seconds that chunks waited for their request to go out, summed.
@@ -111,7 +109,6 @@ impl FetchMetrics {
         let [queue_seconds, network_seconds, decode_seconds] =
             std::array::from_fn(|phase| self.phases[phase].sum());
         FetchSnapshot {
-            demanded_bytes: supplied.iter().filter(|s| s.purpose == "demand").map(|s| s.bytes).sum(),
             supplied,
             failures: self.failures.load(Relaxed),
             queue_seconds,
@@ -132,8 +129,8 @@ impl FetchMetrics {
 
 /// Bytes received for one byte that readers asked for, both as stored; 0 while nobody has
 /// asked.
-pub fn amplification(received: u64, demanded: u64) -> f64 {
-    if demanded == 0 { 0.0 } else { received as f64 / demanded as f64 }
+pub fn amplification(received: u64, asked: u64) -> f64 {
+    if asked == 0 { 0.0 } else { received as f64 / asked as f64 }
 }
 
 impl Observer for FetchMetrics {
@@ -192,7 +189,7 @@ mod tests {
         let error = storage::Error::new(storage::ErrorKind::Unavailable, "x");
         metrics.fetched(&Fetched { error: Some(&error), ..event });
         let shot = metrics.snapshot();
-        assert_eq!((shot.supplied.len(), shot.demanded_bytes, shot.failures), (2, 100, 1));
+        assert_eq!((shot.supplied.len(), shot.failures), (2, 1));
         assert_eq!((shot.supplied[1].source, shot.supplied[1].purpose), ("peer", "prefetch"));
         assert!((shot.network_seconds - 0.1).abs() < 1e-9 && (shot.queue_seconds - 0.02).abs() < 1e-9);
         assert!((shot.decode_seconds - 0.008).abs() < 1e-9);

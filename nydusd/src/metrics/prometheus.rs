@@ -215,12 +215,16 @@ fn requests(writer: &mut Writer<'_, '_>) -> fmt::Result {
         ("prefetch_received_bytes", "Blob bytes received by requests that nobody waited for"),
         |mount| mount.cache_metrics().snapshot().prefetch_data_amount,
     )?;
+    writer.counter(
+        ("asked_bytes", "Stored bytes of fetched chunks that readers asked for, sooner or later"),
+        |mount| mount.cache_metrics().snapshot().asked_bytes,
+    )?;
     writer.family(
         ("amplification_ratio", "Bytes received for one byte of chunks that readers asked for, as stored"),
         Gauge,
         |mount, sample| {
-            let received = mount.cache_metrics().snapshot().fetched_bytes;
-            sample((&[], amplification(received, mount.fetch_metrics().snapshot().demanded_bytes)))
+            let cache = mount.cache_metrics().snapshot();
+            sample((&[], amplification(cache.fetched_bytes, cache.asked_bytes)))
         },
     )
 }

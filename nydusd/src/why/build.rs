@@ -40,7 +40,7 @@ pub fn build(mount: &Mount, recorder: &Recorder) -> Report {
         first_read_us: recorded.totals.first_us,
         requests: mount.backend_metrics().snapshot("").read_count,
         fetched_bytes: cache.fetched_bytes,
-        demanded_bytes: fetches.demanded_bytes,
+        asked_bytes: cache.asked_bytes,
         before_first_read_bytes: recorded.before_first_read,
     };
     let image = Image {
@@ -343,12 +343,12 @@ fn judge(image: &Image, totals: &Totals, supplied: &[Supplied]) -> Verdict {
     let said = |lazy, text: String| Verdict { lazy, text };
     if image.chunks > 0 && image.cached_chunks >= image.chunks {
         said(false, "not lazy: the whole image was in the cache before it was mounted".to_owned())
-    } else if fetched >= MOST && totals.demanded_bytes < totals.fetched_bytes / 2 {
+    } else if fetched >= MOST && totals.asked_bytes < totals.fetched_bytes / 2 {
         said(
             false,
             format!(
                 "not lazy: {fetched} % of the image was fetched, though readers asked for {} % only",
-                share(totals.demanded_bytes)
+                share(totals.asked_bytes)
             ),
         )
     } else if fetched >= MOST {

@@ -81,8 +81,8 @@ pub struct Totals {
     pub requests: u64,
     /// Bytes received.
     pub fetched_bytes: u64,
-    /// Stored bytes of chunks that readers asked for.
-    pub demanded_bytes: u64,
+    /// Stored bytes of fetched chunks that readers asked for, sooner or later.
+    pub asked_bytes: u64,
     /// Stored bytes of chunks that came before the first read.
     pub before_first_read_bytes: u64,
 }

@@ -27,7 +27,7 @@ pub async fn log_start(mount: Weak<Mount>) {
     }
     let Some(mount) = mount.upgrade() else { return };
     let totals = recorder.totals();
-    let (cache, fetches) = (mount.cache_metrics().snapshot(), mount.fetch_metrics().snapshot());
+    let cache = mount.cache_metrics().snapshot();
     let seconds = |us: u64| us as f64 / 1e6;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     info!(
@@ -42,7 +42,7 @@ pub async fn log_start(mount: Weak<Mount>) {
         seconds(totals.longest_us.into()),
         mib(cache.fetched_bytes),
         mount.backend_metrics().snapshot("").read_count,
-        amplification(cache.fetched_bytes, fetches.demanded_bytes),
-        mib(fetches.demanded_bytes),
+        amplification(cache.fetched_bytes, cache.asked_bytes),
+        mib(cache.asked_bytes),
     );
 }

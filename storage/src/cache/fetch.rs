@@ -305,7 +305,7 @@ impl Inner {
         observer.fetched(&Fetched {
             blob: &self.id,
             chunk: lead.extent().index,
-            stored: share(&work.unit, lead.extent().len),
+            stored: lead.extent().stored_share(),
             demanded: lead.is_demanded(),
             supplier,
             wanted: lead.wanted(),
@@ -316,10 +316,4 @@ impl Inner {
             error,
         });
     }
-}
-
-/// The part that `len` decoded bytes have in the stored bytes of their unit.
-fn share(unit: &FetchUnit, len: u32) -> u64 {
-    // Both factors are below 2^25.
-    unit.compressed.len() * u64::from(len) / u64::from(unit.decoded_len.max(1))
 }

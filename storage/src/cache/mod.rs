@@ -456,8 +456,12 @@ impl Inner {
         for extent in wanted {
             let (waiter, lead) = self.inflight.join(extent, demanded);
             obtained.waiters.push((waiter, lead.is_some()));
-            if demanded && self.untouched.touch(extent.index) {
+            let touched = demanded && self.untouched.touch(extent.index);
+            if touched {
                 obtained.hits.push(*extent);
+            }
+            if touched || (demanded && lead.is_some()) {
+                self.metrics.asked_bytes.fetch_add(extent.stored_share(), Ordering::Relaxed);
             }
             let Some(lead) = lead else { continue };
             if !demanded {

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -254,7 +255,9 @@ impl Shared {
 
 /// Notes that a reader has a chunk: reading ahead may have been right.
 fn touch(shared: &Arc<Shared>, blob: u32, extent: &ChunkExtent) {
-    if shared.blobs[blob as usize].inner.untouched.touch(extent.index) {
+    let inner = &shared.blobs[blob as usize].inner;
+    if inner.untouched.touch(extent.index) {
+        inner.metrics.asked_bytes.fetch_add(extent.stored_share(), Relaxed);
         Speculator::hit(shared, blob, extent.index, extent.unit.compressed.len());
     }
 }

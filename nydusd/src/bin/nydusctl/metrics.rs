@@ -121,9 +121,9 @@ fn fetches(document: &Value) -> Vec<String> {
             number(row, "bytes")
         ));
     }
-    let demanded = number(fetches, "demanded_bytes");
-    let amplification = number(document, "fetched_bytes") as f64 / demanded as f64;
-    if demanded > 0 {
+    let asked = number(document, "asked_bytes");
+    let amplification = number(document, "fetched_bytes") as f64 / asked as f64;
+    if asked > 0 {
         lines.push(format!("{:<26}{amplification:.2}", "Fetched per byte asked:"));
     }
     let chunks: u64 = number(document, "fetched_chunks");

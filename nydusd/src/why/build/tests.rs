@@ -89,8 +89,7 @@ fn the_union_counts_no_moment_twice() {
 #[test]
 fn a_mount_that_is_not_lazy_is_called_so() {
     let image = Image { bytes: 1000, chunks: 10, cached_chunks: 0, ready_chunks: 0 };
-    let totals =
-        Totals { reads: 1, requests: 1, fetched_bytes: 300, demanded_bytes: 300, ..Totals::default() };
+    let totals = Totals { reads: 1, requests: 1, fetched_bytes: 300, asked_bytes: 300, ..Totals::default() };
     let judged = |image: &Image, totals: &Totals| judge(image, totals, &[]);
     assert_eq!(
         judged(&image, &totals),
@@ -103,11 +102,7 @@ fn a_mount_that_is_not_lazy_is_called_so() {
             Totals { fetched_bytes: 950, ..totals.clone() },
             "95 % of the image was fetched, though",
         ),
-        (
-            image.clone(),
-            Totals { fetched_bytes: 950, demanded_bytes: 900, ..totals.clone() },
-            "asked for most",
-        ),
+        (image.clone(), Totals { fetched_bytes: 950, asked_bytes: 900, ..totals.clone() }, "asked for most"),
         (
             image.clone(),
             Totals { before_first_read_bytes: 200, ..totals.clone() },

@@ -118,7 +118,7 @@ fn saving(report: &Report) -> String {
 /// Bytes received for one byte that readers asked for.
 fn amplification(report: &Report) -> Option<f64> {
     let totals = &report.totals;
-    (totals.demanded_bytes > 0).then(|| totals.fetched_bytes as f64 / totals.demanded_bytes as f64)
+    (totals.asked_bytes > 0).then(|| totals.fetched_bytes as f64 / totals.asked_bytes as f64)
 }
 
 /// What is missing from the lists, if anything.

@@ -50,7 +50,7 @@ fn report() -> Report {
             blocked_us: 21_000,
             requests: 2,
             fetched_bytes: 15_000,
-            demanded_bytes: 10_000,
+            asked_bytes: 10_000,
             ..Totals::default()
         },
         waits,

@@ -31,7 +31,7 @@ fn write(out: &mut String, report: &Report, count: usize) -> std::fmt::Result {
     )?;
     write!(out, "Fetched {} in {} requests", size(totals.fetched_bytes), totals.requests)?;
     if let Some(factor) = amplification(report) {
-        write!(out, ", x{factor:.2} of the {} that readers asked for", size(totals.demanded_bytes))?;
+        write!(out, ", x{factor:.2} of the {} that readers asked for", size(totals.asked_bytes))?;
     }
     for (at, supplied) in report.supplied.iter().enumerate() {
         let separator = if at == 0 { ": " } else { ", " };

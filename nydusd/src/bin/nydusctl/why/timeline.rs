@@ -243,8 +243,11 @@ fn draw_bar(bar: &Bar, axis: &Axis, y: f64) -> String {
     for (class, end) in &bar.parts {
         let part = axis.x(*end) - at;
         // The next chunk of a request may come while this one is decoded.
-        let (top, height) =
-            if *class == "decode" && bar.class.starts_with("fetch") { (y + BAR / 2.0, BAR / 2.0) } else { (y, BAR) };
+        let (top, height) = if *class == "decode" && bar.class.starts_with("fetch") {
+            (y + BAR / 2.0, BAR / 2.0)
+        } else {
+            (y, BAR)
+        };
         if part > 0.05 {
             drawn += &format!(
                 "<rect class=\"{class}\" x=\"{at:.1}\" y=\"{top:.1}\" width=\"{part:.1}\" height=\"{height:.1}\"/>"
@@ -253,8 +256,9 @@ fn draw_bar(bar: &Bar, axis: &Axis, y: f64) -> String {
         }
     }
     // What hovering finds, however short the bar is.
-    drawn +=
-        &format!("<rect class=\"area\" x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{BAR}\"/></g>\n");
+    drawn += &format!(
+        "<rect class=\"area\" x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{BAR}\"/></g>\n"
+    );
     drawn
 }
 
