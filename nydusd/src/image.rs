@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use storage::backend::http::HttpOptions;
+use storage::backend::http_proxy::HttpProxySource;
+use storage::backend::object::{ObjectStoreSource, StoreCredentials, StoreOptions};
 use storage::backend::registry::{RegistrySource, Rewrite};
 use storage::backend::retry::RetryPolicy;
 use storage::backend::{BlobSource, ReadContext};
@@ -17,7 +19,7 @@ use storage::oci::nydus::{FetchOptions, NydusImage};
 use storage::oci::token::Login;
 
 use crate::cli::{FailoverPolicy, FuseArgs, ImageArgs};
-use crate::config::{BackendConfig, Config, RegistryConfig};
+use crate::config::{BackendConfig, Config, Dialect, RegistryConfig, StoreConfig, TransportConfig};
 use crate::mount::MountSpec;
 
 /// Environment variable that replaces the registry's `auth` (contract 1.4).
@@ -77,8 +79,11 @@ fn plan_named(name: &str, args: &ImageArgs) -> anyhow::Result<Plan> {
     let backend = match &name {
         ImageName::Layout { path, .. } => BackendConfig::OciLayout(path.clone()),
         ImageName::Registry(reference) => BackendConfig::Registry(RegistryConfig {
-            ca_cert_files: args.ca_cert.clone(),
-            proxy_from_environment: args.proxy_from_environment,
+            transport: TransportConfig {
+                ca_cert_files: args.ca_cert.clone(),
+                proxy_from_environment: args.proxy_from_environment,
+                ..TransportConfig::default()
+            },
             ..RegistryConfig::new(reference.host(), reference.repository())
         }),
     };
@@ -221,9 +226,41 @@ fn blob_source(config: &Config) -> anyhow::Result<Arc<dyn BlobSource>> {
         BackendConfig::OciLayout(path) => {
             Arc::new(storage::backend::layout::OciLayoutSource::new(path.clone()))
         }
+        BackendConfig::LocalDisk(disk) => {
+            Arc::new(storage::backend::localdisk::LocalDisk::new(disk.device_path.clone(), disk.disable_gpt))
+        }
         BackendConfig::Registry(registry) => {
             Arc::new(registry_source(registry)?.with_spool_dir(config.work_dir.clone()))
         }
+        BackendConfig::Store(store) => Arc::new(store_source(store)?),
+        BackendConfig::HttpProxy(proxy) => Arc::new(HttpProxySource::new(
+            &proxy.addr,
+            &proxy.path,
+            proxy.transport.http_options(),
+            RetryPolicy::READS,
+        )?),
+    })
+}
+
+/// A bucket, signed for as the configuration says.
+fn store_source(config: &StoreConfig) -> anyhow::Result<ObjectStoreSource> {
+    let credentials = match &config.keys {
+        Some((id, secret)) => StoreCredentials::Keys { id: id.clone(), secret: secret.clone() },
+        None if config.credentials_from_environment => StoreCredentials::Environment,
+        None => StoreCredentials::Anonymous,
+    };
+    let options = StoreOptions {
+        endpoint: config.endpoint.clone(),
+        secure: config.scheme == "https",
+        bucket: config.bucket_name.clone(),
+        prefix: config.object_prefix.clone(),
+        credentials,
+        http: config.transport.http_options(),
+        retry: RetryPolicy::READS,
+    };
+    Ok(match &config.dialect {
+        Dialect::S3(region) => ObjectStoreSource::s3(options, region)?,
+        Dialect::Oss => ObjectStoreSource::oss(options)?,
     })
 }
 
@@ -232,15 +269,7 @@ fn blob_source(config: &Config) -> anyhow::Result<Arc<dyn BlobSource>> {
 fn registry_source(config: &RegistryConfig) -> anyhow::Result<RegistrySource> {
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
     let options = RegistryOptions {
-        http: HttpOptions {
-            connect_timeout: config.connect_timeout,
-            // Time without a byte, not time for the whole answer: a slow link is no outage.
-            progress_timeout: config.timeout,
-            ca_files: config.ca_cert_files.clone(),
-            skip_verify: config.skip_verify,
-            proxy_from_environment: config.proxy_from_environment,
-            ..HttpOptions::default()
-        },
+        http: config.transport.http_options(),
         scheme: if config.scheme == "http" { Scheme::Http } else { Scheme::Https },
         login: Login::Fixed(Credentials::from_base64(&text(&config.auth))?),
         token: config.registry_token.clone().map(Secret::new),

@@ -10,9 +10,9 @@ use anyhow::Context as _;
 use file_rotate::compression::Compression;
 use file_rotate::suffix::{AppendTimestamp, FileLimit};
 use file_rotate::{ContentLimit, FileRotate};
-use storage::log::Line;
+use storage::log::{Line, SHOWS_SECRETS};
 use tracing::Level;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Registry, reload};
@@ -45,6 +45,8 @@ fn targets(level: LogLevel) -> Targets {
         .with_target("rustls", quiet)
         .with_target("h2", quiet)
         .with_target("mio", quiet)
+        .with_target("opendal", quiet)
+        .with_target(SHOWS_SECRETS, LevelFilter::OFF)
 }
 
 /// Sets up the log as the command line asks. Called once.

@@ -8,6 +8,10 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
+/// Target prefix of a library whose lines are never to be written, at any level: it shows the
+/// keys of object stores in them. Every program that opens [`crate::backend::object`] filters it.
+pub const SHOWS_SECRETS: &str = "reqsign";
+
 /// The line format: `[<local date and time> <offset>] LEVEL [file:line] message`; the place is
 /// left out at level info. Levels `error` and `warn` are coloured where the writer has colours.
 #[derive(Clone, Copy, Debug)]

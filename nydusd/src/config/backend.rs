@@ -1,20 +1,30 @@
 //! Where blobs come from, as configured.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::ConfigError;
 use super::section::Section;
+use super::store::StoreConfig;
+use super::transport::TransportConfig;
+
+/// The types a document may name.
+pub(super) const KINDS: [&str; 6] = ["localfs", "localdisk", "registry", "oss", "s3", "http-proxy"];
 
 /// A source of blobs.
 #[derive(Clone, Debug)]
 pub enum BackendConfig {
     /// Files of this host.
     LocalFs(LocalFsConfig),
+    /// A disk of this host, one partition per blob.
+    LocalDisk(LocalDiskConfig),
     /// A repository of an OCI registry.
     Registry(RegistryConfig),
+    /// A bucket of an object store.
+    Store(StoreConfig),
+    /// A plain HTTP server.
+    HttpProxy(HttpProxyConfig),
     /// An OCI image layout directory (`--image oci:PATH`).
     OciLayout(PathBuf),
 }
@@ -28,6 +38,26 @@ pub struct LocalFsConfig {
     pub alt_dirs: Vec<PathBuf>,
     /// The one file that holds the blob, whatever its id.
     pub blob_file: Option<PathBuf>,
+}
+
+/// A disk of this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalDiskConfig {
+    /// Block device or image file.
+    pub device_path: PathBuf,
+    /// The disk has no partitions: all of it is the one blob.
+    pub disable_gpt: bool,
+}
+
+/// A plain HTTP server that has each blob as `addr/path/ID`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpProxyConfig {
+    /// http or https URL without a login, or absolute path of a unix socket.
+    pub addr: String,
+    /// Below it; not used with a unix socket.
+    pub path: String,
+    /// How to reach it.
+    pub transport: TransportConfig,
 }
 
 /// A repository of a registry.
@@ -47,18 +77,8 @@ pub struct RegistryConfig {
     pub blob_url_scheme: Option<String>,
     /// Host to put into redirects.
     pub blob_redirected_host: Option<String>,
-    /// Accept any certificate.
-    pub skip_verify: bool,
-    /// Use the proxies of `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY`. Otherwise they are ignored.
-    pub proxy_from_environment: bool,
-    /// Further trust roots, PEM.
-    pub ca_cert_files: Vec<PathBuf>,
-    /// Time limit of one request; `None` for no limit.
-    pub timeout: Option<Duration>,
-    /// Time limit of connecting; `None` for no limit.
-    pub connect_timeout: Option<Duration>,
-    /// Further attempts of one request.
-    pub retry_limit: u32,
+    /// How to reach it.
+    pub transport: TransportConfig,
 }
 
 impl std::fmt::Debug for RegistryConfig {
@@ -77,7 +97,10 @@ impl BackendConfig {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::LocalFs(_) => "localfs",
+            Self::LocalDisk(_) => "localdisk",
             Self::Registry(_) => "registry",
+            Self::Store(store) => store.dialect.kind(),
+            Self::HttpProxy(_) => "http-proxy",
             Self::OciLayout(_) => "oci-layout",
         }
     }
@@ -88,17 +111,19 @@ impl BackendConfig {
             Self::LocalFs(local) => {
                 json!({ "dir": local.dir, "alt_dirs": local.alt_dirs, "blob_file": local.blob_file })
             }
-            Self::Registry(registry) => json!({
-                "scheme": registry.scheme,
-                "host": registry.host,
-                "repo": registry.repo,
-                "skip_verify": registry.skip_verify,
-                "proxy_from_environment": registry.proxy_from_environment,
-                "ca_cert_files": registry.ca_cert_files,
-                "timeout": registry.timeout.map_or(0, |t| t.as_secs()),
-                "connect_timeout": registry.connect_timeout.map_or(0, |t| t.as_secs()),
-                "retry_limit": registry.retry_limit,
-            }),
+            Self::LocalDisk(disk) => {
+                json!({ "device_path": disk.device_path, "disable_gpt": disk.disable_gpt })
+            }
+            Self::Registry(registry) => registry.transport.public_json(Map::from_iter([
+                ("scheme".to_owned(), json!(registry.scheme)),
+                ("host".to_owned(), json!(registry.host)),
+                ("repo".to_owned(), json!(registry.repo)),
+            ])),
+            Self::Store(store) => store.public_json(),
+            Self::HttpProxy(proxy) => proxy.transport.public_json(Map::from_iter([
+                ("addr".to_owned(), json!(proxy.addr)),
+                ("path".to_owned(), json!(proxy.path)),
+            ])),
             Self::OciLayout(path) => json!({ "path": path }),
         }
     }
@@ -110,29 +135,73 @@ impl BackendConfig {
         mut section: Section,
         warnings: &mut Vec<String>,
     ) -> Result<Self, ConfigError> {
-        Self::check_kind(kind, kind_name)?;
         let backend = match kind {
             "localfs" => Self::LocalFs(LocalFsConfig::read(&mut section)?),
-            _ => Self::Registry(RegistryConfig::read(&mut section, warnings)?),
+            "localdisk" => Self::LocalDisk(LocalDiskConfig::read(&mut section)?),
+            "registry" => Self::Registry(RegistryConfig::read(&mut section, warnings)?),
+            "s3" => Self::Store(StoreConfig::read_s3(&mut section, warnings)?),
+            "oss" => Self::Store(StoreConfig::read_oss(&mut section, warnings)?),
+            "http-proxy" => Self::HttpProxy(HttpProxyConfig::read(&mut section, warnings)?),
+            _ => return Err(Self::unknown(kind, kind_name)),
         };
         section.finish(warnings);
         Ok(backend)
     }
 
-    /// Refuses a kind of backend that is unknown or not built yet, by name.
-    pub(super) fn check_kind(kind: &str, kind_name: &str) -> Result<(), ConfigError> {
-        let why = match kind {
-            "localfs" | "registry" => return Ok(()),
-            "oss" | "s3" | "localdisk" | "http-proxy" => format!("backend {kind:?} is not built yet"),
-            _ => format!("{kind:?}"),
-        };
-        Err(ConfigError::new(format!("`{kind_name}`: {why}; want localfs or registry")))
+    /// What is said of a type that is none.
+    pub(super) fn unknown(kind: &str, kind_name: &str) -> ConfigError {
+        ConfigError::new(format!("`{kind_name}`: {kind:?}: want one of {}", KINDS.join(", ")))
     }
+}
+
+impl LocalDiskConfig {
+    fn read(section: &mut Section) -> Result<Self, ConfigError> {
+        Ok(Self {
+            device_path: PathBuf::from(section.require_string("device_path")?),
+            disable_gpt: section.take_bool("disable_gpt")?.unwrap_or(false),
+        })
+    }
+}
+
+impl HttpProxyConfig {
+    fn read(section: &mut Section, warnings: &mut Vec<String>) -> Result<Self, ConfigError> {
+        let name = section.name("addr");
+        let addr = section.require_string("addr")?;
+        // A login in the URL would be shown with it.
+        let bare = match storage::backend::http::parse_url("addr", &addr) {
+            Ok(url) => url.username().is_empty() && url.password().is_none(),
+            Err(_) => Path::new(&addr).is_absolute(),
+        };
+        if !bare {
+            let why = "want an http or https URL without a login, or the absolute path of a unix socket";
+            return Err(ConfigError::new(format!("`{name}`: {why}")));
+        }
+        Ok(Self {
+            addr,
+            path: section.take_string("path")?.unwrap_or_default(),
+            transport: TransportConfig::read(section, warnings)?,
+        })
+    }
+}
+
+/// `scheme`: https unless said otherwise.
+pub(super) fn read_scheme(section: &mut Section) -> Result<String, ConfigError> {
+    let name = section.name("scheme");
+    let scheme = text(section.take_string("scheme")?).unwrap_or_else(|| "https".to_owned());
+    if scheme != "https" && scheme != "http" {
+        return Err(ConfigError::new(format!("`{name}`: {scheme:?}: want https or http")));
+    }
+    Ok(scheme)
+}
+
+/// An empty text is none.
+pub(super) fn text(value: Option<String>) -> Option<String> {
+    value.filter(|text| !text.is_empty())
 }
 
 impl LocalFsConfig {
     fn read(section: &mut Section) -> Result<Self, ConfigError> {
-        let path = |text: Option<String>| text.filter(|text| !text.is_empty()).map(PathBuf::from);
+        let path = |value| text(value).map(PathBuf::from);
         let config = Self {
             blob_file: path(section.take_string("blob_file")?),
             dir: path(section.take_string("dir")?),
@@ -160,34 +229,18 @@ impl RegistryConfig {
             registry_token: None,
             blob_url_scheme: None,
             blob_redirected_host: None,
-            skip_verify: false,
-            proxy_from_environment: false,
-            ca_cert_files: Vec::new(),
-            timeout: Some(Duration::from_secs(5)),
-            connect_timeout: Some(Duration::from_secs(5)),
-            retry_limit: 0,
+            transport: TransportConfig::default(),
         }
     }
 
     fn read(section: &mut Section, warnings: &mut Vec<String>) -> Result<Self, ConfigError> {
-        let text = |value: Option<String>| value.filter(|text| !text.is_empty());
-        let seconds = |value: Option<u64>| match value.unwrap_or(5) {
-            0 => None,
-            seconds => Some(Duration::from_secs(seconds)),
-        };
-        let scheme_name = section.name("scheme");
-        let scheme = text(section.take_string("scheme")?).unwrap_or_else(|| "https".to_owned());
-        if scheme != "https" && scheme != "http" {
-            return Err(ConfigError::new(format!("`{scheme_name}`: {scheme:?}: want https or http")));
-        }
+        let scheme = read_scheme(section)?;
         let auth_name = section.name("auth");
         let auth = text(section.take_string("auth")?);
         if let Some(auth) = &auth {
             check_basic_auth(&auth_name, auth)?;
         }
-        let retry_name = section.name("retry_limit");
-        let retry_limit = section.take_u64("retry_limit")?.unwrap_or(0);
-        let config = Self {
+        Ok(Self {
             scheme,
             host: section.require_string("host")?,
             repo: section.require_string("repo")?,
@@ -195,25 +248,8 @@ impl RegistryConfig {
             registry_token: text(section.take_string("registry_token")?),
             blob_url_scheme: text(section.take_string("blob_url_scheme")?),
             blob_redirected_host: text(section.take_string("blob_redirected_host")?),
-            skip_verify: section.take_bool("skip_verify")?.unwrap_or(false),
-            proxy_from_environment: section.take_bool("proxy_from_environment")?.unwrap_or(false),
-            ca_cert_files: section.take_strings("ca_cert_files")?.into_iter().map(PathBuf::from).collect(),
-            timeout: seconds(section.take_u64("timeout")?),
-            connect_timeout: seconds(section.take_u64("connect_timeout")?),
-            retry_limit: u32::try_from(retry_limit)
-                .map_err(|_| ConfigError::new(format!("`{retry_name}`: {retry_limit} is too large")))?,
-        };
-        section.no_effect("mirrors", warnings);
-        if let Some(mut proxy) = section.take_section("proxy")? {
-            proxy.refuse("url")?;
-            // Without a proxy the rest of the block speaks about nothing.
-            for key in ["ping_url", "fallback", "check_interval", "check_pause_elapsed", "use_http"] {
-                proxy.no_effect(key, &mut Vec::new());
-            }
-            proxy.no_effect("dragonfly_scheduler_endpoint", warnings);
-            proxy.finish(warnings);
-        }
-        Ok(config)
+            transport: TransportConfig::read(section, warnings)?,
+        })
     }
 }
 

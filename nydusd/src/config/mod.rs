@@ -15,7 +15,8 @@
 //! | `trace_seconds` | `rafs.trace_seconds` | longest recording of a start (default 60) |
 //! | `id_mapping` | `rafs.id_mapping` | `[internal, external, count]`: owners shown elsewhere |
 //! | `prefer` | `rafs.prefer` | `"time"` (default) or `"bytes"`: what reading ahead saves |
-//! | `proxy_from_environment` in the registry's fields | the same | use `HTTPS_PROXY` and its kin, else ignored |
+//! | `proxy_from_environment` in a remote backend's fields | the same | use `HTTPS_PROXY` and its kin, else ignored |
+//! | `credentials_from_environment` in an object store's fields | the same | sign as the store's own tools would |
 //!
 //! Unknown keys are ignored with a warning. A key of the contract that this build does not
 //! implement is refused by name where ignoring it would change what users get, and accepted
@@ -24,6 +25,8 @@
 mod backend;
 mod prefetch;
 mod section;
+mod store;
+mod transport;
 mod v1;
 mod v2;
 
@@ -40,10 +43,12 @@ use crate::metrics::FileOptions;
 use crate::trace;
 
 pub(crate) use backend::check_basic_auth;
-pub use backend::{BackendConfig, LocalFsConfig, RegistryConfig};
+pub use backend::{BackendConfig, HttpProxyConfig, LocalDiskConfig, LocalFsConfig, RegistryConfig};
 pub use prefetch::PrefetchConfig;
 pub(crate) use prefetch::parse_prefer;
 use section::Section;
+pub use store::{Dialect, StoreConfig};
+pub use transport::TransportConfig;
 
 /// Largest configuration document (contract 2.1).
 const MAX_CONFIG_SIZE: u64 = 1 << 20;

@@ -86,7 +86,7 @@ fn owners_are_remapped_in_both_formats() {
 #[test]
 fn proxies_of_the_environment_are_used_only_if_asked_for() {
     let proxied = |text: &str| match Config::parse(text).unwrap().backend {
-        BackendConfig::Registry(registry) => registry.proxy_from_environment,
+        BackendConfig::Registry(registry) => registry.transport.proxy_from_environment,
         other => panic!("{other:?}"),
     };
     assert!(!proxied(&registry("")));
@@ -164,7 +164,6 @@ fn refusals_name_the_key() {
     let v1_with = |from: &str, to: &str| v1("").replace(from, to);
     for (text, key) in [
         (v1_with(r#""dir":"/b""#, ""), "device.backend.config.dir"),
-        (v1_with("localfs", "oss"), "\"oss\" is not built yet"),
         (v1_with("localfs", "nfs"), "device.backend.type"),
         (v1_with("blobcache", ""), "device.cache.type"),
         (v1_with("blobcache", "fscache"), "device.cache.type"),
@@ -214,4 +213,84 @@ fn secrets_stay_out_of_output() {
     }
     let bad = Config::parse(&registry(r#","auth":"c2VjcmV0""#)).unwrap_err().to_string();
     assert!(!bad.contains("c2VjcmV0") && !bad.contains("secret"), "{bad}");
+}
+
+/// A document of each format with `fields` of the backend `kind`.
+fn with_backend(kind: &str, fields: &str) -> [String; 2] {
+    [
+        format!(
+            r#"{{"device":{{"backend":{{"type":"{kind}","config":{{{fields}}}}},
+                "cache":{{"type":"blobcache"}}}},"mode":"direct"}}"#
+        ),
+        format!(
+            r#"{{"version":2,"backend":{{"type":"{kind}","{kind}":{{{fields}}}}},"cache":{{"type":"filecache"}}}}"#
+        ),
+    ]
+}
+
+const STORE: &str = r#""endpoint":"e:1","region":"r","bucket_name":"b""#;
+
+#[test]
+fn every_backend_is_read_from_both_formats() {
+    let keys = r#","object_prefix":"p/","access_key_id":"kk1d","access_key_secret":"s3cret","timeout":7"#;
+    for (kind, fields) in [
+        ("localdisk", r#""device_path":"/dev/sdx","disable_gpt":true"#.to_owned()),
+        ("s3", format!("{STORE}{keys}")),
+        ("oss", format!(r#""scheme":"http",{}{keys}"#, STORE.replace(r#""region":"r","#, ""))),
+        ("http-proxy", r#""addr":"/run/proxy.sock","path":"x","skip_verify":true"#.to_owned()),
+    ] {
+        for text in with_backend(kind, &fields) {
+            let config = Config::parse(&text).unwrap_or_else(|e| panic!("{text}: {e}"));
+            assert!(config.warnings.is_empty(), "{text}: {:?}", config.warnings);
+            assert_eq!(config.backend.kind(), kind);
+            let public = config.public_json();
+            let (shown, debug) = (public.to_string(), format!("{config:?}"));
+            for secret in ["kk1d", "s3cret"] {
+                assert!(!shown.contains(secret) && !debug.contains(secret), "{shown} {debug}");
+            }
+            // What is shown is what was said, secrets and defaults aside.
+            let said: Value = serde_json::from_str(&format!("{{{fields}}}")).unwrap();
+            for (key, value) in said.as_object().unwrap() {
+                let shown = &public["backend"][kind][key];
+                assert!(shown == value || key.starts_with("access_key"), "{kind}.{key}: {shown}");
+            }
+        }
+    }
+}
+
+#[test]
+fn refusals_of_backends_name_the_key() {
+    for (kind, fields, key) in [
+        ("localdisk", r#""disable_gpt":true"#.to_owned(), "device_path"),
+        ("localdisk", r#""device_path":"/d","disable_gpt":"no""#.to_owned(), "disable_gpt"),
+        ("s3", STORE.replace(r#""endpoint":"e:1","#, ""), "endpoint"),
+        ("s3", STORE.replace(r#""region":"r""#, r#""region":"""#), "region"),
+        ("s3", STORE.replace(r#","bucket_name":"b""#, ""), "bucket_name"),
+        ("oss", STORE.replace("e:1", ""), "endpoint"),
+        ("s3", format!(r#"{STORE},"access_key_id":"kk1d""#), "access_key_secret"),
+        ("oss", format!(r#"{STORE},"access_key_secret":"kk1d""#), "access_key_id"),
+        (
+            "s3",
+            format!(
+                r#"{STORE},"access_key_id":"kk1d","access_key_secret":"s","credentials_from_environment":true"#
+            ),
+            "credentials_from_environment",
+        ),
+        ("s3", format!(r#"{STORE},"scheme":"ftp""#), "scheme"),
+        ("s3", format!(r#"{STORE},"proxy":{{"url":"http://p"}}"#), "proxy.url"),
+        ("s3", format!(r#"{STORE},"retry_limit":99999999999"#), "retry_limit"),
+        ("oss", format!(r#"{STORE},"ca_cert_files":"x""#), "ca_cert_files"),
+        ("http-proxy", r#""path":"p""#.to_owned(), "addr"),
+        ("http-proxy", r#""addr":"relative""#.to_owned(), "addr"),
+        ("http-proxy", r#""addr":"http://kk1d:kk1d@h/""#.to_owned(), "addr"),
+        ("nfs", String::new(), "type"),
+    ] {
+        for text in with_backend(kind, &fields) {
+            let error = Config::parse(&text).expect_err(&text).to_string();
+            assert!(error.contains(key), "{text}: {error}");
+            assert!(!error.contains("kk1d"), "{error}");
+        }
+    }
+    // Empty is AWS.
+    assert!(Config::parse(&with_backend("s3", &STORE.replace("e:1", ""))[0]).is_ok());
 }

@@ -2,11 +2,9 @@
 
 use serde_json::Value;
 
+use super::backend::KINDS;
 use super::section::Section;
 use super::{BackendConfig, Config, ConfigError, PrefetchConfig, prefetch};
-
-/// Keys of `backend` that hold the fields of one type each.
-const BACKENDS: [&str; 6] = ["localfs", "registry", "localdisk", "oss", "s3", "http-proxy"];
 
 /// Parses a v2 document.
 pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
@@ -20,15 +18,13 @@ pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
     let mut backend = root.require_section("backend")?;
     let kind_name = backend.name("type");
     let kind = backend.require_string("type")?;
-    let Some(key) = BACKENDS.into_iter().find(|known| *known == kind) else {
-        return Err(ConfigError::new(format!("`{kind_name}`: {kind:?}: want localfs or registry")));
+    let Some(key) = KINDS.into_iter().find(|known| *known == kind) else {
+        return Err(BackendConfig::unknown(&kind, &kind_name));
     };
-    // A backend that is not built is refused as such, with or without its section.
-    BackendConfig::check_kind(&kind, &kind_name)?;
     let fields = backend.require_section(key)?;
     let backend_config = BackendConfig::read(&kind, &kind_name, fields, &mut warnings)?;
     // A document may describe several places and choose one by `type`.
-    for other in BACKENDS {
+    for other in KINDS {
         backend.take_section(other)?;
     }
     backend.finish(&mut warnings);

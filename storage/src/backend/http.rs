@@ -68,6 +68,27 @@ impl Default for HttpOptions {
     }
 }
 
+/// What helps whom a server refuses.
+#[derive(Clone, Copy, Debug)]
+pub enum Help<'a> {
+    /// A login for the server of this name.
+    Login(&'a str),
+    /// This.
+    Text(&'a str),
+}
+
+impl<'a> From<&'a str> for Help<'a> {
+    fn from(server: &'a str) -> Self {
+        Self::Login(server)
+    }
+}
+
+impl<'a> From<&'a String> for Help<'a> {
+    fn from(server: &'a String) -> Self {
+        Self::Login(server)
+    }
+}
+
 /// A pool of connections. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Http {
@@ -157,7 +178,7 @@ impl Http {
             Ok(response) => {
                 let status = response.status();
                 let wait = retry_after(response.headers());
-                let (_, passing, _) = judge(status, "");
+                let (_, passing, _) = judge(status, Help::Text(""));
                 if status.is_server_error() && passing {
                     ticket.failed(format!("{what}: {status}"), wait);
                 } else {
@@ -326,9 +347,8 @@ impl Answer {
         Ok(all)
     }
 
-    /// Turns an unwelcome answer into a failure that says what it means and what helps;
-    /// `login` is the name a login of this server goes by.
-    pub async fn into_failure(mut self, login: &str, context: &ReadContext) -> Failure {
+    /// Turns an unwelcome answer into a failure that says what it means and what helps.
+    pub async fn into_failure<'h>(mut self, help: impl Into<Help<'h>>, context: &ReadContext) -> Failure {
         let status = self.status();
         let retry_after = retry_after(self.headers());
         let mut page = Vec::new();
@@ -340,7 +360,7 @@ impl Answer {
             }
         }
         page.truncate(MAX_ERROR_BODY);
-        let (kind, passing, meaning) = judge(status, login);
+        let (kind, passing, meaning) = judge(status, help.into());
         let mut text = format!("{}: {status}", self.what);
         for part in [error_text(&page).as_str(), meaning.as_str()].into_iter().filter(|part| !part.is_empty())
         {
@@ -351,10 +371,18 @@ impl Answer {
 }
 
 /// Kind, whether it may pass, and the remedy of an unwelcome status.
-fn judge(status: StatusCode, login: &str) -> (ErrorKind, bool, String) {
+fn judge(status: StatusCode, help: Help<'_>) -> (ErrorKind, bool, String) {
     match status.as_u16() {
-        401 => (ErrorKind::Denied, false, format!("log in with `docker login {login}` or set `auth`")),
-        403 => (ErrorKind::Denied, false, format!("the login used for {login} does not allow this")),
+        code @ (401 | 403) => {
+            let remedy = match help {
+                Help::Text(text) => text.to_owned(),
+                Help::Login(server) if code == 401 => {
+                    format!("log in with `docker login {server}` or set `auth`")
+                }
+                Help::Login(server) => format!("the login used for {server} does not allow this"),
+            };
+            (ErrorKind::Denied, false, remedy)
+        }
         404 | 410 => (ErrorKind::NotFound, false, String::new()),
         407 => {
             (ErrorKind::Denied, false, "the proxy wants a login: put USER:PASSWORD@ in its URL".to_owned())
@@ -368,7 +396,8 @@ fn judge(status: StatusCode, login: &str) -> (ErrorKind, bool, String) {
     }
 }
 
-/// The message in a registry's error page, without control characters, cut short.
+/// The message in a registry's error page, or the code in an object store's, without control
+/// characters, cut short.
 fn error_text(page: &[u8]) -> String {
     #[derive(serde::Deserialize)]
     struct Page {
@@ -385,7 +414,7 @@ fn error_text(page: &[u8]) -> String {
         Ok(page) => {
             page.errors.iter().map(|e| format!("{}: {}", e.code, e.message)).collect::<Vec<_>>().join(", ")
         }
-        Err(_) => return String::new(),
+        Err(_) => xml_code(page).unwrap_or_default(),
     };
     text.chars().filter(|c| !c.is_control()).take(MAX_ERROR_TEXT).collect()
 }
@@ -393,6 +422,13 @@ fn error_text(page: &[u8]) -> String {
 /// How long the server wants to be left alone.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     parse_retry_after(headers.get(RETRY_AFTER)?.to_str().ok()?, SystemTime::now())
+}
+
+/// The one element of an object store's error page that is never a secret.
+fn xml_code(page: &[u8]) -> Option<String> {
+    let page = std::str::from_utf8(page).ok()?;
+    let (code, _) = page.split_once("<Code>")?.1.split_once("</Code>")?;
+    code.bytes().all(|b| b.is_ascii_alphanumeric()).then(|| code.to_owned())
 }
 
 /// `Retry-After`: seconds or a date.
@@ -603,7 +639,7 @@ mod tests {
             (501, ErrorKind::Unsupported, false),
             (503, ErrorKind::Unavailable, true),
         ] {
-            let (k, p, _) = judge(StatusCode::from_u16(code).unwrap(), "h");
+            let (k, p, _) = judge(StatusCode::from_u16(code).unwrap(), "h".into());
             assert_eq!((k, p), (kind, passing), "{code}");
         }
         assert_eq!(
@@ -611,6 +647,9 @@ mod tests {
             "DENIED: no[31m"
         );
         assert_eq!(error_text(b"<html>"), "");
+        let page = b"<?xml?><Error><Code>SlowDown</Code><AWSAccessKeyId>AK</AWSAccessKeyId></Error>";
+        assert_eq!(error_text(page), "SlowDown");
+        assert_eq!(error_text(b"<Code>a key: s3cret</Code>"), "");
     }
 
     #[test]

@@ -56,11 +56,49 @@ pub(super) struct FileBlob {
     opened: OnceLock<Arc<Opened>>,
 }
 
+/// A blob's bytes inside an open file.
 #[derive(Debug)]
-struct Opened {
-    path: PathBuf,
-    file: File,
-    size: u64,
+pub(super) struct Opened {
+    /// For messages.
+    pub(super) path: PathBuf,
+    pub(super) file: Arc<File>,
+    /// Where the blob starts.
+    pub(super) base: u64,
+    /// How long it is; `base + size` does not overflow.
+    pub(super) size: u64,
+}
+
+impl Opened {
+    /// Reads `range` of the blob in pieces.
+    ///
+    /// # Errors
+    /// `OutOfRange`: past the blob's end.
+    pub(super) fn stream(self: Arc<Self>, range: ByteRange, context: &ReadContext) -> Result<ByteStream> {
+        if range.end() > self.size {
+            let why = format!("{}: {} bytes, asked for {range}", self.path.display(), self.size);
+            return Err(Error::new(ErrorKind::OutOfRange, why));
+        }
+        let state = (self, range.start(), context.clone());
+        let stream = futures_util::stream::try_unfold(state, move |(opened, at, context)| async move {
+            let len = (range.end() - at).min(PIECE_SIZE);
+            if len == 0 {
+                return Ok(None);
+            }
+            let source = opened.clone();
+            let piece = blocking(&context, "read a blob file", move || {
+                // At most PIECE_SIZE, so it fits.
+                let mut piece = vec![0; len as usize];
+                source
+                    .file
+                    .read_exact_at(&mut piece, source.base + at)
+                    .map_err(|e| Error::io(format!("read {} at {at}", source.path.display()), e))?;
+                Ok(Bytes::from(piece))
+            })
+            .await?;
+            Ok(Some((piece, (opened, at + len, context))))
+        });
+        Ok(ByteStream::new(Supplier::Local, stream))
+    }
 }
 
 impl FileBlob {
@@ -77,7 +115,7 @@ impl FileBlob {
             let mut first = None;
             for path in places {
                 match open_regular(&path) {
-                    Ok((file, size)) => return Ok(Opened { path, file, size }),
+                    Ok((file, size)) => return Ok(Opened { path, file: Arc::new(file), base: 0, size }),
                     Err(e) if e.kind() == ErrorKind::NotFound => first = first.or(Some(e)),
                     Err(e) => return Err(e),
                 }
@@ -96,33 +134,7 @@ impl Backend for FileBlob {
     }
 
     fn open<'a>(&'a self, range: ByteRange, context: &'a ReadContext) -> BoxFuture<'a, Result<ByteStream>> {
-        Box::pin(async move {
-            let opened = self.opened(context).await?;
-            if range.end() > opened.size {
-                let why = format!("{}: {} bytes, asked for {range}", opened.path.display(), opened.size);
-                return Err(Error::new(ErrorKind::OutOfRange, why));
-            }
-            let state = (opened, range.start(), context.clone());
-            let stream = futures_util::stream::try_unfold(state, move |(opened, at, context)| async move {
-                let len = (range.end() - at).min(PIECE_SIZE);
-                if len == 0 {
-                    return Ok(None);
-                }
-                let source = opened.clone();
-                let piece = blocking(&context, "read a blob file", move || {
-                    // At most PIECE_SIZE, so it fits.
-                    let mut piece = vec![0; len as usize];
-                    source
-                        .file
-                        .read_exact_at(&mut piece, at)
-                        .map_err(|e| Error::io(format!("read {} at {at}", source.path.display()), e))?;
-                    Ok(Bytes::from(piece))
-                })
-                .await?;
-                Ok(Some((piece, (opened, at + len, context))))
-            });
-            Ok(ByteStream::new(Supplier::Local, stream))
-        })
+        Box::pin(async move { self.opened(context).await?.stream(range, context) })
     }
 }
 

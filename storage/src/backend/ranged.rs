@@ -16,7 +16,7 @@ use reqwest::header::{
     RANGE,
 };
 
-use super::http::Answer;
+use super::http::{Answer, Help};
 use super::multipart::{MAX_MANY_RANGES, Multipart, Taken, Violation};
 use super::origin::Origin;
 use super::retry::{Attempts, Failure, RetryPolicy};
@@ -26,6 +26,9 @@ use crate::{Error, ErrorKind, Result};
 
 /// A connection that brought this much before it broke counts as progress.
 const PROGRESS_SIZE: u64 = 64 << 10;
+/// Where a server ignores `Range`, at most this much is thrown away to reach one
+/// ([`Segment::near`]).
+const MAX_SKIP: u64 = 64 << 20;
 
 /// An object that can be asked for ranges, one attempt a call.
 pub(super) trait Ranged: Clone + Send + Sync + 'static {
@@ -287,22 +290,21 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    /// Checks that `answer` holds the front of `range`, or the whole object; `login` is the
-    /// name that a login of its server goes by.
+    /// Checks that `answer` holds the front of `range`, or the whole object.
     ///
     /// # Errors
     /// What its status means; `Corrupt`: another range; `OutOfRange`: the object is shorter;
     /// `Unsupported`: encoded.
-    pub(super) async fn accept(
+    pub(super) async fn accept<'h>(
         answer: Answer,
         range: ByteRange,
-        login: &str,
+        help: impl Into<Help<'h>>,
         context: &ReadContext,
     ) -> std::result::Result<Self, Failure> {
         let refuse =
             |kind, why: String| -> Failure { Error::new(kind, format!("{}: {why}", answer.what())).into() };
         if !matches!(answer.status(), StatusCode::OK | StatusCode::PARTIAL_CONTENT) {
-            return Err(answer.into_failure(login, context).await);
+            return Err(answer.into_failure(help, context).await);
         }
         check_encoding(&answer)?;
         let shorter = |size: u64| format!("the blob has {size} bytes, {range} was asked for");
@@ -326,6 +328,19 @@ impl Segment {
             return Err(refuse(ErrorKind::OutOfRange, shorter(size)));
         }
         Ok(Self { answer, skip: range.start(), left: range.len() })
+    }
+
+    /// The same, for sources that keep nothing of what they skip.
+    ///
+    /// # Errors
+    /// `Unsupported`: the server ignores `Range`, and the range is too far in to skip to.
+    pub(super) fn near(self) -> Result<Self> {
+        if self.skip <= MAX_SKIP {
+            return Ok(self);
+        }
+        let why = format!("{}: the server ignores Range, and byte {} is", self.answer.what(), self.skip);
+        let why = format!("{why} too far in to skip to; use a server that supports ranges");
+        Err(Error::new(ErrorKind::Unsupported, why))
     }
 
     /// True if the server sends more of the object than was asked for.
