@@ -16,6 +16,7 @@ mod outages;
 mod preheat;
 mod registries;
 mod sharing;
+mod stores;
 mod tampering;
 mod traces;
 mod why;

@@ -23,10 +23,12 @@ pub mod layout;
 pub mod link;
 pub mod mount;
 pub mod need;
+pub mod plain;
 pub mod recipes;
 pub mod reference;
 pub mod registry;
 pub mod relay;
+pub mod s3;
 pub mod tree;
 
 /// The error of tests: any, with its story.

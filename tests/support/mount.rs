@@ -116,13 +116,23 @@ pub fn mounted(path: &Path) -> bool {
     table.split(|byte| *byte == b'\n').any(|line| line.split(|byte| *byte == b' ').nth(4) == Some(&escaped))
 }
 
+/// A read-only block device over a file; detached when dropped.
 #[derive(Debug)]
-struct LoopDevice {
+pub struct LoopDevice {
     path: PathBuf,
 }
 
 impl LoopDevice {
-    fn attach(file: &Path) -> Result<Self> {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Puts a free device over `file`.
+    ///
+    /// # Errors
+    /// losetup fails.
+    pub fn attach(file: &Path) -> Result<Self> {
         // Another test may take the free device between losetup's look and its grip.
         let mut last = None;
         for _ in 0..16 {
