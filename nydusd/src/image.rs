@@ -2,14 +2,16 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use storage::backend::health::HealthPolicy;
 use storage::backend::http::HttpOptions;
 use storage::backend::http_proxy::HttpProxySource;
 use storage::backend::object::{ObjectStoreSource, StoreCredentials, StoreOptions};
-use storage::backend::registry::{RegistrySource, Rewrite};
+use storage::backend::registry::{MirrorOptions, ProxyOptions, RegistrySource, Rewrite};
 use storage::backend::retry::RetryPolicy;
-use storage::backend::{BlobSource, ReadContext};
+use storage::backend::{BlobSource, ReadContext, Supplier};
 use storage::engine::Engine;
 use storage::oci::auth::{AuthFiles, Credentials, Secret};
 use storage::oci::client::{RegistryClient, RegistryOptions, Scheme};
@@ -275,8 +277,57 @@ fn registry_source(config: &RegistryConfig) -> anyhow::Result<RegistrySource> {
         token: config.registry_token.clone().map(Secret::new),
         retry: RetryPolicy::COMMANDS,
     };
-    let client = RegistryClient::new(&config.host, options)?;
+    let mut proxied = options.clone();
+    proxied.http.proxy = config.proxy.as_ref().map(|proxy| Secret::new(&proxy.url));
+    // Without the way back to a direct connection the proxy is the connection.
+    let only_proxied = config.proxy.as_ref().filter(|proxy| !proxy.fallback);
+    let mut own = if only_proxied.is_some() { proxied.clone() } else { options.clone() };
+    let plain = only_proxied.is_some_and(|proxy| proxy.use_http);
+    if plain {
+        own.scheme = Scheme::Http;
+    }
+    let client = RegistryClient::new(&config.host, own)?;
     let rewrite = Rewrite::new(&text(&config.blob_url_scheme), &text(&config.blob_redirected_host))?;
+    let rewrite = if plain { Rewrite { scheme: Some("http".to_owned()), ..rewrite } } else { rewrite };
     // Readers are served until their deadline; `retry_limit` promises no more than that.
-    Ok(RegistrySource::new(client, &config.repo, rewrite, RetryPolicy::READS)?)
+    let mut source = RegistrySource::new(client, &config.repo, rewrite, RetryPolicy::READS)?;
+    for mirror in &config.mirrors {
+        let mirror = MirrorOptions {
+            host: mirror.host.clone(),
+            headers: mirror.headers.clone(),
+            login: mirror.auth_through,
+            health: HealthPolicy {
+                failures: mirror.failure_limit,
+                interval: mirror.health_check_interval,
+                pause: PING_PAUSE,
+                ping: ping_url(&mirror.ping_url)?,
+            },
+        };
+        source = source.with_mirror(&mirror, options.clone())?;
+    }
+    match &config.proxy {
+        Some(proxy) if proxy.fallback => {
+            let health = HealthPolicy {
+                failures: PROXY_FAILURES,
+                interval: proxy.check_interval,
+                pause: proxy.check_pause_elapsed,
+                ping: ping_url(&proxy.ping_url)?,
+            };
+            Ok(source.with_proxy(&ProxyOptions { use_http: proxy.use_http, health }, proxied)?)
+        }
+        Some(_) => Ok(source.with_supplier(Supplier::Proxy)),
+        None => Ok(source),
+    }
+}
+
+/// Pings of a mirror end after so long without a read.
+const PING_PAUSE: Duration = Duration::from_secs(300);
+/// Failures in a row after which a proxy is left out for a while.
+const PROXY_FAILURES: u32 = 3;
+
+fn ping_url(text: &str) -> anyhow::Result<Option<storage::backend::http::Url>> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(storage::backend::http::parse_url("`ping_url`", text)?))
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::ConfigError;
+use super::detour::{MirrorConfig, ProxyConfig};
 use super::section::Section;
 use super::store::StoreConfig;
 use super::transport::TransportConfig;
@@ -77,6 +78,10 @@ pub struct RegistryConfig {
     pub blob_url_scheme: Option<String>,
     /// Host to put into redirects.
     pub blob_redirected_host: Option<String>,
+    /// Tried first, in this order.
+    pub mirrors: Vec<MirrorConfig>,
+    /// Tried next.
+    pub proxy: Option<ProxyConfig>,
     /// How to reach it.
     pub transport: TransportConfig,
 }
@@ -118,6 +123,8 @@ impl BackendConfig {
                 ("scheme".to_owned(), json!(registry.scheme)),
                 ("host".to_owned(), json!(registry.host)),
                 ("repo".to_owned(), json!(registry.repo)),
+                ("mirrors".to_owned(), registry.mirrors.iter().map(|mirror| json!(mirror.host)).collect()),
+                ("proxy".to_owned(), json!(registry.proxy.is_some())),
             ])),
             Self::Store(store) => store.public_json(),
             Self::HttpProxy(proxy) => proxy.transport.public_json(Map::from_iter([
@@ -229,6 +236,8 @@ impl RegistryConfig {
             registry_token: None,
             blob_url_scheme: None,
             blob_redirected_host: None,
+            mirrors: Vec::new(),
+            proxy: None,
             transport: TransportConfig::default(),
         }
     }
@@ -248,6 +257,8 @@ impl RegistryConfig {
             registry_token: text(section.take_string("registry_token")?),
             blob_url_scheme: text(section.take_string("blob_url_scheme")?),
             blob_redirected_host: text(section.take_string("blob_redirected_host")?),
+            mirrors: MirrorConfig::read_all(section, warnings)?,
+            proxy: ProxyConfig::read(section, warnings)?,
             transport: TransportConfig::read(section, warnings)?,
         })
     }

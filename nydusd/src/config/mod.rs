@@ -23,6 +23,7 @@
 //! with a warning where clients send it and ignoring it only costs speed.
 
 mod backend;
+mod detour;
 mod prefetch;
 mod section;
 mod store;
@@ -44,6 +45,7 @@ use crate::trace;
 
 pub(crate) use backend::check_basic_auth;
 pub use backend::{BackendConfig, HttpProxyConfig, LocalDiskConfig, LocalFsConfig, RegistryConfig};
+pub use detour::{MirrorConfig, ProxyConfig};
 pub use prefetch::PrefetchConfig;
 pub(crate) use prefetch::parse_prefer;
 use section::Section;

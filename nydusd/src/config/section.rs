@@ -123,6 +123,33 @@ impl Section {
         }
     }
 
+    /// A list of objects; absent is empty.
+    pub fn take_sections(&mut self, key: &'static str) -> Result<Vec<Self>, ConfigError> {
+        let Some(value) = self.take(key) else { return Ok(Vec::new()) };
+        let Value::Array(items) = value else { return Err(self.wrong(key, "a list of objects", &value)) };
+        let place = |index| format!("{}[{index}]", self.name(key));
+        items
+            .into_iter()
+            .enumerate()
+            .map(|(index, item)| match item {
+                Value::Object(map) => Ok(Self { path: place(index), map, known: Vec::new() }),
+                other => Err(self.wrong(key, "a list of objects", &other)),
+            })
+            .collect()
+    }
+
+    /// An object of strings; absent is empty. Messages do not repeat the values.
+    pub fn take_string_map(&mut self, key: &'static str) -> Result<Vec<(String, String)>, ConfigError> {
+        let Some(value) = self.take(key) else { return Ok(Vec::new()) };
+        let Value::Object(map) = value else { return Err(self.wrong(key, "an object of strings", &value)) };
+        map.into_iter()
+            .map(|(name, value)| match value {
+                Value::String(text) => Ok((name, text)),
+                other => Err(self.wrong(key, "an object of strings", &other)),
+            })
+            .collect()
+    }
+
     /// A nested object that must be there.
     pub fn require_section(&mut self, key: &'static str) -> Result<Self, ConfigError> {
         self.take_section(key)?.ok_or_else(|| ConfigError::new(format!("`{}` is required", self.name(key))))

@@ -191,7 +191,9 @@ fn refusals_name_the_key() {
         (v1(r#","id_mapping":[0,4294967295,2]"#), "id_mapping"),
         (registry(r#","auth":"no base64!""#), "device.backend.config.auth"),
         (registry(r#","scheme":"ftp""#), "device.backend.config.scheme"),
-        (registry(r#","proxy":{"url":"http://p"}"#), "device.backend.config.proxy.url"),
+        (registry(r#","mirrors":[{"host":""}]"#), "device.backend.config.mirrors[0].host"),
+        (registry(r#","mirrors":[{"host":"m"},{"host":"n","headers":{"a":1}}]"#), "mirrors[1].headers"),
+        (registry(r#","client_cert_file":"a""#), "client_key_file"),
         (registry("").replace("\"repo\":\"r/x\"", "\"repo\":\"\""), "device.backend.config.repo"),
         ("{\"device\":".to_owned(), "not valid JSON"),
         ("key = ".to_owned(), "neither JSON nor TOML"),
@@ -293,4 +295,21 @@ fn refusals_of_backends_name_the_key() {
     }
     // Empty is AWS.
     assert!(Config::parse(&with_backend("s3", &STORE.replace("e:1", ""))[0]).is_ok());
+}
+
+#[test]
+fn mirrors_and_a_proxy_are_read_and_keep_their_secrets() {
+    let keys = r#","mirrors":[{"host":"http://m:5000","headers":{"x-key":"s3cr3t"},"failure_limit":2,"auth_through":true}],
+        "proxy":{"url":"http://u:s3cr3t@p:3128","fallback":false,"use_http":true},"max_requests":8,"hedge":false"#;
+    let config = Config::parse(&registry(keys)).unwrap();
+    assert!(config.warnings.is_empty(), "{:?}", config.warnings);
+    let BackendConfig::Registry(registry) = &config.backend else { panic!("{:?}", config.backend) };
+    let mirror = &registry.mirrors[0];
+    assert_eq!((mirror.host.as_str(), mirror.failure_limit, mirror.auth_through), ("http://m:5000", 2, true));
+    assert_eq!(mirror.health_check_interval.as_secs(), 5);
+    let proxy = registry.proxy.as_ref().unwrap();
+    assert!(!proxy.fallback && proxy.use_http && proxy.check_pause_elapsed.as_secs() == 300);
+    assert_eq!((registry.transport.max_requests, registry.transport.hedge), (8, false));
+    let shown = format!("{:?} {:?} {}", mirror, proxy, config.backend.public_json());
+    assert!(!shown.contains("s3cr3t") && shown.contains("http://m:5000"), "{shown}");
 }

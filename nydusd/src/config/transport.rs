@@ -5,9 +5,13 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 use storage::backend::http::HttpOptions;
+use storage::backend::origin::Limits;
 
 use super::ConfigError;
 use super::section::Section;
+
+/// More requests at once are no use, and servers take them for an attack.
+const MAX_REQUESTS: usize = 1024;
 
 /// Connections, time limits and trust.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +28,12 @@ pub struct TransportConfig {
     pub connect_timeout: Option<Duration>,
     /// Further attempts of one request.
     pub retry_limit: u32,
+    /// PEM files of the certificate chain and the key for servers that ask for them.
+    pub client_certificate: Option<(PathBuf, PathBuf)>,
+    /// Requests to one server at once.
+    pub max_requests: usize,
+    /// Send a read's request twice if its answer is late.
+    pub hedge: bool,
 }
 
 impl Default for TransportConfig {
@@ -35,6 +45,9 @@ impl Default for TransportConfig {
             timeout: Some(Duration::from_secs(5)),
             connect_timeout: Some(Duration::from_secs(5)),
             retry_limit: 0,
+            client_certificate: None,
+            max_requests: Limits::default().requests,
+            hedge: true,
         }
     }
 }
@@ -45,6 +58,19 @@ impl TransportConfig {
             0 => None,
             seconds => Some(Duration::from_secs(seconds)),
         };
+        let mut file = |key| {
+            let text = section.take_string(key)?.filter(|text| !text.is_empty());
+            Ok::<_, ConfigError>(text.map(PathBuf::from))
+        };
+        let client_certificate = match (file("client_cert_file")?, file("client_key_file")?) {
+            (Some(chain), Some(key)) => Some((chain, key)),
+            (None, None) => None,
+            _ => {
+                let (chain, key) = (section.name("client_cert_file"), section.name("client_key_file"));
+                return Err(ConfigError::new(format!("`{chain}` and `{key}` go together: set both or none")));
+            }
+        };
+        let max_requests = section.take_u64("max_requests")?.unwrap_or(Limits::default().requests as u64);
         let retry_name = section.name("retry_limit");
         let retry_limit = section.take_u64("retry_limit")?.unwrap_or(0);
         let config = Self {
@@ -55,6 +81,9 @@ impl TransportConfig {
             connect_timeout: seconds(section.take_u64("connect_timeout")?),
             retry_limit: u32::try_from(retry_limit)
                 .map_err(|_| ConfigError::new(format!("`{retry_name}`: {retry_limit} is too large")))?,
+            client_certificate,
+            max_requests: usize::try_from(max_requests).unwrap_or(usize::MAX).min(MAX_REQUESTS),
+            hedge: section.take_bool("hedge")?.unwrap_or(true),
         };
         section.no_effect("mirrors", warnings);
         if let Some(mut proxy) = section.take_section("proxy")? {
@@ -79,6 +108,10 @@ impl TransportConfig {
             ("timeout", json!(seconds(self.timeout))),
             ("connect_timeout", json!(seconds(self.connect_timeout))),
             ("retry_limit", json!(self.retry_limit)),
+            ("client_cert_file", json!(self.client_certificate.as_ref().map(|(chain, _)| chain))),
+            ("client_key_file", json!(self.client_certificate.as_ref().map(|(_, key)| key))),
+            ("max_requests", json!(self.max_requests)),
+            ("hedge", json!(self.hedge)),
         ] {
             fields.insert(key.to_owned(), value);
         }
@@ -94,6 +127,8 @@ impl TransportConfig {
             ca_files: self.ca_cert_files.clone(),
             skip_verify: self.skip_verify,
             proxy_from_environment: self.proxy_from_environment,
+            client_certificate: self.client_certificate.clone(),
+            limits: Limits { requests: self.max_requests, hedge: self.hedge, ..Limits::default() },
             ..HttpOptions::default()
         }
     }

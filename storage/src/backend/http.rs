@@ -10,17 +10,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+pub use reqwest::Url;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
-use reqwest::{Request, Response, StatusCode, Url};
+use reqwest::{Request, Response, StatusCode};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
 
 use super::origin::{Limits, Origin, Origins, Ticket};
 use super::retry::{Failure, within};
 use super::{Priority, ReadContext};
+use crate::oci::auth::Secret;
 use crate::{Error, ErrorKind, Result};
 
 /// How this program names itself to servers.
@@ -52,6 +54,10 @@ pub struct HttpOptions {
     pub unix_socket: Option<PathBuf>,
     /// How each server is spared.
     pub limits: Limits,
+    /// Go through this HTTP proxy, `http://[USER:PASSWORD@]HOST:PORT`. Secret.
+    pub proxy: Option<Secret>,
+    /// PEM files with the certificate chain and the private key to show to servers that ask.
+    pub client_certificate: Option<(PathBuf, PathBuf)>,
 }
 
 impl Default for HttpOptions {
@@ -64,6 +70,8 @@ impl Default for HttpOptions {
             proxy_from_environment: false,
             unix_socket: None,
             limits: Limits::default(),
+            proxy: None,
+            client_certificate: None,
         }
     }
 }
@@ -260,6 +268,12 @@ fn client(options: &HttpOptions, tls: rustls::ClientConfig) -> Result<reqwest::C
         for proxy in environment_proxies(|name| std::env::var(name).ok())? {
             builder = builder.proxy(proxy);
         }
+    }
+    if let Some(url) = &options.proxy {
+        // The library's message could repeat the URL's password.
+        let invalid = || Error::new(ErrorKind::Invalid, "`proxy.url`: not the URL of an http proxy");
+        let named = parse_url("`proxy.url`", url.expose()).map_err(|_| invalid())?;
+        builder = builder.proxy(reqwest::Proxy::all(named).map_err(|_| invalid())?);
     }
     builder.build().map_err(|e| Error::new(ErrorKind::Invalid, "set up the HTTP client").with_source(e))
 }
@@ -522,12 +536,25 @@ fn tls_config(options: &HttpOptions) -> Result<rustls::ClientConfig> {
     let builder = rustls::ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|e| Error::new(ErrorKind::Unsupported, "set up TLS").with_source(e))?;
-    let mut config = if options.skip_verify {
+    let builder = if options.skip_verify {
         builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
     } else {
         builder.with_root_certificates(roots(&options.ca_files)?)
-    }
-    .with_no_client_auth();
+    };
+    let mut config = match &options.client_certificate {
+        None => builder.with_no_client_auth(),
+        Some((chain, key)) => {
+            let what = || format!("client certificate {} with key {}", chain.display(), key.display());
+            let invalid = |e: String| Error::new(ErrorKind::Invalid, format!("{}: {e}", what()));
+            let read = |path: &PathBuf| std::fs::read(path).map_err(|e| Error::io(what(), e));
+            let chain =
+                CertificateDer::pem_slice_iter(&read(chain)?).collect::<std::result::Result<Vec<_>, _>>();
+            let key = PrivateKeyDer::from_pem_slice(&read(key)?);
+            let (chain, key) =
+                (chain.map_err(|e| invalid(e.to_string()))?, key.map_err(|e| invalid(e.to_string()))?);
+            builder.with_client_auth_cert(chain, key).map_err(|e| invalid(e.to_string()))?
+        }
+    };
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
 }

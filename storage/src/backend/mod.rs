@@ -3,6 +3,7 @@
 pub mod breaker;
 #[cfg(test)]
 pub(crate) mod fault_server;
+pub mod health;
 mod hedge;
 pub mod http;
 pub mod http_proxy;
@@ -34,6 +35,7 @@ pub use multipart::MAX_MANY_RANGES;
 use crate::Result;
 use crate::ids::{BlobId, ByteRange};
 use crate::metrics::OriginSnapshot;
+use crate::oci::auth::Credentials;
 
 /// Who waits for the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -150,6 +152,12 @@ pub trait Backend: Send + Sync + fmt::Debug + 'static {
     fn is_sequential(&self) -> bool {
         false
     }
+
+    /// Bytes of this blob that `supplier` sent were wrong: it is not asked for them again where
+    /// there is somebody else to ask.
+    fn distrust(&self, supplier: Supplier) {
+        let _ = supplier;
+    }
 }
 
 /// Opens the blobs of one configured place (directory, repository, layout) by name.
@@ -162,6 +170,12 @@ pub trait BlobSource: Send + Sync + fmt::Debug + 'static {
     /// # Errors
     /// `Invalid`: the id is not one this place can hold.
     fn blob(&self, id: &BlobId) -> Result<Arc<dyn Backend>>;
+
+    /// Logs in with `credentials` from the next request on. False: logins mean nothing here.
+    fn set_credentials(&self, credentials: Credentials) -> bool {
+        let _ = credentials;
+        false
+    }
 
     /// The servers that were spoken to, by name; none where there are no servers.
     fn origins(&self) -> Vec<OriginSnapshot> {

@@ -68,6 +68,11 @@ pub(super) trait Part: Send + 'static {
         &mut self,
         context: &ReadContext,
     ) -> impl Future<Output = std::result::Result<Option<Bytes>, Failure>> + Send;
+
+    /// Who sends it, if it is another one than usual.
+    fn supplier(&self) -> Option<Supplier> {
+        None
+    }
 }
 
 /// Opens `range` of `object` and goes on after breaks as `retry` says.
@@ -225,6 +230,7 @@ impl<O: Ranged> Reading<O> {
 
     /// The bytes, still to be awaited.
     fn into_stream(self, supplier: Supplier) -> ByteStream {
+        let supplier = self.part.as_ref().and_then(Part::supplier).unwrap_or(supplier);
         let stream = futures_util::stream::try_unfold(self, |mut reading| async move {
             Ok(reading.next().await?.map(|piece| (piece, reading)))
         });

@@ -10,8 +10,12 @@
 //! Several ranges are asked for with one request where the server has that. A server that
 //! ignores `Range` is read once, in sequence ([`sequential`]).
 //!
+//! Mirrors and a proxy may be tried first ([`detour`]).
+//!
 //! Invariant: a remembered URL that fails is forgotten and resolved once more. What is believed
 //! of an answer, and how a broken stream goes on, is [`ranged`]'s.
+
+mod detour;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -19,7 +23,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use reqwest::header::HeaderMap;
 use reqwest::{Method, StatusCode, Url};
+
+use self::detour::{Detour, Way};
+pub use self::detour::{MirrorOptions, ProxyOptions};
 
 use super::http::Answer;
 use super::ranged::{self, Part, Parts, Ranged, Segment};
@@ -29,7 +37,10 @@ use super::{Backend, BlobSource, ByteStream, ReadContext, Supplier};
 use crate::digest::{Digest, DigestAlgorithm, TaggedDigest};
 use crate::ids::{BlobId, ByteRange};
 use crate::metrics::OriginSnapshot;
-use crate::oci::client::{Call, MAX_REDIRECTS, RegistryClient, is_redirect, too_many_redirects};
+use crate::oci::auth::Credentials;
+use crate::oci::client::{
+    Call, MAX_REDIRECTS, RegistryClient, RegistryOptions, is_redirect, too_many_redirects,
+};
 use crate::oci::reference::{check_host, check_repository};
 use crate::oci::token::Access;
 use crate::{Error, ErrorKind, Result};
@@ -88,6 +99,8 @@ pub struct RegistrySource {
     rewrite: Rewrite,
     retry: RetryPolicy,
     spool_dir: PathBuf,
+    supplier: Supplier,
+    ways: Vec<Arc<Way>>,
 }
 
 impl RegistrySource {
@@ -108,7 +121,34 @@ impl RegistrySource {
             rewrite,
             retry,
             spool_dir: std::env::temp_dir(),
+            supplier: Supplier::Origin,
+            ways: Vec::new(),
         })
+    }
+
+    /// Asks `mirror` first, after those added before it. `options` are the registry's own.
+    ///
+    /// # Errors
+    /// `Invalid`: its name or a header is none.
+    pub fn with_mirror(mut self, mirror: &MirrorOptions, options: RegistryOptions) -> Result<Self> {
+        self.ways.push(Arc::new(Way::mirror(mirror, options)?));
+        Ok(self)
+    }
+
+    /// Goes through the proxy that `options` name, after the mirrors, and directly only if it
+    /// fails. `options` are the registry's own otherwise.
+    ///
+    /// # Errors
+    /// `Invalid`: not a proxy's URL.
+    pub fn with_proxy(mut self, proxy: &ProxyOptions, options: RegistryOptions) -> Result<Self> {
+        self.ways.push(Arc::new(Way::proxy(self.client.host(), proxy, options)?));
+        Ok(self)
+    }
+
+    /// Says that the client's bytes are another's than the registry's own: a proxy's.
+    #[must_use]
+    pub fn with_supplier(self, supplier: Supplier) -> Self {
+        Self { supplier, ..self }
     }
 
     /// Keeps blobs in `dir` whose server turns out to ignore `Range`; by default in the
@@ -130,7 +170,16 @@ impl BlobSource for RegistrySource {
     }
 
     fn origins(&self) -> Vec<OriginSnapshot> {
-        self.client.origins()
+        let clients = self.ways.iter().map(|way| &way.client).chain([&self.client]);
+        clients.flat_map(RegistryClient::origins).collect()
+    }
+
+    fn set_credentials(&self, credentials: Credentials) -> bool {
+        for way in self.ways.iter().filter(|way| way.login) {
+            way.client.set_credentials(credentials.clone());
+        }
+        self.client.set_credentials(credentials);
+        true
     }
 
     fn blob(&self, id: &BlobId) -> Result<Arc<dyn Backend>> {
@@ -139,7 +188,13 @@ impl BlobSource for RegistrySource {
         let digest = TaggedDigest { algorithm: DigestAlgorithm::Sha256, digest };
         let blob = RegistryBlob::new(self.client.clone(), &self.repository, digest);
         let blob = blob.with_retry(self.retry).with_rewrite(self.rewrite.clone());
-        Ok(Arc::new(blob.with_spool_dir(&self.spool_dir)))
+        let detour = |way| Arc::new(Detour::new(way, &self.repository, digest, self.retry));
+        let detours = self.ways.iter().map(detour).collect();
+        Ok(Arc::new(RegistryBlob {
+            detours,
+            supplier: self.supplier,
+            ..blob.with_spool_dir(&self.spool_dir)
+        }))
     }
 }
 
@@ -152,8 +207,13 @@ pub struct RegistryBlob {
     rewrite: Rewrite,
     retry: RetryPolicy,
     shared: Arc<Shared>,
-    /// `None`: this reads a blob in sequence for another one.
+    /// `None`: this reads a blob for another one.
     spool: Option<Arc<Spool>>,
+    /// Sent to the registry itself with each request.
+    headers: HeaderMap,
+    supplier: Supplier,
+    /// Tried first, in this order.
+    detours: Arc<[Arc<Detour>]>,
 }
 
 #[derive(Default)]
@@ -175,7 +235,18 @@ impl RegistryBlob {
         let retry = client.retry();
         let (repository, rewrite) = (repository.to_owned(), Rewrite::default());
         let spool = Some(Arc::new(Spool::new(std::env::temp_dir())));
-        Self { client, repository, digest, rewrite, retry, shared: Arc::default(), spool }
+        Self {
+            client,
+            repository,
+            digest,
+            rewrite,
+            retry,
+            shared: Arc::default(),
+            spool,
+            headers: HeaderMap::new(),
+            supplier: Supplier::Origin,
+            detours: Arc::default(),
+        }
     }
 
     /// Retries as `retry` says.
@@ -216,7 +287,10 @@ impl RegistryBlob {
         context: &ReadContext,
     ) -> std::result::Result<Answer, Failure> {
         let mut call = Call::new(Method::GET, url, Access::pull(&*self.repository));
-        call.headers = ranged::headers(ranges)?;
+        if self.client.is_own(&call.url) {
+            call.headers.clone_from(&self.headers);
+        }
+        call.headers.extend(ranged::headers(ranges)?);
         call.hedged = true;
         self.client.send(call, context).await
     }
@@ -291,7 +365,10 @@ impl RegistryBlob {
         for hop in 0..=MAX_REDIRECTS {
             let answer = self.get(url.clone(), ranges, context).await?;
             if is_redirect(answer.status()) {
-                url = self.rewrite.apply(RegistryClient::location(&answer)?)?;
+                url = match &self.rewrite.scheme {
+                    Some(_) => self.rewrite.apply(RegistryClient::any_location(&answer)?)?,
+                    None => self.rewrite.apply(RegistryClient::location(&answer)?)?,
+                };
                 continue;
             }
             let body = self.accept(answer, ranges, context).await?;
@@ -301,6 +378,26 @@ impl RegistryBlob {
             return Ok(body);
         }
         Err(too_many_redirects(&Method::GET, &url).into())
+    }
+
+    /// Asks the registry for `range`, or the stream that brings all of the blob.
+    async fn ask_own(&self, range: ByteRange, context: &ReadContext) -> std::result::Result<Body, Failure> {
+        let Some(spool) = &self.spool else { return self.ask_server(range, context).await };
+        if let Some(reader) = spool.read(range)? {
+            return Ok(Body::Spooled(reader));
+        }
+        if !spool.is_begun() && !self.client.origin(&self.place()?).ignores_range() {
+            return self.ask_server(range, context).await;
+        }
+        // All readers but one wait for the stream that this one begins.
+        let waited = within(context, "wait for a blob that is read in sequence", async {
+            Ok::<_, Failure>(spool.first.lock().await)
+        });
+        let _first = waited.await?;
+        match spool.read(range)? {
+            Some(reader) => Ok(Body::Spooled(reader)),
+            None => self.ask_server(range, context).await,
+        }
     }
 
     /// Asks for `range`; where the whole blob comes instead, it is kept from then on.
@@ -321,11 +418,12 @@ impl RegistryBlob {
                 let from = spool.reached();
                 let rest = ByteRange::new(from, size.saturating_sub(from))?;
                 let shared = Shared { resolved: Mutex::new(self.resolved().clone()), size: size.into() };
-                let filler = Self { shared: Arc::new(shared), spool: None, ..self.clone() };
+                let detours = Arc::default();
+                let filler = Self { shared: Arc::new(shared), spool: None, detours, ..self.clone() };
                 let retry = RetryPolicy { on_demand: self.retry.on_demand.min(FILL_RETRIES), ..self.retry };
                 let own = Spool::context();
-                let first = Some(Body::One(segment.widened(rest)));
-                let stream = ranged::resume(filler, Supplier::Origin, rest, first, retry, &own);
+                let first = Some(Body::One(segment.widened(rest)).into());
+                let stream = ranged::resume(filler, self.supplier, rest, first, retry, &own);
                 Ok(Body::Spooled(spool.begin(range, rest, &own, stream)?))
             }
             (body, _) => Ok(body),
@@ -358,44 +456,62 @@ pub(super) enum Body {
     Spooled(SpoolReader),
 }
 
-impl Part for Body {
+impl From<Body> for Served {
+    fn from(body: Body) -> Self {
+        Self { body, via: None }
+    }
+}
+
+/// A body, and who else than the registry sends it.
+pub(super) struct Served {
+    body: Body,
+    via: Option<Arc<Detour>>,
+}
+
+impl Part for Served {
     async fn next(&mut self, context: &ReadContext) -> std::result::Result<Option<Bytes>, Failure> {
-        match self {
-            Self::One(segment) => segment.next(context).await,
-            Self::Many(parts) => parts.next(context).await,
-            Self::Spooled(reader) => reader.next(context).await,
+        let next = match &mut self.body {
+            Body::One(segment) => segment.next(context).await,
+            Body::Many(parts) => parts.next(context).await,
+            Body::Spooled(reader) => reader.next(context).await,
+        };
+        if let (Err(failure), Some(detour)) = (&next, &self.via) {
+            detour.broke(failure, context);
         }
+        next
+    }
+
+    fn supplier(&self) -> Option<Supplier> {
+        self.via.as_ref().map(|detour| detour.supplier())
     }
 }
 
 impl Ranged for RegistryBlob {
-    type Part = Body;
+    type Part = Served;
 
-    async fn ask(&self, range: ByteRange, context: &ReadContext) -> std::result::Result<Body, Failure> {
-        let Some(spool) = &self.spool else { return self.ask_server(range, context).await };
-        if let Some(reader) = spool.read(range)? {
-            return Ok(Body::Spooled(reader));
+    async fn ask(&self, range: ByteRange, context: &ReadContext) -> std::result::Result<Served, Failure> {
+        for detour in &*self.detours {
+            if let Some(Some(body)) = detour.ask(&[range], context).await? {
+                return Ok(body);
+            }
         }
-        if !spool.is_begun() && !self.client.origin(&self.place()?).ignores_range() {
-            return self.ask_server(range, context).await;
-        }
-        // All readers but one wait for the stream that this one begins.
-        let waited = within(context, "wait for a blob that is read in sequence", async {
-            Ok::<_, Failure>(spool.first.lock().await)
-        });
-        let _first = waited.await?;
-        match spool.read(range)? {
-            Some(reader) => Ok(Body::Spooled(reader)),
-            None => self.ask_server(range, context).await,
-        }
+        self.ask_own(range, context).await.map(Served::from)
     }
 
     async fn ask_many(
         &self,
         ranges: &[ByteRange],
         context: &ReadContext,
-    ) -> std::result::Result<Option<Body>, Failure> {
-        if self.is_sequential() { Ok(None) } else { self.request(ranges, context).await }
+    ) -> std::result::Result<Option<Served>, Failure> {
+        for detour in &*self.detours {
+            if let Some(answer) = detour.ask(ranges, context).await? {
+                return Ok(answer);
+            }
+        }
+        if self.is_sequential() {
+            return Ok(None);
+        }
+        Ok(self.request(ranges, context).await?.map(Served::from))
     }
 
     fn retried(&self) {
@@ -424,7 +540,7 @@ impl Backend for RegistryBlob {
     }
 
     fn open<'a>(&'a self, range: ByteRange, context: &'a ReadContext) -> BoxFuture<'a, Result<ByteStream>> {
-        Box::pin(ranged::open(self.clone(), Supplier::Origin, range, self.retry, context))
+        Box::pin(ranged::open(self.clone(), self.supplier, range, self.retry, context))
     }
 
     fn open_many<'a>(
@@ -432,7 +548,11 @@ impl Backend for RegistryBlob {
         ranges: &'a [ByteRange],
         context: &'a ReadContext,
     ) -> BoxFuture<'a, Result<Option<ByteStream>>> {
-        Box::pin(ranged::open_many(self.clone(), Supplier::Origin, ranges, self.retry, context))
+        Box::pin(ranged::open_many(self.clone(), self.supplier, ranges, self.retry, context))
+    }
+
+    fn distrust(&self, supplier: Supplier) {
+        self.detours.iter().for_each(|detour| detour.distrust(supplier));
     }
 
     fn is_sequential(&self) -> bool {

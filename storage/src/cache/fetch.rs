@@ -257,6 +257,9 @@ async fn repeat(inner: Arc<Inner>, mut failures: Vec<Failure>, context: ReadCont
             let kind = error.kind();
             if kind == ErrorKind::Corrupt {
                 CacheMetrics::tick(&inner.metrics.verification_failures);
+                if let Some(supplier) = work.timing.supplier {
+                    inner.backend.distrust(supplier);
+                }
                 work.corrupt += 1;
                 if work.corrupt <= CORRUPT_RETRIES {
                     warn!(blob = %inner.id, %error, "corrupt bytes; fetching them again");

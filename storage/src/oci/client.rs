@@ -218,8 +218,24 @@ impl RegistryClient {
     /// The `Location` of an answer, made absolute.
     ///
     /// # Errors
-    /// `Invalid`: there is none, or it is not an http or https URL.
+    /// `Invalid`: there is none, or it is not an http or https URL. `Denied`: it leads from TLS
+    /// to where everybody on the way can read and change what is sent.
     pub fn location(answer: &Answer) -> Result<Url> {
+        let url = Self::any_location(answer)?;
+        if is_downgrade(answer.url(), &url) {
+            let why = format!(
+                "{}: redirected from https to {}, which is not protected; make the registry name an https \
+                 URL (behind a TLS proxy it needs X-Forwarded-Proto), or set `blob_url_scheme`",
+                answer.what(),
+                crate::backend::http::shown(&url)
+            );
+            return Err(Error::new(ErrorKind::Denied, why));
+        }
+        Ok(url)
+    }
+
+    /// As [`RegistryClient::location`], where the scheme is the configuration's affair.
+    pub(crate) fn any_location(answer: &Answer) -> Result<Url> {
         answer
             .header(LOCATION)
             .and_then(|location| answer.url().join(location).ok())
@@ -231,7 +247,7 @@ impl RegistryClient {
     }
 
     /// True if `url` is the registry itself, which alone is given credentials.
-    fn is_own(&self, url: &Url) -> bool {
+    pub(crate) fn is_own(&self, url: &Url) -> bool {
         // A URL made before a switch of scheme is meant for the same server.
         let first = match self.inner.switch {
             Switch::Never => self.base(),
@@ -459,6 +475,11 @@ impl RegistryClient {
         })
         .await
     }
+}
+
+/// True if what goes to `to` is less protected than what went to `from`.
+fn is_downgrade(from: &Url, to: &Url) -> bool {
+    from.scheme() == "https" && to.scheme() != "https"
 }
 
 /// A status that names another place for the same request.

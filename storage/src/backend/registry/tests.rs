@@ -1,3 +1,4 @@
+mod detours;
 mod many;
 mod sequential;
 mod sparing;

@@ -298,3 +298,16 @@ async fn only_the_careless_are_served_without_tls() {
     get(&careless, &server).await.unwrap();
     assert_eq!((server.asked().len(), server.connections()), (2, 3 + 1 + 1));
 }
+
+#[test]
+fn tls_is_not_left_by_a_redirect() {
+    let url = |text| Url::parse(text).unwrap();
+    for (from, to, downgrade) in [
+        ("https://r.io/v2/", "http://s.io/x", true),
+        ("https://r.io/v2/", "https://s.io/x", false),
+        ("http://r.io/v2/", "http://s.io/x", false),
+        ("http://r.io/v2/", "https://s.io/x", false),
+    ] {
+        assert_eq!(is_downgrade(&url(from), &url(to)), downgrade, "{from} {to}");
+    }
+}
