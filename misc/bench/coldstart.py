@@ -40,6 +40,7 @@ RUNS = int(os.environ.get("RUNS", "5"))
 IMAGES = os.environ.get("IMAGES", "python,node").split(",")
 LINKS = [tuple(map(float, link.split("/"))) for link in os.environ.get("LINKS", "10/1000,50/200").split(",")]
 ROWS = os.environ.get("ROWS", "").split(",") if os.environ.get("ROWS") else None
+LOCAL_RUNS = max(RUNS, 5)  # they are quick, and every bound hangs on them
 LAYOUTS = f"{HERE}/misc/.cache/images"
 PATH = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 PROGRAMS = {
@@ -164,7 +165,13 @@ class Image:
         self.program, self.environment = PROGRAMS[name]
         layout = f"oci:{LAYOUTS}/{name}:latest"
         run("skopeo", "copy", "--quiet", "--dest-tls-verify=false", layout, f"docker://{host}/{name}:oci")
-        run(f"{BIN}/nydus-image", "convert", layout, f"docker://{host}/{name}:nydus")
+        told = f"{work}/{name}.json"
+        run(f"{BIN}/nydus-image", "convert", "--output-json", told, layout, f"docker://{host}/{name}:nydus")
+        with open(told, encoding="utf-8") as file:
+            told = json.load(file)
+        chunks = sum(layer["chunks"] for layer in told["layers"])
+        # What a daemon may hold while it streams.
+        self.memory_limit = 15_000_000 + 64 * chunks + 4 * told["chunk_size"]
         kind = "application/vnd.oci.image.manifest.v1+json"
         self.manifest = json.loads(fetch(f"http://{host}/v2/{name}/manifests/nydus", kind))
         *self.layers, last = self.manifest["layers"]
@@ -311,7 +318,7 @@ def local_times(image, work, host, unpacked):
     """L over an unpacked tree, L with nydusd and a full cache, and what the start touches."""
     alone = []
     with directory(work) as scratch, overlay(unpacked, scratch) as merged:
-        for number in range(RUNS + 1):
+        for _ in range(LOCAL_RUNS + 1):
             start = time.monotonic()
             image.run(merged)
             alone.append(time.monotonic() - start)
@@ -321,7 +328,7 @@ def local_times(image, work, host, unpacked):
         with nydusd(scratch, image, cache, flags) as (_, point):
             read_all(point)
         daemon = []
-        for number in range(RUNS + 1):
+        for _ in range(LOCAL_RUNS + 1):
             start = time.monotonic()
             with nydusd(scratch, image, cache, flags) as (_, point), overlay(point, scratch) as merged:
                 image.run(merged)
@@ -351,10 +358,32 @@ def pull(image, work, between, everything=False):
         return {"time": time.monotonic() - start} | between.counted()
 
 
-def ours(image, work, between, flags=None, everything=False, **rafs):
-    """A cold start with an empty cache (or a read of everything)."""
+def record(image, work, host):
+    """Starts once on this machine and keeps the trace; its path below a cache directory, and its bytes."""
     with directory(work) as scratch:
         cache = f"{scratch}/cache"
+        flags = backend_flags(work, host, image, cache)
+        with nydusd(scratch, image, cache, flags) as (_, point), overlay(point, scratch) as merged:
+            image.run(merged)
+        traces = {}
+        for parent, _, names in os.walk(cache):
+            for name in names:
+                if name.endswith(".trace"):
+                    with open(f"{parent}/{name}", "rb") as file:
+                        traces[os.path.relpath(f"{parent}/{name}", cache)] = file.read()
+        if not traces:
+            raise Failed("nydusd has kept no trace")
+        return traces
+
+
+def ours(image, work, between, flags=None, everything=False, traces=None, **rafs):
+    """A cold start with an empty cache, or one with nothing but traces (or a read of everything)."""
+    with directory(work) as scratch:
+        cache = f"{scratch}/cache"
+        for name, data in (traces or {}).items():
+            os.makedirs(os.path.dirname(f"{cache}/{name}"), exist_ok=True)
+            with open(f"{cache}/{name}", "wb") as file:
+                file.write(data)
         flags = flags or backend_flags(work, between.address, image, cache, **rafs)
         forget_pages(image.bootstrap)
         between.forget()
@@ -436,6 +465,7 @@ class Table:
 
     def __init__(self):
         self.results = []
+        self.memory_limit = 0
 
     def head(self, text):
         print(f"\n{text}\n{'':48} {'seconds':>8} {'(min - max)':>15} {'requests':>8} {'MiB':>7} {'MiB mem':>7}", flush=True)
@@ -460,6 +490,8 @@ class Table:
             judge("requests", most[0], middle["requests"], "{}")
             if most[1]:
                 judge("MiB", most[1] / MIB, middle["down"] / MIB, "{:.1f}")
+        if "memory" in middle:
+            judge("MiB mem", self.memory_limit / MIB, max(one["memory"] for one in measured) / 1024, "{:.1f}")
         cells = [f"{value:8.2f}", f"({times[0]:.2f} - {times[-1]:.2f})".rjust(15)]
         cells.append(f"{middle['requests']:8.0f}" if "requests" in middle else f"{'':8}")
         cells.append(f"{middle['down'] / MIB:7.1f}" if "down" in middle else f"{'':7}")
@@ -475,15 +507,18 @@ def wanted(row):
 
 def measure(image, work, host, local, table):
     alone, daemon, chunks = local
+    table.memory_limit = image.memory_limit
     for round_trip, rate in LINKS:
         setting = {"image": image.name, "round_trip_ms": round_trip, "rate_mbit": rate}
         log = os.environ.get("LINKLOG")
         log = log and f"{log}/{image.name}-{round_trip:g}-{rate:g}.log"
+        traces = record(image, work, host) if wanted("trace:") else None
         seconds_b = chunks["bytes"] / (rate * 1e6 / 8)
         trip = round_trip / 1e3
         slack = 1.25 if round_trip <= 10 else 1.35
         trips = 20 if image.name == "node" else 6
         bound = slack * (alone + seconds_b) + trips * trip
+        traced = (1.1 if round_trip <= 10 else 1.15) * (alone + seconds_b) + 4 * trip
         table.head(
             f"{image.name}, {round_trip:g} ms, {rate:g} Mbit/s: L {alone:.2f} s ({daemon:.2f} s with nydusd and a full cache), "
             f"touched {chunks['chunks']} chunks, {chunks['bytes'] / MIB:.1f} MiB, B {seconds_b:.2f} s"
@@ -494,6 +529,8 @@ def measure(image, work, host, local, table):
                 "pull and unpack, 6 connections": lambda: pull(image, work, between),
                 "time: no trace": lambda: ours(image, work, between, prefer="time"),
                 "bytes: no trace, prefer = bytes": lambda: ours(image, work, between, prefer="bytes"),
+                "trace: with the trace of another start": lambda: ours(image, work, between, traces=traces),
+                "trace-bytes: the same, prefer = bytes": lambda: ours(image, work, between, traces=traces, prefer="bytes"),
                 "image: from --image, plain http": lambda: ours(
                     image, work, between, ["--image", f"docker://{between.address}/{image.name}:nydus", "--cache-dir", "{cache}"]
                 ),
@@ -520,6 +557,10 @@ def measure(image, work, host, local, table):
                     table.row(setting, name, runs, bound, rivals.get("pull"), (60, None))
                 elif word == "bytes:":
                     table.row(setting, name, runs, None, rivals.get("pull"), (60, 2 * touch))
+                elif word == "trace:":
+                    table.row(setting, name, runs, traced, rivals.get("pull"), (12, None))
+                elif word == "trace-bytes:":
+                    table.row(setting, name, runs, None, rivals.get("pull"), (12, 1.15 * touch))
                 elif word == "image:":
                     table.row(setting, name, runs, bound + 12 * trip, None)
                 elif word == "all:":
