@@ -6,6 +6,7 @@
 mod conversions;
 mod corpus;
 mod digests;
+mod faults;
 mod interrupts;
 mod judges;
 mod kernel;

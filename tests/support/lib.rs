@@ -32,4 +32,4 @@ pub mod s3;
 pub mod tree;
 
 /// The error of tests: any, with its story.
-pub use anyhow::{Context, Result, bail, ensure};
+pub use anyhow::{Context, Error, Result, bail, ensure};

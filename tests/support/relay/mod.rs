@@ -1,20 +1,21 @@
 //! An HTTP relay between a client and a registry: it counts, stalls, cuts, refuses, lies and,
-//! if told, asks for bearer tokens that it hands out itself.
+//! if told, asks for bearer tokens that it hands out itself, or redirects blobs to signed links.
+
+mod access;
+mod body;
+mod wire;
 
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use futures_util::StreamExt as _;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
-use hyper::body::{Frame, Incoming};
+use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
@@ -35,6 +36,18 @@ pub enum Rule {
     Refuse(u16),
     /// Forward the head and this many bytes, then drop the connection.
     CutAfter(u64),
+    /// Forward the head and this many bytes, then reset the connection.
+    ResetAfter(u64),
+    /// Forward the head and this many bytes, then nothing more.
+    StallAfter(u64),
+    /// Answer with this status and so many seconds in `Retry-After`.
+    RetryLater(u16, u64),
+    /// Forward with a `Content-Range` that begins one byte later than the body.
+    ShiftContentRange,
+    /// Redirect blobs to a host that no name server knows; for [`Relay::with_links`].
+    LoseHost,
+    /// Send answers, heads as well, byte by byte with a tenth of a second between.
+    Drip,
     /// Forward without `Range`: the whole blob with status 200.
     IgnoreRange,
     /// Forward, but stop for so long before these bytes of a blob: first and last. An answer in
@@ -68,6 +81,10 @@ struct Shared {
     /// User and password to exchange for a token; `None` lets everybody in.
     bearer: Option<Bearer>,
     rule: watch::Sender<Rule>,
+    /// Another rule, and for how many requests it still comes first.
+    passing: Mutex<(Rule, usize)>,
+    /// Number that signs links now; `None` serves blobs without redirects.
+    signature: Option<watch::Sender<u64>>,
     /// Requests that [`Rule::Stall`] holds now.
     stalled: watch::Sender<usize>,
     /// Requests for blob bytes that have come and are not answered yet.
@@ -81,8 +98,17 @@ struct Shared {
 struct Log {
     fetches: Vec<Fetch>,
     bytes: u64,
+    arrivals: Vec<Instant>,
+    links_given: usize,
     tokens: HashSet<String>,
     tokens_given: usize,
+}
+
+impl Log {
+    fn arrived(&mut self, fetch: Fetch) {
+        self.fetches.push(fetch);
+        self.arrivals.push(Instant::now());
+    }
 }
 
 /// What the token server wants.
@@ -100,7 +126,15 @@ impl Relay {
     /// # Errors
     /// No free port.
     pub fn start(upstream: SocketAddr) -> Result<Self> {
-        Self::launch(upstream, None)
+        Self::launch(upstream, None, false)
+    }
+
+    /// A relay that redirects every blob to a link of its own that expires when told to.
+    ///
+    /// # Errors
+    /// No free port.
+    pub fn with_links(upstream: SocketAddr) -> Result<Self> {
+        Self::launch(upstream, None, true)
     }
 
     /// A relay that wants a bearer token, and gives tokens at `/token`.
@@ -108,10 +142,10 @@ impl Relay {
     /// # Errors
     /// No free port.
     pub fn with_tokens(upstream: SocketAddr, bearer: Bearer) -> Result<Self> {
-        Self::launch(upstream, Some(bearer))
+        Self::launch(upstream, Some(bearer), false)
     }
 
-    fn launch(upstream: SocketAddr, bearer: Option<Bearer>) -> Result<Self> {
+    fn launch(upstream: SocketAddr, bearer: Option<Bearer>, links: bool) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let listener = runtime.block_on(TcpListener::bind(("127.0.0.1", 0)))?;
         let address = listener.local_addr()?;
@@ -120,6 +154,8 @@ impl Relay {
             address,
             bearer,
             rule: watch::Sender::new(Rule::Pass),
+            passing: Mutex::new((Rule::Pass, 0)),
+            signature: links.then(|| watch::Sender::new(1)),
             stalled: watch::Sender::new(0),
             active: watch::Sender::new(0),
             arrived: watch::Sender::new(0),
@@ -142,6 +178,28 @@ impl Relay {
     /// Changes the rule; requests stalled by the old one go on under the new one.
     pub fn set(&self, rule: Rule) {
         self.shared.rule.send_replace(rule);
+    }
+
+    /// The next `count` requests for blob bytes meet this rule, all others the one that was set.
+    pub fn set_for(&self, count: usize, rule: Rule) {
+        *self.shared.passing.lock().unwrap_or_else(PoisonError::into_inner) = (rule, count);
+    }
+
+    /// Makes all links given so far worthless: they are answered with 403.
+    pub fn expire_links(&self) {
+        if let Some(signature) = &self.shared.signature {
+            signature.send_modify(|number| *number += 1);
+        }
+    }
+
+    /// Redirects to links so far.
+    pub fn links_given(&self) -> usize {
+        self.shared.log().links_given
+    }
+
+    /// When requests for blob bytes came.
+    pub fn arrivals(&self) -> Vec<Instant> {
+        self.shared.log().arrivals.clone()
     }
 
     /// Waits until at least `count` requests are held by [`Rule::Stall`].
@@ -206,6 +264,7 @@ impl Relay {
     pub fn forget(&self) {
         let mut log = self.shared.log();
         log.fetches.clear();
+        log.arrivals.clear();
         log.bytes = 0;
     }
 }
@@ -222,23 +281,39 @@ impl Shared {
     fn log(&self) -> MutexGuard<'_, Log> {
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// The rule for one more request for blob bytes.
+    fn next_rule(&self) -> Rule {
+        let mut passing = self.passing.lock().unwrap_or_else(PoisonError::into_inner);
+        if passing.1 == 0 {
+            return *self.rule.borrow();
+        }
+        passing.1 -= 1;
+        passing.0
+    }
 }
 
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     while let Ok((stream, _)) = listener.accept().await {
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {
-            let service = service_fn(move |request| answer(Arc::clone(&shared), request));
+            let Ok(socket) = wire::Socket::of(&stream) else { return };
+            let wire = wire::Wire::new(stream, shared.rule.subscribe());
+            let service = service_fn(move |request| answer(Arc::clone(&shared), socket.clone(), request));
             // A client that hangs up is its own affair.
             let _ = hyper::server::conn::http1::Builder::new()
-                .serve_connection(TokioIo::new(stream), service)
+                .serve_connection(TokioIo::new(wire), service)
                 .await;
         });
     }
 }
 
-async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
-    Ok(relay(&shared, request).await.unwrap_or_else(|error| {
+async fn answer(
+    shared: Arc<Shared>,
+    socket: wire::Socket,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
+    Ok(relay(&shared, &socket, request).await.unwrap_or_else(|error| {
         let mut response = Response::new(text(format!("relay: {error:#}")));
         *response.status_mut() = StatusCode::BAD_GATEWAY;
         response
@@ -249,21 +324,28 @@ fn text(text: String) -> Body {
     Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed()
 }
 
-async fn relay(shared: &Shared, mut request: Request<Incoming>) -> Result<Response<Body>> {
+async fn relay(
+    shared: &Arc<Shared>,
+    socket: &wire::Socket,
+    mut request: Request<Incoming>,
+) -> Result<Response<Body>> {
     if request.uri().path() == "/token" {
-        return token(shared, request).await;
+        return access::token(shared, &request);
     }
-    if let Some(challenge) = refused(shared, &request) {
+    if let Some(challenge) = access::refused(shared, &request) {
         return Ok(challenge);
+    }
+    if let Some(answer) = access::linked(shared, &mut request)? {
+        return Ok(answer);
     }
     let mut rule = Rule::Pass;
     let mut active = None;
-    let ranges = ranges_of(&request);
+    let ranges = body::ranges_of(&request);
     if let Some(fetch) = blob_fetch(&request) {
         active = Some(Held::count(&shared.active));
-        shared.log().fetches.push(fetch);
+        shared.log().arrived(fetch);
         shared.arrived.send_modify(|count| *count += 1);
-        rule = *shared.rule.borrow();
+        rule = shared.next_rule();
         if rule == Rule::Stall {
             rule = stall(shared).await?;
         }
@@ -275,6 +357,13 @@ async fn relay(shared: &Shared, mut request: Request<Incoming>) -> Result<Respon
             *response.status_mut() = StatusCode::from_u16(status)?;
             return Ok(response);
         }
+        Rule::RetryLater(status, seconds) => {
+            let mut response = Response::new(text("refused by rule".into()));
+            *response.status_mut() = StatusCode::from_u16(status)?;
+            response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+            return Ok(response);
+        }
+        Rule::ResetAfter(_) => socket.reset_on_close()?,
         Rule::IgnoreRange => {
             request.headers_mut().remove(header::RANGE);
         }
@@ -291,91 +380,7 @@ async fn relay(shared: &Shared, mut request: Request<Incoming>) -> Result<Respon
     if active.is_none() {
         return Ok(response.map(|body| body.map_err(std::io::Error::other).boxed()));
     }
-    pour(shared, response, rule, &ranges).await
-}
-
-/// Hands the body, an answer to `ranges`, on in pieces as they come, changed as the rule wants.
-async fn pour(
-    shared: &Shared,
-    response: Response<Incoming>,
-    rule: Rule,
-    ranges: &[(u64, u64)],
-) -> Result<Response<Body>> {
-    let (head, mut body) = response.into_parts();
-    let mut frames: Vec<Result<Frame<Bytes>, std::io::Error>> = Vec::new();
-    let mut left = if let Rule::CutAfter(limit) = rule { limit } else { u64::MAX };
-    let mut first = rule == Rule::FlipFirstBit;
-    while let Some(frame) = body.frame().await {
-        let Ok(mut data) = frame?.into_data() else { continue };
-        if first && !data.is_empty() {
-            let mut flipped = data.to_vec();
-            flipped[0] ^= 1;
-            data = flipped.into();
-            first = false;
-        }
-        if data.len() as u64 > left {
-            data.truncate(usize::try_from(left)?);
-            shared.log().bytes += data.len() as u64;
-            frames.push(Ok(Frame::data(data)));
-            frames.push(Err(std::io::Error::other("cut by rule")));
-            break;
-        }
-        left -= data.len() as u64;
-        shared.log().bytes += data.len() as u64;
-        frames.push(Ok(Frame::data(data)));
-    }
-    let stream = futures_util::stream::iter(paused(frames, pause_of(rule, ranges))).then(
-        |(delay, frame)| async move {
-            tokio::time::sleep(delay).await;
-            frame
-        },
-    );
-    Ok(Response::from_parts(head, BodyExt::boxed(http_body_util::StreamBody::new(stream))))
-}
-
-/// Bytes before the pause that [`Rule::Late`] wants of an answer to `ranges`, and the pause.
-fn pause_of(rule: Rule, ranges: &[(u64, u64)]) -> Option<(u64, Duration)> {
-    let Rule::Late(first, last, delay) = rule else { return None };
-    match ranges {
-        [] => Some((first, delay)),
-        [(start, end)] => (*start <= last && first <= *end).then(|| (first.saturating_sub(*start), delay)),
-        many => many.iter().any(|(start, end)| *start <= last && first <= *end).then_some((0, delay)),
-    }
-}
-
-/// The ranges that a request asks for, first and last byte of each.
-fn ranges_of(request: &Request<Incoming>) -> Vec<(u64, u64)> {
-    let header = request.headers().get(header::RANGE).and_then(|value| value.to_str().ok());
-    let list = header.and_then(|text| text.strip_prefix("bytes=")).unwrap_or_default();
-    let range = |text: &str| {
-        let (first, last) = text.trim().split_once('-')?;
-        Some((first.parse().ok()?, last.parse().ok()?))
-    };
-    list.split(',').filter_map(range).collect()
-}
-
-/// The frames, each with the time to wait before it: none but before the byte of `pause`.
-fn paused(
-    frames: Vec<Result<Frame<Bytes>, std::io::Error>>,
-    mut pause: Option<(u64, Duration)>,
-) -> Vec<(Duration, Result<Frame<Bytes>, std::io::Error>)> {
-    let mut paused = Vec::new();
-    let mut at = 0;
-    for frame in frames {
-        let len = frame.as_ref().ok().and_then(Frame::data_ref).map_or(0, |data| data.len() as u64);
-        match pause {
-            Some((before, delay)) if before < at + len => {
-                pause = None;
-                let mut data = frame.ok().and_then(|frame| frame.into_data().ok()).unwrap_or_default();
-                let late = data.split_off(usize::try_from(before - at).unwrap_or(0));
-                paused.push((Duration::ZERO, Ok(Frame::data(data))));
-                paused.push((delay, Ok(Frame::data(late))));
-            }
-            _ => paused.push((Duration::ZERO, frame)),
-        }
-        at += len;
-    }
-    paused
+    body::pour(shared, response, rule, &ranges).await
 }
 
 /// One in a counter of requests; it goes also when the client hangs up.
@@ -414,65 +419,4 @@ fn blob_fetch(request: &Request<Incoming>) -> Option<Fetch> {
         Some((first.parse().ok()?, last.parse().ok()?))
     });
     Some(Fetch { digest: digest.to_owned(), range })
-}
-
-/// The 401 with a bearer challenge, unless the request carries a token of ours.
-fn refused(shared: &Shared, request: &Request<Incoming>) -> Option<Response<Body>> {
-    shared.bearer.as_ref()?;
-    let token = request
-        .headers()
-        .get(header::AUTHORIZATION)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|value| value.strip_prefix("Bearer "));
-    if token.is_some_and(|token| shared.log().tokens.contains(token)) {
-        return None;
-    }
-    let repository = request
-        .uri()
-        .path()
-        .strip_prefix("/v2/")
-        .and_then(|rest| {
-            let end = ["/blobs/", "/manifests/"].iter().filter_map(|part| rest.find(part)).min()?;
-            Some(&rest[..end])
-        })
-        .unwrap_or("");
-    let mut challenge = format!(r#"Bearer realm="http://{}/token",service="tests""#, shared.address);
-    if !repository.is_empty() {
-        challenge += &format!(r#",scope="repository:{repository}:pull,push""#);
-    }
-    let mut response = Response::new(text(r#"{"errors":[{"code":"UNAUTHORIZED"}]}"#.into()));
-    *response.status_mut() = StatusCode::UNAUTHORIZED;
-    response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge.parse().ok()?);
-    Some(response)
-}
-
-/// `/token`: GET with Basic credentials or none. A POSTed form is answered 404, as most servers do,
-/// so that clients fall back.
-async fn token(shared: &Shared, request: Request<Incoming>) -> Result<Response<Body>> {
-    let refuse = |status| {
-        let mut response = Response::new(text("{}".into()));
-        *response.status_mut() = status;
-        response
-    };
-    if request.method() != hyper::Method::GET {
-        return Ok(refuse(StatusCode::NOT_FOUND));
-    }
-    let Some(bearer) = &shared.bearer else { return Ok(refuse(StatusCode::NOT_FOUND)) };
-    if let Some((user, password)) = &bearer.credentials {
-        let wanted = format!("Basic {}", STANDARD.encode(format!("{user}:{password}")));
-        if request
-            .headers()
-            .get(header::AUTHORIZATION)
-            .is_none_or(|given| given.as_bytes() != wanted.as_bytes())
-        {
-            return Ok(refuse(StatusCode::UNAUTHORIZED));
-        }
-    }
-    let mut log = shared.log();
-    log.tokens_given += 1;
-    let token = format!("token-{}", log.tokens_given);
-    log.tokens.insert(token.clone());
-    let mut response = Response::new(text(format!(r#"{{"token":"{token}","expires_in":300}}"#)));
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
-    Ok(response)
 }
