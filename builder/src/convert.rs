@@ -4,7 +4,7 @@
 //! source layers ─▶ tar reader ─▶ build session ─▶ chunk data of each layer, spooled at the target
 //!                       │                                   │
 //!                       └─▶ a tree per layer ─┬─▶ its bootstrap, inlined in its blob ─▶ blob layers
-//!                                             └─▶ merged tree ─▶ bootstrap ─▶ root digest
+//!                                             └─▶ merged tree ─▶ hints ─▶ bootstrap ─▶ root digest
 //!                                                                    └─▶ bootstrap layer, config, manifest
 //! ```
 //!
@@ -40,7 +40,9 @@ use crate::blob_writer::{BlobOptions, BlobWriter};
 use crate::bootstrap_writer::{self, Image, padded_id};
 use crate::chunks::BuiltContent;
 use crate::content::ChunkSource as _;
+use crate::hints::{self, Contents};
 use crate::oci::image::{self, BlobLayer, ManifestParts, RootStatement};
+use crate::oci::manifest::SourceConfig;
 use crate::oci::read::{ImageContent, ReadOptions, read_layers};
 use crate::oci::source::ImageSource;
 use crate::oci::spool::{SpooledBlob, TEMP_PREFIX};
@@ -50,7 +52,7 @@ use crate::pipeline::{DataOptions, LayerData};
 use crate::progress::{Observer, check};
 use crate::root::{RootOptions, check_written, image_root};
 use crate::sink::BlobSink;
-use crate::tree::Tree;
+use crate::tree::{InodeId, Tree};
 use crate::{Error, Result};
 
 /// Chunk size of converted images: 256 KiB.
@@ -78,6 +80,8 @@ pub struct ConvertOptions<'a> {
     pub data: DataOptions,
     /// Layers read, and blobs uploaded, at a time.
     pub jobs: usize,
+    /// Name the files that a start surely reads in the prefetch table: see [`crate::hints`].
+    pub hints: bool,
     /// Hears of progress.
     pub observer: &'a dyn Observer,
     /// Ends the work; nothing is published then.
@@ -146,7 +150,7 @@ pub fn convert(source: &ImageSource, target: Target, options: &ConvertOptions<'_
     check(options.cancel)?;
 
     let Merged { bootstrap, root, entry_count, blobs, layers, spooled } =
-        finish_layers(content, files, &options.data)?;
+        finish_layers(content, files, &options.data, options.hints.then(|| source.config()))?;
     put_all(&target, spooled, options)?;
 
     let bootstrap_digest = DigestAlgorithm::Sha256.digest(&bootstrap);
@@ -218,8 +222,14 @@ struct Merged {
     spooled: Vec<(String, SpooledBlob)>,
 }
 
-/// Completes the blob of each layer, merges the trees and writes the merged bootstrap.
-fn finish_layers(content: ImageContent, files: Vec<NamedTempFile>, data: &DataOptions) -> Result<Merged> {
+/// Completes the blob of each layer, merges the trees and writes the merged bootstrap, with hints
+/// for the command of `config`.
+fn finish_layers(
+    content: ImageContent,
+    files: Vec<NamedTempFile>,
+    data: &DataOptions,
+    config: Option<&SourceConfig>,
+) -> Result<Merged> {
     let ImageContent { output, trees } = content;
     let chunks = output.content;
     let mut writer = Writer { chunks: &chunks, data, records: Vec::new(), owners: Vec::new() };
@@ -237,7 +247,19 @@ fn finish_layers(content: ImageContent, files: Vec<NamedTempFile>, data: &DataOp
         layers.push(finished);
         overlay::apply(&mut merged, tree, WhiteoutSpec::Oci)?;
     }
-    let written = writer.bootstrap(&merged, &writer.records, true)?;
+    let prefetch = match config {
+        Some(config) => {
+            let blobs = spooled.iter().map(|(_, blob): &(_, SpooledBlob)| blob.reader());
+            let blobs = blobs.collect::<Result<Vec<_>>>()?;
+            hints::find(
+                &merged,
+                &config.document,
+                &Contents::new(&chunks, blobs, data.codec, data.chunk_size),
+            )
+        }
+        None => Vec::new(),
+    };
+    let written = writer.bootstrap(&merged, &writer.records, true, &prefetch)?;
     let named = |&place: &usize| layers[writer.owners[place]].digest.to_string();
     let blobs = written.blobs.iter().map(named).collect();
     let options = RootOptions { digester: data.digester, chunk_size: data.chunk_size, explicit_ids: true };
@@ -274,7 +296,7 @@ impl Writer<'_> {
         if chunk_count > 0 {
             records.push(*writer.record());
         }
-        let bootstrap = self.bootstrap(tree, &records, false)?;
+        let bootstrap = self.bootstrap(tree, &records, false, &[])?;
         let blob = writer.finish(Some(&bootstrap.bytes))?;
         if chunk_count > 0 {
             let mut record = blob.record;
@@ -293,6 +315,7 @@ impl Writer<'_> {
         tree: &Tree,
         blobs: &[BlobRecord],
         merged: bool,
+        prefetch: &[InodeId],
     ) -> Result<bootstrap_writer::Bootstrap> {
         bootstrap_writer::write(&Image {
             tree,
@@ -303,7 +326,7 @@ impl Writer<'_> {
             digester: self.data.digester,
             explicit_ids: true,
             force_xattr_flag: merged,
-            prefetch: &[],
+            prefetch,
         })
     }
 }

@@ -9,6 +9,7 @@ pub mod convert;
 pub mod create;
 mod dedup;
 pub mod error;
+pub mod hints;
 pub mod layout;
 pub mod load;
 pub mod merge;

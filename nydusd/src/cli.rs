@@ -158,6 +158,14 @@ pub struct FuseArgs {
     #[arg(long, value_name = "WHAT")]
     pub trace: Option<trace::Mode>,
 
+    /// Longest recording of a start [default: 60]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub trace_seconds: Option<std::time::Duration>,
+
+    /// Push what starts of --image read to its repository, for other nodes
+    #[arg(long, requires = "image")]
+    pub push_trace: bool,
+
     /// Threads that serve the kernel's requests
     #[arg(
         long,

@@ -21,7 +21,7 @@ use crate::adapter::Adapter;
 use crate::cli::FuseArgs;
 use crate::preheat::jobs::Jobs;
 use crate::transport::fusedev::{FuseMount, usable_mountpoint};
-use crate::{api, image, mount, preheat};
+use crate::{api, image, mount, preheat, trace};
 
 /// Longest wait for the disk at an orderly end: whoever stops us waits a second in all.
 const FLUSH_LIMIT: Duration = Duration::from_millis(400);
@@ -151,7 +151,14 @@ impl Daemon {
         }
         let mount = mount::open(engine, spec, self.adapter.table())?;
         engine.spawn(crate::why::log_start(Arc::downgrade(&mount)));
-        mount.fetch_ahead();
+        let known = mount.fetch_ahead(engine.handle());
+        let hints = preheat::hints(mount.config(), &**mount.rafs().bootstrap());
+        if let Some(request) = hints.filter(|_| args.image.image.is_some() && !known)
+            && mount.config().trace == trace::Mode::On
+            && let Err(e) = self.preheat.start(engine.handle(), &mount, request)
+        {
+            tracing::warn!("the image's hints are not fetched: {e}");
+        }
         let fuse = self.mount_unless_stopping()?;
         let ends = self.ends.clone();
         let (_, initialized) = fuse.serve(Arc::clone(&self.adapter), args.fuse_threads, move |result| {

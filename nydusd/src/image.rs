@@ -137,6 +137,8 @@ impl Plan {
 /// The list of files to prefetch can not be read or is not one.
 pub fn apply_fuse_arguments(config: &mut Config, args: &FuseArgs) -> anyhow::Result<()> {
     config.trace = args.trace.unwrap_or(config.trace);
+    config.trace_limits.longest = args.trace_seconds.unwrap_or(config.trace_limits.longest);
+    config.push_trace = args.push_trace;
     if let Some(list) = &args.prefetch_files {
         config.prefetch_files = Some(crate::preheat::list::load(list).context("--prefetch-files")?);
         if args.global.config.is_none() {
@@ -178,6 +180,7 @@ pub fn resolve(engine: &Arc<Engine>, plan: Plan) -> anyhow::Result<MountSpec> {
             fetched: None,
             stated_root: None,
             source: blob_source(&config)?,
+            subject: None,
             config: *config,
         }),
         Plan::Named(name, options, config) => fetch(engine, name, *options, *config),
@@ -213,6 +216,7 @@ fn fetch(
         fetched: Some(fetched),
         stated_root: nydus.root_digest,
         source: nydus.source,
+        subject: nydus.subject,
         config,
     })
 }

@@ -17,10 +17,11 @@ use rafs::fs::{Rafs, RafsOptions};
 use storage::backend::{Backend, BlobSource, ReadContext};
 use storage::cache::{BlobCache, BlobCacheConfig, BlobSet, ChunkTable, MetaSpec};
 use storage::digest::{Digest, TaggedDigest};
-use storage::engine::Engine;
+use storage::engine::{Engine, Handle};
 use storage::ids::{BlobId, ChunkIndex};
 use storage::metrics::{BackendMetrics, CacheMetrics};
 use storage::observe::{Fetched, Observer};
+use storage::oci::referrers::Subject;
 use storage::prefetch::{Class, Order, Prefetch, PrefetchOptions};
 use storage::read::Reader;
 
@@ -30,7 +31,8 @@ use crate::failures::Failures;
 use crate::metrics::{FetchMetrics, FsMetrics};
 use crate::node::NodeId;
 use crate::table::{MountTable, Place};
-use crate::trace::{Tracer, TracerSpec};
+use crate::trace::share::Share;
+use crate::trace::{Trace, Tracer, TracerSpec};
 use crate::why::Recorder;
 
 /// One mounted image.
@@ -83,6 +85,8 @@ pub struct MountSpec {
     pub stated_root: Option<TaggedDigest>,
     /// Where its blobs are.
     pub source: Arc<dyn BlobSource>,
+    /// The image's manifest, if it has one in a registry.
+    pub subject: Option<Subject>,
     /// The rest.
     pub config: Config,
 }
@@ -93,7 +97,7 @@ pub struct MountSpec {
 /// The bootstrap is unreadable, malformed or not the one demanded; the cache directory can
 /// not be used; a blob context that reads depend on can not be had.
 pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Result<Arc<Mount>> {
-    let MountSpec { mountpoint, bootstrap, fetched, stated_root, source, config } = spec;
+    let MountSpec { mountpoint, bootstrap, fetched, stated_root, source, subject, config } = spec;
     let work_dir = &config.work_dir;
     make_cache_dir(work_dir)?;
     storage::leftovers::sweep(work_dir, storage::leftovers::is_cache_temporary);
@@ -155,6 +159,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
             bootstrap: digest,
             root,
             rafs: Arc::clone(&rafs),
+            share: subject.map(|subject| Share { subject, push: config.push_trace }),
         },
     );
     let mount = table.attach(move |place| Mount {
@@ -363,9 +368,25 @@ impl Mount {
         orders
     }
 
-    /// Starts fetching what earlier starts of the image read, if that is known.
-    pub fn fetch_ahead(&self) {
-        let Some(trace) = self.tracer.earlier() else { return };
+    /// Starts fetching what earlier starts of the image read; false if that is not known here.
+    /// Then the registry is asked beside the mount, and what it knows is fetched.
+    pub fn fetch_ahead(self: &Arc<Self>, engine: &Handle) -> bool {
+        if let Some(trace) = self.tracer.earlier() {
+            self.fetch_trace(&trace);
+            return true;
+        }
+        let (mount, pull) = (Arc::downgrade(self), self.tracer.pull());
+        engine.spawn(async move {
+            if let Some(trace) = pull.await
+                && let Some(mount) = mount.upgrade()
+            {
+                mount.fetch_trace(&trace);
+            }
+        });
+        false
+    }
+
+    fn fetch_trace(&self, trace: &Trace) {
         tracing::info!("fetching ahead {} chunks that earlier starts read", trace.entries.len());
         self.prefetch(trace.order(&self.rafs), PrefetchOptions { class: Class::Trace, bandwidth: None });
     }

@@ -52,7 +52,7 @@ fn newest(path: &Path, metadata: &Metadata) -> io::Result<SystemTime> {
 
 /// True for the temporary names that are used in a cache directory.
 pub fn is_cache_temporary(name: &[u8]) -> bool {
-    let begins = [".fetch-", ".boot-", ".bootstrap-", ".meta-"];
+    let begins = [".fetch-", ".boot-", ".bootstrap-", ".meta-", ".trace-"];
     let ends = [".blob.data.tmp", ".blob.data.chunk_map.tmp", ".blob.meta.tmp"];
     begins.iter().any(|begin| name.starts_with(begin.as_bytes()))
         || ends.iter().any(|end| name.ends_with(end.as_bytes()))

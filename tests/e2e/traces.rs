@@ -1,4 +1,4 @@
-//! Start-up traces: what one start reads is fetched ahead of the next one.
+//! Start-up traces: what one start reads is fetched ahead of the next one, on this node and on others.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,9 +8,11 @@ use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use tests::command::run;
 use tests::daemon::{Daemon, DaemonOptions};
-use tests::journey::Journey;
+use tests::journey::{Journey, convert};
+use tests::oci_server::OciServer;
 use tests::recipes::BIG_FILES;
-use tests::{Result, binaries, needs_mounts, recipes};
+use tests::registry::Registry;
+use tests::{Result, binaries, needs_mounts, needs_programs, recipes};
 
 /// How long a prefetch may take on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -119,6 +121,125 @@ fn a_trace_that_does_not_fit_is_ignored() -> Result<()> {
         ensure!(!daemon.log().contains("fetching ahead"), "{}", daemon.log());
         ensure!(std::fs::read(daemon.root().join("etc/hostname"))? == expected);
         daemon.terminate()?;
+    }
+    Ok(())
+}
+
+/// Requests and of these those for readers, of one daemon's source.
+fn requests(daemon: &Daemon) -> Result<(u64, u64)> {
+    let all = daemon.get("/api/v1/metrics/backend")?["read_count"].as_u64().context("read_count")?;
+    let cache = daemon.get("/api/v1/metrics/blobcache")?;
+    let ahead = cache["prefetch_requests_count"].as_u64().context("prefetch_requests_count")?;
+    Ok((all, all - ahead))
+}
+
+/// What one node read at the start, pushed as a referrer, is fetched ahead on another node that
+/// has nothing of the image: its reads wait for nothing.
+fn a_pushed_trace_helps_another_node(reference: &str) -> Result<()> {
+    let journey = Journey::start(&recipes::tiny())?;
+    convert(&journey.source.reference(), reference, &["--hints", "off"])?;
+    let files = [BIG_FILES[0], "etc/hostname", BIG_FILES[2]];
+    let read = |daemon: &Daemon| -> Result<Vec<Vec<u8>>> {
+        files.iter().map(|file| Ok(std::fs::read(daemon.root().join(file))?)).collect()
+    };
+
+    let mut first = DaemonOptions::image(reference, &journey.path("first")).start()?;
+    let expected = read(&first)?;
+    let (_, demanded) = requests(&first)?;
+    ensure!(demanded > 0, "the first start has nothing to go by");
+    let trace: Value = serde_json::from_str(&nydusctl_trace(&first, &["--json"])?)?;
+    let said = nydusctl_trace(&first, &["push"])?;
+    ensure!(said.starts_with("pushed as sha256:"), "{said}");
+    let again = nydusctl_trace(&first, &["push"])?;
+    ensure!(again.contains("knows as much"), "{again}");
+    first.terminate()?;
+
+    let second = DaemonOptions::image(reference, &journey.path("second")).start()?;
+    wait_for_chunks(&second, chunks(&trace))?;
+    let (before, _) = requests(&second)?;
+    ensure!(read(&second)? == expected);
+    let (after, demanded) = requests(&second)?;
+    ensure!((after, demanded) == (before, 0), "{before} requests, then {after}, {demanded} of them demanded");
+    let cache = second.get("/api/v1/metrics/blobcache")?;
+    ensure!(cache["misses"] == 0 && cache["partial_hits"] == 0, "{cache}");
+    Ok(())
+}
+
+/// Debian's registry does not know the referrers API: the index under the image's tag does it.
+#[test]
+fn a_trace_is_shared_by_tag() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("docker-registry");
+    let registry = Registry::open()?;
+    a_pushed_trace_helps_another_node(&registry.reference("app:1"))
+}
+
+/// With the referrers API nothing is tagged.
+#[test]
+fn a_trace_is_shared_by_the_referrers_api() -> Result<()> {
+    needs_mounts!();
+    let registry = OciServer::start()?;
+    a_pushed_trace_helps_another_node(&registry.reference("app:1"))?;
+    let asked = registry.asked();
+    ensure!(!asked.iter().any(|request| request.contains("/manifests/sha256-")), "{asked:?}");
+    ensure!(asked.iter().any(|request| request.starts_with("GET /v2/app/referrers/sha256:")), "{asked:?}");
+    Ok(())
+}
+
+/// A start that was recorded is pushed by itself, if that is asked for.
+#[test]
+fn a_daemon_pushes_what_it_recorded() -> Result<()> {
+    needs_mounts!();
+    let registry = OciServer::start()?;
+    let reference = registry.reference("app:1");
+    let journey = Journey::start(&recipes::tiny())?;
+    convert(&journey.source.reference(), &reference, &[])?;
+    // The recording ends soon after the first read.
+    let daemon = DaemonOptions::image(&reference, &journey.path("cache"))
+        .flag("--trace-seconds", "0.1")
+        .switch("--push-trace")
+        .start()?;
+    std::fs::read(daemon.root().join("etc/hostname"))?;
+    let deadline = Instant::now() + PATIENCE;
+    while !daemon.log().contains("the trace was pushed as sha256:") {
+        ensure!(Instant::now() < deadline, "nothing is pushed:\n{}", daemon.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// What lies beside the image in the registry is nobody's word: a trace of another image, garbage
+/// and one without end are ignored, and the mount serves.
+#[test]
+fn a_bad_trace_in_the_registry_does_no_harm() -> Result<()> {
+    needs_mounts!();
+    let registry = OciServer::start()?;
+    let reference = registry.reference("app:1");
+    let journey = Journey::start(&recipes::tiny())?;
+    convert(&journey.source.reference(), &reference, &["--hints", "off"])?;
+    let mut first = DaemonOptions::image(&reference, &journey.path("cache")).start()?;
+    let expected = std::fs::read(first.root().join("etc/hostname"))?;
+    nydusctl_trace(&first, &["push"])?;
+    let good = nydusctl_trace(&first, &["--json"])?;
+    first.terminate()?;
+    let bootstrap = serde_json::from_str::<Value>(&good)?["bootstrap"].to_string();
+    for (number, (bad, why)) in [
+        (good.replace(&bootstrap, "\"sha256:00\"").into_bytes(), "another image"),
+        (b"[[[[".to_vec(), "not a trace"),
+        (vec![b' '; 5 << 20], "bytes: want 1 to"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        registry.replace_referrer(&bad)?;
+        let daemon = DaemonOptions::image(&reference, &journey.path(&number.to_string())).start()?;
+        ensure!(std::fs::read(daemon.root().join("etc/hostname"))? == expected);
+        let deadline = Instant::now() + PATIENCE;
+        while !daemon.log().contains(why) {
+            ensure!(Instant::now() < deadline, "{why}:\n{}", daemon.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        ensure!(!daemon.log().contains("fetching ahead"), "{}", daemon.log());
     }
     Ok(())
 }

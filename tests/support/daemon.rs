@@ -52,6 +52,12 @@ impl DaemonOptions {
         self
     }
 
+    /// The same with one more flag that takes no value.
+    pub fn switch(mut self, name: &str) -> Self {
+        self.arguments.push(name.into());
+        self
+    }
+
     /// The same with one more environment variable.
     pub fn environment(mut self, name: &str, value: impl Into<OsString>) -> Self {
         self.environment.push((name.into(), value.into()));

@@ -23,6 +23,7 @@ pub mod layout;
 pub mod link;
 pub mod mount;
 pub mod need;
+pub mod oci_server;
 pub mod plain;
 pub mod recipes;
 pub mod reference;

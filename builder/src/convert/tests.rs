@@ -20,7 +20,7 @@ use crate::progress::Silent;
 
 fn options(cancel: &CancellationToken, threads: usize, jobs: usize) -> ConvertOptions<'_> {
     let data = DataOptions { chunk_size: 4096, threads, ..default_data_options() };
-    ConvertOptions { data, jobs, observer: &Silent, cancel }
+    ConvertOptions { data, jobs, hints: true, observer: &Silent, cancel }
 }
 
 fn convert_to(source: &ImageSource, to: &Path, threads: usize, jobs: usize) -> Result<Converted> {

@@ -22,7 +22,7 @@ use futures_util::TryStreamExt as _;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Body, Method, StatusCode, Url};
 use storage::backend::http::Answer;
-use storage::backend::retry::{Attempts, Failure, with_retries};
+use storage::backend::retry::{Attempts, Failure};
 use storage::backend::{Priority, ReadContext};
 use storage::digest::{Digest, DigestAlgorithm};
 use storage::oci::client::{Call, RegistryClient};
@@ -87,7 +87,7 @@ impl Pusher {
     /// Uploads the manifest and tags it.
     ///
     /// # Errors
-    /// Those of the registry. `Mismatch`: it stored something else.
+    /// Those of the registry. `Corrupt`: it stored something else.
     pub fn publish(&self, manifest: &[u8]) -> Result<Digest> {
         let Repository { runtime, client, reference, context } = &self.repository;
         crate::progress::check(&context.cancel)?;
@@ -95,26 +95,11 @@ impl Pusher {
         // image exists.
         let context = &ReadContext::on_demand(Some(Instant::now() + PROGRESS_TIMEOUT));
         let digest = DigestAlgorithm::Sha256.digest(manifest);
-        let body = Bytes::copy_from_slice(manifest);
-        let path = format!("{}/manifests/{}", reference.repository(), reference.manifest_name());
-        let stored = runtime.block_on(with_retries(client.retry(), context, || async {
-            let mut call = Call::new(Method::PUT, client.url(&path)?, self.access());
-            call.headers.insert(CONTENT_TYPE, HeaderValue::from_static(media::OCI_MANIFEST));
-            call.body = Some(Body::from(body.clone()));
-            let answer = client.send(call, context).await?;
-            match answer.status() {
-                StatusCode::CREATED => Ok(answer.header("docker-content-digest").map(str::to_owned)),
-                _ => Err(answer.into_failure(client.host(), context).await),
-            }
-        }));
-        let stored = stored.map_err(|e| Error::from(e).context(format!("manifest of {reference}")))?;
-        match stored {
-            Some(text) if text != tagged(digest).to_string() => Err(Error::new(
-                ErrorKind::Mismatch,
-                format!("manifest of {reference}: the registry stored {text}, sha256:{digest} was sent"),
-            )),
-            _ => Ok(digest),
-        }
+        let (name, body) = (reference.manifest_name(), Bytes::copy_from_slice(manifest));
+        runtime
+            .block_on(client.put_manifest(reference.repository(), &name, media::OCI_MANIFEST, body, context))
+            .map_err(|e| Error::from(e).context(format!("manifest of {reference}")))?;
+        Ok(digest)
     }
 
     fn access(&self) -> Access {

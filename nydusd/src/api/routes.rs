@@ -69,7 +69,7 @@ impl Reply {
 }
 
 /// Answers one request.
-pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, body: &[u8]) -> Reply {
+pub(super) async fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, body: &[u8]) -> Reply {
     let get = method == Method::GET;
     let put = method == Method::PUT;
     let delete = method == Method::DELETE;
@@ -111,6 +111,7 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, 
             Some(recorder) => Reply::json(&why::build(mount, recorder)),
             None => Reply::error(404, "Why(\"nothing is recorded: `why` is false in the configuration\")"),
         }),
+        "/api/v1/trace/push" if method == Method::POST => push_trace(daemon, id.as_deref()).await,
         "/api/v1/trace" if get => {
             let format = parameter(query, "format");
             with_mount(daemon, id.as_deref(), "Trace", |mount| trace(mount, format.as_deref()))
@@ -138,7 +139,7 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, 
 }
 
 /// Every path of the contract, and ours: a wrong method on one of them is a bad request.
-const ROUTES: [&str; 20] = [
+const ROUTES: [&str; 21] = [
     "/metrics",
     "/api/v1/why",
     "/api/v1/daemon",
@@ -158,6 +159,7 @@ const ROUTES: [&str; 20] = [
     "/api/v1/metrics/blobcache",
     "/api/v1/metrics/inflight",
     "/api/v1/trace",
+    "/api/v1/trace/push",
     "/api/v2/blobs",
 ];
 
@@ -188,6 +190,17 @@ fn backend(mount: &Mount) -> Backend {
         config: mount.config().public_json(),
         bootstrap: format!("sha256:{}", mount.bootstrap_digest()),
         verified: !mount.rafs().is_unverified(),
+    }
+}
+
+/// Pushes the start-up trace: the artifact's digest, null if the registry knew it all.
+async fn push_trace(daemon: &Daemon, id: Option<&str>) -> Reply {
+    let (Some(mount), Some(engine)) = (find_mount(daemon, id), daemon.engine()) else {
+        return no_counter("Trace");
+    };
+    match mount.tracer().push(engine.handle()).await {
+        Ok(digest) => Reply::json(&json!({ "digest": digest })),
+        Err(e) => Reply::error(500, &format!("Trace({e:#})")),
     }
 }
 

@@ -122,7 +122,7 @@ async fn answer(
     let reply = match Limited::new(body, MAX_BODY).collect().await {
         Ok(body) => {
             let query = head.uri.query().unwrap_or_default();
-            routes::answer(&daemon, &head.method, head.uri.path(), query, &body.to_bytes())
+            routes::answer(&daemon, &head.method, head.uri.path(), query, &body.to_bytes()).await
         }
         Err(_) => Reply::error(400, "BadRequest"),
     };

@@ -140,6 +140,8 @@ pub struct Config {
     pub trace: trace::Mode,
     /// When their recording ends.
     pub trace_limits: trace::Limits,
+    /// Push what was recorded to the image's repository.
+    pub push_trace: bool,
     /// What the document said that has no effect here; to be logged once.
     pub warnings: Vec<String>,
 }
@@ -168,6 +170,7 @@ impl Config {
             read_ahead: ReadAhead::default(),
             trace: trace::Mode::default(),
             trace_limits: trace::Limits::default(),
+            push_trace: false,
             warnings: Vec::new(),
         }
     }

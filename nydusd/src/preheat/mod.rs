@@ -79,6 +79,15 @@ pub fn after_mount(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request
     wanted.then_some(Request { what: "start", stages, bandwidth: prefetch.bandwidth })
 }
 
+/// What the image itself hints at, to be fetched where no start of it is known: its prefetch
+/// table, unless that asks for everything or the configuration speaks of prefetch.
+pub fn hints(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request> {
+    let table = bootstrap.prefetch();
+    let wanted = !config.prefetch.enable && !table.is_empty() && !table.contains(&bootstrap.root());
+    let stages = vec![(Class::Predicted, Wish::Table)];
+    wanted.then_some(Request { what: "hints", stages, bandwidth: None })
+}
+
 /// A wish as found in an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Chunks {

@@ -17,11 +17,13 @@
 //! - [`document`]: a trace as JSON. It belongs to one bootstrap; whatever is read back is
 //!   checked against the image that is mounted, and ignored with a warning if it does not fit.
 //! - [`Trace::merged`]: what several starts of the image have in common goes first.
+//! - [`share`]: a trace in the registry, for other nodes.
 //! - [`files`]: the same as ranges of files, for people and for `nydus-image optimize`.
 
 mod document;
 pub mod files;
 mod record;
+pub mod share;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -30,9 +32,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use rafs::fs::Rafs;
 use storage::digest::{Digest, TaggedDigest};
-use storage::engine::Engine;
+use storage::engine::{Engine, Handle};
 use storage::ids::ChunkIndex;
 use storage::prefetch::Order;
 use storage::read::ReadSlice;
@@ -40,6 +43,7 @@ use tokio::sync::Notify;
 
 pub use document::{Document, Identity, MAX_DOCUMENT};
 use record::Recorder;
+use share::Share;
 
 /// Chunks in a trace at most: 16 GiB in chunks of 256 KiB, more than any start reads.
 pub const MAX_CHUNKS: usize = 1 << 16;
@@ -165,6 +169,8 @@ pub struct TracerSpec<'a> {
     pub root: Option<TaggedDigest>,
     /// The image.
     pub rafs: Arc<Rafs>,
+    /// Where other nodes find it.
+    pub share: Option<Share>,
 }
 
 /// The trace of one mount: records it, keeps it, knows the earlier one.
@@ -186,6 +192,7 @@ struct Shared {
     trace: Mutex<Option<Arc<Trace>>>,
     /// Told of the first touched chunk, of the last possible one, and of the end.
     wake: Arc<Notify>,
+    share: Option<Share>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -203,15 +210,23 @@ impl Tracer {
             let shared = Arc::clone(&tracer.shared);
             engine.spawn(async move {
                 shared.wait_for_end().await;
+                let recorded = Arc::clone(&shared);
                 // A mount that ends at the same time has saved it already.
-                let _ = handle.blocking(move || shared.finish()).await;
+                let saved = handle.blocking(move || recorded.finish()).await;
+                if saved.unwrap_or(false) && shared.share.as_ref().is_some_and(|share| share.push) {
+                    match shared.push().await {
+                        Ok(Some(digest)) => tracing::info!("the trace was pushed as {digest}"),
+                        Ok(None) => {}
+                        Err(e) => tracing::warn!("the trace was not pushed: {e:#}"),
+                    }
+                }
             });
         }
         tracer
     }
 
     fn new(spec: TracerSpec<'_>) -> Self {
-        let TracerSpec { mode, limits, work_dir, bootstrap, root, rafs } = spec;
+        let TracerSpec { mode, limits, work_dir, bootstrap, root, rafs, share } = spec;
         let identity = Identity::new(bootstrap, rafs.bootstrap().blobs());
         let path = work_dir.join(format!("{bootstrap}.trace"));
         let wake = Arc::<Notify>::default();
@@ -232,6 +247,7 @@ impl Tracer {
             recorder,
             trace: Mutex::new(trace),
             wake,
+            share,
         };
         Self { shared: Arc::new(shared) }
     }
@@ -246,6 +262,7 @@ impl Tracer {
             bootstrap: Digest([0; 32]),
             root: None,
             rafs,
+            share: None,
         })
     }
 
@@ -261,13 +278,25 @@ impl Tracer {
 
     /// What is known by now: earlier starts and this one.
     pub fn current(&self) -> Option<Trace> {
-        let earlier = self.shared.trace.lock().unwrap_or_else(PoisonError::into_inner);
-        // Under the lock: what is recorded is in one of the two.
-        let order = self.shared.recorder.order();
-        match order.is_empty() {
-            true => earlier.as_deref().cloned(),
-            false => Some(earlier.as_deref().cloned().unwrap_or_default().merged(&order)),
-        }
+        self.shared.current()
+    }
+
+    /// Asks the registry for a trace, unless this node has one, and makes it the earlier one.
+    /// Answers it if it is still of use.
+    pub fn pull(&self) -> impl Future<Output = Option<Arc<Trace>>> + Send + use<> {
+        let shared = Arc::clone(&self.shared);
+        async move { shared.pull().await }
+    }
+
+    /// Pushes what is known by now. Answers the digest of the artifact, `None` if the registry
+    /// knows as much.
+    ///
+    /// # Errors
+    /// Nothing is known, the image does not come from a registry by name, or the registry's own.
+    pub async fn push(&self, engine: &Handle) -> anyhow::Result<Option<String>> {
+        let shared = Arc::clone(&self.shared);
+        // On the engine: the control plane may be busy, and its runtime drives no registry.
+        engine.spawn(async move { shared.push().await }).await?
     }
 
     /// [`Tracer::current`] as a document.
@@ -294,6 +323,35 @@ impl Shared {
         self.trace.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    fn current(&self) -> Option<Trace> {
+        let earlier = self.trace.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock: what is recorded is in one of the two.
+        let order = self.recorder.order();
+        match order.is_empty() {
+            true => earlier.as_deref().cloned(),
+            false => Some(earlier.as_deref().cloned().unwrap_or_default().merged(&order)),
+        }
+    }
+
+    async fn pull(&self) -> Option<Arc<Trace>> {
+        let share = self.share.as_ref()?;
+        if self.mode != Mode::On || self.trace().is_some() {
+            return None;
+        }
+        let found = share::pull(&share.subject, &self.identity).await;
+        let found =
+            found.inspect_err(|e| tracing::warn!("the registry's trace is ignored: {e:#}")).ok()??;
+        let mut trace = self.trace.lock().unwrap_or_else(PoisonError::into_inner);
+        // Recording may have ended meanwhile: then the start is over.
+        trace.is_none().then(|| Arc::clone(trace.insert(Arc::new(found))))
+    }
+
+    async fn push(&self) -> anyhow::Result<Option<String>> {
+        let share = self.share.as_ref().context("the image was not mounted by its name in a registry")?;
+        let ours = self.current().context("no start was recorded yet")?;
+        share::push(&share.subject, &self.identity, &ours, |trace| self.document(trace, true)).await
+    }
+
     fn document(&self, trace: &Trace, complete: bool) -> Document {
         let root = self.root.get_or_init(|| rafs::merkle::image_root(&**self.rafs.bootstrap()).ok());
         Document::new(&self.identity, *root, trace, complete)
@@ -316,13 +374,14 @@ impl Shared {
         }
     }
 
-    fn finish(&self) {
+    /// True if there was something to keep.
+    fn finish(&self) -> bool {
         self.recorder.stop();
         let merged = {
             let mut trace = self.trace.lock().unwrap_or_else(PoisonError::into_inner);
             let order = self.recorder.take();
             if order.is_empty() {
-                return;
+                return false;
             }
             let merged = Arc::new(trace.take().unwrap_or_default().merged(&order));
             *trace = Some(Arc::clone(&merged));
@@ -333,5 +392,6 @@ impl Shared {
             Ok(()) => tracing::info!("the start was recorded: {} chunks", merged.entries.len()),
             Err(e) => tracing::warn!("the trace {} can not be kept: {e:#}", self.path.display()),
         }
+        true
     }
 }

@@ -11,6 +11,7 @@ use super::client::{RegistryClient, RegistryOptions};
 use super::layout::OciLayout;
 use super::manifest::{Document, Flavor, MAX_INDEX_DEPTH, Manifest, Platform, descriptor_digest, select};
 use super::reference::Reference;
+use super::referrers::Subject;
 use super::stream::{read_all, verified};
 use crate::backend::layout::OciLayoutSource;
 use crate::backend::localfs::blocking;
@@ -107,6 +108,14 @@ impl Image {
     pub fn client(&self) -> Option<&RegistryClient> {
         match &self.place {
             Place::Registry(client, _) => Some(client),
+            Place::Layout(..) => None,
+        }
+    }
+
+    /// `manifest`, which this image has, for others to refer to; `None` in a layout.
+    pub fn subject(&self, manifest: &Document) -> Option<Subject> {
+        match &self.place {
+            Place::Registry(client, reference) => Some(Subject::new(client.clone(), reference, manifest)),
             Place::Layout(..) => None,
         }
     }

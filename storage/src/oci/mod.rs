@@ -7,6 +7,8 @@
 //!                     └─ nydus: its bootstrap, and a source of its blobs
 //! ```
 //!
+//! [`referrers`] finds and stores small documents that belong to an image, with [`upload`].
+//!
 //! Nothing a server or a layout says is believed before its size and digest are checked.
 
 pub mod auth;
@@ -17,5 +19,7 @@ pub mod layout;
 pub mod manifest;
 pub mod nydus;
 pub mod reference;
+pub mod referrers;
 pub mod stream;
 pub mod token;
+pub mod upload;

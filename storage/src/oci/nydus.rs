@@ -19,6 +19,7 @@ use tokio::runtime::Handle;
 
 use super::image::Image;
 use super::manifest::{Flavor, MAX_CONFIG_SIZE, Platform, annotation};
+use super::referrers::Subject;
 use super::stream::BlockingReader;
 use crate::backend::localfs::blocking;
 use crate::backend::registry::Rewrite;
@@ -73,6 +74,8 @@ pub struct NydusImage {
     pub root_json: Option<Vec<u8>>,
     /// The image root digest by annotation, if the image has one.
     pub root_digest: Option<TaggedDigest>,
+    /// The manifest, for others to refer to; `None` in a layout.
+    pub subject: Option<Subject>,
     /// The place of the blobs.
     pub source: Arc<dyn BlobSource>,
 }
@@ -105,6 +108,7 @@ impl NydusImage {
                     .map_err(|e| e.context(format_args!("bootstrap layer {}", layer.digest())))?;
             Ok(Self {
                 manifest_digest: document.digest,
+                subject: image.subject(&document),
                 bootstrap: options.bootstrap,
                 bootstrap_digest: unpacked.digest,
                 root_json: unpacked.root_json,

@@ -70,6 +70,17 @@ impl Reference {
     }
 }
 
+impl Reference {
+    /// The same repository at `tag`, without a digest.
+    ///
+    /// # Errors
+    /// `Invalid`: not a tag.
+    pub fn at_tag(&self, tag: &str) -> Result<Self> {
+        check_tag(tag)?;
+        Ok(Self { tag: Some(tag.to_owned()), digest: None, ..self.clone() })
+    }
+}
+
 /// The API host behind a registry's name.
 pub fn api_host(host: &str) -> &str {
     match host {

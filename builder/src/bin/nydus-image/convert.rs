@@ -11,7 +11,7 @@ use builder::oci::source::ImageSource;
 use builder::oci::target::Target;
 use builder::oci::transport::Transport;
 use builder::pipeline::DataOptions;
-use clap::Args;
+use clap::{ArgAction, Args};
 use serde_json::{Value, json};
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
@@ -53,6 +53,9 @@ pub struct ConvertArgs {
     /// Bytes of a chunk, hexadecimal with 0x or decimal: a power of two, 4 KiB to 16 MiB
     #[arg(long, default_value_t = ChunkSize(convert::DEFAULT_CHUNK_SIZE))]
     chunk_size: ChunkSize,
+    /// Name the files that a start surely reads in the image, to be fetched ahead: on or off
+    #[arg(long, default_value = "on", value_name = "WHETHER", action = ArgAction::Set, value_parser = on_or_off)]
+    hints: bool,
     /// Speak http instead of https to registries; loopback addresses are spoken to so by default
     #[arg(long)]
     plain_http: bool,
@@ -62,6 +65,14 @@ pub struct ConvertArgs {
     /// Write the result as JSON to this file
     #[arg(short = 'J', long, value_name = "FILE")]
     output_json: Option<PathBuf>,
+}
+
+fn on_or_off(text: &str) -> std::result::Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("want on or off".to_owned()),
+    }
 }
 
 /// A chunk size as typed; its range is checked by the builder.
@@ -110,6 +121,7 @@ impl ConvertArgs {
                 chunk_size: self.chunk_size.0,
                 threads: self.threads,
             },
+            hints: self.hints,
             jobs: self.jobs.max(1),
             observer: &*observer,
             cancel: interrupt.token(),

@@ -73,7 +73,12 @@ pub struct Why {
 
 /// Forms of a trace.
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Trace {
+    /// What to do with it, if not to show it
+    #[command(subcommand)]
+    pub action: Option<TraceAction>,
+
     /// Print the trace as the daemon keeps it
     #[arg(long, conflicts_with = "optimize")]
     pub json: bool,
@@ -81,6 +86,13 @@ pub struct Trace {
     /// Print what `nydus-image optimize --prefetch-files` reads
     #[arg(long)]
     pub optimize: bool,
+}
+
+/// What is done with a trace.
+#[derive(Debug, Subcommand)]
+pub enum TraceAction {
+    /// Push it to the image's repository, for other nodes to start with
+    Push,
 }
 
 /// Settings.

@@ -4,14 +4,23 @@ use std::fmt::Write as _;
 
 use serde_json::Value;
 
-use crate::cli::Trace;
+use crate::cli::{Trace, TraceAction};
 use crate::client::Client;
 
 const DOCUMENT: &str = "/api/v1/trace";
+const PUSH: &str = "/api/v1/trace/push";
 const OPTIMIZE: &str = "/api/v1/trace?format=optimize";
 
 /// Prints the trace in the form that was asked for.
 pub fn run(client: &Client<'_>, show: &Trace) -> anyhow::Result<()> {
+    if let Some(TraceAction::Push) = show.action {
+        let answer = client.post(PUSH, &Value::Null)?;
+        match answer["digest"].as_str() {
+            Some(digest) => println!("pushed as {digest}"),
+            None => println!("the registry knows as much"),
+        }
+        return Ok(());
+    }
     let text = match (show.json, show.optimize) {
         (true, _) => client.get(DOCUMENT)?.to_string(),
         (_, true) => client.get(OPTIMIZE)?.to_string(),

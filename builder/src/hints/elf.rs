@@ -1,0 +1,221 @@
+//! Which shared libraries a program is linked with: the dynamic section of its ELF file, and
+//! where the dynamic linker looks (ld.so(8)).
+
+use std::io::{Read, Seek};
+
+use object::Endianness;
+use object::elf;
+use object::read::elf::{Dyn as _, FileHeader, ProgramHeader as _};
+use object::read::{ReadCache, ReadCacheOps, ReadRef};
+
+use super::finder::Finder;
+use super::paths::{join, parent};
+
+/// Largest part of a file read at once: program headers and dynamic sections take less.
+const MAX_READ: u64 = 1 << 20;
+/// A library of this size or more that has less than a 64th of code is a table, as ICU's data of
+/// 30 MB: a start reads a few pages of it, and these come when they are read.
+const TABLE_SIZE: u64 = 1 << 20;
+/// Libraries named by one file at most.
+const MAX_NEEDED: usize = 1024;
+/// Where the linker looks without being told, of every distribution: the first that has a
+/// library of the right kind wins.
+const DEFAULT_DIRS: [&[u8]; 5] = [b"/lib", b"/usr/lib", b"/lib64", b"/usr/lib64", b"/usr/local/lib"];
+/// Files of `ld.so.conf` that are followed.
+const MAX_CONF_FILES: usize = 64;
+
+/// What the dynamic linker reads from an ELF file.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Elf {
+    /// Class and machine: libraries of another kind are passed over.
+    pub kind: (u8, u16),
+    pub interpreter: Option<Vec<u8>>,
+    pub needed: Vec<Vec<u8>>,
+    /// Bytes in executable segments.
+    pub code_size: u64,
+    /// `DT_RUNPATH`, or without it `DT_RPATH`, split at colons.
+    pub paths: Vec<Vec<u8>>,
+}
+
+/// A file of hostile content must not make us read it whole.
+struct Bounded<'a, R: ReadCacheOps>(&'a ReadCache<R>);
+
+impl<R: ReadCacheOps> Clone for Bounded<'_, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<R: ReadCacheOps> Copy for Bounded<'_, R> {}
+
+impl<'a, R: ReadCacheOps> ReadRef<'a> for Bounded<'a, R> {
+    fn len(self) -> Result<u64, ()> {
+        self.0.len()
+    }
+
+    fn read_bytes_at(self, offset: u64, size: u64) -> Result<&'a [u8], ()> {
+        if size > MAX_READ { Err(()) } else { self.0.read_bytes_at(offset, size) }
+    }
+
+    fn read_bytes_at_until(self, range: std::ops::Range<u64>, delimiter: u8) -> Result<&'a [u8], ()> {
+        self.0.read_bytes_at_until(range, delimiter)
+    }
+}
+
+/// Reads an ELF file; `None` if it is none, or a damaged one.
+pub(super) fn parse<R: Read + Seek>(file: R) -> Option<Elf> {
+    let cache = ReadCache::new(file);
+    let data = Bounded(&cache);
+    let ident = data.read_bytes_at(0, 16).ok()?;
+    if ident[..4] != elf::ELFMAG {
+        return None;
+    }
+    match ident[4] {
+        1 => parse_class::<elf::FileHeader32<Endianness>, _>(data, 1),
+        2 => parse_class::<elf::FileHeader64<Endianness>, _>(data, 2),
+        _ => None,
+    }
+}
+
+fn parse_class<'a, H, R>(data: R, class: u8) -> Option<Elf>
+where
+    H: FileHeader<Endian = Endianness>,
+    R: ReadRef<'a>,
+{
+    let header = H::parse(data).ok()?;
+    let endian = header.endian().ok()?;
+    let segments = header.program_headers(endian, data).ok()?;
+    let mut elf = Elf { kind: (class, header.e_machine(endian).0), ..Elf::default() };
+    let (mut strings, mut names) = (None, Vec::new());
+    let (mut rpath, mut runpath) = (None, None);
+    for segment in segments {
+        if segment.p_type(endian) == elf::PT_LOAD && segment.p_flags(endian).0 & elf::PF_X.0 != 0 {
+            elf.code_size = elf.code_size.saturating_add(segment.p_filesz(endian).into());
+        }
+        if let Ok(Some(path)) = segment.interpreter(endian, data) {
+            elf.interpreter = Some(path.to_vec());
+        }
+        for entry in segment.dynamic(endian, data).ok().flatten().unwrap_or_default() {
+            let value: u64 = entry.val(endian);
+            match entry.tag(endian) {
+                elf::DT_NULL => break,
+                elf::DT_STRTAB => strings = Some(value),
+                elf::DT_NEEDED if names.len() < MAX_NEEDED => names.push(value),
+                elf::DT_RPATH => rpath = Some(value),
+                elf::DT_RUNPATH => runpath = Some(value),
+                _ => {}
+            }
+        }
+    }
+    // The string table is named by its address in memory.
+    let table = strings.and_then(|address| {
+        segments.iter().filter(|segment| segment.p_type(endian) == elf::PT_LOAD).find_map(|segment| {
+            let (start, (offset, size)) = (segment.p_vaddr(endian).into(), segment.file_range(endian));
+            let within = address.checked_sub(start).filter(|within| *within < size)?;
+            Some((offset.checked_add(within)?, offset.checked_add(size)?))
+        })
+    });
+    let text = |at: u64| {
+        let (start, end) = table?;
+        let start = start.checked_add(at).filter(|start| *start < end)?;
+        // Of strings longer than a path only the beginning is read, so the end is not found.
+        data.read_bytes_at_until(start..end.min(start.saturating_add(4096)), 0).ok().map(<[u8]>::to_vec)
+    };
+    elf.needed = names.into_iter().filter_map(text).filter(|name| !name.is_empty()).collect();
+    let paths = runpath.or(rpath).and_then(text).unwrap_or_default();
+    elf.paths = split_paths(&paths);
+    Some(elf)
+}
+
+/// The directories of a list with colons.
+pub(super) fn split_paths(list: &[u8]) -> Vec<Vec<u8>> {
+    list.split(|&b| b == b':').filter(|dir| !dir.is_empty()).map(<[u8]>::to_vec).collect()
+}
+
+/// Adds the interpreter of the ELF file at `path` and all libraries that it is linked with,
+/// breadth first as the linker loads them. The file itself is added by the caller.
+pub(super) fn closure(finder: &mut Finder<'_>, path: &[u8], elf: Elf) {
+    if elf.interpreter.is_none() && elf.needed.is_empty() {
+        return;
+    }
+    if let Some(interpreter) = &elf.interpreter {
+        finder.add(interpreter);
+        finder.add(b"/etc/ld.so.cache");
+    }
+    let dirs = linker_dirs(finder);
+    let mut queue = std::collections::VecDeque::from([(path.to_vec(), elf)]);
+    while let Some((path, elf)) = queue.pop_front() {
+        let origin = parent(&path);
+        for name in &elf.needed {
+            let found = if name.contains(&b'/') {
+                load(finder, name, elf.kind)
+            } else {
+                let own = elf.paths.iter().map(|dir| expand(dir, &origin));
+                let all: Vec<Vec<u8>> = own.chain(dirs.iter().cloned()).collect();
+                all.iter().find_map(|dir| load(finder, &join(dir, name), elf.kind))
+            };
+            if let Some((path, Some(elf))) = found {
+                queue.push_back((path, elf));
+            }
+        }
+    }
+}
+
+/// Adds the library at `path` if it is one of the right kind: its real path, and what it is
+/// linked with unless it was known before.
+fn load(finder: &mut Finder<'_>, path: &[u8], kind: (u8, u16)) -> Option<(Vec<u8>, Option<Elf>)> {
+    let file = finder.regular(path)?;
+    if finder.is_known(file.inode) {
+        return Some((file.path, None));
+    }
+    let elf = parse(finder.open(file.inode)?).filter(|elf| elf.kind == kind)?;
+    let size = finder.size(file.inode);
+    if size < TABLE_SIZE || elf.code_size >= size / 64 {
+        finder.add(path);
+    }
+    Some((file.path, Some(elf)))
+}
+
+/// A directory of `DT_RUNPATH` with `$ORIGIN` filled in.
+fn expand(dir: &[u8], origin: &[u8]) -> Vec<u8> {
+    let rest = dir.strip_prefix(b"$ORIGIN").or_else(|| dir.strip_prefix(b"${ORIGIN}"));
+    rest.map_or_else(|| dir.to_vec(), |rest| [origin, rest].concat())
+}
+
+/// `LD_LIBRARY_PATH`, the directories of `/etc/ld.so.conf`, and the default ones.
+fn linker_dirs(finder: &mut Finder<'_>) -> Vec<Vec<u8>> {
+    if let Some(dirs) = &finder.linker_dirs {
+        return dirs.clone();
+    }
+    let mut dirs = finder.variable("LD_LIBRARY_PATH").map(split_paths).unwrap_or_default();
+    let mut conf = vec![b"/etc/ld.so.conf".to_vec()];
+    let mut at = 0;
+    while let Some(path) = conf.get(at).cloned() {
+        at += 1;
+        for line in finder.text(&path).unwrap_or_default().split(|&b| b == b'\n') {
+            let line = line.split(|&b| b == b'#').next().unwrap_or_default().trim_ascii();
+            if let Some(pattern) = line.strip_prefix(b"include ") {
+                conf.extend(included(finder, pattern.trim_ascii()));
+                conf.truncate(MAX_CONF_FILES);
+            } else if line.starts_with(b"/") {
+                dirs.push(line.to_vec());
+            }
+        }
+    }
+    dirs.extend(DEFAULT_DIRS.map(<[u8]>::to_vec));
+    finder.linker_dirs.insert(dirs).clone()
+}
+
+/// The files of `include DIR/*.conf`, in order of names.
+fn included(finder: &Finder<'_>, pattern: &[u8]) -> Vec<Vec<u8>> {
+    let (dir, suffix) = (parent(pattern), pattern.rsplit(|&b| b == b'*').next().unwrap_or_default());
+    if !pattern.contains(&b'*') {
+        return vec![pattern.to_vec()];
+    }
+    finder
+        .names(&dir)
+        .into_iter()
+        .filter(|name| name.ends_with(suffix))
+        .map(|name| join(&dir, &name))
+        .collect()
+}
