@@ -580,6 +580,7 @@ def main():
     run(f"{HERE}/misc/images/make-images", LAYOUTS, *IMAGES)
     table = Table()
     with directory(os.environ.get("TMPDIR", "/var/tmp")) as work, registry(work) as host:
+        version = " ".join(run(f"{BIN}/nydusd", "--version").split()[:6])
         print(f"cold start, medians of {RUNS} on {os.cpu_count()} cores; {run(f'{BIN}/nydusd', '--version').splitlines()[0].expandtabs(1)}")
         for name in IMAGES:
             image = Image(name, host, work)
