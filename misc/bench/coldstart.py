@@ -581,7 +581,7 @@ def main():
     table = Table()
     with directory(os.environ.get("TMPDIR", "/var/tmp")) as work, registry(work) as host:
         version = " ".join(run(f"{BIN}/nydusd", "--version").split()[:6])
-        print(f"cold start, medians of {RUNS} on {os.cpu_count()} cores; {run(f'{BIN}/nydusd', '--version').splitlines()[0].expandtabs(1)}")
+        print(f"cold start, medians of {RUNS} on {os.cpu_count()} cores; {version}")
         for name in IMAGES:
             image = Image(name, host, work)
             unpacked = f"{work}/{name}-tree"
