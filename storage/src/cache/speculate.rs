@@ -20,16 +20,16 @@ use crate::ids::ChunkIndex;
 use crate::link::Link;
 use crate::prefetch::{Class, Prefer, ReadAhead};
 
-/// Bytes that a byte needed by a reader earns when time counts: a start that reads a quarter
-/// of what surrounds its accesses is served from what was read ahead.
-const TIME_GAIN: f64 = 4.0;
+/// Bytes that a byte needed by a reader earns when time counts: a start that reads a third of
+/// what surrounds its accesses is served from what was read ahead.
+const TIME_GAIN: f64 = 3.0;
 
 /// The same when bytes count: what is fetched stays below twice what is read.
 const BYTES_GAIN: f64 = 0.8;
 
 /// Bytes that a miss earns when time counts, in multiples of what could have come while its
 /// reader waited.
-const MISS_GAIN: f64 = 4.0;
+const MISS_GAIN: f64 = 2.0;
 
 /// Most credit.
 const MAX_CREDIT: f64 = (32 << 20) as f64;
@@ -238,22 +238,29 @@ impl State {
         grows
     }
 
-    /// Lets the best seed grow.
+    /// Lets the best seeds of a blob grow, by about `max_step` stored bytes together.
     fn next_step(&mut self, shared: &Shared, max_step: u64) -> Option<Step> {
-        loop {
-            if self.credit <= 0.0 {
-                return None;
-            }
+        let mut all = Step { blob: 0, chunks: Vec::new(), bytes: 0 };
+        let mut credit = self.credit;
+        while credit > 0.0 && all.bytes < max_step {
+            let begun = !all.chunks.is_empty();
             let growing = self.seeds.iter_mut().filter(|seed| !seed.ended || !seed.begun);
+            // One request is for one blob.
+            let growing = growing.filter(|seed| !begun || seed.blob == all.blob);
             // The first of those that have gone on for the shortest time without a proof.
-            let seed = growing.min_by_key(|seed| seed.steps)?;
-            let step = (FIRST_STEP << seed.steps.min(8)).min(max_step).min(self.credit as u64 + 1);
+            let Some(seed) = growing.min_by_key(|seed| seed.steps) else { break };
+            let step = (FIRST_STEP << seed.steps.min(8)).min(max_step - all.bytes).min(credit as u64 + 1);
             seed.steps += 1;
+            let blob = seed.blob;
             let grown = seed.grow(shared, step);
+            credit -= grown.bytes as f64;
             if !grown.chunks.is_empty() {
-                return Some(grown);
+                all.blob = blob;
+                all.bytes += grown.bytes;
+                all.chunks.extend(grown.chunks);
             }
         }
+        (!all.chunks.is_empty()).then_some(all)
     }
 }
 
