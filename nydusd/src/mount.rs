@@ -18,6 +18,7 @@ use storage::backend::{Backend, BlobSource, ReadContext};
 use storage::cache::{BlobCache, BlobCacheConfig, BlobSet, ChunkTable, MetaSpec};
 use storage::digest::{Digest, TaggedDigest};
 use storage::engine::{Engine, Handle};
+use storage::extent::ChunkExtent;
 use storage::ids::{BlobId, ChunkIndex};
 use storage::metrics::{BackendMetrics, CacheMetrics};
 use storage::observe::{Fetched, Observer};
@@ -440,6 +441,14 @@ impl Mount {
     pub fn chunk_counts(&self) -> (u64, u64) {
         let ready = self.caches.iter().map(|cache| u64::from(cache.ready_count())).sum();
         (ready, self.rafs.bootstrap().blobs().iter().map(|blob| u64::from(blob.chunk_count)).sum())
+    }
+
+    /// True if every chunk that the image uses is in the cache. Its blobs may hold others.
+    pub fn is_all_ready(&self) -> bool {
+        let is_ready = |(blob, extent): (u32, ChunkExtent)| {
+            self.caches.get(blob as usize).is_some_and(|cache| cache.is_ready(&extent))
+        };
+        crate::preheat::order::image(&self.rafs).all(is_ready)
     }
 
     /// Counters of its caches.

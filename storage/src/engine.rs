@@ -156,6 +156,15 @@ impl Handle {
         self.runtime.spawn(future)
     }
 
+    /// Starts `future` on the workers; it ends with `set`.
+    pub(crate) fn spawn_in<T: Send + 'static>(
+        &self,
+        set: &mut tokio::task::JoinSet<T>,
+        future: impl Future<Output = T> + Send + 'static,
+    ) {
+        set.spawn_on(future, &self.runtime);
+    }
+
     /// Bytes that units in flight may hold.
     pub(crate) fn budget(&self) -> &Arc<Budget> {
         &self.budget

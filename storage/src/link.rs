@@ -43,7 +43,11 @@ const READERS_LINGER: Duration = Duration::from_millis(200);
 
 /// Longest a stream that nobody waits for is held back by readers, so that its source does
 /// not give up on it.
-const PATIENCE: Duration = Duration::from_millis(200);
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// Least and longest wait of a reader for a fetch that began without one: its answer may be
+/// under way, and asking twice costs bytes.
+const OVERTAKE: (Duration, Duration) = (Duration::from_millis(750), Duration::from_secs(3));
 
 /// Orders, by [`Class`].
 const CLASSES: usize = 4;
@@ -195,6 +199,18 @@ impl Link {
     /// Time to the first byte of an answer, as far as is known.
     pub(crate) fn round_trip(&self) -> Option<Duration> {
         self.lock().gauge.round_trip
+    }
+
+    /// How long a reader waits for a fetch that began without one, before it asks itself.
+    pub(crate) fn patience(&self) -> Duration {
+        let trip = self.lock().gauge.round_trip.unwrap_or_default();
+        (trip * 8).clamp(OVERTAKE.0, OVERTAKE.1)
+    }
+
+    /// Bytes that come in a second, as far as is known.
+    pub(crate) fn rate(&self) -> Option<u64> {
+        // Finite and not negative; `as` saturates.
+        self.lock().gauge.rate.map(|rate| rate as u64)
     }
 
     /// Bytes that come in one round trip, as far as is known: what a miss costs.

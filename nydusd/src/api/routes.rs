@@ -291,7 +291,7 @@ fn blob_cache(mount: &Mount) -> BlobCache {
         prefetch_end_time_secs: ahead.ended.as_secs(),
         prefetch_end_time_millis: ahead.ended.subsec_millis().into(),
         buffered_backend_size: mount.buffered(),
-        data_all_ready: entries_count == chunks_total,
+        data_all_ready: mount.is_all_ready(),
         chunks_total,
         compressed_bytes_total: blobs.iter().map(|blob| blob.data_size).sum(),
         fetches: mount.fetch_metrics().snapshot(),

@@ -337,3 +337,45 @@ async fn run(job: Arc<Job>, engine: Handle, stages: Vec<(Class, Wish)>) {
     let _ = tokio::join!(count, work);
     drop(end);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(id: u64, ended: Option<Instant>) -> (u64, Arc<Job>) {
+        let state = Mutex::new(JobState { ended, ..JobState::default() });
+        let (mountpoint, mount) = ("/".to_owned(), Weak::new());
+        let started = Instant::now();
+        (id, Arc::new(Job { id, mountpoint, mount, what: "all", bandwidth: None, started, state }))
+    }
+
+    #[test]
+    fn ended_jobs_are_forgotten_and_running_ones_are_not() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let ended = 2 * MAX_ENDED as u64;
+        // The first are those that ended last.
+        let past = (1..=ended).map(|id| job(id, Some(now + second * (ended - id) as u32)));
+        let mut table = Table { last_id: ended + 1, jobs: past.collect() };
+        table.jobs.extend([job(ended + 1, None)]);
+        table.forget(now + second);
+        let kept: Vec<u64> = table.jobs.keys().copied().collect();
+        assert_eq!(kept, (1..=MAX_ENDED as u64).chain([ended + 1]).collect::<Vec<_>>());
+        table.forget(now + second * ended as u32 + REMEMBERED);
+        assert_eq!(table.jobs.keys().copied().collect::<Vec<_>>(), [ended + 1]);
+    }
+
+    #[test]
+    fn an_ended_job_can_not_be_cancelled_any_more() {
+        let jobs = Jobs::default();
+        jobs.lock().jobs.extend([job(1, Some(Instant::now())), job(2, None)]);
+        assert!(jobs.cancel(1) && jobs.cancel(2) && !jobs.cancel(3));
+        let states: Vec<_> = jobs.reports().iter().map(|report| report.state).collect();
+        assert_eq!(
+            states,
+            [State::Done, State::Running],
+            "a running job ends by itself when it is cancelled"
+        );
+        assert!(jobs.lock().jobs[&2].is_cancelled());
+    }
+}

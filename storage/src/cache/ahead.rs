@@ -1,15 +1,15 @@
 //! Works off orders of chunks that nobody waits for yet.
 
 use std::collections::{BTreeMap, HashSet};
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::inflight::{Outcome, Waiter};
+use super::inflight::Outcome;
 use super::pace::Pace;
 use super::set::Shared;
 use crate::backend::retry::within;
@@ -28,10 +28,14 @@ const MAX_SEGMENT: u64 = 16 << 20;
 /// Each segment is this many times the one before.
 const GROWTH: u64 = 4;
 
+/// A segment takes a quarter of a second at most, where the link's rate is known: a reader may
+/// want what comes last in it.
+const SEGMENTS_A_SECOND: u64 = 4;
+
 /// Chunks of one segment.
 const MAX_SEGMENT_CHUNKS: usize = 8192;
 
-/// Chunks passed over before others get the thread: an order may be long, and all of it there.
+/// Chunks looked at before others get the thread: an order may be long, and all of it there.
 const AT_A_STRETCH: u32 = 1024;
 
 /// Longest an abandoned source is waited for; what does not come is left to readers.
@@ -51,48 +55,54 @@ pub(super) fn context(cancel: &CancellationToken) -> ReadContext {
 pub(super) async fn work_off(shared: Arc<Shared>, order: Order, options: PrefetchOptions, handle: Prefetch) {
     // Cancelled, what runs ends by itself; nobody waits for it here.
     let cancelled = handle.token().clone();
+    let _end = End(&handle);
     tokio::select! {
         biased;
         () = cancelled.cancelled() => {}
         () = each_segment(&shared, order, options, &handle) => {}
     }
-    handle.finish();
+}
+
+/// Tells whoever waits for an order that it has ended, however it ends.
+struct End<'a>(&'a Prefetch);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.finish();
+    }
 }
 
 async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchOptions, handle: &Prefetch) {
     let link = shared.engine.link();
-    let mut running = FuturesUnordered::new();
+    // Begun at once, and ended with this order.
+    let mut running = JoinSet::new();
     let mut size = FIRST_SEGMENT;
     let mut pace = options.bandwidth.map(|rate| Pace::new(rate, Instant::now()));
     loop {
         if let Some(pace) = &pace {
             tokio::time::sleep(pace.due(Instant::now())).await;
         }
-        let mut admitted = pin!(link.admit(options.class, size));
-        let slot = loop {
-            tokio::select! {
-                biased;
-                slot = &mut admitted => break slot,
-                Some(()) = running.next(), if !running.is_empty() => {}
-            }
-        };
+        let slot = link.admit(options.class, size).await;
+        while running.try_join_next().is_some() {}
         // Chosen only now: what has come meanwhile is not asked for again.
         let (segment, bytes) = next_segment(shared, &mut order, size, handle).await;
         if segment.is_empty() {
             break;
         }
         slot.shrink(bytes);
-        size = (size * GROWTH).min(MAX_SEGMENT);
+        let soon = link.rate().map_or(FIRST_SEGMENT, |rate| rate / SEGMENTS_A_SECOND);
+        size = (size * GROWTH).min(soon.clamp(FIRST_SEGMENT, MAX_SEGMENT));
         if let Some(pace) = &mut pace {
             pace.charge(bytes, Instant::now());
             size = size.min(pace.rate());
         }
         let slot = Arc::new(slot);
         for (blob, chunks) in segment {
-            running.push(fetch(Arc::clone(shared), blob, chunks, Arc::clone(&slot), handle.clone()));
+            let fetch = fetch(Arc::clone(shared), blob, chunks, Arc::clone(&slot), handle.clone());
+            shared.engine.spawn_in(&mut running, fetch);
         }
     }
-    while running.next().await.is_some() {}
+    while running.join_next().await.is_some() {}
 }
 
 /// Takes chunks that are missing from the order, about `size` bytes, by blob. Answers the
@@ -111,11 +121,11 @@ async fn next_segment(
     {
         let wanted = shared.is_wanted(blob, &extent);
         handle.looked_at(1, u64::from(!wanted));
+        passed = (passed + 1) % AT_A_STRETCH;
+        if passed == 0 {
+            tokio::task::yield_now().await;
+        }
         if !wanted {
-            passed = (passed + 1) % AT_A_STRETCH;
-            if passed == 0 {
-                tokio::task::yield_now().await;
-            }
             continue;
         }
         let of_blob = segment.entry(blob).or_default();
@@ -134,25 +144,24 @@ async fn fetch(shared: Arc<Shared>, blob: u32, chunks: Vec<ChunkExtent>, slot: A
     let mut waiting: FuturesUnordered<_> = waiters
         .into_iter()
         .zip(&chunks)
-        .map(|((waiter, led), extent)| answer(waiter, led.then_some(extent.unit.compressed), &context))
+        .map(|((waiter, led), extent)| async move { (waiter.wait().await, led.then_some(extent)) })
         .collect();
     let mut units: HashSet<ByteRange> = HashSet::new();
-    // One by one: an outcome holds the bytes of its chunk.
-    while let Some((outcome, unit)) = waiting.next().await {
-        match outcome {
-            Outcome::Failed(e) if e.kind() == ErrorKind::Cancelled => {}
-            Outcome::Failed(e) => handle.failed(&e),
-            Outcome::Bytes(_) | Outcome::Stored => units.extend(unit),
+    let waited = within(&context, "prefetch", async {
+        // One by one: an outcome holds the bytes of its chunk.
+        while let Some((outcome, led)) = waiting.next().await {
+            match outcome {
+                Outcome::Failed(e) if e.kind() == ErrorKind::Cancelled => {}
+                Outcome::Failed(e) => handle.failed(&e),
+                Outcome::Bytes(_) | Outcome::Stored => units.extend(led.map(|extent| extent.unit.compressed)),
+            }
         }
+        Ok::<_, Error>(())
+    });
+    if let Err(e) = waited.await
+        && e.kind() != ErrorKind::Cancelled
+    {
+        handle.failed(&e);
     }
     handle.fetched(units.iter().map(|unit| unit.len()).sum());
-}
-
-async fn answer(
-    waiter: Waiter,
-    unit: Option<ByteRange>,
-    context: &ReadContext,
-) -> (Outcome, Option<ByteRange>) {
-    let waited = within(context, "prefetch", async { Ok::<_, Error>(waiter.wait().await) });
-    (waited.await.unwrap_or_else(Outcome::Failed), unit)
 }

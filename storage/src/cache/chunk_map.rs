@@ -312,7 +312,10 @@ impl ChunkMap {
             return run.iter().map(|(index, record)| self.is_ready(*index, record)).collect();
         }
         let mut found = Vec::new();
-        self.load_batch(first.0, last.0 + 1, &mut found);
+        if self.load_batch(first.0, last.0 + 1, &mut found).is_err() {
+            // Not ready is always safe to say.
+            found.clear();
+        }
         // Who is found unset may be marked in the mirror; who is found set must be looked at
         // in the order of `is_ready`.
         let set = |place: usize| found.get(place).is_some_and(|record| !record.is_empty());
@@ -326,60 +329,66 @@ impl ChunkMap {
 
     /// True if the records of a run are set or may be: nothing else is set there, or
     /// overlaps them.
-    pub(super) fn has_room(&self, run: &[Wanted]) -> bool {
-        let (Some((first, from)), Some((last, to))) = (run.first(), run.last()) else { return true };
-        let Some(end) = last.0.checked_add(1).filter(|end| *end <= self.mirror.count()) else { return false };
+    ///
+    /// # Errors
+    /// The map can not be read: nobody knows what lies there.
+    pub(super) fn has_room(&self, run: &[Wanted]) -> io::Result<bool> {
+        let (Some((first, from)), Some((last, to))) = (run.first(), run.last()) else { return Ok(true) };
+        let Some(end) = last.0.checked_add(1).filter(|end| *end <= self.mirror.count()) else {
+            return Ok(false);
+        };
         let _settled = self.clearing.read().unwrap_or_else(PoisonError::into_inner);
         let mut found = Vec::new();
-        self.load_batch(first.0, end, &mut found);
+        self.load_batch(first.0, end, &mut found)?;
         let fit = |place: usize, record: &Record| {
             found.get(place).is_none_or(|found| found.is_empty() || found == record)
         };
         if !run.iter().enumerate().all(|(place, (_, record))| fit(place, record)) {
-            return false;
+            return Ok(false);
         }
         let all_set = found.len() == run.len() && found.iter().all(|record| !record.is_empty());
-        let before = self.neighbour(*first, false).map(|r| r.place());
-        let behind = self.neighbour(*last, true).map(|r| r.place());
-        all_set || fits(before, (from.place().0, to.place().1), behind)
+        if all_set {
+            return Ok(true);
+        }
+        let before = self.neighbour(*first, false)?.map(|r| r.place());
+        let behind = self.neighbour(*last, true)?.map(|r| r.place());
+        Ok(fits(before, (from.place().0, to.place().1), behind))
     }
 
     /// The nearest set record before or behind an index.
-    fn neighbour(&self, index: ChunkIndex, behind: bool) -> Option<Record> {
+    fn neighbour(&self, index: ChunkIndex, behind: bool) -> io::Result<Option<Record>> {
         let count = self.mirror.count();
         let mut batch = Vec::new();
-        let (mut first, mut last) = if behind { (index.0.checked_add(1)?, count) } else { (0, index.0) };
+        let (mut first, mut last) = if behind { (index.0.saturating_add(1), count) } else { (0, index.0) };
         while first < last {
             let (from, to) = if behind {
                 (first, last.min(first.saturating_add(BATCH)))
             } else {
                 (last.saturating_sub(BATCH).max(first), last)
             };
-            self.load_batch(from, to, &mut batch);
+            self.load_batch(from, to, &mut batch)?;
             let mut set = batch.iter().filter(|r| !r.is_empty());
             if let Some(record) = if behind { set.next() } else { set.next_back() } {
-                return Some(*record);
+                return Ok(Some(*record));
             }
             (first, last) = if behind { (to, last) } else { (first, from) };
         }
-        None
+        Ok(None)
     }
 
-    /// Reads the records `from..to`; none if they were never written or can not be read.
-    fn load_batch(&self, from: u32, to: u32, batch: &mut Vec<Record>) {
+    /// Reads the records `from..to`; none if they were never written.
+    fn load_batch(&self, from: u32, to: u32, batch: &mut Vec<Record>) -> io::Result<()> {
         batch.clear();
         // Most of a young map is a hole, which is cheaper to ask for than to read.
         let start = i64::try_from(offset(from)).unwrap_or(i64::MAX);
         match lseek(&self.file, start, Whence::SeekData) {
-            Err(Errno::ENXIO) => return,
-            Ok(data) if u64::try_from(data).is_ok_and(|data| data >= offset(to)) => return,
+            Err(Errno::ENXIO) => return Ok(()),
+            Ok(data) if u64::try_from(data).is_ok_and(|data| data >= offset(to)) => return Ok(()),
             // Data, or a file system that can not tell.
             _ => {}
         }
         batch.resize((to - from) as usize, Record::new_zeroed());
-        if self.storage.read_at(batch.as_mut_slice().as_mut_bytes(), offset(from)).is_err() {
-            batch.clear();
-        }
+        self.storage.read_at(batch.as_mut_slice().as_mut_bytes(), offset(from))
     }
 
     /// Sets records whose data is durable, neighbours with one write. Leaves out, and
@@ -395,7 +404,7 @@ impl ChunkMap {
     }
 
     fn set_run(&self, run: &[Wanted], refused: &mut Vec<ChunkIndex>) -> io::Result<()> {
-        if !self.has_room(run) {
+        if !self.has_room(run)? {
             if let [(index, _)] = run {
                 refused.push(*index);
                 return Ok(());
@@ -439,7 +448,7 @@ impl ChunkMap {
         let count = self.mirror.count();
         let mut batch = Vec::new();
         for from in (0..count).step_by(BATCH as usize) {
-            self.load_batch(from, count.min(from.saturating_add(BATCH)), &mut batch);
+            self.load_batch(from, count.min(from.saturating_add(BATCH)), &mut batch)?;
             if batch.iter().any(|r| !r.is_empty()) {
                 batch.fill(Record::new_zeroed());
                 self.storage.write_at(batch.as_slice().as_bytes(), offset(from))?;
@@ -454,10 +463,18 @@ impl ChunkMap {
         let count = self.mirror.count();
         let (mut ready, mut batch) = (0, Vec::new());
         for from in (0..count).step_by(BATCH as usize) {
-            self.load_batch(from, count.min(from.saturating_add(BATCH)), &mut batch);
+            if self.load_batch(from, count.min(from.saturating_add(BATCH)), &mut batch).is_err() {
+                continue;
+            }
             ready += batch.iter().filter(|r| !r.is_empty()).count();
         }
         u32::try_from(ready).unwrap_or(u32::MAX)
+    }
+
+    /// True if this process holds the right to a run with this chunk.
+    pub(super) fn is_held_here(&self, index: ChunkIndex) -> bool {
+        let held = self.held.lock();
+        held.range(..=index.0).next_back().is_some_and(|(_, run)| run.last >= index.0)
     }
 
     /// Asks for the right to fetch the chunks of a run; `None` if somebody works on one of

@@ -21,7 +21,7 @@ use crate::backend::retry::within;
 use crate::backend::{ByteStream, Priority, ReadContext, Supplier};
 use crate::budget::Permit;
 use crate::ids::ByteRange;
-use crate::link::{Demand, Receiving, Slot};
+use crate::link::{Receiving, Slot};
 use crate::metrics::CacheMetrics;
 use crate::{ErrorKind, Result, engine};
 
@@ -50,15 +50,15 @@ pub(super) struct Request {
     context: ReadContext,
     /// Right to bytes that nobody waits for.
     slot: Option<Arc<Slot>>,
-    /// Tells the link that a reader waits.
-    demand: Option<Demand>,
+    /// A reader waits for it.
+    demanded: bool,
     begun: Instant,
 }
 
 impl Request {
     pub(super) fn new(inner: &Arc<Inner>, context: &ReadContext, slot: Option<Arc<Slot>>) -> Self {
-        let demand = (context.priority == Priority::OnDemand).then(|| inner.engine.link().demand());
-        Self { inner: Arc::clone(inner), context: context.clone(), slot, demand, begun: Instant::now() }
+        let demanded = context.priority == Priority::OnDemand;
+        Self { inner: Arc::clone(inner), context: context.clone(), slot, demanded, begun: Instant::now() }
     }
 
     /// Asks for one range.
@@ -84,6 +84,7 @@ impl Request {
             request: &self,
             pending: works.into(),
             gathered: Vec::new(),
+            gathered_len: 0,
             jobs: Vec::new(),
             received: 0,
         };
@@ -96,7 +97,7 @@ impl Request {
         let failed = streamed.as_ref().is_err_and(|e| e.kind() != ErrorKind::Cancelled);
         inner.backend_metrics.record(received, self.begun.elapsed(), failed);
         inner.metrics.fetched_bytes.fetch_add(received, Ordering::Relaxed);
-        if self.demand.is_none() {
+        if !self.demanded {
             CacheMetrics::tick(&inner.metrics.prefetch_requests);
             inner.metrics.prefetch_bytes.fetch_add(received, Ordering::Relaxed);
         }
@@ -124,6 +125,8 @@ struct Cutter<'a> {
     pending: VecDeque<Work>,
     /// Complete units that have not gone to the pool.
     gathered: Vec<Received>,
+    /// Their decoded bytes.
+    gathered_len: u64,
     /// Batches on the CPU pool.
     jobs: Vec<JoinHandle<Result<Vec<Failure>>>>,
     received: u64,
@@ -131,16 +134,16 @@ struct Cutter<'a> {
 
 impl Cutter<'_> {
     async fn take(&mut self, mut stream: ByteStream, ranges: &[ByteRange]) -> Result<()> {
-        let Request { inner, slot, begun, demand, .. } = self.request;
-        let (link, demanded) = (inner.engine.link(), demand.is_some());
+        let Request { inner, slot, begun, demanded, .. } = self.request;
+        let link = inner.engine.link();
         let timing = Timing { supplier: Some(stream.supplier()), requested: *begun, ..Timing::begin() };
         self.pending.iter_mut().for_each(|work| work.timing = timing);
-        let mut receiving = link.answered(begun.elapsed(), demanded);
+        let mut receiving = link.answered(begun.elapsed(), *demanded);
 
         let total: u64 = ranges.iter().map(|range| range.len()).sum();
         let Some(mut place) = Place::new(ranges) else { return Ok(()) };
         let mut begun_unit: Option<(Vec<u8>, Permit)> = None;
-        while let Some(piece) = self.next_piece(&mut stream, &mut receiving).await {
+        while let Some(piece) = self.next_piece(&mut stream, &receiving, begun_unit.is_none()).await {
             let mut piece = piece?;
             let len = piece.len() as u64;
             self.received += len;
@@ -162,7 +165,9 @@ impl Cutter<'_> {
                     Some(begun) => begun,
                     None => {
                         let need = stored.len() + u64::from(work.unit.decoded_len);
-                        (Vec::new(), self.reserve(need).await)
+                        let priority =
+                            if work.is_demanded() { Priority::OnDemand } else { Priority::Prefetch };
+                        (Vec::new(), self.reserve(need, priority).await)
                     }
                 };
                 let part = piece.split_to(clamp(stored.end() - place.position, piece.len()));
@@ -191,9 +196,11 @@ impl Cutter<'_> {
     async fn next_piece(
         &mut self,
         stream: &mut ByteStream,
-        receiving: &mut Receiving,
+        receiving: &Receiving,
+        holds_nothing: bool,
     ) -> Option<Result<Bytes>> {
-        if !receiving.is_demanded() {
+        // Who gives way must not hold memory that a reader may be waiting for.
+        if holds_nothing && !receiving.is_demanded() {
             let link = self.request.inner.engine.link();
             if link.has_readers() && !self.pending.iter().any(Work::is_demanded) {
                 self.dispatch();
@@ -211,14 +218,13 @@ impl Cutter<'_> {
 
     /// Waits until a unit may be held in memory. Who waits holds nothing: what has gathered
     /// goes to the pool first.
-    async fn reserve(&mut self, need: u64) -> Permit {
-        let Request { inner, context, .. } = self.request;
-        let budget = inner.engine.budget();
-        if let Some(permit) = budget.reserve(need, context.priority).now_or_never() {
+    async fn reserve(&mut self, need: u64, priority: Priority) -> Permit {
+        let budget = self.request.inner.engine.budget();
+        if let Some(permit) = budget.reserve(need, priority).now_or_never() {
             return permit;
         }
         self.dispatch();
-        budget.reserve(need, context.priority).await
+        budget.reserve(need, priority).await
     }
 
     /// Takes the first pending unit, now complete.
@@ -226,9 +232,9 @@ impl Cutter<'_> {
         let Some(mut work) = self.pending.pop_front() else { return };
         work.timing.received = Instant::now();
         let demanded = work.is_demanded();
+        self.gathered_len += u64::from(work.unit.decoded_len);
         self.gathered.push(Received { work, stored, _permit: permit });
-        let decoded: u64 = self.gathered.iter().map(|unit| u64::from(unit.work.unit.decoded_len)).sum();
-        if demanded || decoded >= TOGETHER {
+        if demanded || self.gathered_len >= TOGETHER {
             self.dispatch();
         }
         if receiving.is_demanded() && !self.pending.iter().any(Work::is_demanded) {
@@ -241,6 +247,7 @@ impl Cutter<'_> {
         if self.gathered.is_empty() {
             return;
         }
+        self.gathered_len = 0;
         let units = std::mem::take(&mut self.gathered);
         let inner = Arc::clone(&self.request.inner);
         let engine = inner.engine.clone();

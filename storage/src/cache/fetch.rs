@@ -141,6 +141,12 @@ fn claim(inner: &Inner, mut leads: Vec<Lead>) -> (Vec<Claimed>, Vec<Lead>) {
         }
         for one in run.chunks(1) {
             match files.map.try_lock(one) {
+                // Left by a leader that failed or was overtaken, while the rest of its run goes
+                // on: nobody here is at it.
+                Ok(None) if files.map.is_held_here(one[0].0) => {
+                    past_the_cache.push(one[0].0);
+                    take(one, None);
+                }
                 Ok(lock) => take(one, lock),
                 Err(error) => {
                     debug!(blob = %inner.id, %error, "no lock for a chunk; it is not cached");
@@ -187,6 +193,13 @@ fn span(group: &[Work]) -> Option<ByteRange> {
     ByteRange::new(start, end.checked_sub(start)?).ok()
 }
 
+/// True if no range overlaps another.
+fn are_apart(ranges: &[ByteRange]) -> bool {
+    let mut sorted = ranges.to_vec();
+    sorted.sort_by_key(|range| range.start());
+    sorted.windows(2).all(|pair| pair[0].end() <= pair[1].start())
+}
+
 /// Starts the fetch of merged ranges: several that nobody waits for with one request, if the
 /// source can do that, else each with its own.
 async fn start(
@@ -203,7 +216,8 @@ async fn start(
         groups.sort_by_cached_key(wanted);
     }
     let ranges: Vec<ByteRange> = groups.iter().filter_map(|group| span(group)).collect();
-    if context.priority == Priority::Prefetch && ranges.len() > 1 && ranges.len() == groups.len() {
+    let whole = ranges.len() > 1 && ranges.len() == groups.len() && are_apart(&ranges);
+    if context.priority == Priority::Prefetch && whole {
         let request = Request::new(inner, context, slot.cloned());
         // What went wrong shows again when the ranges are asked for one by one.
         if let Ok(Some(stream)) = request.open_many(&ranges).await {

@@ -43,6 +43,8 @@ struct Entry {
     answer: watch::Receiver<Option<Outcome>>,
     /// A reader waits for it.
     demanded: Arc<AtomicBool>,
+    /// Nobody waited when it was led first: its source is asked without hurry.
+    ahead: bool,
 }
 
 /// The duty to answer for one chunk.
@@ -55,6 +57,7 @@ pub(super) struct Lead {
 }
 
 /// A claim to the answer for one chunk.
+#[derive(Clone)]
 pub(super) struct Waiter(watch::Receiver<Option<Outcome>>);
 
 impl Inflight {
@@ -68,11 +71,29 @@ impl Inflight {
             return (Waiter(entry.answer.clone()), None);
         }
         let (answer, receiver) = watch::channel(None);
-        let demanded = Arc::new(AtomicBool::new(demanded));
-        table.insert(key, Entry { answer: receiver.clone(), demanded: Arc::clone(&demanded) });
-        let lead =
-            Lead { table: Arc::clone(self), extent: *extent, answer, demanded, wanted: Instant::now() };
+        let shared = Arc::new(AtomicBool::new(demanded));
+        table
+            .insert(key, Entry { answer: receiver.clone(), demanded: Arc::clone(&shared), ahead: !demanded });
+        let lead = Lead {
+            table: Arc::clone(self),
+            extent: *extent,
+            answer,
+            demanded: shared,
+            wanted: Instant::now(),
+        };
         (Waiter(receiver), Some(lead))
+    }
+
+    /// Lets the next one who asks for a chunk lead, if its present leader began without a
+    /// reader; whoever waits for that one still gets its answer.
+    pub(super) fn overtake(&self, extent: &ChunkExtent) -> bool {
+        let key = (extent.index, Record::of(extent));
+        let mut table = self.lock();
+        let overtaken = table.get(&key).is_some_and(|entry| entry.ahead);
+        if overtaken {
+            table.remove(&key);
+        }
+        overtaken
     }
 
     /// True if a chunk is on its way.
@@ -134,10 +155,10 @@ impl Lead {
 
 impl Drop for Lead {
     fn drop(&mut self) {
-        self.answer(Outcome::Failed(Error::new(
-            ErrorKind::Cancelled,
-            format!("chunk {}: its fetch was abandoned", self.extent.index),
-        )));
+        if self.answer.borrow().is_none() {
+            let what = format!("chunk {}: its fetch was abandoned", self.extent.index);
+            self.answer(Outcome::Failed(Error::new(ErrorKind::Cancelled, what)));
+        }
         self.leave();
     }
 }

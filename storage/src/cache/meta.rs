@@ -70,7 +70,7 @@ async fn fetch(inner: &Inner, spec: MetaSpec, path: &Path) -> Result<()> {
     let path = path.to_owned();
     inner
         .engine
-        .compute(Priority::Prefetch, move || {
+        .blocking(move || {
             let Some(bytes) = (spec.to_cache_file)(&stored) else {
                 return Err(io::Error::from(io::ErrorKind::InvalidData));
             };

@@ -93,6 +93,9 @@ const MAX_UNIT_STORED: u64 = MAX_UNIT_DECODED as u64 + (1 << 20);
 /// Chunks of one blob (rafs-v6: the index has 24 bits).
 const MAX_CHUNK_COUNT: u32 = 1 << 24;
 
+/// Chunks that one miss is widened by.
+const MAX_FOLLOWING: u32 = 4096;
+
 /// What to open.
 pub struct BlobCacheConfig {
     /// Directory of the cache files, made if absent. `None`: nothing is kept, every read
@@ -180,6 +183,8 @@ struct Inner {
     unreadable: AtomicBool,
     /// A failing cache has been reported.
     write_warned: AtomicBool,
+    /// The last write to the cache failed.
+    write_fails: AtomicBool,
     /// Held shared from the answer for a chunk until its bytes are written: readers go on
     /// meanwhile, and whoever holds it alone knows that all they have seen is written.
     storing: RwLock<()>,
@@ -268,6 +273,7 @@ impl BlobCache {
                 backend_metrics: config.backend_metrics,
                 unreadable: AtomicBool::new(false),
                 write_warned: AtomicBool::new(false),
+                write_fails: AtomicBool::new(false),
                 storing: RwLock::default(),
             }),
         }))
@@ -396,6 +402,11 @@ impl Inner {
         self.files.as_ref().filter(|_| !self.unreadable.load(Ordering::Relaxed))
     }
 
+    /// True if what is fetched is kept: else there is no point in fetching ahead.
+    fn keeps(&self) -> bool {
+        self.files().is_some() && !self.write_fails.load(Ordering::Relaxed)
+    }
+
     fn is_ready(&self, extent: &ChunkExtent) -> bool {
         self.files().is_some_and(|files| files.map.is_ready(extent.index, &Record::of(extent)))
     }
@@ -473,8 +484,12 @@ impl Inner {
                 leads.extend(self.join_ahead(self.siblings(extent)));
             }
         }
-        if demanded && let (Some(first), Some(last)) = (leads.first(), leads.last()) {
-            let (low, last) = (first.extent().index.0, *last.extent());
+        if demanded && let Some(last) = leads.last() {
+            let last = *last.extent();
+            // Where a read jumps in the blob, what lies between is none of its business.
+            let run = leads.iter().rev().map(|lead| lead.extent().index.0);
+            let low = run.reduce(|low, index| if index.checked_add(1) == Some(low) { index } else { low });
+            let low = low.unwrap_or(last.index.0);
             let widened = self.join_ahead(self.following(&last, widening)).collect::<Vec<_>>();
             let high = widened.last().map_or(last.index.0, |lead| lead.extent().index.0);
             obtained.span = Some((low, high.saturating_add(1)));
@@ -504,11 +519,12 @@ impl Inner {
     /// Missing chunks that follow `last` in the blob without a gap, of about `bytes` stored
     /// bytes.
     fn following(&self, last: &ChunkExtent, bytes: u64) -> Vec<ChunkExtent> {
-        let Some(table) = &self.chunks else { return Vec::new() };
+        let Some(table) = self.chunks.as_ref().filter(|_| bytes > 0) else { return Vec::new() };
         let mut following = Vec::new();
         let mut unit = last.unit.compressed;
         let end = unit.end().saturating_add(bytes);
-        for index in (last.index.0.saturating_add(1)..self.chunk_count).map(ChunkIndex) {
+        let next = last.index.0.saturating_add(1);
+        for index in (next..self.chunk_count.min(next.saturating_add(MAX_FOLLOWING))).map(ChunkIndex) {
             let Some(extent) = table(index).filter(|extent| self.check(extent).is_ok()) else { break };
             let next = extent.unit.compressed;
             let adjacent =
@@ -534,6 +550,7 @@ impl Inner {
 
     fn warn_of_write(&self, error: &std::io::Error) {
         CacheMetrics::tick(&self.metrics.write_errors);
+        self.write_fails.store(true, Ordering::Relaxed);
         if !self.write_warned.swap(true, Ordering::Relaxed) {
             warn!(blob = %self.id, %error, "chunks can not be cached; reads go on from the backend");
         }

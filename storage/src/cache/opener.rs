@@ -1,6 +1,7 @@
 //! On the CPU pool: decode units, verify their chunks, answer readers, fill the cache.
 
 use std::io;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
@@ -125,8 +126,9 @@ impl Inner {
         let Some(files) = self.files() else { return };
         fresh.sort_by_key(|chunk| chunk.index);
         match files.store(&fresh) {
-            Ok(false) => {}
+            Ok(false) => self.write_fails.store(false, Relaxed),
             Ok(true) => {
+                self.write_fails.store(false, Relaxed);
                 let inner = Arc::clone(self);
                 let syncer = Arc::clone(&files.syncer);
                 self.engine.spawn_blocking(move || {
@@ -161,7 +163,7 @@ impl Files {
     }
 
     fn store_run(&self, run: &[Wanted], chunks: &[Fresh]) -> io::Result<bool> {
-        if !self.map.has_room(run) {
+        if !self.map.has_room(run)? {
             if run.len() > 1 {
                 let mut start_sync = false;
                 for (one, chunk) in run.chunks(1).zip(chunks.chunks(1)) {

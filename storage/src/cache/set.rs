@@ -180,7 +180,10 @@ impl Shared {
     pub(super) fn is_wanted(&self, blob: u32, extent: &ChunkExtent) -> bool {
         self.blobs.get(blob as usize).is_some_and(|blob| {
             let inner = &blob.inner;
-            inner.check(extent).is_ok() && !inner.is_ready(extent) && !inner.inflight.contains(extent)
+            inner.keeps()
+                && inner.check(extent).is_ok()
+                && !inner.is_ready(extent)
+                && !inner.inflight.contains(extent)
         })
     }
 
@@ -258,7 +261,7 @@ fn touch(shared: &Arc<Shared>, blob: u32, extent: &ChunkExtent) {
     let inner = &shared.blobs[blob as usize].inner;
     if inner.untouched.touch(extent.index) {
         inner.metrics.asked_bytes.fetch_add(extent.stored_share(), Relaxed);
-        Speculator::hit(shared, blob, extent.index, extent.unit.compressed.len());
+        Speculator::hit(shared, blob, extent.index, extent.stored_share());
     }
 }
 
@@ -298,6 +301,9 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
     count(shared, slices, all, wanted.len());
 
     let mut out = vec![0; total];
+    // Whatever else uses the link knows that a reader waits.
+    let reads = context.priority == Priority::OnDemand && !wanted.is_empty();
+    let _waiting = reads.then(|| shared.engine.link().demand());
     let mut asked_before = false;
     loop {
         while !wanted.is_empty() {
@@ -346,7 +352,13 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
     }
 }
 
-/// Starts or joins the fetch of every wanted chunk.
+/// What a reader is told of a fetch that it overtakes.
+fn late() -> Outcome {
+    Outcome::Failed(Error::new(ErrorKind::TimedOut, "a fetch ahead of readers takes too long"))
+}
+
+/// Starts or joins the fetch of every wanted chunk. A leader that began without a reader, and
+/// does not get on, is overtaken.
 fn start(
     shared: &Arc<Shared>,
     wanted: &[Chunk],
@@ -358,16 +370,32 @@ fn start(
     }
     let waiting = FuturesUnordered::new();
     for (blob, extents) in by_blob {
-        let ahead = shared.speculator.widening(shared.engine.link());
-        let obtained = shared.blobs[blob as usize].inner.obtain(&extents, context, None, ahead);
-        if let Some(span) = obtained.span {
+        let inner = &shared.blobs[blob as usize].inner;
+        let ahead = match inner.keeps() {
+            true => shared.speculator.widening(shared.engine.link()),
+            false => 0,
+        };
+        let obtained = inner.obtain(&extents, context, None, ahead);
+        if let Some(span) = obtained.span.filter(|_| inner.keeps()) {
             Speculator::missed(shared, blob, span, obtained.needed, obtained.widened);
         }
         for hit in obtained.hits {
-            Speculator::hit(shared, blob, hit.index, hit.unit.compressed.len());
+            Speculator::hit(shared, blob, hit.index, hit.stored_share());
         }
         for (extent, (waiter, led)) in extents.into_iter().zip(obtained.waiters) {
-            waiting.push(async move { ((blob, extent), led, waiter.wait().await) });
+            let (shared, patience) = (Arc::clone(shared), shared.engine.link().patience());
+            waiting.push(async move {
+                if led {
+                    return ((blob, extent), led, waiter.wait().await);
+                }
+                let waited = tokio::time::timeout(patience, waiter.clone().wait()).await;
+                let outcome = match waited {
+                    Ok(outcome) => outcome,
+                    Err(_) if shared.blobs[blob as usize].inner.inflight.overtake(&extent) => late(),
+                    Err(_) => waiter.wait().await,
+                };
+                ((blob, extent), led, outcome)
+            });
         }
     }
     waiting

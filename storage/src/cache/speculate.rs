@@ -53,7 +53,10 @@ const MAX_SEEDS: usize = 128;
 const NEAR_CHUNKS: u32 = 64;
 
 /// Chunks that are looked at for one step: ready ones cost a look, too.
-const MAX_LOOK: u32 = 4096;
+const MAX_LOOK: u32 = 1024;
+
+/// Seeds that one step takes from.
+const MAX_SEEDS_A_STEP: usize = 16;
 
 /// One step in this many goes backward.
 const BACKWARD: u32 = 4;
@@ -73,6 +76,8 @@ struct State {
     seeds: VecDeque<Seed>,
     /// A task works on them.
     running: bool,
+    /// Changes with each miss and hit.
+    news: u64,
 }
 
 /// A part of a blob that has been read, or read ahead.
@@ -98,7 +103,8 @@ struct Step {
 
 impl Speculator {
     pub(super) fn new(read_ahead: ReadAhead) -> Self {
-        Self { read_ahead, state: Mutex::default() }
+        let state = State { credit: CAREFUL_STEP as f64, ..State::default() };
+        Self { read_ahead, state: Mutex::new(state) }
     }
 
     /// Stored bytes that a missing read is widened by.
@@ -108,8 +114,10 @@ impl Speculator {
             true => CAREFUL_STEP,
             false => link.held().map_or(FIRST_STEP, |held| (held / 2).max(FIRST_STEP)),
         };
+        // When time counts, the first misses are widened on credit.
+        let least = if self.counts_bytes(link) { 0 } else { FIRST_STEP / 2 };
         let credit = self.lock().credit.max(0.0) as u64;
-        step.min(most).min(credit.max(FIRST_STEP / 2))
+        step.min(most).min(credit.max(least))
     }
 
     fn counts_bytes(&self, link: &Link) -> bool {
@@ -192,19 +200,53 @@ async fn run(shared: Weak<Shared>) {
         let slot = link.admit(Class::Predicted, max_step).await;
         let Some(shared) = shared.upgrade() else { return };
         // Chosen only now: the last miss counts.
-        let step = {
+        let news = shared.speculator.lock().news;
+        let step = next_step(&shared, max_step);
+        {
             let mut state = shared.speculator.lock();
-            let step = state.next_step(&shared, max_step);
             match &step {
                 Some(step) => state.credit -= step.bytes as f64,
-                None => state.running = false,
+                // Who came meanwhile found us running.
+                None if state.news != news => continue,
+                None => {
+                    state.running = false;
+                    return;
+                }
             }
-            step
-        };
-        let Some(step) = step else { return };
+        }
+        let Some(step) = step else { continue };
         slot.shrink(step.bytes);
         shared.fetch_ahead(step.blob, &step.chunks, slot);
     }
+}
+
+/// Lets the best seeds of a blob grow, by about `max_step` stored bytes together. The lock is
+/// held to take a seed and to put it back, not while chunks are looked at.
+fn next_step(shared: &Shared, max_step: u64) -> Option<Step> {
+    let mut all = Step { blob: 0, chunks: Vec::new(), bytes: 0 };
+    for _ in 0..MAX_SEEDS_A_STEP {
+        let blob = (!all.chunks.is_empty()).then_some(all.blob);
+        let (mut seed, place, credit) = {
+            let mut state = shared.speculator.lock();
+            let credit = state.credit - all.bytes as f64;
+            if credit <= 0.0 || all.bytes >= max_step {
+                break;
+            }
+            let Some((seed, place)) = state.take_best(blob) else { break };
+            (seed, place, credit)
+        };
+        let step = (FIRST_STEP << seed.steps.min(8)).min(max_step - all.bytes).min(credit as u64 + 1);
+        seed.steps += 1;
+        let blob = seed.blob;
+        let grown = seed.grow(shared, step);
+        shared.speculator.lock().put_back(seed, place);
+        if !grown.chunks.is_empty() {
+            all.blob = blob;
+            all.bytes += grown.bytes;
+            all.chunks.extend(grown.chunks);
+        }
+    }
+    (!all.chunks.is_empty()).then_some(all)
 }
 
 impl State {
@@ -225,6 +267,7 @@ impl State {
         };
         self.seeds.push_front(seed);
         self.seeds.truncate(MAX_SEEDS);
+        self.news += 1;
     }
 
     /// Moves the seed that holds a chunk to the front; false if there is none that can grow.
@@ -235,32 +278,32 @@ impl State {
         seed.steps = 0;
         let grows = !seed.ended || !seed.begun;
         self.seeds.push_front(seed);
+        self.news += 1;
         grows
     }
 
-    /// Lets the best seeds of a blob grow, by about `max_step` stored bytes together.
-    fn next_step(&mut self, shared: &Shared, max_step: u64) -> Option<Step> {
-        let mut all = Step { blob: 0, chunks: Vec::new(), bytes: 0 };
-        let mut credit = self.credit;
-        while credit > 0.0 && all.bytes < max_step {
-            let begun = !all.chunks.is_empty();
-            let growing = self.seeds.iter_mut().filter(|seed| !seed.ended || !seed.begun);
-            // One request is for one blob.
-            let growing = growing.filter(|seed| !begun || seed.blob == all.blob);
-            // The first of those that have gone on for the shortest time without a proof.
-            let Some(seed) = growing.min_by_key(|seed| seed.steps) else { break };
-            let step = (FIRST_STEP << seed.steps.min(8)).min(max_step - all.bytes).min(credit as u64 + 1);
-            seed.steps += 1;
-            let blob = seed.blob;
-            let grown = seed.grow(shared, step);
-            credit -= grown.bytes as f64;
-            if !grown.chunks.is_empty() {
-                all.blob = blob;
-                all.bytes += grown.bytes;
-                all.chunks.extend(grown.chunks);
+    /// Takes the seed to grow next, of one blob if that is given, and its place: the first of
+    /// those that have gone on for the shortest time without a proof.
+    fn take_best(&mut self, blob: Option<u32>) -> Option<(Seed, usize)> {
+        let growing = self.seeds.iter().enumerate().filter(|(_, seed)| !seed.ended || !seed.begun);
+        let growing = growing.filter(|(_, seed)| blob.is_none_or(|blob| seed.blob == blob));
+        let (place, _) = growing.min_by_key(|(_, seed)| seed.steps)?;
+        Some((self.seeds.remove(place)?, place))
+    }
+
+    /// Puts a grown seed back. Those it has met become part of it.
+    fn put_back(&mut self, mut seed: Seed, place: usize) {
+        let (low, high) = (seed.low, seed.high);
+        self.seeds.retain(|other| {
+            let met = other.blob == seed.blob && other.low <= high && low <= other.high;
+            if met {
+                (seed.low, seed.high) = (seed.low.min(other.low), seed.high.max(other.high));
+                (seed.begun, seed.ended) = (seed.begun || other.begun, seed.ended || other.ended);
+                seed.steps = seed.steps.min(other.steps);
             }
-        }
-        (!all.chunks.is_empty()).then_some(all)
+            !met
+        });
+        self.seeds.insert(place.min(self.seeds.len()), seed);
     }
 }
 
@@ -293,8 +336,12 @@ impl Seed {
             }
             grown.chunks.push(extent);
             if grown.bytes >= step {
-                break;
+                return grown;
             }
+        }
+        if grown.chunks.is_empty() {
+            // All of it is there, as far as is worth looking.
+            if backward { self.begun = true } else { self.ended = true }
         }
         grown
     }
