@@ -154,11 +154,6 @@ impl<B: Backend> CountingBackend<B> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// How many requests asked for all of `range`.
-    pub fn fetches_of(&self, range: ByteRange) -> usize {
-        self.requests().iter().filter(|request| request.contains(range)).count()
-    }
-
     /// True if no range was asked for twice.
     pub fn each_once(&self) -> bool {
         let requests = self.requests();

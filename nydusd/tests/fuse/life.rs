@@ -72,6 +72,8 @@ fn the_api_answers_as_its_clients_expect() {
         return;
     }
     let site = site();
+    // One read is one chunk.
+    site.configure("batch_size = 0");
     let daemon = site.start(&[]);
     assert_eq!(std::fs::metadata(&daemon.socket).unwrap().permissions().mode() & 0o777, 0o600);
 
