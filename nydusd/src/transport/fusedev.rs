@@ -226,11 +226,14 @@ struct PendingRead {
     answered: bool,
     /// Recorded, if that is wanted.
     wait: Option<Wait>,
-    _inflight: InflightGuard,
+    /// Ends with the answer.
+    inflight: Option<InflightGuard>,
 }
 
 impl PendingRead {
     fn finish(mut self, result: storage::Result<Vec<u8>>) {
+        // Who has the answer must not find the request waiting.
+        drop(self.inflight.take());
         let len = self.plan.len;
         let result = result.and_then(|data| match data.len() == len as usize {
             true => Ok(data),
@@ -409,7 +412,7 @@ impl Worker {
             started,
             answered: false,
             wait,
-            _inflight: inflight,
+            inflight: Some(inflight),
         };
         reader.submit(
             self.slices.clone(),
