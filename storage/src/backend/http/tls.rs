@@ -1,0 +1,103 @@
+//! TLS: whom to trust, and what to show who asks.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{DigitallySignedStruct, SignatureScheme};
+
+use super::HttpOptions;
+use crate::{Error, ErrorKind, Result};
+
+/// TLS with ring, the system's roots and the private ones.
+pub(super) fn config(options: &HttpOptions) -> Result<rustls::ClientConfig> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| Error::new(ErrorKind::Unsupported, "set up TLS").with_source(e))?;
+    let builder = if options.skip_verify {
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
+    } else {
+        builder.with_root_certificates(roots(&options.ca_files)?)
+    };
+    let mut config = match &options.client_certificate {
+        None => builder.with_no_client_auth(),
+        Some((chain, key)) => {
+            let what = || format!("client certificate {} with key {}", chain.display(), key.display());
+            let invalid = |e: String| Error::new(ErrorKind::Invalid, format!("{}: {e}", what()));
+            let read = |path: &PathBuf| std::fs::read(path).map_err(|e| Error::io(what(), e));
+            let chain =
+                CertificateDer::pem_slice_iter(&read(chain)?).collect::<std::result::Result<Vec<_>, _>>();
+            let key = PrivateKeyDer::from_pem_slice(&read(key)?);
+            let (chain, key) =
+                (chain.map_err(|e| invalid(e.to_string()))?, key.map_err(|e| invalid(e.to_string()))?);
+            builder.with_client_auth_cert(chain, key).map_err(|e| invalid(e.to_string()))?
+        }
+    };
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+fn roots(ca_files: &[PathBuf]) -> Result<rustls::RootCertStore> {
+    let mut roots = rustls::RootCertStore::empty();
+    // A machine without system roots still reaches plain http and private CAs; what is
+    // missing shows as an untrusted certificate.
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    for path in ca_files {
+        let what = || format!("CA file {}", path.display());
+        let pem = std::fs::read(path).map_err(|e| Error::io(what(), e))?;
+        let mut count = 0;
+        for certificate in CertificateDer::pem_slice_iter(&pem) {
+            let added =
+                certificate.map_err(|e| e.to_string()).and_then(|c| roots.add(c).map_err(|e| e.to_string()));
+            added.map_err(|e| Error::new(ErrorKind::Invalid, format!("{}: {e}", what())))?;
+            count += 1;
+        }
+        if count == 0 {
+            return Err(Error::new(ErrorKind::Invalid, format!("{}: no PEM certificate in it", what())));
+        }
+    }
+    Ok(roots)
+}
+
+/// `skip_verify`: any certificate will do; handshake signatures are still checked.
+#[derive(Debug)]
+struct AnyCertificate(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for AnyCertificate {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> std::result::Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
