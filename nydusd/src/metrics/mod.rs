@@ -69,7 +69,7 @@ fn size_class(bytes: u64) -> usize {
 type Fops = [AtomicU64; FOPS];
 
 /// Names of the operations in the order of the API's arrays.
-pub(crate) const FOP_NAMES: [&str; FOPS] = [
+pub const FOP_NAMES: [&str; FOPS] = [
     "getattr",
     "readlink",
     "open",

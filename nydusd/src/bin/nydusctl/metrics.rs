@@ -3,29 +3,11 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use nydusd::metrics::FOP_NAMES;
 use serde_json::Value;
 
 use crate::cli::Metrics;
 use crate::client::Client;
-
-/// Names of the operations in the order of the API's arrays.
-const FOPS: [&str; 15] = [
-    "getattr",
-    "readlink",
-    "open",
-    "release",
-    "read",
-    "statfs",
-    "getxattr",
-    "listxattr",
-    "opendir",
-    "lookup",
-    "readdir",
-    "readdirplus",
-    "access",
-    "forget",
-    "batch_forget",
-];
 
 /// Prints the counters; with an interval, for ever.
 pub fn run(client: &Client<'_>, family: &Metrics, raw: bool) -> anyhow::Result<()> {
@@ -92,7 +74,7 @@ fn text(family: &Metrics, document: &Value) -> String {
         Metrics::Fsstats(_) => {
             let mut lines = counters(&[("Mountpoint:", "id"), ("Bytes read:", "data_read")]);
             lines.push(format!("{:<26}{:>12}{:>10}{:>14}", "Operation", "done", "failed", "mean us"));
-            for (at, name) in FOPS.iter().enumerate() {
+            for (at, name) in FOP_NAMES.iter().enumerate() {
                 let cell = |key: &str| document[key][at].as_u64().unwrap_or(0);
                 let (done, failed) = (cell("fop_hits"), cell("fop_errors"));
                 if done + failed > 0 {
