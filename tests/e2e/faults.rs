@@ -4,14 +4,15 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::ops::Deref;
 use std::time::Duration;
 
 use tests::daemon::{Daemon, DaemonOptions};
 use tests::image::{Entry, Image};
-use tests::journey::{Journey, convert, within};
+use tests::journey::within;
 use tests::recipes::noise;
-use tests::registry::Registry;
 use tests::relay::{Bearer, Relay, Rule};
+use tests::scene::Scene;
 use tests::{Context, Error, Result, bail, ensure, needs_mounts, needs_programs};
 
 /// Bytes of the only file: five chunks of noise, which does not compress.
@@ -27,14 +28,22 @@ const SHORT: &str = "3";
 /// `--read-timeout` where a fault passes: never reached.
 const LONG: &str = "60";
 
-struct Scene {
-    journey: Journey,
-    relay: Relay,
+/// A scene with one file.
+struct OneFile {
+    scene: Scene,
     bytes: Vec<u8>,
-    _registry: Registry,
 }
 
-impl Scene {
+/// What is not about the file is the scene's.
+impl Deref for OneFile {
+    type Target = Scene;
+
+    fn deref(&self) -> &Scene {
+        &self.scene
+    }
+}
+
+impl OneFile {
     fn set(seed: u64, launch: impl FnOnce(SocketAddr) -> Result<Relay>) -> Result<Self> {
         Self::of_size(seed, SIZE, launch)
     }
@@ -42,11 +51,7 @@ impl Scene {
     fn of_size(seed: u64, size: u64, launch: impl FnOnce(SocketAddr) -> Result<Relay>) -> Result<Self> {
         let bytes = noise(seed, usize::try_from(size)?);
         let image = Image::new(vec![vec![Entry::dir("./"), Entry::file("file", bytes.as_slice())]]);
-        let journey = Journey::start(&image)?;
-        let registry = Registry::open()?;
-        let relay = launch(registry.address())?;
-        convert(&journey.source.reference(), &registry.reference("faults"), &["--chunk-size", "0x10000"])?;
-        Ok(Self { journey, relay, bytes, _registry: registry })
+        Ok(Self { scene: Scene::behind(&image, &["--chunk-size", "0x10000"], launch)?, bytes })
     }
 
     fn daemon(&self, read_timeout: &str) -> Result<Daemon> {
@@ -58,8 +63,7 @@ impl Scene {
         read_timeout: &str,
         more: impl FnOnce(DaemonOptions) -> DaemonOptions,
     ) -> Result<Daemon> {
-        let options = DaemonOptions::image(&self.relay.reference("faults"), &self.journey.path("cache"));
-        let daemon = more(options.flag("--read-timeout", read_timeout)).start()?;
+        let daemon = more(self.options().flag("--read-timeout", read_timeout)).start()?;
         // What a mount costs is not what a fault costs.
         self.relay.forget();
         Ok(daemon)
@@ -111,7 +115,7 @@ macro_rules! needs {
 #[test]
 fn unauthorized() -> Result<()> {
     needs!();
-    let scene = Scene::set(101, Relay::start)?;
+    let scene = OneFile::set(101, Relay::start)?;
     let daemon = scene.daemon(LONG)?;
     scene.relay.set(Rule::Refuse(401));
     scene.fails_then_recovers(&daemon, SLACK)?;
@@ -124,7 +128,7 @@ fn unauthorized() -> Result<()> {
 #[test]
 fn forbidden_by_the_target_of_a_redirect() -> Result<()> {
     needs!();
-    let scene = Scene::set(102, Relay::with_links)?;
+    let scene = OneFile::set(102, Relay::with_links)?;
     let daemon = scene.daemon_with(LONG, |options| options.flag("--prefer", "bytes"))?;
     // The first byte brings a link and not all of the file.
     let mut head = [0; 10];
@@ -144,7 +148,7 @@ fn forbidden_by_the_target_of_a_redirect() -> Result<()> {
 #[test]
 fn not_found() -> Result<()> {
     needs!();
-    let scene = Scene::set(103, Relay::start)?;
+    let scene = OneFile::set(103, Relay::start)?;
     let daemon = scene.daemon(LONG)?;
     scene.relay.set(Rule::Refuse(404));
     scene.fails_then_recovers(&daemon, SLACK)
@@ -155,7 +159,7 @@ fn not_found() -> Result<()> {
 #[test]
 fn too_many_requests() -> Result<()> {
     needs!();
-    let scene = Scene::set(104, Relay::start)?;
+    let scene = OneFile::set(104, Relay::start)?;
     let daemon = scene.daemon(LONG)?;
     scene.relay.set_for(1, Rule::RetryLater(429, 2));
     scene.survives(&daemon, 0)?;
@@ -173,7 +177,7 @@ fn too_many_requests() -> Result<()> {
 #[test]
 fn internal_server_error() -> Result<()> {
     needs!();
-    let scene = Scene::set(105, Relay::start)?;
+    let scene = OneFile::set(105, Relay::start)?;
     let daemon = scene.daemon(LONG)?;
     scene.relay.set_for(3, Rule::Refuse(500));
     scene.survives(&daemon, 0)
@@ -183,7 +187,7 @@ fn internal_server_error() -> Result<()> {
 #[test]
 fn service_unavailable() -> Result<()> {
     needs!();
-    let scene = Scene::set(106, Relay::start)?;
+    let scene = OneFile::set(106, Relay::start)?;
     let daemon = scene.daemon(SHORT)?;
     scene.relay.set(Rule::Refuse(503));
     scene.fails_then_recovers(&daemon, SLACK)
@@ -193,7 +197,7 @@ fn service_unavailable() -> Result<()> {
 #[test]
 fn reset_in_the_middle_of_a_body() -> Result<()> {
     needs!();
-    let scene = Scene::set(107, Relay::start)?;
+    let scene = OneFile::set(107, Relay::start)?;
     let daemon = scene.daemon(LONG)?;
     scene.relay.set_for(2, Rule::ResetAfter(10_000));
     // A reset may take bytes with it that the relay has counted.
@@ -204,7 +208,7 @@ fn reset_in_the_middle_of_a_body() -> Result<()> {
 #[test]
 fn truncated_body() -> Result<()> {
     needs!();
-    let scene = Scene::set(108, Relay::start)?;
+    let scene = OneFile::set(108, Relay::start)?;
     let daemon = scene.daemon(LONG)?;
     scene.relay.set_for(2, Rule::CutAfter(10_000));
     scene.survives(&daemon, 20_000)
@@ -215,7 +219,7 @@ fn truncated_body() -> Result<()> {
 #[test]
 fn stalled_body() -> Result<()> {
     needs!();
-    let scene = Scene::set(109, Relay::start)?;
+    let scene = OneFile::set(109, Relay::start)?;
     let daemon = scene.daemon(LONG)?;
     scene.relay.set_for(1, Rule::StallAfter(10_000));
     scene.survives(&daemon, SIZE)
@@ -226,7 +230,7 @@ fn stalled_body() -> Result<()> {
 #[test]
 fn every_body_stalled() -> Result<()> {
     needs!();
-    let scene = Scene::set(110, Relay::start)?;
+    let scene = OneFile::set(110, Relay::start)?;
     let daemon = scene.daemon("8")?;
     scene.relay.set(Rule::StallAfter(10_000));
     scene.fails_then_recovers(&daemon, SIZE)
@@ -236,7 +240,7 @@ fn every_body_stalled() -> Result<()> {
 #[test]
 fn wrong_content_range() -> Result<()> {
     needs!();
-    let scene = Scene::set(111, Relay::start)?;
+    let scene = OneFile::set(111, Relay::start)?;
     let daemon = scene.daemon(SHORT)?;
     scene.relay.set(Rule::ShiftContentRange);
     scene.fails_then_recovers(&daemon, 8 * SIZE)
@@ -247,7 +251,7 @@ fn wrong_content_range() -> Result<()> {
 #[test]
 fn range_ignored() -> Result<()> {
     needs!();
-    let scene = Scene::of_size(112, 24 << 20, Relay::start)?;
+    let scene = OneFile::of_size(112, 24 << 20, Relay::start)?;
     let daemon = scene.daemon(LONG)?;
     scene.relay.set(Rule::IgnoreRange);
     scene.survives(&daemon, scene.bytes.len() as u64 / 2)
@@ -257,7 +261,7 @@ fn range_ignored() -> Result<()> {
 #[test]
 fn wrong_bytes_once() -> Result<()> {
     needs!();
-    let scene = Scene::set(113, Relay::start)?;
+    let scene = OneFile::set(113, Relay::start)?;
     let daemon = scene.daemon(LONG)?;
     scene.relay.set_for(1, Rule::FlipFirstBit);
     scene.survives(&daemon, SIZE)
@@ -267,7 +271,7 @@ fn wrong_bytes_once() -> Result<()> {
 #[test]
 fn wrong_bytes_always() -> Result<()> {
     needs!();
-    let scene = Scene::set(114, Relay::start)?;
+    let scene = OneFile::set(114, Relay::start)?;
     let daemon = scene.daemon(SHORT)?;
     scene.relay.set(Rule::FlipFirstBit);
     scene.fails_then_recovers(&daemon, 8 * SIZE)
@@ -278,7 +282,7 @@ fn wrong_bytes_always() -> Result<()> {
 fn token_expired() -> Result<()> {
     needs!();
     let bearer = Bearer { credentials: None };
-    let scene = Scene::set(115, |upstream| Relay::with_tokens(upstream, bearer))?;
+    let scene = OneFile::set(115, |upstream| Relay::with_tokens(upstream, bearer))?;
     let daemon = scene.daemon(LONG)?;
     let given = scene.relay.tokens_given();
     scene.relay.expire_tokens();
@@ -292,7 +296,7 @@ fn token_expired() -> Result<()> {
 #[test]
 fn name_not_resolved() -> Result<()> {
     needs!();
-    let scene = Scene::set(116, Relay::with_links)?;
+    let scene = OneFile::set(116, Relay::with_links)?;
     let daemon = scene.daemon(SHORT)?;
     scene.relay.expire_links();
     scene.relay.set(Rule::LoseHost);
@@ -305,7 +309,7 @@ fn name_not_resolved() -> Result<()> {
 #[test]
 fn dripping_heads() -> Result<()> {
     needs!();
-    let scene = Scene::set(117, Relay::start)?;
+    let scene = OneFile::set(117, Relay::start)?;
     let daemon = scene.daemon(SHORT)?;
     scene.relay.set(Rule::Drip);
     // The relay takes bytes from the registry that it never hands on.

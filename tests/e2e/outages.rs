@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tests::daemon::{Daemon, DaemonOptions};
+use tests::daemon::Daemon;
 use tests::image::{Entry, Image};
-use tests::journey::{Journey, convert, within};
+use tests::journey::within;
 use tests::mount::mounted;
 use tests::recipes::noise;
-use tests::registry::Registry;
-use tests::relay::{Relay, Rule};
+use tests::relay::Rule;
+use tests::scene::Scene;
 use tests::{Context, Result, ensure, needs_mounts, needs_programs};
 
 /// Readers that hang in the test of a stalled registry.
@@ -22,30 +22,16 @@ const READERS: u64 = 64;
 
 /// Chunks that reading another file may have fetched ahead.
 const BROUGHT_ALONG: u64 = 8;
+
 /// The part of the file that each of them reads: one chunk.
 const CHUNK: u64 = 64 << 10;
 /// What `ls`, stat and cached reads may take on a loaded machine with two cores. Behind a stalled
 /// registry they would take the read timeout, 60 seconds.
 const AT_ONCE: Duration = Duration::from_secs(3);
 
-struct Scene {
-    journey: Journey,
-    relay: Relay,
-    _registry: Registry,
-}
-
-impl Scene {
-    fn set(entries: Vec<Entry>) -> Result<Self> {
-        let journey = Journey::start(&Image::new(vec![entries]))?;
-        let registry = Registry::open()?;
-        let relay = Relay::start(registry.address())?;
-        convert(&journey.source.reference(), &registry.reference("stalls"), &["--chunk-size", "0x10000"])?;
-        Ok(Self { journey, relay, _registry: registry })
-    }
-
-    fn options(&self) -> DaemonOptions {
-        DaemonOptions::image(&self.relay.reference("stalls"), &self.journey.path("cache"))
-    }
+/// An image of one layer, in chunks of 64 KiB.
+fn scene(entries: Vec<Entry>) -> Result<Scene> {
+    Scene::set(&Image::new(vec![entries]), &["--chunk-size", "0x10000"])
 }
 
 /// 64 readers wait on a stalled registry behind 4 threads; `ls`, stat and cached reads answer at once.
@@ -55,7 +41,7 @@ fn a_stalled_registry_delays_nobody_else() -> Result<()> {
     needs_programs!("docker-registry");
     let big = Arc::new(noise(1, usize::try_from(READERS * CHUNK)?));
     let cached = noise(2, 100_000);
-    let scene = Scene::set(vec![
+    let scene = scene(vec![
         Entry::dir("./"),
         Entry::dir("d"),
         Entry::file("d/big", big.as_slice()),
@@ -98,7 +84,7 @@ fn sigterm_ends_readers_that_wait() -> Result<()> {
     needs_mounts!();
     needs_programs!("docker-registry");
     let big = Arc::new(noise(6, usize::try_from(READERS * CHUNK)?));
-    let scene = Scene::set(vec![Entry::dir("./"), Entry::dir("d"), Entry::file("d/big", big.as_slice())])?;
+    let scene = scene(vec![Entry::dir("./"), Entry::dir("d"), Entry::file("d/big", big.as_slice())])?;
     // They would wait for ever.
     let mut daemon = scene.options().flag("--on-outage", "wait").start()?;
     let root = daemon.root().to_owned();
@@ -172,7 +158,7 @@ fn an_outage_ends_with_recovery() -> Result<()> {
     needs_mounts!();
     needs_programs!("docker-registry");
     let bytes = noise(3, 300_000);
-    let scene = Scene::set(vec![Entry::dir("./"), Entry::file("file", bytes.as_slice())])?;
+    let scene = scene(vec![Entry::dir("./"), Entry::file("file", bytes.as_slice())])?;
     let daemon = scene.options().flag("--read-timeout", "2").start()?;
     for rule in [Rule::Stall, Rule::Refuse(503), Rule::Refuse(403), Rule::FlipFirstBit, Rule::CutAfter(10)] {
         scene.relay.set(rule);
@@ -191,7 +177,7 @@ fn a_registry_without_ranges_serves_right_bytes() -> Result<()> {
     needs_mounts!();
     needs_programs!("docker-registry");
     let bytes = noise(4, 300_000);
-    let scene = Scene::set(vec![Entry::dir("./"), Entry::file("file", bytes.as_slice())])?;
+    let scene = scene(vec![Entry::dir("./"), Entry::file("file", bytes.as_slice())])?;
     let daemon = scene.options().flag("--read-timeout", "5").start()?;
     scene.relay.set(Rule::IgnoreRange);
     ensure!(read(&daemon, "file")? == bytes, "wrong bytes from a registry without ranges");
@@ -206,7 +192,7 @@ fn a_patient_read_waits_for_the_registry() -> Result<()> {
     needs_mounts!();
     needs_programs!("docker-registry");
     let bytes = noise(5, 100_000);
-    let scene = Scene::set(vec![Entry::dir("./"), Entry::file("file", bytes.as_slice())])?;
+    let scene = scene(vec![Entry::dir("./"), Entry::file("file", bytes.as_slice())])?;
     let daemon = scene.options().flag("--read-timeout", "1").flag("--on-outage", "wait").start()?;
     scene.relay.set(Rule::Refuse(503));
     let path = daemon.root().join("file");

@@ -12,35 +12,19 @@ use rafs::fs::{Rafs, RafsOptions};
 use serde_json::{Value, json};
 use storage::read::ReadSlice;
 use tests::command::{finish, run};
-use tests::daemon::{Daemon, DaemonOptions};
+use tests::daemon::Daemon;
 use tests::image::{Entry, Image};
-use tests::journey::{Journey, convert};
 use tests::recipes::noise;
-use tests::registry::Registry;
-use tests::relay::{Relay, Rule};
+use tests::relay::Rule;
+use tests::scene::Scene;
 use tests::{Context, Result, binaries, ensure, needs_mounts, needs_programs};
 
 /// How much longer the one chunk takes.
 const DELAY: Duration = Duration::from_secs(2);
 
-struct Scene {
-    journey: Journey,
-    relay: Relay,
-    _registry: Registry,
-}
-
-impl Scene {
-    fn set(entries: Vec<Entry>) -> Result<Self> {
-        let journey = Journey::start(&Image::new(vec![entries]))?;
-        let registry = Registry::open()?;
-        let relay = Relay::start(registry.address())?;
-        convert(&journey.source.reference(), &registry.reference("why"), &["--chunk-size", "0x10000"])?;
-        Ok(Self { journey, relay, _registry: registry })
-    }
-
-    fn start(&self) -> Result<Daemon> {
-        DaemonOptions::image(&self.relay.reference("why"), &self.journey.path("cache")).start()
-    }
+/// An image of one layer, in chunks of 64 KiB.
+fn scene(entries: Vec<Entry>) -> Result<Scene> {
+    Scene::set(&Image::new(vec![entries]), &["--chunk-size", "0x10000"])
 }
 
 fn nydusctl(daemon: &Daemon, arguments: &[&str]) -> Result<String> {
@@ -87,7 +71,7 @@ fn a_late_chunk_is_named_first() -> Result<()> {
     needs_mounts!();
     needs_programs!("docker-registry");
     // Chunks of 64 KiB that do not compress: stored as they are, one behind the other.
-    let scene = Scene::set(vec![
+    let scene = scene(vec![
         Entry::dir("./"),
         Entry::dir("srv"),
         Entry::file("srv/first", noise(1, 400_000)),
@@ -96,10 +80,10 @@ fn a_late_chunk_is_named_first() -> Result<()> {
     ])?;
     let quick = reader_called("quick-reader", scene.journey.scratch())?;
     let late = reader_called("late-reader", scene.journey.scratch())?;
-    let daemon = scene.start()?;
+    let daemon = scene.options().start()?;
     let root = daemon.root().to_owned();
     let middle = 4u64 << 20;
-    let wanted = chunk_of(&scene.journey.path("cache"), "srv/victim", middle)?;
+    let wanted = chunk_of(&scene.cache(), "srv/victim", middle)?;
     let stored = wanted.extent.unit.compressed;
     // From the start on: whoever fetches it, and whatever else comes with it.
     scene.relay.set(Rule::Late(stored.start(), stored.end() - 1, DELAY));
@@ -178,9 +162,9 @@ fn a_mount_that_is_not_lazy_is_called_so() -> Result<()> {
     needs_mounts!();
     needs_programs!("docker-registry");
     let bytes = noise(4, 3 << 20);
-    let scene = Scene::set(vec![Entry::dir("./"), Entry::file("all", bytes.as_slice())])?;
+    let scene = scene(vec![Entry::dir("./"), Entry::file("all", bytes.as_slice())])?;
     {
-        let daemon = scene.start()?;
+        let daemon = scene.options().start()?;
         ensure!(
             nydusctl(&daemon, &["why"])?.contains("nobody has read anything"),
             "{}",
@@ -193,7 +177,7 @@ fn a_mount_that_is_not_lazy_is_called_so() -> Result<()> {
         let line = daemon.wait_for_log("start of /: ")?;
         ensure!(line.contains("MiB fetched in") && line.contains("nydusctl why"), "{line}");
     }
-    let again = scene.start()?;
+    let again = scene.options().start()?;
     let file = fs::File::open(again.root().join("all"))?;
     file.read_exact_at(&mut [0; 10], 0)?;
     let text = nydusctl(&again, &["why"])?;

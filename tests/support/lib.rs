@@ -9,6 +9,7 @@
 //!
 //! [`image`] writes OCI images from nothing, with everything that a converter must cope with.
 //! [`registry`] starts Debian's `docker-registry`; [`relay`] stands between it and the daemon.
+//! [`scene`] sets up these four for journeys with faults.
 //! [`daemon`] owns one `nydusd` and its mount point, [`mount`] every other mount: what a test
 //! mounts is gone when the test ends, however it ends. [`tree`] tells two trees apart.
 //!
@@ -30,6 +31,7 @@ pub mod reference;
 pub mod registry;
 pub mod relay;
 pub mod s3;
+pub mod scene;
 pub mod tree;
 
 /// The error of tests: any, with its story.
