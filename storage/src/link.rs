@@ -63,7 +63,7 @@ pub(crate) struct Link {
 
 #[derive(Debug)]
 struct State {
-    /// Requests with a reader behind them.
+    /// Readers that wait.
     demands: usize,
     last_demand: Option<Instant>,
     /// Bytes asked for ahead that have not come yet.
@@ -102,7 +102,7 @@ pub(crate) struct Slot {
     bytes: AtomicU64,
 }
 
-/// A demanded request on its way.
+/// A reader that waits.
 #[derive(Debug)]
 pub(crate) struct Demand {
     link: Arc<Link>,
@@ -136,7 +136,7 @@ impl Link {
         Arc::new(Self { state: Mutex::new(state), receiving: watch::Sender::new(0) })
     }
 
-    /// Notes a request that a reader waits for, until the answer is dropped.
+    /// Notes a reader that waits, until the answer is dropped.
     pub(crate) fn demand(self: &Arc<Self>) -> Demand {
         let mut state = self.lock();
         state.demands += 1;

@@ -50,15 +50,17 @@ pub(super) struct Request {
     context: ReadContext,
     /// Right to bytes that nobody waits for.
     slot: Option<Arc<Slot>>,
-    /// A reader waits for it.
-    demanded: bool,
     begun: Instant,
 }
 
 impl Request {
     pub(super) fn new(inner: &Arc<Inner>, context: &ReadContext, slot: Option<Arc<Slot>>) -> Self {
-        let demanded = context.priority == Priority::OnDemand;
-        Self { inner: Arc::clone(inner), context: context.clone(), slot, demanded, begun: Instant::now() }
+        Self { inner: Arc::clone(inner), context: context.clone(), slot, begun: Instant::now() }
+    }
+
+    /// True if it was made for a reader.
+    fn is_demanded(&self) -> bool {
+        self.context.priority == Priority::OnDemand
     }
 
     /// Asks for one range.
@@ -97,7 +99,7 @@ impl Request {
         let failed = streamed.as_ref().is_err_and(|e| e.kind() != ErrorKind::Cancelled);
         inner.backend_metrics.record(received, self.begun.elapsed(), failed);
         inner.metrics.fetched_bytes.fetch_add(received, Ordering::Relaxed);
-        if !self.demanded {
+        if !self.is_demanded() {
             CacheMetrics::tick(&inner.metrics.prefetch_requests);
             inner.metrics.prefetch_bytes.fetch_add(received, Ordering::Relaxed);
         }
@@ -134,11 +136,11 @@ struct Cutter<'a> {
 
 impl Cutter<'_> {
     async fn take(&mut self, mut stream: ByteStream, ranges: &[ByteRange]) -> Result<()> {
-        let Request { inner, slot, begun, demanded, .. } = self.request;
+        let Request { inner, slot, begun, .. } = self.request;
         let link = inner.engine.link();
         let timing = Timing { supplier: Some(stream.supplier()), requested: *begun, ..Timing::begin() };
         self.pending.iter_mut().for_each(|work| work.timing = timing);
-        let mut receiving = link.answered(begun.elapsed(), *demanded);
+        let mut receiving = link.answered(begun.elapsed(), self.request.is_demanded());
 
         let total: u64 = ranges.iter().map(|range| range.len()).sum();
         let Some(mut place) = Place::new(ranges) else { return Ok(()) };

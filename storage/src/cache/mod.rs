@@ -5,6 +5,7 @@
 //!  set.rs       BlobSet: the Reader of an image; a request over several blobs
 //!  mod.rs       BlobCache: one blob
 //!  inflight.rs    one leader a chunk in this process
+//!  obtain.rs      wishes → waiters, and leads for what nobody fetches yet
 //!  fetch.rs       leader's work: claim, fetch, decode, verify, answer, write
 //!  ahead.rs       works off orders, within their limit of bandwidth (pace.rs)
 //!  plan.rs        units wanted → ranges to fetch
@@ -46,6 +47,7 @@ mod lock;
 mod meta;
 mod mirror;
 mod neighbours;
+mod obtain;
 mod opener;
 mod pace;
 pub mod plan;
@@ -68,17 +70,15 @@ use tracing::warn;
 
 use self::chunk_map::{ChunkMap, MAX_DECODED_SIZE, Record};
 use self::data_file::Storage;
-use self::inflight::{Inflight, Lead, Waiter};
+use self::inflight::Inflight;
 pub use self::neighbours::ChunkTable;
-use self::plan::MAX_GAP;
 pub use self::set::BlobSet;
 use self::syncer::Syncer;
 use self::untouched::Untouched;
-use crate::backend::{Backend, Priority, ReadContext};
+use crate::backend::Backend;
 use crate::engine::{Engine, Handle};
 use crate::extent::ChunkExtent;
 use crate::ids::{BlobId, ByteRange, ChunkIndex};
-use crate::link::Slot;
 use crate::metrics::{BackendMetrics, CacheMetrics};
 use crate::observe::Observer;
 use crate::{Error, ErrorKind, Result};
@@ -92,9 +92,6 @@ const MAX_UNIT_STORED: u64 = MAX_UNIT_DECODED as u64 + (1 << 20);
 
 /// Chunks of one blob (rafs-v6: the index has 24 bits).
 const MAX_CHUNK_COUNT: u32 = 1 << 24;
-
-/// Chunks that one miss is widened by.
-const MAX_FOLLOWING: u32 = 4096;
 
 /// What to open.
 pub struct BlobCacheConfig {
@@ -194,20 +191,6 @@ struct Files {
     data: Arc<dyn Storage>,
     map: Arc<ChunkMap>,
     syncer: Arc<Syncer>,
-}
-
-/// What became of a wish for chunks.
-#[derive(Default)]
-struct Obtained {
-    /// One for each chunk, with true if this call leads its fetch.
-    waiters: Vec<(Waiter, bool)>,
-    /// Chunks that are on their way because they were read ahead.
-    hits: Vec<ChunkExtent>,
-    /// Chunks `low..high` that a reader's miss fetches.
-    span: Option<(u32, u32)>,
-    /// Stored bytes of these that the reader needs, and the others.
-    needed: u64,
-    widened: u64,
 }
 
 /// Which of the two files is opened; tests put their own storage in between.
@@ -448,104 +431,6 @@ impl Inner {
             warn!(blob = %self.id, chunk = %extent.index, %error, "the cache file can not be read; reads go on from the backend");
         }
         read.is_ok()
-    }
-
-    /// Joins or starts the fetch of chunks that are not ready. A reader's fetch is widened
-    /// by about `widening` stored bytes; `slot` is the right of one that nobody waits for.
-    fn obtain(
-        self: &Arc<Self>,
-        wanted: &[ChunkExtent],
-        context: &ReadContext,
-        slot: Option<Arc<Slot>>,
-        widening: u64,
-    ) -> Obtained {
-        let demanded = context.priority == Priority::OnDemand;
-        let mut leads = Vec::new();
-        let mut obtained = Obtained::default();
-        // The last unit whose members were asked for: chunks come in order.
-        let mut asked = None;
-        for extent in wanted {
-            let (waiter, lead) = self.inflight.join(extent, demanded);
-            obtained.waiters.push((waiter, lead.is_some()));
-            let touched = demanded && self.untouched.touch(extent.index);
-            if touched {
-                obtained.hits.push(*extent);
-            }
-            if touched || (demanded && lead.is_some()) {
-                self.metrics.asked_bytes.fetch_add(extent.stored_share(), Ordering::Relaxed);
-            }
-            let Some(lead) = lead else { continue };
-            if !demanded {
-                self.untouched.set(extent.index);
-            }
-            leads.push(lead);
-            if asked.replace(extent.unit) != Some(extent.unit) {
-                obtained.needed += extent.unit.compressed.len();
-                leads.extend(self.join_ahead(self.siblings(extent)));
-            }
-        }
-        if demanded && let Some(last) = leads.last() {
-            let last = *last.extent();
-            // Where a read jumps in the blob, what lies between is none of its business.
-            let run = leads.iter().rev().map(|lead| lead.extent().index.0);
-            let low = run.reduce(|low, index| if index.checked_add(1) == Some(low) { index } else { low });
-            let low = low.unwrap_or(last.index.0);
-            let widened = self.join_ahead(self.following(&last, widening)).collect::<Vec<_>>();
-            let high = widened.last().map_or(last.index.0, |lead| lead.extent().index.0);
-            obtained.span = Some((low, high.saturating_add(1)));
-            let ahead = widened.iter().map(|lead| lead.extent().unit.compressed);
-            obtained.widened = ahead.map(|unit| unit.len()).sum();
-            leads.extend(widened);
-        }
-        if !leads.is_empty() {
-            let context = ReadContext {
-                cancel: self.cancel.child_token(),
-                retries: Arc::clone(&self.backend_metrics.retries),
-                ..context.clone()
-            };
-            self.engine.spawn(fetch::lead(Arc::clone(self), leads, context, slot));
-        }
-        obtained
-    }
-
-    /// The other chunks of the unit that holds `extent`.
-    fn siblings(&self, extent: &ChunkExtent) -> Vec<ChunkExtent> {
-        let Some(table) = &self.chunks else { return Vec::new() };
-        let mut members = neighbours::unit_members(table, extent);
-        members.retain(|member| member.index != extent.index && self.check(member).is_ok());
-        members
-    }
-
-    /// Missing chunks that follow `last` in the blob without a gap, of about `bytes` stored
-    /// bytes.
-    fn following(&self, last: &ChunkExtent, bytes: u64) -> Vec<ChunkExtent> {
-        let Some(table) = self.chunks.as_ref().filter(|_| bytes > 0) else { return Vec::new() };
-        let mut following = Vec::new();
-        let mut unit = last.unit.compressed;
-        let end = unit.end().saturating_add(bytes);
-        let next = last.index.0.saturating_add(1);
-        for index in (next..self.chunk_count.min(next.saturating_add(MAX_FOLLOWING))).map(ChunkIndex) {
-            let Some(extent) = table(index).filter(|extent| self.check(extent).is_ok()) else { break };
-            let next = extent.unit.compressed;
-            let adjacent =
-                next == unit || next.start().checked_sub(unit.end()).is_some_and(|gap| gap <= MAX_GAP);
-            if !adjacent || next.end() > end || self.is_ready(&extent) {
-                break;
-            }
-            unit = next;
-            following.push(extent);
-        }
-        following
-    }
-
-    /// Leads those of `chunks` that nobody fetches yet.
-    fn join_ahead(self: &Arc<Self>, chunks: Vec<ChunkExtent>) -> impl Iterator<Item = Lead> {
-        let inner = Arc::clone(self);
-        chunks.into_iter().filter_map(move |extent| {
-            let lead = inner.inflight.join(&extent, false).1?;
-            inner.untouched.set(extent.index);
-            Some(lead)
-        })
     }
 
     fn warn_of_write(&self, error: &std::io::Error) {

@@ -3,8 +3,8 @@
 //! Each miss plants a *seed* where it was: files that are read one after another lie together
 //! in a blob, so the chunks behind it (and, less so, before it) are the best guess. Seeds grow
 //! in steps, the ones that last proved right first, and each step is twice the one before.
-//! Seeds that meet have read everything between them, so a reader of everything ends up
-//! with one long run through the blob.
+//! Seeds that meet become one, so a reader of everything ends up with one long run through
+//! the blob.
 //!
 //! What it may cost is a *credit* in bytes, earned by what readers turn out to need: a miss,
 //! or the first touch of what was read ahead. Reading ahead that helps pays for more of it;
@@ -46,11 +46,11 @@ const MAX_STEP: u64 = 4 << 20;
 /// When bytes count, steps and widened reads stay this small.
 const CAREFUL_STEP: u64 = 128 << 10;
 
+/// Credit that a step wants: less is not worth a request.
+const LEAST_CREDIT: f64 = CAREFUL_STEP as f64;
+
 /// Seeds that are remembered.
 const MAX_SEEDS: usize = 128;
-
-/// A miss this many chunks beyond a seed still belongs to it.
-const NEAR_CHUNKS: u32 = 64;
 
 /// Chunks that are looked at for one step: ready ones cost a look, too.
 const MAX_LOOK: u32 = 1024;
@@ -163,7 +163,7 @@ impl Speculator {
             let mut state = this.lock();
             state.earn(needed as f64 * gain);
             state.proved_right(blob, index.0)
-                && state.credit > 0.0
+                && state.credit >= LEAST_CREDIT
                 && !std::mem::replace(&mut state.running, true)
         };
         if start {
@@ -229,13 +229,14 @@ fn next_step(shared: &Shared, max_step: u64) -> Option<Step> {
         let (mut seed, place, credit) = {
             let mut state = shared.speculator.lock();
             let credit = state.credit - all.bytes as f64;
-            if credit <= 0.0 || all.bytes >= max_step {
+            let least = if all.chunks.is_empty() { LEAST_CREDIT } else { 1.0 };
+            if credit < least || all.bytes >= max_step {
                 break;
             }
             let Some((seed, place)) = state.take_best(blob) else { break };
             (seed, place, credit)
         };
-        let step = (FIRST_STEP << seed.steps.min(8)).min(max_step - all.bytes).min(credit as u64 + 1);
+        let step = (FIRST_STEP << seed.steps.min(8)).min(max_step - all.bytes).min(credit as u64);
         seed.steps += 1;
         let blob = seed.blob;
         let grown = seed.grow(shared, step);
@@ -256,12 +257,8 @@ impl State {
 
     /// Enters what a miss fetches: into the seed it continues, or as a new one.
     fn plant(&mut self, blob: u32, low: u32, high: u32) {
-        let near = |seed: &Seed| {
-            seed.blob == blob
-                && low <= seed.high.saturating_add(NEAR_CHUNKS)
-                && high.saturating_add(NEAR_CHUNKS) >= seed.low
-        };
-        let seed = match self.seeds.iter().position(near).and_then(|place| self.seeds.remove(place)) {
+        let met = |seed: &Seed| seed.blob == blob && low <= seed.high && seed.low <= high;
+        let seed = match self.seeds.iter().position(met).and_then(|place| self.seeds.remove(place)) {
             Some(seed) => Seed { high: seed.high.max(high), low: seed.low.min(low), steps: 0, ..seed },
             None => Seed { blob, low, high, steps: 0, ended: false, begun: low == 0 },
         };

@@ -55,6 +55,61 @@ fn a_cancelled_order_ends_although_its_source_stalls() {
     engine.block_on(prefetch.wait());
 }
 
+#[test]
+fn a_reader_overtakes_a_fetch_ahead_that_does_not_get_on() {
+    let (engine, sample, dir) = (engine(), Sample::new(1), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let gate = Gate::default();
+    backend.inner().fault(sample.range(0), Fault::Stall(gate.clone()), 1);
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    let prefetch = reader.prefetch(order(&sample), OPTIONS);
+    engine.block_on(gate.arrivals(1));
+    // The gate stays shut.
+    sample.read(&reader, 0).unwrap();
+    prefetch.cancel();
+}
+
+#[test]
+fn a_reader_goes_on_where_a_part_of_an_order_fails() {
+    // Two requests of one run of chunks: the second one fails, the first one stalls.
+    let (engine, dir) = (engine(), TempDir::new().unwrap());
+    let mut sample = Sample::new(2);
+    let far = plan::MAX_GAP + 1;
+    let second = sample.range(1);
+    let tail = sample.stored.split_off(second.start() as usize);
+    sample.stored.resize(second.start() as usize + far as usize, 0);
+    sample.stored.extend(tail);
+    sample.extents[1].unit.compressed = ByteRange::new(second.start() + far, second.len()).unwrap();
+    let backend = sample.backend();
+    let gate = Gate::default();
+    backend.inner().fault(sample.range(0), Fault::Stall(gate.clone()), 1);
+    backend.inner().fault(sample.range(1), Fault::Fail(ErrorKind::Unavailable), 1);
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    let prefetch = reader.prefetch(order(&sample), OPTIONS);
+    engine.block_on(gate.arrivals(1));
+    while prefetch.progress().failed_chunks == 0 {
+        std::thread::yield_now();
+    }
+    sample.read(&reader, 1).unwrap();
+    assert!(!prefetch.progress().finished);
+    gate.open();
+}
+
+#[test]
+fn nothing_is_read_ahead_that_is_not_kept() {
+    let (engine, sample, dir) = (engine(), Sample::new(4), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let extents = sample.extents.clone();
+    let table: ChunkTable = Arc::new(move |index| extents.get(index.0 as usize).copied());
+    let config = BlobCacheConfig { work_dir: None, chunks: Some(table), ..sample.config(&dir) };
+    let cache = BlobCache::open(&engine, config, backend.clone()).unwrap();
+    let reader = BlobSet::reading_ahead(&engine, vec![cache], PATIENT, ReadAhead::default());
+    sample.read(&reader, 1).unwrap();
+    engine.block_on(reader.prefetch(order(&sample), OPTIONS).wait());
+    settle(&reader);
+    assert_eq!(backend.requests(), [sample.range(1)]);
+}
+
 fn reading_ahead(
     engine: &Engine,
     sample: &Sample,

@@ -176,6 +176,45 @@ fn what_was_written_before_a_failed_sync_is_not_trusted_after_a_good_one() {
     assert_eq!(reader.blobs()[0].ready_count(), 2);
 }
 
+/// A file that can not be read.
+struct Unreadable(File);
+
+impl Storage for Unreadable {
+    fn read_at(&self, _: &mut [u8], _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Other.into())
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+}
+
+#[test]
+fn a_map_that_can_not_be_read_has_no_room() {
+    let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
+    // Its first chunk is recorded, and lies there.
+    let reader = open(&engine, &sample, &dir, &sample.backend(), PATIENT);
+    sample.read(&reader, 0).unwrap();
+    flush(&reader);
+    drop(reader);
+    let through = |role, file| match role {
+        Role::Data => Ok(Arc::new(file) as Arc<dyn Storage>),
+        Role::Map => Ok(Arc::new(Unreadable(file)) as Arc<dyn Storage>),
+    };
+    let cache = BlobCache::open_through(&engine, sample.config(&dir), sample.backend(), through).unwrap();
+    let reader = BlobSet::new(&engine, vec![cache], PATIENT);
+    // Readers are served; the cache takes nothing, for it might lie over the first chunk.
+    (0..2).for_each(|index| sample.read(&reader, index).unwrap());
+    settle(&reader);
+    assert!(!sample.try_read(&reader, 1));
+    let data = std::fs::read(dir.path().join("sample.blob.data")).unwrap();
+    assert!(data[sample.extents[1].decoded_offset as usize..].iter().all(|byte| *byte == 0));
+}
+
 /// A file that writes when the test lets it.
 struct Late(File, std::sync::Mutex<std::sync::mpsc::Receiver<()>>);
 

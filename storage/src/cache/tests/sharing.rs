@@ -73,16 +73,22 @@ fn two_processes_on_one_directory_fetch_each_chunk_once() {
     assert_eq!(fetched, vec![1; 64]);
 }
 
+/// What another process holds that leads chunk 0, until it is dropped.
+fn leads_chunk_0(dir: &TempDir) -> File {
+    let path = dir.path().join("sample.blob.data.chunk_map");
+    let other = File::options().read(true).write(true).open(path).unwrap();
+    let range = ByteRange::new(chunk_map::LOCK_BASE, 1).unwrap();
+    assert!(lock::try_lock(&other, lock::Kind::Exclusive, range).unwrap());
+    other
+}
+
 #[test]
 fn a_dead_leaders_chunk_is_free() {
     let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
     let backend = sample.backend();
     let reader = open(&engine, &sample, &dir, &backend, PATIENT);
     // Another process leads chunk 0 and gets nowhere.
-    let path = dir.path().join("sample.blob.data.chunk_map");
-    let other = File::options().read(true).write(true).open(path).unwrap();
-    let range = ByteRange::new(chunk_map::LOCK_BASE, 1).unwrap();
-    assert!(lock::try_lock(&other, lock::Kind::Exclusive, range).unwrap());
+    let other = leads_chunk_0(&dir);
     let waiting = submit(&sample, &reader, 0);
     // Chunk 1 is nobody's: it is read meanwhile. A hasty reader of chunk 0 gives up.
     sample.read(&reader, 1).unwrap();
@@ -120,10 +126,7 @@ fn prefetch_leaves_to_another_process_what_that_is_at() {
     let (engine, sample, dir) = (engine(), Sample::new(1), TempDir::new().unwrap());
     let backend = sample.backend();
     let reader = open(&engine, &sample, &dir, &backend, PATIENT);
-    let path = dir.path().join("sample.blob.data.chunk_map");
-    let other = File::options().read(true).write(true).open(path).unwrap();
-    let range = ByteRange::new(chunk_map::LOCK_BASE, 1).unwrap();
-    assert!(lock::try_lock(&other, lock::Kind::Exclusive, range).unwrap());
+    let other = leads_chunk_0(&dir);
     let prefetch = submit_as(Priority::Prefetch, &sample, &reader, 0);
     assert_eq!(prefetch.recv().unwrap().unwrap_err().kind(), ErrorKind::Cancelled);
     // A reader waits for it.
@@ -180,10 +183,7 @@ fn a_stopped_leader_costs_time_and_no_read() {
     let backend = sample.backend();
     let policy = OutagePolicy::FailAfter(Duration::from_secs(1));
     let reader = open(&engine, &sample, &dir, &backend, policy);
-    let path = dir.path().join("sample.blob.data.chunk_map");
-    let other = File::options().read(true).write(true).open(path).unwrap();
-    let range = ByteRange::new(chunk_map::LOCK_BASE, 1).unwrap();
-    assert!(lock::try_lock(&other, lock::Kind::Exclusive, range).unwrap());
+    let _other = leads_chunk_0(&dir);
     sample.read(&reader, 0).unwrap();
     settle(&reader);
     assert!(!sample.try_read(&reader, 0), "the place is the other's");
