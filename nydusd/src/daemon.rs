@@ -153,7 +153,7 @@ impl Daemon {
         engine.spawn(crate::why::log_start(Arc::downgrade(&mount)));
         let known = mount.fetch_ahead(engine.handle());
         let hints = preheat::hints(mount.config(), &**mount.rafs().bootstrap());
-        if let Some(request) = hints.filter(|_| args.image.image.is_some() && !known)
+        if let Some(request) = hints.filter(|_| !known)
             && mount.config().trace == trace::Mode::On
             && let Err(e) = self.preheat.start(engine.handle(), &mount, request)
         {

@@ -8,8 +8,9 @@
 //!
 //! Reading ahead must keep the link busy and must not stand in a reader's way. Both follow
 //! from one number, the *window*: more is asked for ahead when no more than this is under
-//! way. With what the link holds (bandwidth times round trip) the next answer begins as the
-//! last one ends; more would only be a queue in front of the next reader. While a reader's
+//! way. With twice what the link holds (bandwidth times round trip) the next answer begins as
+//! the last one ends, also over a new connection; more would only be a queue in front of the
+//! next reader. While a reader's
 //! bytes come in, streams that nobody waits for stop taking theirs ([`Link::give_way`]).
 //!
 //! Both factors are measured on the traffic there is: the round trip as the time to the
@@ -35,8 +36,14 @@ const MAX_WINDOW: u64 = 16 << 20;
 /// not fill every link.
 const IDLE_REQUESTS: usize = 4;
 
-/// Least span that a bandwidth is measured over: shorter ones measure bursts.
+/// The same before the link is known: a start needs it filled, and what comes first must not
+/// wait for much that comes later.
+const FIRST_REQUESTS: usize = 2;
+
+/// Least span that a bandwidth is measured over: shorter ones measure bursts. The first one is
+/// shorter: a burst tells more than nothing.
 const SPAN: Duration = Duration::from_millis(40);
+const FIRST_SPAN: Duration = Duration::from_millis(10);
 
 /// Readers count as waiting this long after the last one was served.
 const READERS_LINGER: Duration = Duration::from_millis(200);
@@ -273,13 +280,17 @@ impl Link {
 
 impl State {
     fn window(&self) -> u64 {
-        self.gauge.held().unwrap_or(0).clamp(MIN_WINDOW, MAX_WINDOW)
+        (2 * self.gauge.held().unwrap_or(0)).clamp(MIN_WINDOW, MAX_WINDOW)
     }
 
     /// Requests that may be under way whatever they ask for.
     fn requests(&self) -> usize {
         let readers = self.demands > 0 || self.last_demand.is_some_and(|at| at.elapsed() < READERS_LINGER);
-        if readers { 1 } else { IDLE_REQUESTS }
+        match self.gauge.rate {
+            None => FIRST_REQUESTS,
+            Some(_) if readers => 1,
+            Some(_) => IDLE_REQUESTS,
+        }
     }
 }
 
@@ -299,7 +310,7 @@ impl Gauge {
         let now = Instant::now();
         self.busy += now.saturating_duration_since(self.since);
         self.since = now;
-        if self.busy >= SPAN {
+        if self.busy >= if self.rate.is_none() { FIRST_SPAN } else { SPAN } {
             let rate = self.bytes as f64 / self.busy.as_secs_f64();
             self.rate = Some(self.rate.map_or(rate, |known| known + (rate - known) / 4.0));
             (self.bytes, self.busy) = (0, Duration::ZERO);

@@ -23,7 +23,7 @@ pub type Order = Box<dyn Iterator<Item = (u32, ChunkExtent)> + Send>;
 pub enum Class {
     /// What an earlier start of the same image read, in its order.
     Trace,
-    /// What the accesses so far suggest.
+    /// What the image itself, or the accesses so far, suggest.
     Predicted,
     /// What somebody asked for ahead of time: a list of files, an image.
     Preheat,

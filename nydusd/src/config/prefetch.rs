@@ -22,6 +22,8 @@ const DEFAULT_THREADS: u32 = 8;
 pub struct PrefetchConfig {
     /// Anything at all: the list of files that was given, else the image's own prefetch table.
     pub enable: bool,
+    /// The image's own hints where nothing else is known. Off if `enable` is said to be false.
+    pub hints: bool,
     /// After that, the rest of the image.
     pub all: bool,
     /// Bytes a second at most, as stored; `None`: what the link gives.
@@ -35,7 +37,7 @@ pub struct PrefetchConfig {
 impl Default for PrefetchConfig {
     fn default() -> Self {
         let (batch_size, threads) = (DEFAULT_SIZE, DEFAULT_THREADS);
-        Self { enable: false, all: false, bandwidth: None, batch_size, threads }
+        Self { enable: false, hints: true, all: false, bandwidth: None, batch_size, threads }
     }
 }
 
@@ -68,7 +70,8 @@ impl PrefetchConfig {
     ) -> Result<Self, ConfigError> {
         let mut config = Self::default();
         let Some(mut section) = section else { return Ok(config) };
-        config.enable = section.take_bool("enable")?.unwrap_or(false);
+        let enable = section.take_bool("enable")?;
+        (config.enable, config.hints) = (enable.unwrap_or(false), enable != Some(false));
         // To read whole blobs in one go is how the engine reads everything.
         let stream = section.take_bool("stream_prefetch")?.unwrap_or(false);
         config.all = section.take_bool("prefetch_all")?.unwrap_or(keys.all) || stream;
@@ -92,10 +95,12 @@ impl PrefetchConfig {
     /// The block of the file system and that of the cache taken together: what either asks for,
     /// within both limits of bandwidth. Sizes are those of the first that is enabled.
     pub(super) fn join(self, cache: Self) -> Self {
+        let hints = self.hints && cache.hints;
         match (self.enable, cache.enable) {
-            (_, false) => self,
-            (false, true) => cache,
+            (_, false) => Self { hints, ..self },
+            (false, true) => Self { hints, ..cache },
             (true, true) => Self {
+                hints,
                 all: self.all || cache.all,
                 bandwidth: [self.bandwidth, cache.bandwidth].into_iter().flatten().min(),
                 ..self

@@ -71,7 +71,7 @@ pub fn after_mount(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request
         Some(files) => Some(Wish::Files(files.clone())),
         None => (!bootstrap.prefetch().is_empty()).then_some(Wish::Table),
     };
-    let mut stages: Vec<_> = first.into_iter().map(|wish| (Class::Preheat, wish)).collect();
+    let mut stages: Vec<_> = first.into_iter().map(|wish| (Class::Predicted, wish)).collect();
     if prefetch.all {
         stages.push((Class::Background, Wish::Image));
     }
@@ -83,7 +83,10 @@ pub fn after_mount(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request
 /// table, unless that asks for everything or the configuration speaks of prefetch.
 pub fn hints(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request> {
     let table = bootstrap.prefetch();
-    let wanted = !config.prefetch.enable && !table.is_empty() && !table.contains(&bootstrap.root());
+    let wanted = config.prefetch.hints
+        && !config.prefetch.enable
+        && !table.is_empty()
+        && !table.contains(&bootstrap.root());
     let stages = vec![(Class::Predicted, Wish::Table)];
     wanted.then_some(Request { what: "hints", stages, bandwidth: None })
 }

@@ -17,7 +17,7 @@ use crate::backend::{Priority, ReadContext};
 use crate::extent::ChunkExtent;
 use crate::ids::ByteRange;
 use crate::link::Slot;
-use crate::prefetch::{Order, Prefetch, PrefetchOptions};
+use crate::prefetch::{Class, Order, Prefetch, PrefetchOptions};
 use crate::{Error, ErrorKind};
 
 /// Stored bytes asked for at once: at first, so that what a start wants first comes first,
@@ -90,7 +90,10 @@ async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchO
             break;
         }
         slot.shrink(bytes);
-        let soon = link.rate().map_or(FIRST_SEGMENT, |rate| rate / SEGMENTS_A_SECOND);
+        if options.class != Class::Background {
+            shared.speculator.told(bytes);
+        }
+        let soon = link.rate().map_or(FIRST_SEGMENT * GROWTH, |rate| rate / SEGMENTS_A_SECOND);
         size = (size * GROWTH).min(soon.clamp(FIRST_SEGMENT, MAX_SEGMENT));
         if let Some(pace) = &mut pace {
             pace.charge(bytes, Instant::now());

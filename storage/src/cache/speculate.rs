@@ -9,6 +9,9 @@
 //! What it may cost is a *credit* in bytes, earned by what readers turn out to need: a miss,
 //! or the first touch of what was read ahead. Reading ahead that helps pays for more of it;
 //! once readers fall silent or the guesses are wrong it runs dry.
+//!
+//! An order that tells what readers will want (a trace, an image's hints) leaves little to
+//! guess. As long as it is trusted, guesses stay close to misses; these use the trust up.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -33,6 +36,12 @@ const MISS_GAIN: f64 = 2.0;
 
 /// Most credit.
 const MAX_CREDIT: f64 = (32 << 20) as f64;
+
+/// The same when time counts and an order is trusted.
+const GUIDED_GAIN: f64 = 1.5;
+
+/// Bytes that an order must name for each byte missed beside it to stay trusted.
+const TRUST_COST: f64 = 8.0;
 
 /// A source that answers faster than this is not worth guessing for: bytes count.
 const NEAR: Duration = Duration::from_millis(1);
@@ -72,6 +81,8 @@ pub(super) struct Speculator {
 #[derive(Debug, Default)]
 struct State {
     credit: f64,
+    /// Bytes that orders have named, less what misses cost.
+    trust: f64,
     /// Most recently proved right first.
     seeds: VecDeque<Seed>,
     /// A task works on them.
@@ -94,6 +105,35 @@ struct Seed {
     begun: bool,
 }
 
+/// How far guesses go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mood {
+    /// Bytes count.
+    Careful,
+    /// Time counts, and an order is trusted.
+    Guided,
+    /// Time counts, and nothing but the accesses is known.
+    Free,
+}
+
+impl Mood {
+    /// Bytes that a needed byte earns.
+    fn gain(self) -> f64 {
+        match self {
+            Self::Careful => BYTES_GAIN,
+            Self::Guided => GUIDED_GAIN,
+            Self::Free => TIME_GAIN,
+        }
+    }
+}
+
+/// Whether a seed can grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Growth {
+    Open,
+    Ended,
+}
+
 /// The next step of a seed.
 struct Step {
     blob: u32,
@@ -110,18 +150,30 @@ impl Speculator {
     /// Stored bytes that a missing read is widened by.
     pub(super) fn widening(&self, link: &Link) -> u64 {
         let most = u64::from(self.read_ahead.amplify);
-        let step = match self.counts_bytes(link) {
-            true => CAREFUL_STEP,
-            false => link.held().map_or(FIRST_STEP, |held| (held / 2).max(FIRST_STEP)),
+        let state = self.lock();
+        // When time counts, misses are widened on credit, too.
+        let (step, least) = match self.mood(link, &state) {
+            Mood::Careful => (CAREFUL_STEP, 0),
+            Mood::Guided => (FIRST_STEP, FIRST_STEP / 2),
+            Mood::Free => (link.held().map_or(FIRST_STEP, |held| (held / 2).max(FIRST_STEP)), FIRST_STEP / 2),
         };
-        // When time counts, the first misses are widened on credit.
-        let least = if self.counts_bytes(link) { 0 } else { FIRST_STEP / 2 };
-        let credit = self.lock().credit.max(0.0) as u64;
+        let credit = state.credit.max(0.0) as u64;
         step.min(most).min(credit.max(least))
     }
 
-    fn counts_bytes(&self, link: &Link) -> bool {
-        self.read_ahead.prefer == Prefer::Bytes || link.round_trip().is_some_and(|time| time < NEAR)
+    /// Notes that an order names `bytes` that readers will want.
+    pub(super) fn told(&self, bytes: u64) {
+        self.lock().trust += bytes as f64;
+    }
+
+    fn mood(&self, link: &Link, state: &State) -> Mood {
+        if self.read_ahead.prefer == Prefer::Bytes || link.round_trip().is_some_and(|time| time < NEAR) {
+            Mood::Careful
+        } else if state.trust > 0.0 {
+            Mood::Guided
+        } else {
+            Mood::Free
+        }
     }
 
     /// Notes that a reader missed `needed` stored bytes, that chunks `low..high` of the blob
@@ -141,10 +193,12 @@ impl Speculator {
         let wait = link.held().unwrap_or(FIRST_STEP) as f64;
         let start = {
             let mut state = this.lock();
-            state.earn(needed as f64 * this.gain(link));
-            if !this.counts_bytes(link) {
+            let mood = this.mood(link, &state);
+            state.earn(needed as f64 * mood.gain());
+            if mood == Mood::Free {
                 state.earn(wait * MISS_GAIN);
             }
+            state.trust = (state.trust - needed as f64 * TRUST_COST).max(0.0);
             state.credit -= widened as f64;
             state.plant(blob, low, high);
             !std::mem::replace(&mut state.running, true)
@@ -158,11 +212,15 @@ impl Speculator {
     /// Notes that a reader touched `needed` stored bytes that were read ahead, in chunk `index`.
     pub(super) fn hit(shared: &Arc<Shared>, blob: u32, index: ChunkIndex, needed: u64) {
         let this = &shared.speculator;
-        let gain = this.gain(shared.engine.link());
         let start = {
             let mut state = this.lock();
-            state.earn(needed as f64 * gain);
-            state.proved_right(blob, index.0)
+            let gain = this.mood(shared.engine.link(), &state).gain();
+            let proof = state.proved_right(blob, index.0);
+            // What an order brought says nothing about the guesses.
+            if proof.is_some() {
+                state.earn(needed as f64 * gain);
+            }
+            proof == Some(Growth::Open)
                 && state.credit >= LEAST_CREDIT
                 && !std::mem::replace(&mut state.running, true)
         };
@@ -172,15 +230,12 @@ impl Speculator {
         }
     }
 
-    fn gain(&self, link: &Link) -> f64 {
-        if self.counts_bytes(link) { BYTES_GAIN } else { TIME_GAIN }
-    }
-
     /// Largest step now.
     fn max_step(&self, link: &Link) -> u64 {
-        match self.counts_bytes(link) {
-            true => CAREFUL_STEP,
-            false => link.held().map_or(FIRST_STEP, |held| held.clamp(FIRST_STEP, MAX_STEP)),
+        match self.mood(link, &self.lock()) {
+            Mood::Careful => CAREFUL_STEP,
+            Mood::Guided => FIRST_STEP,
+            Mood::Free => link.held().map_or(FIRST_STEP, |held| held.clamp(FIRST_STEP, MAX_STEP)),
         }
     }
 
@@ -267,16 +322,16 @@ impl State {
         self.news += 1;
     }
 
-    /// Moves the seed that holds a chunk to the front; false if there is none that can grow.
-    fn proved_right(&mut self, blob: u32, index: u32) -> bool {
+    /// Moves the seed that holds a chunk to the front, if there is one.
+    fn proved_right(&mut self, blob: u32, index: u32) -> Option<Growth> {
         let holds = |seed: &Seed| seed.blob == blob && seed.low <= index && index < seed.high;
         let place = self.seeds.iter().position(holds);
-        let Some(mut seed) = place.and_then(|place| self.seeds.remove(place)) else { return false };
+        let mut seed = place.and_then(|place| self.seeds.remove(place))?;
         seed.steps = 0;
-        let grows = !seed.ended || !seed.begun;
+        let growth = if seed.ended && seed.begun { Growth::Ended } else { Growth::Open };
         self.seeds.push_front(seed);
         self.news += 1;
-        grows
+        Some(growth)
     }
 
     /// Takes the seed to grow next, of one blob if that is given, and its place: the first of
