@@ -132,8 +132,14 @@ fn prefetch_blocks_are_read_in_both_formats() {
     .unwrap();
     assert_eq!(config.read_ahead, ReadAhead { amplify: 0, prefer: Prefer::Bytes });
     // v1 fetches everything unless told otherwise, v2 only if told to.
-    let mut wanted =
-        PrefetchConfig { enable: true, all: true, bandwidth: limit(4096), batch_size: 1 << 17, threads: 8 };
+    let mut wanted = PrefetchConfig {
+        enable: true,
+        hints: true,
+        all: true,
+        bandwidth: limit(4096),
+        batch_size: 1 << 17,
+        threads: 8,
+    };
     assert_eq!(config.prefetch, wanted);
 
     let v2 = |rafs: &str, cache: &str| {

@@ -133,11 +133,27 @@ fn a_list_goes_before_the_table_and_both_before_the_rest() {
     config.prefetch = PrefetchConfig { enable: true, bandwidth: NonZeroU64::new(7), ..config.prefetch };
     let request = after(&config, &tabled).unwrap();
     assert_eq!((request.what, request.bandwidth), ("start", NonZeroU64::new(7)));
-    assert_eq!(request.stages, [(Class::Preheat, files(&["/a"]))]);
+    assert_eq!(request.stages, [(Class::Predicted, files(&["/a"]))]);
     config.prefetch_files = None;
     assert_eq!(after(&config, &plain), None, "there is no table");
     config.prefetch.all = true;
     assert_eq!(after(&config, &plain).unwrap().stages, [(Class::Background, Wish::Image)]);
     let stages = after(&config, &tabled).unwrap().stages;
-    assert_eq!(stages, [(Class::Preheat, Wish::Table), (Class::Background, Wish::Image)]);
+    assert_eq!(stages, [(Class::Predicted, Wish::Table), (Class::Background, Wish::Image)]);
+}
+
+#[test]
+fn hints_are_followed_unless_the_configuration_speaks_of_prefetch() {
+    let (tabled, plain) = (golden("prefetch"), golden("tar-rafs"));
+    let hinted = |prefetch: &str, rafs: &Rafs| {
+        let text = format!(
+            r#"{{"version":2,"backend":{{"type":"localfs","localfs":{{"dir":"/b"}}}},
+            "cache":{{"type":"filecache"}},"rafs":{{{prefetch}}}}}"#
+        );
+        hints(&Config::parse(&text).unwrap(), &**rafs.bootstrap()).map(|request| request.stages)
+    };
+    assert_eq!(hinted("", &tabled), Some(vec![(Class::Predicted, Wish::Table)]));
+    assert_eq!(hinted("", &plain), None, "there is no table");
+    assert_eq!(hinted(r#""prefetch":{"enable":false}"#, &tabled), None);
+    assert_eq!(hinted(r#""prefetch":{"enable":true}"#, &tabled), None, "the table is fetched as configured");
 }

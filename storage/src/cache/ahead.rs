@@ -1,6 +1,6 @@
 //! Works off orders of chunks that nobody waits for yet.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -103,20 +103,25 @@ async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchO
         for (blob, chunks) in segment {
             let fetch = fetch(Arc::clone(shared), blob, chunks, Arc::clone(&slot), handle.clone());
             shared.engine.spawn_in(&mut running, fetch);
+            // What is wanted first is asked for first, and alone until the source has answered.
+            tokio::select! {
+                () = link.first_answer() => {}
+                _ = running.join_next() => {}
+            }
         }
     }
     while running.join_next().await.is_some() {}
 }
 
-/// Takes chunks that are missing from the order, about `size` bytes, by blob. Answers the
-/// bytes as well.
+/// Takes chunks that are missing from the order, about `size` bytes, by blob: first the blob that is
+/// wanted first. Answers the bytes as well.
 async fn next_segment(
     shared: &Shared,
     order: &mut Order,
     size: u64,
     handle: &Prefetch,
-) -> (BTreeMap<u32, Vec<ChunkExtent>>, u64) {
-    let mut segment: BTreeMap<u32, Vec<ChunkExtent>> = BTreeMap::new();
+) -> (Vec<(u32, Vec<ChunkExtent>)>, u64) {
+    let mut segment: Vec<(u32, Vec<ChunkExtent>)> = Vec::new();
     let (mut bytes, mut chunks, mut passed) = (0, 0, 0);
     while bytes < size
         && chunks < MAX_SEGMENT_CHUNKS
@@ -131,7 +136,11 @@ async fn next_segment(
         if !wanted {
             continue;
         }
-        let of_blob = segment.entry(blob).or_default();
+        let place = segment.iter().position(|(of, _)| *of == blob).unwrap_or_else(|| {
+            segment.push((blob, Vec::new()));
+            segment.len() - 1
+        });
+        let of_blob = &mut segment[place].1;
         if of_blob.last().is_none_or(|last| last.unit != extent.unit) {
             bytes += extent.unit.compressed.len();
         }

@@ -2,7 +2,8 @@
 //!
 //! Each miss plants a *seed* where it was: files that are read one after another lie together
 //! in a blob, so the chunks behind it (and, less so, before it) are the best guess. Seeds grow
-//! in steps, the ones that last proved right first, and each step is twice the one before.
+//! in steps, the ones that last proved right first. Each step is twice the one before, or half
+//! of what the seed has proved right.
 //! Seeds that meet become one, so a reader of everything ends up with one long run through
 //! the blob.
 //!
@@ -11,7 +12,8 @@
 //! once readers fall silent or the guesses are wrong it runs dry.
 //!
 //! An order that tells what readers will want (a trace, an image's hints) leaves little to
-//! guess. As long as it is trusted, guesses stay close to misses; these use the trust up.
+//! guess. As long as it is trusted, guesses stay close to misses; what readers need beside it
+//! uses the trust up.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -40,7 +42,7 @@ const MAX_CREDIT: f64 = (32 << 20) as f64;
 /// The same when time counts and an order is trusted.
 const GUIDED_GAIN: f64 = 1.5;
 
-/// Bytes that an order must name for each byte missed beside it to stay trusted.
+/// Bytes that an order must name for each byte needed beside it to stay trusted.
 const TRUST_COST: f64 = 8.0;
 
 /// A source that answers faster than this is not worth guessing for: bytes count.
@@ -100,6 +102,8 @@ struct Seed {
     high: u32,
     /// Steps since a reader last proved it right.
     steps: u32,
+    /// Stored bytes of it that readers have needed after they were read ahead.
+    proved: u64,
     /// Nothing is left behind it, or before it.
     ended: bool,
     begun: bool,
@@ -198,7 +202,7 @@ impl Speculator {
             if mood == Mood::Free {
                 state.earn(wait * MISS_GAIN);
             }
-            state.trust = (state.trust - needed as f64 * TRUST_COST).max(0.0);
+            state.distrust(needed);
             state.credit -= widened as f64;
             state.plant(blob, low, high);
             !std::mem::replace(&mut state.running, true)
@@ -215,10 +219,11 @@ impl Speculator {
         let start = {
             let mut state = this.lock();
             let gain = this.mood(shared.engine.link(), &state).gain();
-            let proof = state.proved_right(blob, index.0);
+            let proof = state.proved_right(blob, index.0, needed);
             // What an order brought says nothing about the guesses.
             if proof.is_some() {
                 state.earn(needed as f64 * gain);
+                state.distrust(needed);
             }
             proof == Some(Growth::Open)
                 && state.credit >= LEAST_CREDIT
@@ -232,10 +237,14 @@ impl Speculator {
 
     /// Largest step now.
     fn max_step(&self, link: &Link) -> u64 {
-        match self.mood(link, &self.lock()) {
+        let state = self.lock();
+        match self.mood(link, &state) {
             Mood::Careful => CAREFUL_STEP,
             Mood::Guided => FIRST_STEP,
-            Mood::Free => link.held().map_or(FIRST_STEP, |held| held.clamp(FIRST_STEP, MAX_STEP)),
+            Mood::Free => {
+                let proved = state.seeds.front().map_or(0, |seed| seed.proved / 2);
+                link.held().unwrap_or(0).max(proved).clamp(FIRST_STEP, MAX_STEP)
+            }
         }
     }
 
@@ -291,7 +300,8 @@ fn next_step(shared: &Shared, max_step: u64) -> Option<Step> {
             let Some((seed, place)) = state.take_best(blob) else { break };
             (seed, place, credit)
         };
-        let step = (FIRST_STEP << seed.steps.min(8)).min(max_step - all.bytes).min(credit as u64);
+        let step = (FIRST_STEP << seed.steps.min(8)).max(seed.proved / 2);
+        let step = step.min(max_step - all.bytes).min(credit as u64);
         seed.steps += 1;
         let blob = seed.blob;
         let grown = seed.grow(shared, step);
@@ -310,24 +320,27 @@ impl State {
         self.credit = (self.credit + bytes).min(MAX_CREDIT);
     }
 
+    /// Notes that a reader needed `bytes` that no order had named.
+    fn distrust(&mut self, bytes: u64) {
+        self.trust = (self.trust - bytes as f64 * TRUST_COST).max(0.0);
+    }
+
     /// Enters what a miss fetches: into the seed it continues, or as a new one.
     fn plant(&mut self, blob: u32, low: u32, high: u32) {
-        let met = |seed: &Seed| seed.blob == blob && low <= seed.high && seed.low <= high;
-        let seed = match self.seeds.iter().position(met).and_then(|place| self.seeds.remove(place)) {
-            Some(seed) => Seed { high: seed.high.max(high), low: seed.low.min(low), steps: 0, ..seed },
-            None => Seed { blob, low, high, steps: 0, ended: false, begun: low == 0 },
-        };
+        let seed = Seed { blob, low, high, steps: 0, proved: 0, ended: false, begun: low == 0 };
+        let seed = self.absorb(seed);
         self.seeds.push_front(seed);
         self.seeds.truncate(MAX_SEEDS);
         self.news += 1;
     }
 
     /// Moves the seed that holds a chunk to the front, if there is one.
-    fn proved_right(&mut self, blob: u32, index: u32) -> Option<Growth> {
+    fn proved_right(&mut self, blob: u32, index: u32, needed: u64) -> Option<Growth> {
         let holds = |seed: &Seed| seed.blob == blob && seed.low <= index && index < seed.high;
         let place = self.seeds.iter().position(holds);
         let mut seed = place.and_then(|place| self.seeds.remove(place))?;
         seed.steps = 0;
+        seed.proved += needed;
         let growth = if seed.ended && seed.begun { Growth::Ended } else { Growth::Open };
         self.seeds.push_front(seed);
         self.news += 1;
@@ -343,8 +356,14 @@ impl State {
         Some((self.seeds.remove(place)?, place))
     }
 
-    /// Puts a grown seed back. Those it has met become part of it.
-    fn put_back(&mut self, mut seed: Seed, place: usize) {
+    /// Puts a grown seed back.
+    fn put_back(&mut self, seed: Seed, place: usize) {
+        let seed = self.absorb(seed);
+        self.seeds.insert(place.min(self.seeds.len()), seed);
+    }
+
+    /// Takes the seeds that this one has met, and makes them part of it.
+    fn absorb(&mut self, mut seed: Seed) -> Seed {
         let (low, high) = (seed.low, seed.high);
         self.seeds.retain(|other| {
             let met = other.blob == seed.blob && other.low <= high && low <= other.high;
@@ -352,10 +371,11 @@ impl State {
                 (seed.low, seed.high) = (seed.low.min(other.low), seed.high.max(other.high));
                 (seed.begun, seed.ended) = (seed.begun || other.begun, seed.ended || other.ended);
                 seed.steps = seed.steps.min(other.steps);
+                seed.proved += other.proved;
             }
             !met
         });
-        self.seeds.insert(place.min(self.seeds.len()), seed);
+        seed
     }
 }
 
@@ -396,5 +416,83 @@ impl Seed {
             if backward { self.begun = true } else { self.ended = true }
         }
         grown
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> State {
+        let mut state = State::default();
+        state.plant(0, 10, 20);
+        state.plant(1, 10, 20);
+        state.plant(0, 40, 50);
+        state
+    }
+
+    #[test]
+    fn seeds_that_meet_become_one() {
+        let mut state = state();
+        // Not beside one, and not of another blob.
+        state.plant(0, 30, 31);
+        assert_eq!(state.seeds.len(), 4);
+        state.plant(0, 20, 30);
+        assert_eq!((state.seeds[0].low, state.seeds[0].high, state.seeds.len()), (10, 31, 3));
+        let (mut seed, place) = state.take_best(Some(0)).unwrap();
+        seed.high = 45;
+        seed.ended = true;
+        state.put_back(seed, place);
+        let seed = &state.seeds[place];
+        assert_eq!((seed.low, seed.high, seed.ended, state.seeds.len()), (10, 50, true, 2));
+    }
+
+    #[test]
+    fn a_seed_that_proves_right_goes_first_and_remembers_it() {
+        let mut state = state();
+        state.seeds.iter_mut().for_each(|seed| seed.steps = 3);
+        assert_eq!(state.proved_right(0, 9, 7), None);
+        assert_eq!(state.proved_right(0, 20, 7), None);
+        assert_eq!(state.proved_right(1, 10, 7), Some(Growth::Open));
+        let (best, _) = state.take_best(None).unwrap();
+        assert_eq!((best.blob, best.steps, best.proved), (1, 0, 7));
+        (state.seeds[0].begun, state.seeds[0].ended) = (true, true);
+        assert_eq!(state.proved_right(0, 40, 1), Some(Growth::Ended));
+    }
+
+    #[test]
+    fn guesses_follow_trust_and_what_counts() {
+        let link = Link::new();
+        let mood = |speculator: &Speculator| speculator.mood(&link, &speculator.lock());
+        let time = Speculator::new(ReadAhead::default());
+        let bytes = Speculator::new(ReadAhead { prefer: Prefer::Bytes, ..ReadAhead::default() });
+        assert_eq!((mood(&time), mood(&bytes)), (Mood::Free, Mood::Careful));
+        time.told(8_000);
+        assert_eq!(mood(&time), Mood::Guided);
+        time.lock().distrust(999);
+        assert_eq!(mood(&time), Mood::Guided);
+        time.lock().distrust(1);
+        assert_eq!(mood(&time), Mood::Free);
+        // Before anything is known of the link, a miss is widened; where bytes count, on credit only.
+        assert!(time.widening(&link) > 0);
+        bytes.lock().credit = 0.0;
+        assert_eq!(bytes.widening(&link), 0);
+        // Whoever is this near is asked again.
+        drop(link.answered(NEAR / 2, false));
+        assert_eq!(mood(&time), Mood::Careful);
+    }
+
+    #[test]
+    fn steps_grow_with_what_proves_right() {
+        let link = Link::new();
+        let speculator = Speculator::new(ReadAhead::default());
+        speculator.lock().plant(0, 0, 9);
+        assert_eq!(speculator.max_step(&link), FIRST_STEP);
+        speculator.lock().proved_right(0, 0, 4 * FIRST_STEP);
+        assert_eq!(speculator.max_step(&link), 2 * FIRST_STEP);
+        speculator.lock().proved_right(0, 0, 4 * MAX_STEP);
+        assert_eq!(speculator.max_step(&link), MAX_STEP);
+        speculator.told(1);
+        assert_eq!(speculator.max_step(&link), FIRST_STEP);
     }
 }
