@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::finder::Finder;
 use super::paths::{base_name, join};
-use super::{elf, node, python};
+use super::{elf, node, python, system};
 
 /// Programs that start other programs: followed this deep.
 const MAX_DEPTH: usize = 8;
@@ -67,10 +67,20 @@ fn step(finder: &mut Finder<'_>, arguments: &[Vec<u8>], directory: &[u8]) -> Opt
         return Some(next);
     }
     let elf = elf::parse(finder.open(place.inode)?)?;
-    elf::closure(finder, &place.path, elf);
+    let is_dynamic = elf.interpreter.is_some();
+    let loaded = elf::closure(finder, &place.path, elf);
     // By either name: `sh` may be a link to `busybox`, `python` one to `python3.11`.
     let names = [base_name(&path).to_vec(), base_name(&place.path).to_vec()];
     let is = |wanted: &[&[u8]]| names.iter().any(|name| wanted.contains(&name.as_slice()));
+    let is_node = is(&[b"node", b"nodejs"]);
+    let is_python = names.iter().any(|name| name.starts_with(b"python"));
+    if is_python {
+        // Of a locale Python uses the characters only, and UTF-8 if none is set (PEP 538).
+        system::locale(finder, Some("C.UTF-8"), &["LC_CTYPE"]);
+    } else if is_dynamic && !is_node {
+        system::locale(finder, None, &[]);
+    }
+    system::common(finder);
     if is(&[b"env"]) {
         env(rest)
     } else if is(&[b"sh", b"bash", b"dash", b"ash", b"busybox"]) {
@@ -79,10 +89,13 @@ fn step(finder: &mut Finder<'_>, arguments: &[Vec<u8>], directory: &[u8]) -> Opt
         behind_options(rest).map(<[_]>::to_vec)
     } else if is(&[b"gosu", b"su-exec"]) {
         rest.get(1..).map(<[_]>::to_vec)
-    } else if is(&[b"node", b"nodejs"]) {
+    } else if is_node {
+        // Its OpenSSL may be built in.
+        system::openssl(finder);
+        node::built_in(finder, &loaded);
         node::follow(finder, rest, directory);
         None
-    } else if names.iter().any(|name| name.starts_with(b"python")) {
+    } else if is_python {
         python::follow(finder, &path, &place.path, rest, directory);
         None
     } else {

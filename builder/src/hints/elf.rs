@@ -2,6 +2,7 @@
 //! where the dynamic linker looks (ld.so(8)).
 
 use std::io::{Read, Seek};
+use std::ops::Range;
 
 use object::Endianness;
 use object::elf;
@@ -9,7 +10,8 @@ use object::read::elf::{Dyn as _, FileHeader, ProgramHeader as _};
 use object::read::{ReadCache, ReadCacheOps, ReadRef};
 
 use super::finder::Finder;
-use super::paths::{join, parent};
+use super::paths::{base_name, join, parent};
+use super::system;
 
 /// Largest part of a file read at once: program headers and dynamic sections take less.
 const MAX_READ: u64 = 1 << 20;
@@ -33,6 +35,8 @@ pub(super) struct Elf {
     pub needed: Vec<Vec<u8>>,
     /// Bytes in executable segments.
     pub code_size: u64,
+    /// Where the file has constants, as strings.
+    pub constants: Vec<Range<u64>>,
     /// `DT_RUNPATH`, or without it `DT_RPATH`, split at colons.
     pub paths: Vec<Vec<u8>>,
 }
@@ -57,7 +61,7 @@ impl<'a, R: ReadCacheOps> ReadRef<'a> for Bounded<'a, R> {
         if size > MAX_READ { Err(()) } else { self.0.read_bytes_at(offset, size) }
     }
 
-    fn read_bytes_at_until(self, range: std::ops::Range<u64>, delimiter: u8) -> Result<&'a [u8], ()> {
+    fn read_bytes_at_until(self, range: Range<u64>, delimiter: u8) -> Result<&'a [u8], ()> {
         self.0.read_bytes_at_until(range, delimiter)
     }
 }
@@ -89,8 +93,14 @@ where
     let (mut strings, mut names) = (None, Vec::new());
     let (mut rpath, mut runpath) = (None, None);
     for segment in segments {
-        if segment.p_type(endian) == elf::PT_LOAD && segment.p_flags(endian).0 & elf::PF_X.0 != 0 {
-            elf.code_size = elf.code_size.saturating_add(segment.p_filesz(endian).into());
+        if segment.p_type(endian) == elf::PT_LOAD {
+            let ((offset, size), flags) = (segment.file_range(endian), segment.p_flags(endian).0);
+            if flags & elf::PF_X.0 != 0 {
+                elf.code_size = elf.code_size.saturating_add(size);
+            } else if flags & elf::PF_W.0 == 0 && offset > 0 {
+                // The first segment has the tables of the linker.
+                elf.constants.push(offset..offset.saturating_add(size));
+            }
         }
         if let Ok(Some(path)) = segment.interpreter(endian, data) {
             elf.interpreter = Some(path.to_vec());
@@ -134,15 +144,18 @@ pub(super) fn split_paths(list: &[u8]) -> Vec<Vec<u8>> {
 
 /// Adds the interpreter of the ELF file at `path` and all libraries that it is linked with,
 /// breadth first as the linker loads them. The file itself is added by the caller.
-pub(super) fn closure(finder: &mut Finder<'_>, path: &[u8], elf: Elf) {
+///
+/// Answers the file and the libraries that were not known before, each with its constants.
+pub(super) fn closure(finder: &mut Finder<'_>, path: &[u8], elf: Elf) -> Vec<(Vec<u8>, Vec<Range<u64>>)> {
     if elf.interpreter.is_none() && elf.needed.is_empty() {
-        return;
+        return vec![(path.to_vec(), elf.constants)];
     }
     if let Some(interpreter) = &elf.interpreter {
         finder.add(interpreter);
         finder.add(b"/etc/ld.so.cache");
     }
     let dirs = linker_dirs(finder);
+    let mut loaded = Vec::new();
     let mut queue = std::collections::VecDeque::from([(path.to_vec(), elf)]);
     while let Some((path, elf)) = queue.pop_front() {
         let origin = parent(&path);
@@ -158,7 +171,9 @@ pub(super) fn closure(finder: &mut Finder<'_>, path: &[u8], elf: Elf) {
                 queue.push_back((path, elf));
             }
         }
+        loaded.push((path, elf.constants));
     }
+    loaded
 }
 
 /// Adds the library at `path` if it is one of the right kind: its real path, and what it is
@@ -173,6 +188,9 @@ fn load(finder: &mut Finder<'_>, path: &[u8], kind: (u8, u16)) -> Option<(Vec<u8
     if size < TABLE_SIZE || elf.code_size >= size / 64 {
         finder.add(path);
     }
+    if base_name(path).starts_with(b"libcrypto.so") {
+        system::openssl(finder);
+    }
     Some((file.path, Some(elf)))
 }
 
@@ -183,7 +201,7 @@ fn expand(dir: &[u8], origin: &[u8]) -> Vec<u8> {
 }
 
 /// `LD_LIBRARY_PATH`, the directories of `/etc/ld.so.conf`, and the default ones.
-fn linker_dirs(finder: &mut Finder<'_>) -> Vec<Vec<u8>> {
+pub(super) fn linker_dirs(finder: &mut Finder<'_>) -> Vec<Vec<u8>> {
     if let Some(dirs) = &finder.linker_dirs {
         return dirs.clone();
     }

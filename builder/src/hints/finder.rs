@@ -1,7 +1,8 @@
 //! The files found so far, and the means to look at more of them.
 
 use std::collections::HashSet;
-use std::io::{Read as _, Seek};
+use std::io::{Read as _, Seek, SeekFrom};
+use std::ops::{Bound, Range};
 
 use super::contents::Contents;
 use super::paths::{self, Place};
@@ -78,11 +79,21 @@ impl<'a> Finder<'a> {
         children.into_iter().flatten().map(|(name, _)| name.to_vec()).collect()
     }
 
+    /// True if a name in the directory at `path` begins with `stem`.
+    pub fn has_prefix(&self, path: &[u8], stem: &[u8]) -> bool {
+        let place = self.resolve(path);
+        let children = place.as_ref().and_then(|place| self.tree.inode(place.inode).children());
+        let from = (Bound::Included(stem), Bound::Unbounded);
+        children
+            .and_then(|children| children.range::<[u8], _>(from).next())
+            .is_some_and(|(name, _)| name.starts_with(stem))
+    }
+
     /// The first library in `dir` whose name begins with `stem` and a dash or dot.
     pub fn libraries(&self, dir: &[u8], stem: &[u8]) -> Option<Vec<u8>> {
         let place = self.resolve(dir)?;
         let children = self.tree.inode(place.inode).children()?;
-        let from = children.range::<[u8], _>((std::ops::Bound::Included(stem), std::ops::Bound::Unbounded));
+        let from = children.range::<[u8], _>((Bound::Included(stem), Bound::Unbounded));
         from.map(|(name, _)| name)
             .take_while(|name| name.starts_with(stem))
             .find(|name| name.ends_with(b".so") && b"-.".contains(&name[stem.len()]))
@@ -149,6 +160,20 @@ impl<'a> Finder<'a> {
         self.text += size;
         let mut bytes = Vec::new();
         self.open(inode)?.read_to_end(&mut bytes).ok()?;
+        Some(bytes)
+    }
+
+    /// Bytes of a file, cut to the size of text that is looked into.
+    pub fn part(&mut self, inode: InodeId, range: Range<u64>) -> Option<Vec<u8>> {
+        let size = range.end.min(self.size(inode)).saturating_sub(range.start).min(MAX_TEXT);
+        if self.text + size > MAX_ALL_TEXT {
+            return None;
+        }
+        self.text += size;
+        let mut file = self.open(inode)?;
+        file.seek(SeekFrom::Start(range.start)).ok()?;
+        let mut bytes = Vec::new();
+        file.take(size).read_to_end(&mut bytes).ok()?;
         Some(bytes)
     }
 }

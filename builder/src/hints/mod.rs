@@ -32,9 +32,12 @@ mod command;
 mod contents;
 mod elf;
 mod finder;
+mod imports;
+mod names;
 mod node;
 mod paths;
 mod python;
+mod system;
 #[cfg(test)]
 mod tests;
 

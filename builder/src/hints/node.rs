@@ -6,11 +6,13 @@
 //! is.
 
 use std::collections::HashSet;
+use std::ops::Range;
 
 use serde_json::Value;
 
 use super::elf::{self, split_paths};
 use super::finder::Finder;
+use super::names;
 use super::paths::{base_name, join, parent};
 
 /// Modules are followed this deep.
@@ -64,6 +66,20 @@ const CORE: [&str; 41] = [
 /// Where Debian's Node.js looks without being told.
 const GLOBAL_DIRS: [&[u8]; 3] = [b"/usr/lib/nodejs", b"/usr/share/nodejs", b"/usr/lib/node_modules"];
 
+/// Adds modules of Node.js itself that a distribution keeps in files: it reads all of them first,
+/// by paths that are constants of the program or its library.
+pub(super) fn built_in(finder: &mut Finder<'_>, loaded: &[(Vec<u8>, Vec<Range<u64>>)]) {
+    for (path, constants) in loaded.iter().filter(|(path, _)| is_node(base_name(path))) {
+        for range in constants {
+            let Some(place) = finder.regular(path) else { continue };
+            let bytes = finder.part(place.inode, range.clone()).unwrap_or_default();
+            for script in names::scripts(&bytes) {
+                finder.add(script);
+            }
+        }
+    }
+}
+
 /// Adds what `node ARGUMENTS` loads.
 pub(super) fn follow(finder: &mut Finder<'_>, arguments: &[Vec<u8>], directory: &[u8]) {
     let mut node = Node::new(finder);
@@ -91,6 +107,10 @@ pub(super) fn follow(finder: &mut Finder<'_>, arguments: &[Vec<u8>], directory: 
             }
         }
     }
+}
+
+fn is_node(file: &[u8]) -> bool {
+    file.strip_prefix(b"lib").unwrap_or(file).starts_with(b"node")
 }
 
 struct Node {

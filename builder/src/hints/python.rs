@@ -1,20 +1,25 @@
 //! Which modules a Python program imports when it starts.
 //!
-//! Import statements that run at once are followed through the modules of the image: not those
-//! in functions, nor those for type checkers only. What a program imports by other means is not
-//! seen.
+//! Followed through the modules of the image are
+//!
+//! - import statements that run at once: not those in functions, nor those for type checkers only;
+//! - names taken from packages that import them when asked for, by a `__getattr__` of their own;
+//! - names of modules in compiled extensions, which import by name.
+//!
+//! A name that is computed, or compressed in an extension, is not seen.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
-use super::elf;
 use super::finder::Finder;
+use super::imports::{self, Import, Imports};
 use super::paths::{base_name, join, parent};
+use super::{elf, names};
 
 /// Imports are followed this deep.
 const MAX_DEPTH: usize = 100;
 
 /// Part of the interpreter since 3.11, not read from files.
-const FROZEN: [&str; 15] = [
+const FROZEN: [&str; 17] = [
     "abc",
     "codecs",
     "io",
@@ -23,26 +28,21 @@ const FROZEN: [&str; 15] = [
     "genericpath",
     "ntpath",
     "posixpath",
-    "importlib",
+    "importlib._bootstrap",
+    "importlib._bootstrap_external",
     "importlib.util",
     "importlib.machinery",
     "os",
     "site",
     "stat",
     "runpy",
+    "zipimport",
 ];
 
 /// Imported by the interpreter itself.
-const STARTUP: [&str; 6] =
-    ["encodings", "encodings.aliases", "encodings.utf_8", "site", "sitecustomize", "usercustomize"];
-
-/// One import statement: `level` dots, the module, and the names taken from it.
-#[derive(Debug, PartialEq, Eq)]
-struct Import {
-    level: usize,
-    module: String,
-    names: Vec<String>,
-}
+const STARTUP: [&str; 4] = ["encodings", "encodings.aliases", "encodings.utf_8", "site"];
+/// Imported behind the code of `.pth` files.
+const CUSTOM: [&str; 2] = ["sitecustomize", "usercustomize"];
 
 struct Python {
     /// Minor version of Python 3.
@@ -51,6 +51,14 @@ struct Python {
     path: Vec<Vec<u8>>,
     /// Modules looked for.
     seen: HashSet<String>,
+    /// Directories of packages looked for.
+    packages: HashMap<String, Option<Vec<u8>>>,
+    /// Modules that import when a name is asked for: their package, and what they may import.
+    lazy: HashMap<String, (String, Vec<Import>)>,
+    /// Names asked of those.
+    asked: HashSet<String>,
+    /// Lines of `.pth` files that are run.
+    site_code: Vec<u8>,
 }
 
 /// Where a module was found.
@@ -98,20 +106,26 @@ pub(super) fn follow(
     for module in STARTUP {
         python.import(finder, module, 0);
     }
+    let site_code = std::mem::take(&mut python.site_code);
+    python.scan(finder, &site_code, "", "", 0);
+    for module in CUSTOM {
+        python.import(finder, module, 0);
+    }
     python.path.insert(0, first);
+    python.packages.clear();
     match target {
         Some((kind, Some(name))) if kind == b"-m" => {
             let name = String::from_utf8_lossy(&name).into_owned();
             python.import(finder, &name, 0);
             python.import(finder, &format!("{name}.__main__"), 0);
         }
-        Some((kind, Some(code))) if kind == b"-c" => python.scan(finder, &code, "", true, 0),
+        Some((kind, Some(code))) if kind == b"-c" => python.scan(finder, &code, "", "", 0),
         _ => {
             if let Some(script) = script
                 && finder.add(&script).is_some()
                 && let Some(text) = finder.text(&script)
             {
-                python.scan(finder, &text, "", true, 0);
+                python.scan(finder, &text, "", "", 0);
             }
         }
     }
@@ -147,14 +161,23 @@ impl Python {
             join(&stdlib, b"site-packages"),
             join(&stdlib, b"dist-packages"),
         ]);
-        let mut python = Self { minor, path, seen: HashSet::new() };
+        let mut python = Self {
+            minor,
+            path,
+            seen: HashSet::new(),
+            packages: HashMap::new(),
+            lazy: HashMap::new(),
+            asked: HashSet::new(),
+            site_code: Vec::new(),
+        };
         for site in sites.into_iter().filter(|site| finder.is_dir(site)).collect::<Vec<_>>() {
             python.site(finder, site);
         }
         Some(python)
     }
 
-    /// Adds a directory of packages with its `.pth` files, whose lines are further directories.
+    /// Adds a directory of packages with its `.pth` files, whose lines are further directories, or
+    /// code that begins with an import.
     fn site(&mut self, finder: &mut Finder<'_>, site: Vec<u8>) {
         if self.path.contains(&site) {
             return;
@@ -166,7 +189,9 @@ impl Python {
             for line in finder.text(&file).unwrap_or_default().split(|&b| b == b'\n') {
                 let line = line.trim_ascii();
                 let dir = join(&site, line);
-                if !line.is_empty() && !line.starts_with(b"import ") && finder.is_dir(&dir) {
+                if line.starts_with(b"import ") {
+                    self.site_code.extend([line, b"\n"].concat());
+                } else if !line.is_empty() && finder.is_dir(&dir) {
                     self.path.push(dir);
                 }
             }
@@ -187,11 +212,7 @@ impl Python {
         }
         let Some(Found { file: Some(file), package }) = self.find(finder, name) else { return };
         if !file.ends_with(b".py") {
-            if let Some(place) = finder.add(&file)
-                && let Some(elf) = finder.open(place.inode).and_then(elf::parse)
-            {
-                elf::closure(finder, &place.path, elf);
-            }
+            self.load_extension(finder, &file, depth);
             return;
         }
         if self.minor < 11 || !FROZEN.contains(&name) {
@@ -203,7 +224,34 @@ impl Python {
             (None, Some((package, _))) => package,
             (None, None) => "",
         };
-        self.scan(finder, &text, own, false, depth);
+        self.scan(finder, &text, name, own, depth);
+        if name == "sysconfig" {
+            // How the interpreter was built, in a module named by platform.
+            for data in finder.names(&parent(&file)) {
+                let stem = data.strip_suffix(b".py").and_then(|stem| std::str::from_utf8(stem).ok());
+                if let Some(stem) = stem.filter(|stem| stem.starts_with("_sysconfigdata_")) {
+                    self.load(finder, stem, depth + 1);
+                }
+            }
+        }
+    }
+
+    /// Adds a compiled module with its libraries, and the modules that it names.
+    fn load_extension(&mut self, finder: &mut Finder<'_>, file: &[u8], depth: usize) {
+        let Some(place) = finder.add(file) else { return };
+        let Some(mut elf) = finder.open(place.inode).and_then(elf::parse) else { return };
+        let constants = std::mem::take(&mut elf.constants);
+        elf::closure(finder, &place.path, elf);
+        for range in constants {
+            let bytes = finder.part(place.inode, range).unwrap_or_default();
+            for name in names::dotted(&bytes) {
+                // Most are names of classes and functions.
+                let is_new = !self.seen.contains(name);
+                if is_new && self.find(finder, name).is_some_and(|found| found.file.is_some()) {
+                    self.import(finder, name, depth + 1);
+                }
+            }
+        }
     }
 
     /// Adds the compiled form of a source file if the image has it, else the source.
@@ -216,35 +264,71 @@ impl Python {
         }
     }
 
-    /// Adds what a text imports at once; `package` is the one that dots begin at.
-    fn scan(&mut self, finder: &mut Finder<'_>, text: &[u8], package: &str, is_main: bool, depth: usize) {
-        for import in imports(&String::from_utf8_lossy(text), is_main) {
-            let Import { level, module, names } = import;
-            let mut base = package;
-            for _ in 1..level {
-                base = base.rsplit_once('.').map_or("", |(above, _)| above);
-            }
-            let module = match (level, base.is_empty(), module.is_empty()) {
-                (0, _, _) | (_, true, _) => module,
-                (_, _, true) => base.to_owned(),
-                _ => format!("{base}.{module}"),
-            };
-            self.import(finder, &module, depth + 1);
-            for name in names {
-                // Most names are no modules; those that are not found cost nothing.
-                self.load(finder, &format!("{module}.{name}"), depth + 1);
+    /// Adds what the text of module `name` imports at once; `package` is the one that dots begin
+    /// at. The text of no module is a script.
+    fn scan(&mut self, finder: &mut Finder<'_>, text: &[u8], name: &str, package: &str, depth: usize) {
+        let Imports { at_once, on_demand } = imports::read(&String::from_utf8_lossy(text), name.is_empty());
+        if let Some(imports) = on_demand {
+            self.lazy.insert(name.to_owned(), (package.to_owned(), imports));
+        }
+        for import in at_once {
+            self.run(finder, import, package, depth);
+        }
+    }
+
+    /// Adds what one statement of a module in `package` imports.
+    fn run(&mut self, finder: &mut Finder<'_>, import: Import, package: &str, depth: usize) {
+        let Import { level, module, names, is_use } = import;
+        let mut base = package;
+        for _ in 1..level {
+            base = base.rsplit_once('.').map_or("", |(above, _)| above);
+        }
+        let module = match (level, base.is_empty(), module.is_empty()) {
+            (0, _, _) | (_, true, _) => module,
+            (_, _, true) => base.to_owned(),
+            _ => format!("{base}.{module}"),
+        };
+        if is_use && !self.lazy.contains_key(&module) {
+            return;
+        }
+        self.import(finder, &module, depth + 1);
+        for name in names {
+            // Most names are no modules; those that are not found cost nothing.
+            self.load(finder, &format!("{module}.{name}"), depth + 1);
+            self.ask(finder, &module, &name, depth + 1);
+        }
+    }
+
+    /// Adds what `module` imports when `name` is asked of it.
+    fn ask(&mut self, finder: &mut Finder<'_>, module: &str, name: &str, depth: usize) {
+        let Some((package, imports)) = self.lazy.get(module) else { return };
+        let imports: Vec<Import> = imports.iter().filter(|import| import.gives(name)).cloned().collect();
+        let package = package.clone();
+        if depth <= MAX_DEPTH && self.asked.insert(format!("{module}.{name}")) {
+            for import in imports {
+                self.run(finder, import, &package, depth);
             }
         }
     }
 
+    /// The directory of a package.
+    fn package(&mut self, finder: &Finder<'_>, name: &str) -> Option<Vec<u8>> {
+        if let Some(known) = self.packages.get(name) {
+            return known.clone();
+        }
+        let found = self.find(finder, name).and_then(|found| found.package);
+        self.packages.insert(name.to_owned(), found.clone());
+        found
+    }
+
     /// Looks for a module as the interpreter does: package, library, source.
-    fn find(&self, finder: &Finder<'_>, name: &str) -> Option<Found> {
+    fn find(&mut self, finder: &Finder<'_>, name: &str) -> Option<Found> {
         let (dirs, last) = match name.rsplit_once('.') {
             None => (self.path.clone(), name),
-            Some((package, last)) => (vec![self.find(finder, package)?.package?], last),
+            Some((package, last)) => (vec![self.package(finder, package)?], last),
         };
         let mut namespace = None;
-        for dir in dirs {
+        for dir in dirs.into_iter().filter(|dir| finder.has_prefix(dir, last.as_bytes())) {
             let package = join(&dir, last.as_bytes());
             let init = join(&package, b"__init__.py");
             if finder.regular(&init).is_some() {
@@ -268,132 +352,5 @@ impl Python {
             }
         }
         namespace
-    }
-}
-
-/// The import statements of a text that run when it is loaded.
-fn imports(text: &str, is_main: bool) -> Vec<Import> {
-    let mut found = Vec::new();
-    // Lines indented deeper than this do not run now.
-    let mut skipped: Option<usize> = None;
-    let mut quote: Option<&str> = None;
-    let mut lines = text.lines();
-    while let Some(line) = lines.next() {
-        if let Some(mark) = quote {
-            if line.matches(mark).count() % 2 == 1 {
-                quote = None;
-            }
-            continue;
-        }
-        let code = line.trim_start();
-        if code.is_empty() || code.starts_with('#') {
-            continue;
-        }
-        let indent = line.len() - code.len();
-        quote = ["\"\"\"", "'''"].into_iter().find(|mark| line.matches(mark).count() % 2 == 1);
-        if skipped.is_some_and(|limit| indent > limit) {
-            continue;
-        }
-        skipped = None;
-        let later = code.starts_with("def ")
-            || code.starts_with("async def ")
-            || (code.starts_with("if ") && code.contains("TYPE_CHECKING") && !code.contains("not "))
-            || (!is_main && code.starts_with("if __name__"));
-        if later {
-            skipped = Some(indent);
-        } else if let Some(rest) = code.strip_prefix("import ") {
-            for module in rest.split('#').next().unwrap_or_default().split([',', ';']) {
-                // Behind a semicolon is a statement of its own.
-                let module = module.trim_start().trim_start_matches("import ");
-                let module = module.split_whitespace().next().unwrap_or_default();
-                found.extend(identifier(module).map(|module| Import { level: 0, module, names: Vec::new() }));
-            }
-        } else if let Some((module, names)) =
-            code.strip_prefix("from ").and_then(|r| r.split_once(" import "))
-        {
-            let mut names = names.split('#').next().unwrap_or_default().to_owned();
-            if names.contains('(') {
-                while !names.contains(')') {
-                    let Some(line) = lines.next() else { break };
-                    names.push_str(line.split('#').next().unwrap_or_default());
-                    names.push(' ');
-                }
-            }
-            let module = module.trim();
-            let level = module.len() - module.trim_start_matches('.').len();
-            let module = module.trim_start_matches('.');
-            if level == 0 && identifier(module).is_none() {
-                continue;
-            }
-            let names =
-                names.split([',', ';', '(', ')']).filter_map(|n| identifier(n.split_whitespace().next()?));
-            found.push(Import { level, module: module.to_owned(), names: names.collect() });
-        }
-    }
-    found
-}
-
-/// A dotted name, or none.
-fn identifier(text: &str) -> Option<String> {
-    let ok = !text.is_empty()
-        && text
-            .split('.')
-            .all(|part| !part.is_empty() && part.chars().all(|c| c.is_alphanumeric() || c == '_'));
-    ok.then(|| text.to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn imports_that_run_at_once_are_found() {
-        let text = r#"
-"""A text with
-import nothing
-"""
-import os, sys as system; import json  # import no
-from a.b import (c,  # why
-    d as e,
-    f)
-from . import g
-from ..h import i
-try:
-    import j
-except ImportError:
-    import k
-def later():
-    import no
-    if x:
-        import no
-class L:
-    import m
-if TYPE_CHECKING:
-    import no
-if __name__ == "__main__":
-    import main_only
-important = 1
-from importlib import *
-import n.
-"#;
-        let shown = |is_main| -> Vec<String> {
-            let one = |i: &Import| format!("{}{}:{}", ".".repeat(i.level), i.module, i.names.join(","));
-            imports(text, is_main).iter().map(one).collect()
-        };
-        let expected = [
-            "os:",
-            "sys:",
-            "json:",
-            "a.b:c,d,f",
-            ".:g",
-            "..h:i",
-            "j:",
-            "k:",
-            "m:",
-            "main_only:",
-            "importlib:",
-        ];
-        assert_eq!(shown(true), expected);
-        assert!(!shown(false).contains(&"main_only:".to_owned()));
     }
 }

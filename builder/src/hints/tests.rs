@@ -63,6 +63,19 @@ fn elf(interpreter: &str, needed: &[&str], runpath: &str, padding: usize) -> Vec
     file
 }
 
+/// A 64-bit ELF file for x86-64 that has constants and nothing else.
+fn library(constants: &[u8]) -> Vec<u8> {
+    let mut file = elf("", &[], "", 0);
+    // Its interpreter becomes a segment that is read only.
+    let (at, len) = (file.len() as u64, constants.len() as u64);
+    for (field, value) in [1 | 4 << 32, at, at, at, len, len, 8].into_iter().enumerate() {
+        let place = 64 + 8 * field;
+        file[place..place + 8].copy_from_slice(&u64::to_le_bytes(value));
+    }
+    file.extend_from_slice(constants);
+    file
+}
+
 /// The paths of the files that an image of one layer hints at.
 fn hints(entries: &[(&str, u32, Item<'_>)], config: Value) -> Vec<String> {
     let mut layout = Layout::new();
@@ -223,6 +236,116 @@ fn a_node_program_needs_its_modules() {
         "/global/@s/b/x.cjs",
     ];
     assert_eq!(hints(&entries, config), expected);
+}
+
+#[test]
+fn a_python_program_needs_modules_that_are_not_in_its_import_statements() {
+    let python = elf("", &[], "", 0);
+    let main = b"import lazy, ext\nfrom lazy import Late, plain\nx = lazy.sub.y\ny = plain.no\n";
+    let lazy = b"def __getattr__(name):\n    if name == 'Late':\n        from .late import Late\n    \
+                 import unasked\n";
+    let ext = library(b"\0named.by.ext\0named.by.nobody\0in text named.never\0");
+    let site = "usr/lib/python3/dist-packages";
+    let at = |name: &str| format!("{site}/{name}");
+    let in_site = [
+        "hook.py",
+        "lazy/late.py",
+        "lazy/sub.py",
+        "lazy/other.py",
+        "named/by/ext.py",
+        "named/never.py",
+        "plain/__init__.py",
+        "plain/no.py",
+        "unasked.py",
+    ]
+    .map(at);
+    let (pth, package, ext_path) = (at("a.pth"), at("lazy/__init__.py"), at("ext.abi3.so"));
+    let mut entries = vec![
+        ("usr/bin/python3.11", 0o755, Item::File(&python[..])),
+        ("usr/lib/python3.11/encodings/__init__.py", 0o644, Item::File(b"import sysconfig\n")),
+        ("usr/lib/python3.11/importlib/__init__.py", 0o644, Item::File(b"# not frozen\n")),
+        ("usr/lib/python3.11/importlib/util.py", 0o644, Item::File(b"# frozen\n")),
+        ("usr/lib/python3.11/sysconfig.py", 0o644, Item::File(b"import importlib.util\n")),
+        ("usr/lib/python3.11/_sysconfigdata__x.py", 0o644, Item::File(b"# built\n")),
+        (&pth, 0o644, Item::File(b"import os; ok and __import__('hook').add()\nnowhere\n")),
+        (&package, 0o644, Item::File(lazy)),
+        (&ext_path, 0o644, Item::File(&ext)),
+        ("srv/main.py", 0o644, Item::File(main)),
+    ];
+    entries.extend(in_site.iter().map(|path| (path.as_str(), 0o644, Item::File(path.as_bytes()))));
+    let expected = [
+        "/usr/bin/python3.11",
+        "/usr/lib/python3/dist-packages/a.pth",
+        "/usr/lib/python3.11/encodings/__init__.py",
+        "/usr/lib/python3.11/sysconfig.py",
+        "/usr/lib/python3.11/importlib/__init__.py",
+        "/usr/lib/python3.11/_sysconfigdata__x.py",
+        "/usr/lib/python3/dist-packages/hook.py",
+        "/srv/main.py",
+        "/usr/lib/python3/dist-packages/lazy/__init__.py",
+        "/usr/lib/python3/dist-packages/ext.abi3.so",
+        "/usr/lib/python3/dist-packages/named/by/ext.py",
+        "/usr/lib/python3/dist-packages/lazy/late.py",
+        "/usr/lib/python3/dist-packages/lazy/sub.py",
+    ];
+    assert_eq!(hints(&entries, json!({"Cmd": ["python3.11", "/srv/main.py"]})), expected);
+}
+
+#[test]
+fn a_program_needs_files_of_the_system() {
+    let program = elf("/lib/ld.so", &["libcrypto.so.3"], "", 0);
+    let library = elf("", &[], "", 0);
+    let large = vec![b'l'; (4 << 20) + 1];
+    let entries = [
+        ("bin/tool", 0o755, Item::File(&program[..])),
+        ("bin/node", 0o755, Item::File(&program)),
+        ("bin/python3.9", 0o755, Item::File(&program)),
+        ("lib/libcrypto.so.3", 0o644, Item::File(&library)),
+        ("lib/gconv/gconv-modules.cache", 0o644, Item::File(b"gconv")),
+        ("etc/passwd", 0o644, Item::File(b"passwd")),
+        ("etc/localtime", 0o777, Item::Symlink("/usr/share/zoneinfo/Etc/UTC")),
+        ("usr/share/zoneinfo/Etc/UTC", 0o644, Item::File(b"utc")),
+        ("usr/share/zoneinfo/Asia/Tokyo", 0o644, Item::File(b"tokyo")),
+        ("usr/lib/ssl/openssl.cnf", 0o777, Item::Symlink("/etc/ssl/openssl.cnf")),
+        ("etc/ssl/openssl.cnf", 0o644, Item::File(b"openssl")),
+        ("usr/lib/locale/locale-archive", 0o644, Item::File(&large)),
+        ("usr/lib/locale/C.utf8/LC_CTYPE", 0o644, Item::File(b"ctype")),
+        ("usr/lib/locale/C.utf8/LC_TIME", 0o644, Item::File(b"time")),
+        ("usr/lib/locale/C.utf8/LC_MESSAGES/SYS_LC_MESSAGES", 0o644, Item::File(b"messages")),
+    ];
+    let system = |command: &str, environment: &[&str]| {
+        let all = hints(&entries, json!({"Cmd": [command], "Env": environment}));
+        // The program and its library come first.
+        assert_eq!(all[1], "/lib/libcrypto.so.3");
+        all[2..].to_vec()
+    };
+    let (ssl, gconv) = ("/etc/ssl/openssl.cnf", "/lib/gconv/gconv-modules.cache");
+    let (ctype, time) = ("/usr/lib/locale/C.utf8/LC_CTYPE", "/usr/lib/locale/C.utf8/LC_TIME");
+    let (zone, accounts) = ("/usr/share/zoneinfo/Etc/UTC", "/etc/passwd");
+    assert_eq!(system("tool", &["LANG=POSIX"]), [ssl, zone, accounts]);
+    assert_eq!(system("node", &["LANG=C.UTF-8"]), [ssl, zone, accounts]);
+    assert_eq!(system("python3.9", &[]), [ssl, ctype, gconv, zone, accounts]);
+    let messages = "/usr/lib/locale/C.utf8/LC_MESSAGES/SYS_LC_MESSAGES";
+    let tokyo = "/usr/share/zoneinfo/Asia/Tokyo";
+    assert_eq!(
+        system("tool", &["LC_ALL=C.UTF-8", "TZ=:Asia/Tokyo"]),
+        [ssl, ctype, time, messages, gconv, tokyo, accounts]
+    );
+    assert_eq!(system("tool", &["OPENSSL_CONF=/etc/passwd", "TZ=None"]), [accounts]);
+}
+
+#[test]
+fn node_needs_modules_that_its_library_names() {
+    let node = library(b"\0/usr/share/nodejs/a.js\0/usr/share/nodejs/gone.js\0/usr/share/nodejs/c.js x\0");
+    let entries = [
+        ("bin/node", 0o755, Item::File(&node[..])),
+        ("usr/share/nodejs/a.js", 0o644, Item::File(b"require('b')")),
+        ("usr/share/nodejs/b.js", 0o644, Item::File(b"'not read at once'")),
+        ("usr/share/nodejs/c.js", 0o644, Item::File(b"'in a text'")),
+        ("srv/main.js", 0o644, Item::File(b"'main'")),
+    ];
+    let expected = ["/bin/node", "/usr/share/nodejs/a.js", "/srv/main.js"];
+    assert_eq!(hints(&entries, json!({"Cmd": ["node", "/srv/main.js"]})), expected);
 }
 
 /// Loops, garbage and what leads out of the tree end in fewer hints.

@@ -1,0 +1,305 @@
+//! What a Python text imports, told from its lines.
+//!
+//! The text is not parsed: indentation and the first words of a line decide. A name that is
+//! computed is not seen.
+
+use std::collections::{HashMap, HashSet};
+
+/// One import statement: `level` dots, the module, and the names taken from it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Import {
+    pub level: usize,
+    pub module: String,
+    pub names: Vec<String>,
+    /// No statement, but the use of a name of a module imported before: `np.random`.
+    pub is_use: bool,
+}
+
+impl Import {
+    fn of(module: String) -> Self {
+        Self { level: 0, module, names: Vec::new(), is_use: false }
+    }
+
+    /// True if the statement binds `name`, or the module that it is the last part of.
+    pub fn gives(&self, name: &str) -> bool {
+        if self.names.is_empty() {
+            self.module.rsplit('.').next() == Some(name)
+        } else {
+            self.names.iter().any(|own| own == name)
+        }
+    }
+}
+
+/// The imports of one text.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Imports {
+    /// Run when the text is, in order.
+    pub at_once: Vec<Import>,
+    /// In the module's `__getattr__` (PEP 562): run when a name is asked for. None without it.
+    pub on_demand: Option<Vec<Import>>,
+}
+
+/// Reads a text; `is_main` if it is that of a script.
+pub(super) fn read(text: &str, is_main: bool) -> Imports {
+    let mut found = Imports::default();
+    let mut names = Names::default();
+    // Lines indented deeper than this do not run now.
+    let mut skipped: Option<usize> = None;
+    let mut in_getattr = false;
+    let mut quote: Option<&str> = None;
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        if let Some(mark) = quote {
+            if line.matches(mark).count() % 2 == 1 {
+                quote = None;
+            }
+            continue;
+        }
+        let code = line.trim_start();
+        if code.is_empty() || code.starts_with('#') {
+            continue;
+        }
+        let indent = line.len() - code.len();
+        quote = ["\"\"\"", "'''"].into_iter().find(|mark| line.matches(mark).count() % 2 == 1);
+        // A bracket closes the parameters of a function, whose body is still to come.
+        let closes = code.starts_with([')', ']']);
+        if skipped.is_some_and(|limit| indent > limit || (indent == limit && closes)) {
+            if in_getattr && let Some(imports) = &mut found.on_demand {
+                imports.extend(statement(code, &mut lines, &mut Names::default()).unwrap_or_default());
+            }
+            continue;
+        }
+        skipped = None;
+        in_getattr = code.starts_with("def __getattr__(") && !code.contains("self");
+        if in_getattr {
+            found.on_demand.get_or_insert_default();
+        }
+        let later = code.starts_with("def ")
+            || code.starts_with("async def ")
+            || (code.starts_with("if ") && code.contains("TYPE_CHECKING") && !code.contains("not "))
+            || (!is_main && code.starts_with("if __name__"));
+        if later {
+            skipped = Some(indent);
+            continue;
+        }
+        let code = code.split(" #").next().unwrap_or_default();
+        match statement(code, &mut lines, &mut names) {
+            Some(imports) => found.at_once.extend(imports),
+            None => found.at_once.extend(names.uses(code)),
+        }
+        found.at_once.extend(calls(code).map(Import::of));
+    }
+    found
+}
+
+/// The imports of a line that is an import statement; names in brackets may go on in the next.
+fn statement<'a>(
+    code: &str,
+    lines: &mut impl Iterator<Item = &'a str>,
+    bound: &mut Names,
+) -> Option<Vec<Import>> {
+    if let Some(rest) = code.strip_prefix("import ") {
+        let mut found = Vec::new();
+        for module in rest.split('#').next().unwrap_or_default().split([',', ';']) {
+            // Behind a semicolon is a statement of its own.
+            let mut words = module.trim_start().trim_start_matches("import ").split_whitespace();
+            let Some(module) = words.next().and_then(identifier) else { continue };
+            let first = module.split('.').next().unwrap_or_default();
+            match (words.next(), words.next()) {
+                (Some("as"), Some(alias)) => bound.bind(alias, &module),
+                _ => bound.bind(first, first),
+            }
+            found.push(Import::of(module));
+        }
+        return Some(found);
+    }
+    let (module, names) = code.strip_prefix("from ").and_then(|rest| rest.split_once(" import "))?;
+    let mut names = names.split('#').next().unwrap_or_default().to_owned();
+    if names.contains('(') {
+        while !names.contains(')') {
+            let Some(line) = lines.next() else { break };
+            names.push_str(line.split('#').next().unwrap_or_default());
+            names.push(' ');
+        }
+    }
+    let module = module.trim();
+    let level = module.len() - module.trim_start_matches('.').len();
+    let module = module.trim_start_matches('.');
+    if level == 0 && identifier(module).is_none() {
+        return Some(Vec::new());
+    }
+    let mut taken = Vec::new();
+    for name in names.split([',', ';', '(', ')']) {
+        let mut words = name.split_whitespace();
+        let Some(name) = words.next().and_then(identifier) else { continue };
+        if level == 0 {
+            let alias = words.nth(1).unwrap_or(&name).to_owned();
+            bound.bind(&alias, &format!("{module}.{name}"));
+        }
+        taken.push(name);
+    }
+    Some(vec![Import { level, module: module.to_owned(), names: taken, is_use: false }])
+}
+
+/// Names that stand for what was imported.
+#[derive(Default)]
+struct Names {
+    modules: HashMap<String, String>,
+    used: HashSet<(String, String)>,
+}
+
+impl Names {
+    fn bind(&mut self, name: &str, module: &str) {
+        self.modules.insert(name.to_owned(), module.to_owned());
+    }
+
+    /// The names of imported modules in a line, each once in the text.
+    fn uses(&mut self, code: &str) -> Vec<Import> {
+        let mut found = Vec::new();
+        for word in code.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == '.')) {
+            let mut parts = word.split('.');
+            let (Some(first), Some(name)) = (parts.next(), parts.next()) else { continue };
+            let Some(module) = self.modules.get(first).filter(|_| !name.is_empty()) else { continue };
+            if self.used.insert((module.clone(), name.to_owned())) {
+                let names = vec![name.to_owned()];
+                found.push(Import { level: 0, module: module.clone(), names, is_use: true });
+            }
+        }
+        found
+    }
+}
+
+/// The literal names that a line imports by call.
+fn calls(code: &str) -> impl Iterator<Item = String> {
+    let calls = ["__import__(", "import_module("].into_iter().flat_map(|call| code.split(call).skip(1));
+    calls.filter_map(|rest| {
+        let quote = rest.chars().next().filter(|c| matches!(c, '"' | '\''))?;
+        identifier(rest[1..].split(quote).next()?)
+    })
+}
+
+/// A dotted name, or none.
+fn identifier(text: &str) -> Option<String> {
+    let ok = !text.is_empty()
+        && text
+            .split('.')
+            .all(|part| !part.is_empty() && part.chars().all(|c| c.is_alphanumeric() || c == '_'));
+    ok.then(|| text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(imports: &[Import]) -> Vec<String> {
+        let one = |i: &Import| {
+            let mark = if i.is_use { "use " } else { "" };
+            format!("{mark}{}{}:{}", ".".repeat(i.level), i.module, i.names.join(","))
+        };
+        imports.iter().map(one).collect()
+    }
+
+    #[test]
+    fn imports_that_run_at_once_are_found() {
+        let text = r#"
+"""A text with
+import nothing
+"""
+import os, sys as system; import json  # import no
+from a.b import (c,  # why
+    d as e,
+    f)
+from . import g
+from ..h import i
+try:
+    import j
+except ImportError:
+    import k
+def later():
+    import no
+    if x:
+        import no
+def long(
+    one,
+) -> str:
+    import no
+class L:
+    import m
+if TYPE_CHECKING:
+    import no
+if __name__ == "__main__":
+    import main_only
+important = 1
+from importlib import *
+import n.
+"#;
+        let expected = [
+            "os:",
+            "sys:",
+            "json:",
+            "a.b:c,d,f",
+            ".:g",
+            "..h:i",
+            "j:",
+            "k:",
+            "m:",
+            "main_only:",
+            "importlib:",
+        ];
+        let main = read(text, true);
+        assert_eq!(shown(&main.at_once), expected);
+        assert_eq!(main.on_demand, None);
+        assert!(!shown(&read(text, false).at_once).contains(&"main_only:".to_owned()));
+    }
+
+    #[test]
+    fn names_of_modules_and_calls_are_found() {
+        let text = r#"
+import numpy as np, os.path
+from a import b as c, d
+x = np.random.Generator | np.random.RandomState  # np.no
+y = [os.sep, c.e(d.f), unknown.g, 1.5, "...", self.np.h]
+def later():
+    np.linalg
+z = __import__('m.n') or importlib.import_module("o") or import_module(p) or __import__("q r")
+"#;
+        let expected = [
+            "numpy:",
+            "os.path:",
+            "a:b,d",
+            "use numpy:random",
+            "use os:sep",
+            "use a.b:e",
+            "use a.d:f",
+            "m.n:",
+            "o:",
+        ];
+        assert_eq!(shown(&read(text, false).at_once), expected);
+    }
+
+    #[test]
+    fn imports_on_demand_are_kept_apart() {
+        let text = "
+def __getattr__(name):
+    if name == 'Thread':
+        from .thread import (
+            Thread as t,
+        )
+        return t
+    import pkg.late as late
+def other():
+    import no
+class C:
+    def __getattr__(self, name):
+        import no
+";
+        let found = read(text, false);
+        assert_eq!(found.at_once, []);
+        let on_demand = found.on_demand.unwrap();
+        assert_eq!(shown(&on_demand), [".thread:Thread", "pkg.late:"]);
+        let gives = |name| on_demand.iter().map(|import| import.gives(name)).collect::<Vec<_>>();
+        assert_eq!(gives("Thread"), [true, false]);
+        assert_eq!(gives("late"), [false, true]);
+        assert_eq!(gives("thread"), [false, false]);
+    }
+}
