@@ -226,10 +226,13 @@ impl Python {
         };
         self.scan(finder, &text, name, own, depth);
         if name == "sysconfig" {
-            // How the interpreter was built, in a module named by platform.
-            for data in finder.names(&parent(&file)) {
+            // How the interpreter was built, in a module named by platform; other names are links.
+            let dir = parent(&file);
+            for data in finder.names(&dir) {
                 let stem = data.strip_suffix(b".py").and_then(|stem| std::str::from_utf8(stem).ok());
-                if let Some(stem) = stem.filter(|stem| stem.starts_with("_sysconfigdata_")) {
+                let stem = stem.filter(|stem| stem.starts_with("_sysconfigdata_"));
+                let own = finder.regular(&join(&dir, &data)).filter(|own| base_name(&own.path) == data);
+                if let (Some(stem), Some(_)) = (stem, own) {
                     self.load(finder, stem, depth + 1);
                 }
             }
