@@ -36,8 +36,8 @@ const MAX_WINDOW: u64 = 16 << 20;
 /// not fill every link.
 const IDLE_REQUESTS: usize = 4;
 
-/// The same from the first answer until the link's rate is known: a start needs it filled, and
-/// what comes first must not wait for much that comes later.
+/// The same before the link's rate is known: a start needs it filled, and what comes first must
+/// not wait for much that comes later.
 const FIRST_REQUESTS: usize = 2;
 
 /// Least span that a bandwidth is measured over: shorter ones measure bursts. The first one is
@@ -66,8 +66,6 @@ pub(crate) struct Link {
     state: Mutex<State>,
     /// Demanded streams that are receiving now.
     receiving: watch::Sender<usize>,
-    /// Some request was answered.
-    answered: watch::Sender<bool>,
 }
 
 #[derive(Debug)]
@@ -142,8 +140,7 @@ impl Link {
             waiting: Default::default(),
             gauge,
         };
-        let (receiving, answered) = (watch::Sender::new(0), watch::Sender::new(false));
-        Arc::new(Self { state: Mutex::new(state), receiving, answered })
+        Arc::new(Self { state: Mutex::new(state), receiving: watch::Sender::new(0) })
     }
 
     /// Notes a reader that waits, until the answer is dropped.
@@ -183,19 +180,10 @@ impl Link {
             }
             gauge.streams += 1;
         }
-        if !self.answered.send_replace(true) {
-            self.hand_out();
-        }
         if demanded {
             self.receiving.send_modify(|count| *count += 1);
         }
         Receiving { link: Arc::clone(self), demanded }
-    }
-
-    /// Returns once some request has been answered.
-    pub(crate) async fn first_answer(&self) {
-        // The sender lives in `self`.
-        let _ = self.answered.subscribe().wait_for(|answered| *answered).await;
     }
 
     /// True while some reader's bytes come in.
@@ -298,12 +286,10 @@ impl State {
     /// Requests that may be under way whatever they ask for.
     fn requests(&self) -> usize {
         let readers = self.demands > 0 || self.last_demand.is_some_and(|at| at.elapsed() < READERS_LINGER);
-        match self.gauge {
-            // What is wanted first goes alone until it is answered.
-            Gauge { round_trip: None, .. } => 1,
-            Gauge { rate: None, .. } => FIRST_REQUESTS,
-            _ if readers => 1,
-            _ => IDLE_REQUESTS,
+        match self.gauge.rate {
+            None => FIRST_REQUESTS,
+            Some(_) if readers => 1,
+            Some(_) => IDLE_REQUESTS,
         }
     }
 }
@@ -410,6 +396,7 @@ mod tests {
     #[tokio::test]
     async fn orders_go_by_class_within_the_window() {
         let link = Link::new();
+        link.lock().gauge.rate = Some(1.0);
         drop(link.demand());
         let first = link.admit(Class::Background, MIN_WINDOW + 1).now_or_never().unwrap();
         let mut late = Box::pin(link.admit(Class::Background, MIN_WINDOW));
@@ -433,20 +420,12 @@ mod tests {
     async fn without_readers_more_requests_go_at_once_the_more_is_known() {
         let link = Link::new();
         let big = MAX_WINDOW * 2;
-        let _first = link.admit(Class::Preheat, big).now_or_never().unwrap();
-        let mut second = Box::pin(link.admit(Class::Preheat, big));
-        assert!(second.as_mut().now_or_never().is_none());
-        // Its answer lets the next one go.
-        drop(link.answered(Duration::from_millis(3), false));
-        link.first_answer().now_or_never().unwrap();
-        let _second = second.now_or_never().unwrap();
-        let mut third = Box::pin(link.admit(Class::Preheat, big));
-        assert!(third.as_mut().now_or_never().is_none());
-        link.lock().gauge.rate = Some(1e6);
         let admit = || link.admit(Class::Preheat, big).now_or_never();
-        let slots: Vec<_> = std::iter::from_fn(admit).take(IDLE_REQUESTS).collect();
-        // The third one was before these.
-        assert_eq!(slots.len(), IDLE_REQUESTS - FIRST_REQUESTS - 1);
+        let first: Vec<_> = std::iter::from_fn(admit).take(IDLE_REQUESTS).collect();
+        assert_eq!(first.len(), FIRST_REQUESTS);
+        link.lock().gauge.rate = Some(1e6);
+        let more: Vec<_> = std::iter::from_fn(admit).take(IDLE_REQUESTS).collect();
+        assert_eq!(more.len(), IDLE_REQUESTS - FIRST_REQUESTS);
     }
 
     #[tokio::test]

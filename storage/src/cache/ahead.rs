@@ -32,6 +32,9 @@ const GROWTH: u64 = 4;
 /// want what comes last in it.
 const SEGMENTS_A_SECOND: u64 = 4;
 
+/// Bytes that an order is taken to name before any of it is known.
+const TRUST_ADVANCE: u64 = 8 << 20;
+
 /// Chunks of one segment.
 const MAX_SEGMENT_CHUNKS: usize = 8192;
 
@@ -77,51 +80,60 @@ async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchO
     // Begun at once, and ended with this order.
     let mut running = JoinSet::new();
     let mut size = FIRST_SEGMENT;
+    // Readers may be at work before the first segment is.
+    let told = |bytes| {
+        if options.class != Class::Background {
+            shared.speculator.told(bytes);
+        }
+    };
+    told(TRUST_ADVANCE);
     let mut pace = options.bandwidth.map(|rate| Pace::new(rate, Instant::now()));
     loop {
         if let Some(pace) = &pace {
             tokio::time::sleep(pace.due(Instant::now())).await;
         }
-        let slot = link.admit(options.class, size).await;
+        let mut slot = Some(link.admit(options.class, size).await);
         while running.try_join_next().is_some() {}
         // Chosen only now: what has come meanwhile is not asked for again.
-        let (segment, bytes) = next_segment(shared, &mut order, size, handle).await;
+        let segment = next_segment(shared, &mut order, size, handle).await;
         if segment.is_empty() {
             break;
         }
-        slot.shrink(bytes);
-        if options.class != Class::Background {
-            shared.speculator.told(bytes);
-        }
+        let bytes = segment.iter().map(|part| part.bytes).sum();
+        told(bytes);
         let soon = link.rate().map_or(FIRST_SEGMENT * GROWTH, |rate| rate / SEGMENTS_A_SECOND);
         size = (size * GROWTH).min(soon.clamp(FIRST_SEGMENT, MAX_SEGMENT));
         if let Some(pace) = &mut pace {
             pace.charge(bytes, Instant::now());
             size = size.min(pace.rate());
         }
-        let slot = Arc::new(slot);
-        for (blob, chunks) in segment {
-            let fetch = fetch(Arc::clone(shared), blob, chunks, Arc::clone(&slot), handle.clone());
+        // One behind the other as the link takes them: what is wanted first does not share it with
+        // what is wanted later.
+        for Part { blob, chunks, bytes } in segment {
+            let slot = match slot.take() {
+                Some(slot) => slot,
+                None => link.admit(options.class, bytes).await,
+            };
+            slot.shrink(bytes);
+            let fetch = fetch(Arc::clone(shared), blob, chunks, Arc::new(slot), handle.clone());
             shared.engine.spawn_in(&mut running, fetch);
-            // What is wanted first is asked for first, and alone until the source has answered.
-            tokio::select! {
-                () = link.first_answer() => {}
-                _ = running.join_next() => {}
-            }
         }
     }
     while running.join_next().await.is_some() {}
 }
 
-/// Takes chunks that are missing from the order, about `size` bytes, by blob: first the blob that is
-/// wanted first. Answers the bytes as well.
-async fn next_segment(
-    shared: &Shared,
-    order: &mut Order,
-    size: u64,
-    handle: &Prefetch,
-) -> (Vec<(u32, Vec<ChunkExtent>)>, u64) {
-    let mut segment: Vec<(u32, Vec<ChunkExtent>)> = Vec::new();
+/// What a segment takes from one blob.
+struct Part {
+    blob: u32,
+    chunks: Vec<ChunkExtent>,
+    /// Stored bytes.
+    bytes: u64,
+}
+
+/// Takes chunks that are missing from the order, about `size` bytes, by blob; the blob that is
+/// wanted first comes first.
+async fn next_segment(shared: &Shared, order: &mut Order, size: u64, handle: &Prefetch) -> Vec<Part> {
+    let mut segment: Vec<Part> = Vec::new();
     let (mut bytes, mut chunks, mut passed) = (0, 0, 0);
     while bytes < size
         && chunks < MAX_SEGMENT_CHUNKS
@@ -136,18 +148,19 @@ async fn next_segment(
         if !wanted {
             continue;
         }
-        let place = segment.iter().position(|(of, _)| *of == blob).unwrap_or_else(|| {
-            segment.push((blob, Vec::new()));
+        let place = segment.iter().position(|part| part.blob == blob).unwrap_or_else(|| {
+            segment.push(Part { blob, chunks: Vec::new(), bytes: 0 });
             segment.len() - 1
         });
-        let of_blob = &mut segment[place].1;
-        if of_blob.last().is_none_or(|last| last.unit != extent.unit) {
+        let part = &mut segment[place];
+        if part.chunks.last().is_none_or(|last| last.unit != extent.unit) {
+            part.bytes += extent.unit.compressed.len();
             bytes += extent.unit.compressed.len();
         }
-        of_blob.push(extent);
+        part.chunks.push(extent);
         chunks += 1;
     }
-    (segment, bytes)
+    segment
 }
 
 async fn fetch(shared: Arc<Shared>, blob: u32, chunks: Vec<ChunkExtent>, slot: Arc<Slot>, handle: Prefetch) {

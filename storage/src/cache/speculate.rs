@@ -29,7 +29,8 @@ use crate::prefetch::{Class, Prefer, ReadAhead};
 /// what surrounds its accesses is served from what was read ahead.
 const TIME_GAIN: f64 = 3.0;
 
-/// The same when bytes count: what is fetched stays below twice what is read.
+/// The same when bytes count, or an order is trusted: what is fetched stays below twice what is
+/// read.
 const BYTES_GAIN: f64 = 0.8;
 
 /// Bytes that a miss earns when time counts, in multiples of what could have come while its
@@ -38,9 +39,6 @@ const MISS_GAIN: f64 = 2.0;
 
 /// Most credit.
 const MAX_CREDIT: f64 = (32 << 20) as f64;
-
-/// The same when time counts and an order is trusted.
-const GUIDED_GAIN: f64 = 1.5;
 
 /// Bytes that an order must name for each byte needed beside it to stay trusted.
 const TRUST_COST: f64 = 8.0;
@@ -124,8 +122,7 @@ impl Mood {
     /// Bytes that a needed byte earns.
     fn gain(self) -> f64 {
         match self {
-            Self::Careful => BYTES_GAIN,
-            Self::Guided => GUIDED_GAIN,
+            Self::Careful | Self::Guided => BYTES_GAIN,
             Self::Free => TIME_GAIN,
         }
     }

@@ -12,6 +12,7 @@ use reqwest::header::{
     ACCEPT, AUTHORIZATION, CONTENT_LENGTH, HeaderMap, HeaderValue, LOCATION, WWW_AUTHENTICATE,
 };
 use reqwest::{Body, Method, Request, StatusCode, Url};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::auth::{AuthFiles, Credentials, Secret};
 use super::challenge::Challenge;
@@ -25,6 +26,10 @@ use crate::backend::retry::{Failure, RetryPolicy, with_retries, within};
 use crate::digest::TaggedDigest;
 use crate::metrics::OriginSnapshot;
 use crate::{Error, ErrorKind, Result};
+
+/// Requests that go out before a registry has answered any: each may be told to log in, and waiting
+/// for one costs a start a round trip.
+const FIRST_CONTACTS: usize = 4;
 
 /// Redirects followed in a row.
 pub const MAX_REDIRECTS: usize = 5;
@@ -114,15 +119,15 @@ struct Inner {
     settled: AtomicBool,
     auth: Authenticator,
     retry: RetryPolicy,
-    /// Taken by the first request; the flag is set before it is released.
-    first: tokio::sync::Mutex<()>,
+    /// Taken by the first requests; the flag is set before one is released.
+    first: Semaphore,
     contacted: AtomicBool,
 }
 
-/// The first request to a registry.
+/// One of the first requests to a registry.
 struct FirstContact<'a> {
     contacted: &'a AtomicBool,
-    _guard: tokio::sync::MutexGuard<'a, ()>,
+    _permit: SemaphorePermit<'a>,
 }
 
 impl Drop for FirstContact<'_> {
@@ -167,7 +172,7 @@ impl RegistryClient {
             http,
             host: host.to_owned(),
             retry: options.retry,
-            first: tokio::sync::Mutex::default(),
+            first: Semaphore::new(FIRST_CONTACTS),
             contacted: AtomicBool::new(false),
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -272,7 +277,6 @@ impl RegistryClient {
         if !own {
             return self.transmit(request, hedged, context).await;
         }
-        // Readers that come together would each be told to log in, and connect each for itself.
         let _first = self.first_contact(context).await?;
         let used = self.inner.auth.header(&access, context).await?;
         if let Some(header) = &used {
@@ -302,8 +306,8 @@ impl RegistryClient {
         self.exchange(request, hedged, context).await
     }
 
-    /// Held by the first request to the registry, whatever comes of it, until its answer is
-    /// there; the others wait for it.
+    /// Held by the first [`FIRST_CONTACTS`] requests to the registry, whatever comes of them; the
+    /// others wait until one of them is answered.
     async fn first_contact(
         &self,
         context: &ReadContext,
@@ -312,11 +316,13 @@ impl RegistryClient {
             return Ok(None);
         }
         let what = format!("first contact with {}", self.host());
-        let guard = within(context, &what, async { Ok::<_, Failure>(self.inner.first.lock().await) }).await?;
+        let closed = |_| Failure::from(Error::new(ErrorKind::Cancelled, "the client is gone"));
+        let permit =
+            within(context, &what, async { self.inner.first.acquire().await.map_err(closed) }).await?;
         if self.inner.contacted.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        Ok(Some(FirstContact { contacted: &self.inner.contacted, _guard: guard }))
+        Ok(Some(FirstContact { contacted: &self.inner.contacted, _permit: permit }))
     }
 
     async fn transmit(
