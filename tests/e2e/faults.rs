@@ -315,3 +315,51 @@ fn dripping_heads() -> Result<()> {
     // The relay takes bytes from the registry that it never hands on.
     scene.fails_then_recovers(&daemon, 8 * SIZE)
 }
+
+/// A mirror that answers 503, and then nothing at all: the registry serves, within the read; nothing of
+/// it before. The bytes of a file are fetched once.
+#[test]
+fn mirror_down() -> Result<()> {
+    needs!();
+    let files: Vec<(&str, Vec<u8>)> = ["up", "failing", "gone"]
+        .into_iter()
+        .zip([1, 2, 3])
+        .map(|(name, seed)| (name, noise(seed, 200_000)))
+        .collect();
+    let mut entries = vec![Entry::dir("./")];
+    entries.extend(files.iter().map(|(name, bytes)| Entry::file(*name, bytes.as_slice())));
+    let image = Image::new(vec![entries]);
+    let flags = ["--chunk-size", "0x10000"];
+    let scene = Scene::set(&image, &flags)?;
+    let mirror = Relay::start(scene.registry.address())?;
+    let (bootstrap, config) = (scene.journey.path("image.boot"), scene.journey.path("config.json"));
+    let nydus = scene.journey.convert("nydus", &flags)?;
+    fs::write(&bootstrap, nydus.bootstrap_file("image/image.boot")?)?;
+    let text = serde_json::json!({
+        "version": 2,
+        "backend": { "type": "registry", "registry": {
+            "scheme": "http", "host": scene.relay.address().to_string(), "repo": "scene",
+            "mirrors": [{ "host": format!("http://{}", mirror.address()) }],
+        } },
+        "cache": { "type": "filecache", "filecache": { "work_dir": scene.cache() } },
+        "rafs": { "batch_size": 0, "read_timeout": 20 },
+    });
+    fs::write(&config, text.to_string())?;
+    let daemon = DaemonOptions::bootstrap(&bootstrap, &config).start()?;
+    let read = |place: usize| {
+        let (name, expected) = files[place].clone();
+        let path = daemon.root().join(name);
+        let found = within(HANGS, "a read", move || Ok(fs::read(path)?))?;
+        ensure!(found == expected, "{name}: wrong bytes");
+        Ok(())
+    };
+    read(0)?;
+    ensure!(scene.relay.bytes() == 0, "the registry was asked although the mirror answers");
+    mirror.set(Rule::Refuse(503));
+    read(1)?;
+    drop(mirror);
+    read(2)?;
+    let (got, most) = (scene.relay.bytes(), 400_000 + SLACK);
+    ensure!((400_000..=most).contains(&got), "{got} bytes from the registry, want at most {most}");
+    Ok(())
+}

@@ -35,7 +35,7 @@ fn basic_authentication() -> Result<()> {
     needs_mounts!();
     needs_programs!("umoci", "docker-registry", "htpasswd");
     let journey = Journey::start(&recipes::tiny())?;
-    let registry = Registry::start(RegistryOptions { basic: true, tls: false })?;
+    let registry = Registry::start(RegistryOptions { basic: true, ..Default::default() })?;
     let host = registry.address().to_string();
     let reference = registry.reference("guarded");
     let (stranger, reader) = (journey.path("stranger"), journey.path("reader"));
@@ -94,7 +94,7 @@ fn private_authority() -> Result<()> {
     needs_mounts!();
     needs_programs!("umoci", "docker-registry", "openssl");
     let journey = Journey::start(&recipes::tiny())?;
-    let registry = Registry::start(RegistryOptions { basic: false, tls: true })?;
+    let registry = Registry::start(RegistryOptions { tls: true, ..Default::default() })?;
     let reference = registry.reference("secret");
     let refused = push(&journey, &reference, |_| ())?;
     ensure!(refused.code == Some(1), "{refused:?}");

@@ -7,7 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use futures_util::StreamExt as _;
 use storage::ErrorKind;
-use storage::backend::http::{Answer, HttpOptions};
+use storage::backend::http::{Answer, HttpOptions, Version};
 use storage::backend::registry::{RegistrySource, Rewrite};
 use storage::backend::retry::RetryPolicy;
 use storage::backend::{BlobSource, ReadContext};
@@ -131,8 +131,13 @@ async fn an_open_registry_over_http() -> Result<()> {
 #[tokio::test]
 async fn a_guarded_registry_over_https() -> Result<()> {
     needs_programs!("docker-registry", "htpasswd", "openssl");
-    let registry = Registry::start(tests::registry::RegistryOptions { basic: true, tls: true })?;
-    round_trip(&client(&registry, user(PASSWORD)?, trusting(&registry))?).await?;
+    let registry =
+        Registry::start(tests::registry::RegistryOptions { basic: true, tls: true, ..Default::default() })?;
+    let trusted = client(&registry, user(PASSWORD)?, trusting(&registry))?;
+    round_trip(&trusted).await?;
+    // The registry offers HTTP/2, and it is used.
+    let root = Call::new("GET".parse()?, trusted.url("")?, Access::pull(REPOSITORY));
+    ensure!(send(&trusted, root, 200).await?.version() == Version::HTTP_2);
     let careless = HttpOptions { skip_verify: true, ..HttpOptions::default() };
     round_trip(&client(&registry, user(PASSWORD)?, careless)?).await?;
 
@@ -152,5 +157,24 @@ async fn a_guarded_registry_over_https() -> Result<()> {
     let nowhere =
         HttpOptions { ca_files: vec![PathBuf::from("/nonexistent/ca.crt")], ..HttpOptions::default() };
     ensure!(client(&registry, Credentials::Anonymous, nowhere).is_err());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_registry_that_wants_certificates_of_its_clients() -> Result<()> {
+    needs_programs!("docker-registry", "openssl");
+    let options = tests::registry::RegistryOptions { tls: true, clients: true, ..Default::default() };
+    let registry = Registry::start(options)?;
+    let known =
+        HttpOptions { client_certificate: Some(registry.client_certificate()), ..trusting(&registry) };
+    round_trip(&client(&registry, Credentials::Anonymous, known)?).await?;
+
+    let context = ReadContext::on_demand(None);
+    let reference = format!("{}/{REPOSITORY}:v1", registry.address()).parse()?;
+    let unknown = client(&registry, Credentials::Anonymous, trusting(&registry))?;
+    let Some(error) = unknown.get_manifest(&reference, &context).await.err() else {
+        anyhow::bail!("served without a certificate")
+    };
+    ensure!(error.kind() == ErrorKind::Denied && error.to_string().contains("client_cert_file"), "{error}");
     Ok(())
 }

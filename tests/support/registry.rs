@@ -21,6 +21,8 @@ pub struct RegistryOptions {
     pub basic: bool,
     /// Speaks https with a certificate of the test's own authority.
     pub tls: bool,
+    /// Over https, wants a certificate of that authority from its clients, too.
+    pub clients: bool,
 }
 
 /// The user that a guarded registry knows.
@@ -103,6 +105,11 @@ impl Registry {
         self.directory.path().join("ca.crt")
     }
 
+    /// A certificate that the authority gave to a client, and its key.
+    pub fn client_certificate(&self) -> (PathBuf, PathBuf) {
+        (self.directory.path().join("client.crt"), self.directory.path().join("client.key"))
+    }
+
     /// Where the registry keeps the bytes of `digest` (`sha256:…`): to be damaged.
     pub fn blob_path(&self, digest: &str) -> PathBuf {
         let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
@@ -140,6 +147,9 @@ fn configuration(storage: &Path, options: RegistryOptions, directory: &Path) -> 
         let path = |name: &str| directory.join(name).display().to_string();
         text +=
             &format!("  tls:\n    certificate: {}\n    key: {}\n", path("server.crt"), path("server.key"));
+        if options.clients {
+            text += &format!("    clientcas: [{}]\n", path("ca.crt"));
+        }
     }
     if options.basic {
         let entry = run(Command::new("htpasswd").args(["-Bbn", USER, PASSWORD]))?;
@@ -150,37 +160,23 @@ fn configuration(storage: &Path, options: RegistryOptions, directory: &Path) -> 
     Ok(text)
 }
 
-/// An authority of our own (`ca.crt`) and a server certificate for 127.0.0.1 signed by it.
+/// An authority of our own (`ca.crt`), and certificates that it gave to a server at 127.0.0.1 and to a
+/// client.
 fn certificates(directory: &Path) -> Result<()> {
-    let openssl =
-        |arguments: &[&str]| run(Command::new("openssl").current_dir(directory).args(arguments)).map(drop);
-    let key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
-    let mut authority = vec!["req", "-x509", "-days", "2", "-subj", "/CN=tests authority"];
-    authority.extend(key);
-    authority.extend(["-keyout", "ca.key", "-out", "ca.crt"]);
-    openssl(&authority)?;
-    let mut request = vec!["req", "-subj", "/CN=127.0.0.1"];
-    request.extend(key);
-    request.extend(["-keyout", "server.key", "-out", "server.csr"]);
-    openssl(&request)?;
+    let openssl = |line: &str| {
+        let arguments = line.split_whitespace();
+        run(Command::new("openssl").current_dir(directory).args(arguments)).map(drop)
+    };
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+    openssl(&format!("req -x509 -days 2 -subj /CN=authority {key} -keyout ca.key -out ca.crt"))?;
     fs::write(directory.join("san"), "subjectAltName=IP:127.0.0.1\n")?;
-    openssl(&[
-        "x509",
-        "-req",
-        "-in",
-        "server.csr",
-        "-CA",
-        "ca.crt",
-        "-CAkey",
-        "ca.key",
-        "-CAcreateserial",
-        "-days",
-        "2",
-        "-extfile",
-        "san",
-        "-out",
-        "server.crt",
-    ])
+    for name in ["server", "client"] {
+        openssl(&format!("req -subj /CN={name} {key} -keyout {name}.key -out {name}.csr"))?;
+        openssl(&format!(
+            "x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile san -out {name}.crt"
+        ))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use reqwest::header::HeaderMap;
-use reqwest::{Response, StatusCode, Url};
+use reqwest::{Response, StatusCode, Url, Version};
 
 use super::meaning::{Help, error_text, judge, retry_after};
 use super::progress;
@@ -34,6 +34,11 @@ impl Answer {
     /// The status.
     pub fn status(&self) -> StatusCode {
         self.response.status()
+    }
+
+    /// The protocol it came by.
+    pub fn version(&self) -> Version {
+        self.response.version()
     }
 
     /// The headers.

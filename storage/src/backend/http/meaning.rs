@@ -103,9 +103,8 @@ fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration> {
 
 /// A failure below HTTP.
 pub(super) fn transport_failure(what: &str, error: reqwest::Error) -> Failure {
-    let untrusted = certificate_error(&error);
-    let (kind, passing, why) = if untrusted {
-        let remedy = "its certificate is not trusted; add its CA to `ca_cert_files`, or set `skip_verify`";
+    let certificate = certificate_error(&error);
+    let (kind, passing, why) = if let Some(remedy) = certificate {
         (ErrorKind::Denied, false, remedy)
     } else if error.is_builder() {
         (ErrorKind::Invalid, false, "not a valid request")
@@ -118,16 +117,34 @@ pub(super) fn transport_failure(what: &str, error: reqwest::Error) -> Failure {
     Failure { error, passing, retry_after: None }
 }
 
-/// True if a cause of `error` is a certificate that was not accepted.
-fn certificate_error(error: &(dyn std::error::Error + 'static)) -> bool {
+/// What to do if a cause of `error` is a certificate that was not accepted, theirs or ours.
+fn certificate_error(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+    use rustls::AlertDescription as Alert;
     if let Some(tls) = error.downcast_ref::<rustls::Error>() {
-        return matches!(tls, rustls::Error::InvalidCertificate(_));
+        return match tls {
+            rustls::Error::InvalidCertificate(_) => {
+                Some("its certificate is not trusted; add its CA to `ca_cert_files`, or set `skip_verify`")
+            }
+            rustls::Error::AlertReceived(
+                Alert::CertificateRequired
+                | Alert::BadCertificate
+                | Alert::UnsupportedCertificate
+                | Alert::CertificateRevoked
+                | Alert::CertificateExpired
+                | Alert::CertificateUnknown
+                | Alert::UnknownCA
+                | Alert::AccessDenied,
+            ) => Some(
+                "it wants a client certificate that it trusts; set `client_cert_file` and `client_key_file`",
+            ),
+            _ => None,
+        };
     }
     // An io::Error does not name what it wraps as its source.
     let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
     match wrapped {
         Some(inner) => certificate_error(inner),
-        None => error.source().is_some_and(certificate_error),
+        None => error.source().and_then(certificate_error),
     }
 }
 

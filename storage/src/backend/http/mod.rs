@@ -14,8 +14,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use reqwest::Url;
 use reqwest::{Request, StatusCode};
+pub use reqwest::{Url, Version};
 
 pub use self::answer::Answer;
 use self::hedge::sooner;
