@@ -280,7 +280,7 @@ impl Link {
 
 impl State {
     fn window(&self) -> u64 {
-        (2 * self.gauge.held().unwrap_or(0)).clamp(MIN_WINDOW, MAX_WINDOW)
+        self.gauge.held().unwrap_or(0).saturating_mul(2).clamp(MIN_WINDOW, MAX_WINDOW)
     }
 
     /// Requests that may be under way whatever they ask for.

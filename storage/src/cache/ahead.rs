@@ -109,11 +109,16 @@ async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchO
         }
         // One behind the other as the link takes them: what is wanted first does not share it with
         // what is wanted later.
-        for Part { blob, chunks, bytes } in segment {
+        for Part { blob, mut chunks, bytes } in segment {
             let slot = match slot.take() {
                 Some(slot) => slot,
                 None => link.admit(options.class, bytes).await,
             };
+            // What has come while it waited is not asked for again.
+            chunks.retain(|extent| shared.is_wanted(blob, extent));
+            if chunks.is_empty() {
+                continue;
+            }
             slot.shrink(bytes);
             let fetch = fetch(Arc::clone(shared), blob, chunks, Arc::new(slot), handle.clone());
             shared.engine.spawn_in(&mut running, fetch);

@@ -29,6 +29,32 @@ fn an_order_is_worked_off_and_skips_what_is_there() {
 }
 
 #[test]
+fn what_comes_while_a_part_waits_is_not_fetched_again() {
+    let (engine, sample) = (engine(), Sample::new(1));
+    let (dirs, backends) = ([(); 2].map(|()| TempDir::new().unwrap()), [(); 2].map(|()| sample.backend()));
+    let gate = Gate::default();
+    backends[0].inner().fault(sample.range(0), Fault::Stall(gate.clone()), 1);
+    let open = |at: usize| BlobCache::open(&engine, sample.config(&dirs[at]), backends[at].clone()).unwrap();
+    let reader = BlobSet::new(&engine, vec![open(0), open(1)], PATIENT);
+    // With the first part, the link has all that it takes.
+    let rest = engine.block_on(engine.handle().link().admit(Class::Trace, 1 << 30));
+    let both = [(0, sample.extents[0]), (1, sample.extents[0])];
+    let prefetch = reader.prefetch(Box::new(both.into_iter()), OPTIONS);
+    engine.block_on(gate.arrivals(1));
+    let slice = ReadSlice { blob: 1, extent: sample.extents[0], offset: 0, len: 1 };
+    let (sender, answer) = std::sync::mpsc::channel();
+    let completion = Box::new(move |result| drop(sender.send(result)));
+    reader.submit(vec![slice], crate::backend::Priority::OnDemand, completion);
+    answer.recv().unwrap().unwrap();
+    gate.open();
+    drop(rest);
+    engine.block_on(prefetch.wait());
+    let progress = prefetch.progress();
+    assert_eq!((progress.bytes, progress.chunks), (sample.range(0).len(), 2));
+    assert_eq!(backends[1].requests(), [sample.range(0)]);
+}
+
+#[test]
 fn what_can_not_be_had_is_counted_and_left_to_readers() {
     let (engine, sample, dir) = (engine(), Sample::new(4), TempDir::new().unwrap());
     let backend = sample.backend();
