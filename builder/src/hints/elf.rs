@@ -25,6 +25,10 @@ const MAX_NEEDED: usize = 1024;
 const DEFAULT_DIRS: [&[u8]; 5] = [b"/lib", b"/usr/lib", b"/lib64", b"/usr/lib64", b"/usr/local/lib"];
 /// Files of `ld.so.conf` that are followed.
 const MAX_CONF_FILES: usize = 64;
+/// Directories of one search path.
+pub(super) const MAX_DIRS: usize = 256;
+/// Segments with constants of one file: linkers make one or two.
+const MAX_CONSTANTS: usize = 8;
 
 /// What the dynamic linker reads from an ELF file.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -92,15 +96,24 @@ where
     let mut elf = Elf { kind: (class, header.e_machine(endian).0), ..Elf::default() };
     let (mut strings, mut names) = (None, Vec::new());
     let (mut rpath, mut runpath) = (None, None);
+    let mut seen = Vec::new();
     for segment in segments {
-        if segment.p_type(endian) == elf::PT_LOAD {
+        let kind = segment.p_type(endian);
+        if kind == elf::PT_LOAD {
             let ((offset, size), flags) = (segment.file_range(endian), segment.p_flags(endian).0);
             if flags & elf::PF_X.0 != 0 {
                 elf.code_size = elf.code_size.saturating_add(size);
-            } else if flags & elf::PF_W.0 == 0 && offset > 0 {
+            } else if flags & elf::PF_W.0 == 0 && offset > 0 && elf.constants.len() < MAX_CONSTANTS {
                 // The first segment has the tables of the linker.
                 elf.constants.push(offset..offset.saturating_add(size));
             }
+        }
+        // The first of each counts, as in the kernel; all that is read stays in memory.
+        if matches!(kind, elf::PT_INTERP | elf::PT_DYNAMIC) {
+            if seen.contains(&kind) {
+                continue;
+            }
+            seen.push(kind);
         }
         if let Ok(Some(path)) = segment.interpreter(endian, data) {
             elf.interpreter = Some(path.to_vec());
@@ -137,9 +150,9 @@ where
     Some(elf)
 }
 
-/// The directories of a list with colons.
+/// The first [`MAX_DIRS`] directories of a list with colons.
 pub(super) fn split_paths(list: &[u8]) -> Vec<Vec<u8>> {
-    list.split(|&b| b == b':').filter(|dir| !dir.is_empty()).map(<[u8]>::to_vec).collect()
+    list.split(|&b| b == b':').filter(|dir| !dir.is_empty()).take(MAX_DIRS).map(<[u8]>::to_vec).collect()
 }
 
 /// Adds the interpreter of the ELF file at `path` and all libraries that it is linked with,
@@ -184,6 +197,8 @@ fn load(finder: &mut Finder<'_>, path: &[u8], kind: (u8, u16)) -> Option<(Vec<u8
         return Some((file.path, None));
     }
     let elf = parse(finder.open(file.inode)?).filter(|elf| elf.kind == kind)?;
+    // Libraries may need each other, and those that are not added, too.
+    finder.note_library(file.inode);
     let size = finder.size(file.inode);
     if size < TABLE_SIZE || elf.code_size >= size / 64 {
         finder.add(path);
@@ -215,7 +230,7 @@ pub(super) fn linker_dirs(finder: &mut Finder<'_>) -> Vec<Vec<u8>> {
             if let Some(pattern) = line.strip_prefix(b"include ") {
                 conf.extend(included(finder, pattern.trim_ascii()));
                 conf.truncate(MAX_CONF_FILES);
-            } else if line.starts_with(b"/") {
+            } else if line.starts_with(b"/") && dirs.len() < MAX_DIRS {
                 dirs.push(line.to_vec());
             }
         }

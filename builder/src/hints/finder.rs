@@ -24,6 +24,8 @@ pub(super) struct Finder<'a> {
     environment: Vec<Vec<u8>>,
     found: Vec<InodeId>,
     known: HashSet<InodeId>,
+    /// Libraries looked into, added or not.
+    libraries: HashSet<InodeId>,
     bytes: u64,
     text: u64,
     /// Where the dynamic linker looks, once known.
@@ -39,6 +41,7 @@ impl<'a> Finder<'a> {
             environment,
             found: Vec::new(),
             known: HashSet::new(),
+            libraries: HashSet::new(),
             bytes: 0,
             text: 0,
             linker_dirs: None,
@@ -100,9 +103,14 @@ impl<'a> Finder<'a> {
             .map(|name| name.to_vec())
     }
 
-    /// True if the file was added.
+    /// True if a library was added or [noted](Self::note_library): it is not looked into again.
     pub fn is_known(&self, inode: InodeId) -> bool {
-        self.known.contains(&inode)
+        self.known.contains(&inode) || self.libraries.contains(&inode)
+    }
+
+    /// Notes a library that is looked into, for which there may be no room.
+    pub fn note_library(&mut self, inode: InodeId) {
+        self.libraries.insert(inode);
     }
 
     /// Adds the regular file that `path` leads to. `None` if there is none, or no room.

@@ -5,6 +5,12 @@
 
 use std::collections::{HashMap, HashSet};
 
+/// Imports and names taken from one text, or one line, at most: what is behind them comes when it is
+/// read.
+const MAX_NAMES: usize = 8192;
+/// Longest dotted name followed.
+pub(super) const MAX_LEN: usize = 256;
+
 /// One import statement: `level` dots, the module, and the names taken from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Import {
@@ -48,7 +54,10 @@ pub(super) fn read(text: &str, is_main: bool) -> Imports {
     let mut in_getattr = false;
     let mut quote: Option<&str> = None;
     let mut lines = text.lines();
-    while let Some(line) = lines.next() {
+    let mut left = MAX_NAMES;
+    while left > 0
+        && let Some(line) = lines.next()
+    {
         if let Some(mark) = quote {
             if line.matches(mark).count() % 2 == 1 {
                 quote = None;
@@ -65,7 +74,8 @@ pub(super) fn read(text: &str, is_main: bool) -> Imports {
         let closes = code.starts_with([')', ']']);
         if skipped.is_some_and(|limit| indent > limit || (indent == limit && closes)) {
             if in_getattr && let Some(imports) = &mut found.on_demand {
-                imports.extend(statement(code, &mut lines, &mut Names::default()).unwrap_or_default());
+                let more = statement(code, &mut lines, &mut Names::default()).unwrap_or_default();
+                keep(imports, more, &mut left);
             }
             continue;
         }
@@ -84,12 +94,23 @@ pub(super) fn read(text: &str, is_main: bool) -> Imports {
         }
         let code = code.split(" #").next().unwrap_or_default();
         match statement(code, &mut lines, &mut names) {
-            Some(imports) => found.at_once.extend(imports),
-            None => found.at_once.extend(names.uses(code)),
+            Some(imports) => keep(&mut found.at_once, imports, &mut left),
+            None => keep(&mut found.at_once, names.uses(code), &mut left),
         }
-        found.at_once.extend(calls(code).map(Import::of));
+        keep(&mut found.at_once, calls(code).map(Import::of), &mut left);
     }
     found
+}
+
+/// Adds imports as long as names are `left`.
+fn keep(imports: &mut Vec<Import>, more: impl IntoIterator<Item = Import>, left: &mut usize) {
+    for import in more {
+        if *left == 0 {
+            break;
+        }
+        *left = left.saturating_sub(1 + import.names.len());
+        imports.push(import);
+    }
 }
 
 /// The imports of a line that is an import statement; names in brackets may go on in the next.
@@ -100,7 +121,7 @@ fn statement<'a>(
 ) -> Option<Vec<Import>> {
     if let Some(rest) = code.strip_prefix("import ") {
         let mut found = Vec::new();
-        for module in rest.split('#').next().unwrap_or_default().split([',', ';']) {
+        for module in rest.split('#').next().unwrap_or_default().split([',', ';']).take(MAX_NAMES) {
             // Behind a semicolon is a statement of its own.
             let mut words = module.trim_start().trim_start_matches("import ").split_whitespace();
             let Some(module) = words.next().and_then(identifier) else { continue };
@@ -115,21 +136,21 @@ fn statement<'a>(
     }
     let (module, names) = code.strip_prefix("from ").and_then(|rest| rest.split_once(" import "))?;
     let mut names = names.split('#').next().unwrap_or_default().to_owned();
-    if names.contains('(') {
-        while !names.contains(')') {
-            let Some(line) = lines.next() else { break };
-            names.push_str(line.split('#').next().unwrap_or_default());
-            names.push(' ');
-        }
+    let mut open = names.contains('(') && !names.contains(')');
+    while open && let Some(line) = lines.next() {
+        let line = line.split('#').next().unwrap_or_default();
+        open = !line.contains(')');
+        names.push_str(line);
+        names.push(' ');
     }
     let module = module.trim();
     let level = module.len() - module.trim_start_matches('.').len();
     let module = module.trim_start_matches('.');
-    if level == 0 && identifier(module).is_none() {
+    if !(level > 0 && module.is_empty()) && identifier(module).is_none() {
         return Some(Vec::new());
     }
     let mut taken = Vec::new();
-    for name in names.split([',', ';', '(', ')']) {
+    for name in names.split([',', ';', '(', ')']).take(MAX_NAMES) {
         let mut words = name.split_whitespace();
         let Some(name) = words.next().and_then(identifier) else { continue };
         if level == 0 {
@@ -164,6 +185,9 @@ impl Names {
                 let names = vec![name.to_owned()];
                 found.push(Import { level: 0, module: module.clone(), names, is_use: true });
             }
+            if found.len() >= MAX_NAMES {
+                break;
+            }
         }
         found
     }
@@ -178,9 +202,10 @@ fn calls(code: &str) -> impl Iterator<Item = String> {
     })
 }
 
-/// A dotted name, or none.
+/// A dotted name of at most [`MAX_LEN`] bytes, or none.
 fn identifier(text: &str) -> Option<String> {
     let ok = !text.is_empty()
+        && text.len() <= MAX_LEN
         && text
             .split('.')
             .all(|part| !part.is_empty() && part.chars().all(|c| c.is_alphanumeric() || c == '_'));
@@ -275,6 +300,32 @@ z = __import__('m.n') or importlib.import_module("o") or import_module(p) or __i
             "o:",
         ];
         assert_eq!(shown(&read(text, false).at_once), expected);
+    }
+
+    #[test]
+    fn what_is_taken_is_bounded() {
+        let names = |text: &str| {
+            let found = read(text, false);
+            let all = found.at_once.iter().chain(found.on_demand.iter().flatten());
+            all.map(|import| 1 + import.names.len()).sum::<usize>()
+        };
+        let list: String = (0..4 * MAX_NAMES).map(|at| format!("n{at},")).collect();
+        let uses: String = (0..4 * MAX_NAMES).map(|at| format!("m.n{at} ")).collect();
+        for text in [
+            "import a\n".repeat(4 * MAX_NAMES),
+            format!("import {list}"),
+            format!("from a import {list}\n").repeat(2),
+            format!("def __getattr__(n):\n{}", " from a import b\n".repeat(4 * MAX_NAMES)),
+            format!("import m\n{uses}"),
+            "__import__('a');".repeat(4 * MAX_NAMES),
+        ] {
+            let taken = names(&text);
+            assert!((MAX_NAMES..=2 * MAX_NAMES).contains(&taken), "{taken}: {:.40}", text);
+        }
+        // Each line is looked at once, whatever stays open.
+        assert_eq!(names(&format!("from a import (b,\n{}", "\n".repeat(2 << 20))), 2);
+        let long = "a.".repeat(MAX_LEN) + "a";
+        assert_eq!(names(&format!("import {long}\nfrom {long} import b\nfrom .{long} import b")), 0);
     }
 
     #[test]

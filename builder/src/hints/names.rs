@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-/// Names taken from one library at most.
+/// Names taken from one segment of a library at most.
 const MAX_NAMES: usize = 4096;
 /// Longest name looked at.
 const MAX_LEN: usize = 128;

@@ -11,12 +11,14 @@
 use std::collections::{HashMap, HashSet};
 
 use super::finder::Finder;
-use super::imports::{self, Import, Imports};
+use super::imports::{self, Import, Imports, MAX_LEN};
 use super::paths::{base_name, join, parent};
 use super::{elf, names};
 
 /// Imports are followed this deep.
 const MAX_DEPTH: usize = 100;
+/// Names looked for at most.
+const MAX_LOOKS: usize = 1 << 18;
 
 /// Part of the interpreter since 3.11, not read from files.
 const FROZEN: [&str; 17] = [
@@ -51,6 +53,8 @@ struct Python {
     path: Vec<Vec<u8>>,
     /// Modules looked for.
     seen: HashSet<String>,
+    /// Names looked for.
+    looks: usize,
     /// Directories of packages looked for.
     packages: HashMap<String, Option<Vec<u8>>>,
     /// Modules that import when a name is asked for: their package, and what they may import.
@@ -165,6 +169,7 @@ impl Python {
             minor,
             path,
             seen: HashSet::new(),
+            looks: 0,
             packages: HashMap::new(),
             lazy: HashMap::new(),
             asked: HashSet::new(),
@@ -189,9 +194,10 @@ impl Python {
             for line in finder.text(&file).unwrap_or_default().split(|&b| b == b'\n') {
                 let line = line.trim_ascii();
                 let dir = join(&site, line);
+                let is_new = self.path.len() < elf::MAX_DIRS && !self.path.contains(&dir);
                 if line.starts_with(b"import ") {
                     self.site_code.extend([line, b"\n"].concat());
-                } else if !line.is_empty() && finder.is_dir(&dir) {
+                } else if !line.is_empty() && is_new && finder.is_dir(&dir) {
                     self.path.push(dir);
                 }
             }
@@ -200,6 +206,9 @@ impl Python {
 
     /// Adds a module with its packages and what they import.
     fn import(&mut self, finder: &mut Finder<'_>, name: &str, depth: usize) {
+        if name.len() > MAX_LEN {
+            return;
+        }
         let ends = name.match_indices('.').map(|(at, _)| at).chain([name.len()]);
         for end in ends.collect::<Vec<_>>() {
             self.load(finder, &name[..end], depth);
@@ -207,7 +216,10 @@ impl Python {
     }
 
     fn load(&mut self, finder: &mut Finder<'_>, name: &str, depth: usize) {
-        if depth > MAX_DEPTH || name.is_empty() || !self.seen.insert(name.to_owned()) {
+        if depth > MAX_DEPTH || name.is_empty() || name.len() > MAX_LEN || self.looks >= MAX_LOOKS {
+            return;
+        }
+        if !self.seen.insert(name.to_owned()) {
             return;
         }
         let Some(Found { file: Some(file), package }) = self.find(finder, name) else { return };
@@ -296,6 +308,10 @@ impl Python {
         }
         self.import(finder, &module, depth + 1);
         for name in names {
+            self.looks += 1;
+            if self.looks >= MAX_LOOKS {
+                break;
+            }
             // Most names are no modules; those that are not found cost nothing.
             self.load(finder, &format!("{module}.{name}"), depth + 1);
             self.ask(finder, &module, &name, depth + 1);
@@ -305,12 +321,13 @@ impl Python {
     /// Adds what `module` imports when `name` is asked of it.
     fn ask(&mut self, finder: &mut Finder<'_>, module: &str, name: &str, depth: usize) {
         let Some((package, imports)) = self.lazy.get(module) else { return };
+        if depth > MAX_DEPTH || !self.asked.insert(format!("{module}.{name}")) {
+            return;
+        }
         let imports: Vec<Import> = imports.iter().filter(|import| import.gives(name)).cloned().collect();
         let package = package.clone();
-        if depth <= MAX_DEPTH && self.asked.insert(format!("{module}.{name}")) {
-            for import in imports {
-                self.run(finder, import, &package, depth);
-            }
+        for import in imports {
+            self.run(finder, import, &package, depth);
         }
     }
 
@@ -326,6 +343,10 @@ impl Python {
 
     /// Looks for a module as the interpreter does: package, library, source.
     fn find(&mut self, finder: &Finder<'_>, name: &str) -> Option<Found> {
+        if self.looks >= MAX_LOOKS {
+            return None;
+        }
+        self.looks += 1;
         let (dirs, last) = match name.rsplit_once('.') {
             None => (self.path.clone(), name),
             Some((package, last)) => (vec![self.package(finder, package)?], last),

@@ -154,6 +154,20 @@ fn a_program_needs_its_interpreter_and_libraries() {
 }
 
 #[test]
+fn libraries_that_are_not_added_may_need_each_other() {
+    let program = elf("/lib/ld.so", &["liba.so"], "", 0);
+    let table = |needed| elf("", &[needed, "libc.so"], "", 1 << 20);
+    let (a, b, c) = (table("libb.so"), table("liba.so"), elf("", &[], "", 0));
+    let entries = [
+        ("bin/tool", 0o755, Item::File(&program[..])),
+        ("lib/liba.so", 0o644, Item::File(&a)),
+        ("lib/libb.so", 0o644, Item::File(&b)),
+        ("lib/libc.so", 0o644, Item::File(&c)),
+    ];
+    assert_eq!(hints(&entries, json!({"Cmd": ["tool"]})), ["/bin/tool", "/lib/libc.so"]);
+}
+
+#[test]
 fn a_python_program_needs_its_modules() {
     let python = elf("", &[], "", 0);
     let main = b"#!/usr/bin/env python3\nimport used\nfrom pkg import sub, name\nimport ext\n\
