@@ -124,7 +124,7 @@ def guarded_registry(work, round_trip, rate):
     context.load_cert_chain(f"{work}/tls.crt", f"{work}/tls.key")
     handler = type("TokensOf", (Tokens,), {"work": work})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             with link(f"127.0.0.1:{server.server_address[1]}", round_trip, rate) as tokens:

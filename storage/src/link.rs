@@ -310,7 +310,9 @@ impl Gauge {
         let now = Instant::now();
         self.busy += now.saturating_duration_since(self.since);
         self.since = now;
-        if self.busy >= if self.rate.is_none() { FIRST_SPAN } else { SPAN } {
+        // An answer that has begun and brings nothing tells nothing yet.
+        let span = if self.rate.is_some() { SPAN } else { FIRST_SPAN };
+        if self.busy >= span && (self.bytes > 0 || self.rate.is_some()) {
             let rate = self.bytes as f64 / self.busy.as_secs_f64();
             self.rate = Some(self.rate.map_or(rate, |known| known + (rate - known) / 4.0));
             (self.bytes, self.busy) = (0, Duration::ZERO);

@@ -88,7 +88,7 @@ pub fn hints(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request> {
         && !table.is_empty()
         && !table.contains(&bootstrap.root());
     let stages = vec![(Class::Predicted, Wish::Table)];
-    wanted.then_some(Request { what: "hints", stages, bandwidth: None })
+    wanted.then_some(Request { what: "hints", stages, bandwidth: config.prefetch.bandwidth })
 }
 
 /// A wish as found in an image.

@@ -81,12 +81,10 @@ async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchO
     let mut running = JoinSet::new();
     let mut size = FIRST_SEGMENT;
     // Readers may be at work before the first segment is.
-    let told = |bytes| {
-        if options.class != Class::Background {
-            shared.speculator.told(bytes);
-        }
-    };
-    told(TRUST_ADVANCE);
+    let tells = options.class != Class::Background;
+    if tells {
+        shared.speculator.told(TRUST_ADVANCE);
+    }
     let mut pace = options.bandwidth.map(|rate| Pace::new(rate, Instant::now()));
     loop {
         if let Some(pace) = &pace {
@@ -100,7 +98,9 @@ async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchO
             break;
         }
         let bytes = segment.iter().map(|part| part.bytes).sum();
-        told(bytes);
+        if tells {
+            shared.speculator.told(bytes);
+        }
         let soon = link.rate().map_or(FIRST_SEGMENT * GROWTH, |rate| rate / SEGMENTS_A_SECOND);
         size = (size * GROWTH).min(soon.clamp(FIRST_SEGMENT, MAX_SEGMENT));
         if let Some(pace) = &mut pace {
@@ -123,6 +123,9 @@ async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchO
             let fetch = fetch(Arc::clone(shared), blob, chunks, Arc::new(slot), handle.clone());
             shared.engine.spawn_in(&mut running, fetch);
         }
+    }
+    if tells {
+        shared.speculator.not_told(TRUST_ADVANCE);
     }
     while running.join_next().await.is_some() {}
 }

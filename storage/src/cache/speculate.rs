@@ -40,7 +40,8 @@ const MISS_GAIN: f64 = 2.0;
 /// Most credit.
 const MAX_CREDIT: f64 = (32 << 20) as f64;
 
-/// Bytes that an order must name for each byte needed beside it to stay trusted.
+/// Bytes that an order must name for each byte needed beside it, or before it came to that, to
+/// stay trusted.
 const TRUST_COST: f64 = 8.0;
 
 /// A source that answers faster than this is not worth guessing for: bytes count.
@@ -165,6 +166,12 @@ impl Speculator {
     /// Notes that an order names `bytes` that readers will want.
     pub(super) fn told(&self, bytes: u64) {
         self.lock().trust += bytes as f64;
+    }
+
+    /// Takes back what an order was taken to name and did not.
+    pub(super) fn not_told(&self, bytes: u64) {
+        let mut state = self.lock();
+        state.trust = (state.trust - bytes as f64).max(0.0);
     }
 
     fn mood(&self, link: &Link, state: &State) -> Mood {
@@ -469,6 +476,9 @@ mod tests {
         time.lock().distrust(999);
         assert_eq!(mood(&time), Mood::Guided);
         time.lock().distrust(1);
+        assert_eq!(mood(&time), Mood::Free);
+        time.told(5);
+        time.not_told(7);
         assert_eq!(mood(&time), Mood::Free);
         // Before anything is known of the link, a miss is widened; where bytes count, on credit only.
         assert!(time.widening(&link) > 0);

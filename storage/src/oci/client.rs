@@ -27,8 +27,8 @@ use crate::digest::TaggedDigest;
 use crate::metrics::OriginSnapshot;
 use crate::{Error, ErrorKind, Result};
 
-/// Requests that go out before a registry has answered any: each may be told to log in, and waiting
-/// for one costs a start a round trip.
+/// Requests that go out before a registry has answered any: each may be told to log in, or bring a
+/// login that is wrong, and waiting for one costs a start a round trip.
 const FIRST_CONTACTS: usize = 4;
 
 /// Redirects followed in a row.

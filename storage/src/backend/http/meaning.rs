@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
+use rustls::AlertDescription;
 
 use crate::backend::retry::Failure;
 use crate::{Error, ErrorKind};
@@ -117,28 +118,37 @@ pub(super) fn transport_failure(what: &str, error: reqwest::Error) -> Failure {
     Failure { error, passing, retry_after: None }
 }
 
+/// Alerts of servers that do not accept a client's certificate, or miss it.
+const CLIENT_REFUSED: [AlertDescription; 8] = [
+    AlertDescription::CertificateRequired,
+    AlertDescription::BadCertificate,
+    AlertDescription::UnsupportedCertificate,
+    AlertDescription::CertificateRevoked,
+    AlertDescription::CertificateExpired,
+    AlertDescription::CertificateUnknown,
+    AlertDescription::UnknownCA,
+    AlertDescription::AccessDenied,
+];
+
 /// What to do if a cause of `error` is a certificate that was not accepted, theirs or ours.
 fn certificate_error(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
-    use rustls::AlertDescription as Alert;
+    const OURS: &str =
+        "it wants a client certificate that it trusts; set `client_cert_file` and `client_key_file`";
     if let Some(tls) = error.downcast_ref::<rustls::Error>() {
         return match tls {
             rustls::Error::InvalidCertificate(_) => {
                 Some("its certificate is not trusted; add its CA to `ca_cert_files`, or set `skip_verify`")
             }
-            rustls::Error::AlertReceived(
-                Alert::CertificateRequired
-                | Alert::BadCertificate
-                | Alert::UnsupportedCertificate
-                | Alert::CertificateRevoked
-                | Alert::CertificateExpired
-                | Alert::CertificateUnknown
-                | Alert::UnknownCA
-                | Alert::AccessDenied,
-            ) => Some(
-                "it wants a client certificate that it trusts; set `client_cert_file` and `client_key_file`",
-            ),
+            rustls::Error::AlertReceived(alert) if CLIENT_REFUSED.contains(alert) => Some(OURS),
             _ => None,
         };
+    }
+    // HTTP/2 keeps nothing but the text of what broke its connection.
+    let text = error.to_string();
+    let is_named =
+        |alert: &AlertDescription| text.contains(&rustls::Error::AlertReceived(*alert).to_string());
+    if CLIENT_REFUSED.iter().any(is_named) {
+        return Some(OURS);
     }
     // An io::Error does not name what it wraps as its source.
     let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
