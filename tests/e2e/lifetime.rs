@@ -99,6 +99,28 @@ fn refusals_have_their_exit_codes() -> Result<()> {
     Ok(())
 }
 
+/// A mount point that another daemon serves is refused, and that one serves on; a directory inside is not.
+#[test]
+fn a_served_mountpoint_is_not_covered() -> Result<()> {
+    needs_mounts!();
+    let journey = Journey::start(&recipes::tiny())?;
+    let nydus = journey.convert("nydus", &[])?;
+    let options = DaemonOptions::image(&nydus.reference(), &journey.path("cache"));
+    let daemon = options.start()?;
+    let (reference, cache) = (nydus.reference(), journey.path("cache"));
+    let mut second = Command::new(binaries::nydusd());
+    second.args(["fuse", "--image", &reference, "--cache-dir"]).arg(cache);
+    let finished = command::finish(second.arg("--mountpoint").arg(daemon.root()))?;
+    ensure!(finished.code == Some(1) && finished.stderr.contains("served by another nydusd"), "{finished:?}");
+    ensure!(fs::read(daemon.root().join("etc/hostname")).is_ok(), "the first mount is gone");
+    let inside = daemon.root().join("etc");
+    let mut third = Command::new(binaries::nydusd());
+    third.args(["fuse", "--image", &reference, "--expect-root", "sha256:00", "--mountpoint"]).arg(inside);
+    let finished = command::finish(&mut third)?;
+    ensure!(!finished.stderr.contains("served by another"), "{finished:?}");
+    Ok(())
+}
+
 /// An image that was never converted is refused by name, with the remedy.
 #[test]
 fn an_ordinary_image_is_refused_by_name() -> Result<()> {

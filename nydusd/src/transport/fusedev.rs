@@ -176,7 +176,7 @@ impl FuseMount {
 /// Canonical path of a directory to mount on.
 ///
 /// # Errors
-/// Not a directory, or the dead mount of a daemon that is gone. The kernel may answer a stat
+/// Not a directory, the mount of another daemon, or the dead mount of one that is gone. The kernel may answer a stat
 /// of such a mount from its cache, but never a statfs.
 pub fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
     let probe = || -> io::Result<(bool, PathBuf)> {
@@ -185,6 +185,10 @@ pub fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
         Ok((std::fs::metadata(&real)?.is_dir(), real))
     };
     match probe() {
+        Ok((true, real)) if MountIdentity::is_fuse_of(&real, SOURCE).unwrap_or(false) => bail!(
+            "the mountpoint {0} is served by another nydusd; unmount it first with `umount {0}`, or take another directory",
+            path.display()
+        ),
         Ok((true, real)) => Ok(real),
         Ok((false, real)) => bail!("the mountpoint {} is not a directory", real.display()),
         Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => bail!(

@@ -42,6 +42,24 @@ impl MountIdentity {
         Ok(Self { id: id.to_vec(), device: device.to_vec() })
     }
 
+    /// True if a mount begins at the directory `path`, and is a FUSE mount of `source`.
+    ///
+    /// # Errors
+    /// As [`MountIdentity::at`].
+    pub fn is_fuse_of(path: &Path, source: &str) -> io::Result<bool> {
+        let here = Self::at(path)?;
+        if here == Self::at(&path.join(".."))? {
+            return Ok(false);
+        }
+        let table = std::fs::read(TABLE)?;
+        let row = table.split(|byte| *byte == b'\n').find(|line| rows(line).any(|(id, _)| id == here.id));
+        // Behind the optional fields and a dash: type, source.
+        let fields = row.unwrap_or_default().split(|byte| *byte == b' ');
+        let mut kind = fields.skip_while(|field| *field != b"-").skip(1);
+        let fuse = kind.next().is_some_and(|kind| kind.starts_with(b"fuse"));
+        Ok(fuse && kind.next() == Some(source.as_bytes()))
+    }
+
     /// Waits until it is mounted no more; false if it still is after `limit`.
     ///
     /// # Errors
@@ -87,6 +105,7 @@ mod tests {
         assert_eq!(proc, MountIdentity::at(Path::new("/proc/self")).unwrap());
         assert_ne!(proc, MountIdentity::at(Path::new("/")).unwrap());
         assert!(!proc.wait_gone(Duration::ZERO).unwrap());
+        assert!(!MountIdentity::is_fuse_of(Path::new("/proc"), "proc").unwrap());
         assert!(MountIdentity { id: b"0".into(), ..proc.clone() }.wait_gone(Duration::MAX / 4).unwrap());
         assert!(MountIdentity { device: b"0:0".into(), ..proc }.wait_gone(Duration::MAX / 4).unwrap());
     }

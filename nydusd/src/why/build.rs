@@ -16,6 +16,10 @@ use crate::mount::Mount;
 /// Directory entries looked at to name files; those beyond keep their inode number.
 const MAX_STEPS: usize = 4 << 20;
 
+/// From this share of the image on, fetching it before anybody read was no start's hints or trace,
+/// in percent.
+const EARLY: u64 = 50;
+
 /// From this share of the image on, fetching it was not lazy, in percent.
 const MOST: u64 = 90;
 
@@ -356,7 +360,7 @@ fn judge(image: &Image, totals: &Totals, supplied: &[Supplied]) -> Verdict {
             false,
             format!("not lazy: {fetched} % of the image was fetched, and readers asked for most of it"),
         )
-    } else if totals.before_first_read_bytes > totals.fetched_bytes / 2 {
+    } else if share(totals.before_first_read_bytes) >= EARLY {
         said(
             false,
             format!(

@@ -324,7 +324,11 @@ impl Ticket {
             if state.breaker.failed(now, why) {
                 origin.counters.breaker_opens.fetch_add(1, Relaxed);
                 let (server, last) = (&origin.name, state.breaker.last());
-                tracing::warn!(server, last, "it fails all the time; prefetch from it is held back");
+                tracing::warn!(
+                    server,
+                    last,
+                    "the server fails all the time; only readers ask it until it answers again"
+                );
             }
         }
         // Only now may the next one look whether it has to try.
