@@ -145,8 +145,11 @@ fn a_pushed_trace_helps_another_node(reference: &str) -> Result<()> {
 
     let mut first = DaemonOptions::image(reference, &journey.path("first")).start()?;
     let expected = read(&first)?;
-    let (_, demanded) = requests(&first)?;
-    ensure!(demanded > 0, "the first start has nothing to go by");
+    // It has nothing to go by. A request counts when all of its answer has come.
+    first.wait_until("a request for a reader", |daemon| {
+        let (_, demanded) = requests(daemon)?;
+        Ok((demanded > 0).then_some(()))
+    })?;
     let trace: Value = serde_json::from_str(&nydusctl_trace(&first, &["--json"])?)?;
     let said = nydusctl_trace(&first, &["push"])?;
     ensure!(said.starts_with("pushed as sha256:"), "{said}");

@@ -105,13 +105,15 @@ fn a_mount_that_is_not_lazy_is_called_so() {
         (image.clone(), Totals { fetched_bytes: 950, asked_bytes: 900, ..totals.clone() }, "asked for most"),
         (
             image.clone(),
-            Totals { before_first_read_bytes: 200, ..totals.clone() },
-            "20 % of the image came before",
+            Totals { fetched_bytes: 600, before_first_read_bytes: 500, ..totals.clone() },
+            "50 % of the image came before",
         ),
     ] {
         let verdict = judged(&image, &totals);
         assert!(!verdict.lazy && verdict.text.contains(text), "{verdict:?}");
     }
+    // The hints of a start come before its reads, too.
+    assert!(judged(&image, &Totals { before_first_read_bytes: 290, ..totals }).lazy);
 }
 
 #[test]

