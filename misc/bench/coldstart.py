@@ -261,7 +261,7 @@ def measure(image, work, host, local, table):
         )
         with link(host, round_trip, rate, log) as between, guarded_registry(work, round_trip, rate) as guarded:
             secret = ["--image", f"docker://{guarded.address}/{image.name}:nydus", "--cache-dir", "{cache}"]
-            secret += ["--ca-cert", f"{work}/tls.crt"]
+            secret += ["--ca-cert", f"{work}/ca.crt"]
             login = os.environ | {"DOCKER_CONFIG": work}
             # Each: what is done, the bound in seconds, the rival, most requests and bytes.
             rows = {

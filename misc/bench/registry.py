@@ -117,9 +117,13 @@ class Tokens(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def guarded_registry(work, round_trip, rate):
     """The registry over `work` behind TLS, with a token server of its own, both over a slow link; yields
-    the Link of the registry. Clients trust `work`/tls.crt and log in by `work`/config.json (DOCKER_CONFIG)."""
-    run("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=bench",
-        "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", f"{work}/tls.key", "-out", f"{work}/tls.crt")  # fmt: skip
+    the Link of the registry. Clients trust `work`/ca.crt and log in by `work`/config.json (DOCKER_CONFIG)."""
+    for command in (
+        "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=authority -keyout ca.key -out ca.crt",
+        "req -newkey rsa:2048 -nodes -subj /CN=bench -addext subjectAltName=IP:127.0.0.1 -keyout tls.key -out tls.csr",
+        "x509 -req -in tls.csr -CA ca.crt -CAkey ca.key -CAcreateserial -copy_extensions copy -days 2 -out tls.crt",
+    ):
+        run("openssl", *command.split(), cwd=work)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(f"{work}/tls.crt", f"{work}/tls.key")
     handler = type("TokensOf", (Tokens,), {"work": work})
@@ -130,7 +134,7 @@ def guarded_registry(work, round_trip, rate):
             with link(f"127.0.0.1:{server.server_address[1]}", round_trip, rate) as tokens:
                 tls = f"  tls:\n    certificate: {work}/tls.crt\n    key: {work}/tls.key\n"
                 auth = f"auth:\n  token:\n    realm: https://{tokens.address}/token\n    service: bench\n"
-                auth += f"    issuer: bench\n    rootcertbundle: {work}/tls.crt\n"
+                auth += f"    issuer: bench\n    rootcertbundle: {work}/ca.crt\n"
                 with registry(work, tls, auth) as host, link(host, round_trip, rate) as between:
                     login = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
                     with open(f"{work}/config.json", "w", encoding="utf-8") as file:
