@@ -27,6 +27,12 @@ use super::{Priority, ReadContext};
 use crate::oci::auth::Secret;
 use crate::{Error, ErrorKind, Result};
 
+/// Bytes of one HTTP/2 answer, and of all on a connection, that may come unread: what 200 Mbit/s
+/// carry in 80 ms from the first byte on. A window that adapts begins with 64 KiB a round trip, and a
+/// start is over before it has grown.
+const HTTP2_STREAM_WINDOW: u32 = 2 << 20;
+const HTTP2_CONNECTION_WINDOW: u32 = 4 << 20;
+
 /// How this program names itself to servers.
 const USER_AGENT: &str = concat!("nydus/", env!("CARGO_PKG_VERSION"));
 /// Idle connections kept to one host: as many as reads usually run side by side.
@@ -186,7 +192,8 @@ fn client(options: &HttpOptions, tls: rustls::ClientConfig) -> Result<reqwest::C
         .redirect(reqwest::redirect::Policy::none())
         .retry(reqwest::retry::never())
         .referer(false)
-        .http2_adaptive_window(true)
+        .http2_initial_stream_window_size(HTTP2_STREAM_WINDOW)
+        .http2_initial_connection_window_size(HTTP2_CONNECTION_WINDOW)
         .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
         .tcp_nodelay(true);
     if let Some(timeout) = options.connect_timeout {
