@@ -163,6 +163,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn whose_certificate_is_not_accepted_is_told_apart() {
+        let ours = rustls::Error::AlertReceived(AlertDescription::CertificateRequired);
+        let theirs = rustls::Error::InvalidCertificate(rustls::CertificateError::Expired);
+        let other = rustls::Error::AlertReceived(AlertDescription::InternalError);
+        let told = |error: &rustls::Error| {
+            let wrapped = std::io::Error::other(error.clone());
+            certificate_error(&wrapped).or_else(|| certificate_error(error))
+        };
+        assert!(told(&ours).is_some_and(|text| text.contains("client_cert_file")));
+        assert!(told(&theirs).is_some_and(|text| text.contains("ca_cert_files")));
+        assert_eq!(told(&other), None);
+        // As HTTP/2 hands it on.
+        let text = std::io::Error::other(ours.to_string());
+        assert!(certificate_error(&text).is_some_and(|text| text.contains("client_cert_file")));
+    }
+
+    #[test]
     fn retry_after_is_seconds_or_a_date() {
         let now = httpdate::parse_http_date("Wed, 21 Oct 2026 07:28:00 GMT").unwrap();
         let cases = [
