@@ -10,8 +10,8 @@
 //! from one number, the *window*: more is asked for ahead when no more than this is under
 //! way. With twice what the link holds (bandwidth times round trip) the next answer begins as
 //! the last one ends, also over a new connection; more would only be a queue in front of the
-//! next reader. While a reader's
-//! bytes come in, streams that nobody waits for stop taking theirs ([`Link::give_way`]).
+//! next reader. While a reader's bytes come in, streams that nobody waits for stop taking
+//! theirs ([`Link::give_way`]).
 //!
 //! Both factors are measured on the traffic there is: the round trip as the time to the
 //! first byte of an answer, the bandwidth over spans in which bytes were owed all the time.

@@ -31,7 +31,7 @@ fn one_image_has_one_root_digest() -> Result<()> {
     let python = python_digest(&tree, 1 << 20)?;
     if &python != first {
         let bootstrap = journey.path("image.boot");
-        std::fs::write(&bootstrap, journey.convert("compared", &[])?.bootstrap_file("image/image.boot")?)?;
+        journey.convert("compared", &[])?.save_bootstrap(&bootstrap)?;
         let found = try_nydus_image(
             "check",
             ["--bootstrap".as_ref(), bootstrap.as_os_str(), "--source".as_ref(), tree.as_os_str()],
@@ -100,7 +100,7 @@ fn check_recomputes_the_root_digest() -> Result<()> {
     let journey = Journey::start(&recipes::tiny())?;
     let nydus = journey.convert("nydus", &[])?;
     let bootstrap = journey.path("image.boot");
-    std::fs::write(&bootstrap, nydus.bootstrap_file("image/image.boot")?)?;
+    nydus.save_bootstrap(&bootstrap)?;
     let check = |flags: &[&str]| {
         let mut arguments = vec!["--bootstrap".into(), bootstrap.clone().into_os_string()];
         arguments.extend(flags.iter().map(|flag| flag.into()));

@@ -334,7 +334,7 @@ fn mirror_down() -> Result<()> {
     let mirror = Relay::start(scene.registry.address())?;
     let (bootstrap, config) = (scene.journey.path("image.boot"), scene.journey.path("config.json"));
     let nydus = scene.journey.convert("nydus", &flags)?;
-    fs::write(&bootstrap, nydus.bootstrap_file("image/image.boot")?)?;
+    nydus.save_bootstrap(&bootstrap)?;
     let text = serde_json::json!({
         "version": 2,
         "backend": { "type": "registry", "registry": {

@@ -26,7 +26,7 @@ fn the_kernel_mounts_our_bootstrap() -> Result<()> {
 /// What [`the_kernel_mounts_our_bootstrap`] does, for any image: also for the large ones.
 pub fn kernel_judges(nydus: &Layout, scratch: &Path, wanted: &Path) -> Result<()> {
     let bootstrap = scratch.join("image.boot");
-    fs::write(&bootstrap, nydus.bootstrap_file("image/image.boot")?)?;
+    nydus.save_bootstrap(&bootstrap)?;
     let cache = scratch.join("kernel-cache");
     {
         // Reading everything decodes every blob into the cache.

@@ -100,7 +100,7 @@ fn prefetch_all_fills_the_cache_by_itself() -> Result<()> {
     let scene = Scene::set(&recipes::tiny())?;
     let wanted = scene.journey.reference()?;
     let bootstrap = scene.journey.path("image.boot");
-    fs::write(&bootstrap, scene.nydus.bootstrap_file("image/image.boot")?)?;
+    scene.nydus.save_bootstrap(&bootstrap)?;
     let config = scene.journey.path("config.json");
     let document = json!({
         "device": {
@@ -172,7 +172,7 @@ fn a_mount_does_not_wait_for_its_prefetch() -> Result<()> {
     let scene = Scene::files()?;
     // The bootstrap comes from a file, so that all that stalls is data.
     let bootstrap = scene.journey.path("image.boot");
-    fs::write(&bootstrap, scene.nydus.bootstrap_file("image/image.boot")?)?;
+    scene.nydus.save_bootstrap(&bootstrap)?;
     let config = scene.journey.path("config.toml");
     let text = format!(
         "version = 2\n[backend]\ntype = 'registry'\nregistry = {{ scheme = 'http', host = '{}', repo = 'warm' }}\n\

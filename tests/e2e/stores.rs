@@ -36,7 +36,7 @@ impl Scene {
         let journey = Journey::start(&Image::new(layers))?;
         let nydus = journey.convert("nydus", &["--chunk-size", "0x10000"])?;
         let bootstrap = journey.path("image.boot");
-        fs::write(&bootstrap, nydus.bootstrap_file("image/image.boot")?)?;
+        nydus.save_bootstrap(&bootstrap)?;
         let blobs = nydus
             .data_blobs()?
             .iter()

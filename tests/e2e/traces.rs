@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
@@ -13,9 +12,6 @@ use tests::oci_server::OciServer;
 use tests::recipes::BIG_FILES;
 use tests::registry::Registry;
 use tests::{Result, binaries, needs_mounts, needs_programs, recipes};
-
-/// How long a prefetch may take on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// `nydusctl trace FLAGS`.
 fn nydusctl_trace(daemon: &Daemon, flags: &[&str]) -> Result<String> {
@@ -35,13 +31,10 @@ fn chunks(trace: &Value) -> u64 {
 
 /// Waits until so many chunks are in the cache: nobody reads, so the daemon fetches them by itself.
 fn wait_for_chunks(daemon: &Daemon, count: u64) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    while daemon.get("/api/v1/metrics/blobcache")?["entries_count"].as_u64() < Some(count) {
-        ensure!(Instant::now() < deadline, "{count} chunks do not come by themselves:\n{}", daemon.log());
-        // Progress is only to be asked for; there is nothing to wait on.
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
+    daemon.wait_until("the chunks come by themselves", |daemon| {
+        let ready = daemon.get("/api/v1/metrics/blobcache")?["entries_count"].as_u64();
+        Ok((ready >= Some(count)).then_some(()))
+    })
 }
 
 /// What a start reads is shown in three forms and kept; the next mount fetches it by itself, and
@@ -203,12 +196,7 @@ fn a_daemon_pushes_what_it_recorded() -> Result<()> {
         .switch("--push-trace")
         .start()?;
     std::fs::read(daemon.root().join("etc/hostname"))?;
-    let deadline = Instant::now() + PATIENCE;
-    while !daemon.log().contains("the trace was pushed as sha256:") {
-        ensure!(Instant::now() < deadline, "nothing is pushed:\n{}", daemon.log());
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
+    daemon.wait_for_log("the trace was pushed as sha256:").map(drop)
 }
 
 /// What lies beside the image in the registry is nobody's word: a trace of another image, garbage
@@ -237,11 +225,7 @@ fn a_bad_trace_in_the_registry_does_no_harm() -> Result<()> {
         registry.replace_referrer(&bad)?;
         let daemon = DaemonOptions::image(&reference, &journey.path(&number.to_string())).start()?;
         ensure!(std::fs::read(daemon.root().join("etc/hostname"))? == expected);
-        let deadline = Instant::now() + PATIENCE;
-        while !daemon.log().contains(why) {
-            ensure!(Instant::now() < deadline, "{why}:\n{}", daemon.log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        daemon.wait_for_log(why)?;
         ensure!(!daemon.log().contains("fetching ahead"), "{}", daemon.log());
     }
     Ok(())

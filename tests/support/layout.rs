@@ -140,6 +140,14 @@ impl Layout {
         bail!("the bootstrap layer has no {name}")
     }
 
+    /// Writes the bootstrap itself to the file `to`.
+    ///
+    /// # Errors
+    /// As [`Layout::bootstrap_file`], and those of writing.
+    pub fn save_bootstrap(&self, to: &Path) -> Result<()> {
+        Ok(std::fs::write(to, self.bootstrap_file("image/image.boot")?)?)
+    }
+
     /// The root digest from `image/root.json`.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! A plain HTTP server of blobs, over TCP or a unix socket: `HEAD` and ranged `GET`, no more.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -20,12 +20,9 @@ pub type Objects = HashMap<String, Vec<u8>>;
 pub fn serve_tcp(objects: Objects) -> Result<String> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?.to_string();
-    let objects = Arc::new(objects);
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let objects = Arc::clone(&objects);
-            thread::spawn(move || talk(stream.try_clone()?, stream, &objects));
-        }
+    serve(objects, move || {
+        let (stream, _) = listener.accept()?;
+        Ok((stream.try_clone()?, stream))
     });
     Ok(address)
 }
@@ -36,14 +33,26 @@ pub fn serve_tcp(objects: Objects) -> Result<String> {
 /// The socket cannot be made.
 pub fn serve_unix(path: &Path, objects: Objects) -> Result<()> {
     let listener = UnixListener::bind(path)?;
-    let objects = Arc::new(objects);
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let objects = Arc::clone(&objects);
-            thread::spawn(move || talk(stream.try_clone()?, stream, &objects));
-        }
+    serve(objects, move || {
+        let (stream, _) = listener.accept()?;
+        Ok((stream.try_clone()?, stream))
     });
     Ok(())
+}
+
+/// Talks to everybody who comes, each on a thread of its own.
+fn serve<S: Read + Write + Send + 'static>(
+    objects: Objects,
+    accept: impl Fn() -> io::Result<(S, S)> + Send + 'static,
+) {
+    let objects = Arc::new(objects);
+    thread::spawn(move || {
+        loop {
+            let Ok((input, output)) = accept() else { continue };
+            let objects = Arc::clone(&objects);
+            thread::spawn(move || talk(input, output, &objects));
+        }
+    });
 }
 
 /// Answers requests until the peer hangs up.

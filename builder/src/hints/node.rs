@@ -70,8 +70,8 @@ const GLOBAL_DIRS: [&[u8]; 3] = [b"/usr/lib/nodejs", b"/usr/share/nodejs", b"/us
 /// by paths that are constants of the program or its library.
 pub(super) fn built_in(finder: &mut Finder<'_>, loaded: &[(Vec<u8>, Vec<Range<u64>>)]) {
     for (path, constants) in loaded.iter().filter(|(path, _)| is_node(base_name(path))) {
+        let Some(place) = finder.regular(path) else { continue };
         for range in constants {
-            let Some(place) = finder.regular(path) else { continue };
             let bytes = finder.part(place.inode, range.clone()).unwrap_or_default();
             for script in names::scripts(&bytes) {
                 finder.add(script);

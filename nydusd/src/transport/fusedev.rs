@@ -176,8 +176,8 @@ impl FuseMount {
 /// Canonical path of a directory to mount on.
 ///
 /// # Errors
-/// Not a directory, the mount of another daemon, or the dead mount of one that is gone. The kernel may answer a stat
-/// of such a mount from its cache, but never a statfs.
+/// Not a directory, the mount of another daemon, or the dead mount of one that is gone. The kernel
+/// may answer a stat of a dead mount from its cache, but never a statfs.
 pub fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
     let probe = || -> io::Result<(bool, PathBuf)> {
         let real = path.canonicalize()?;

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _};
@@ -12,6 +13,8 @@ use hyper::body::{Frame, Incoming};
 use hyper::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, RANGE};
 use hyper::{HeaderMap, Method, Request, Response};
 use hyper_util::rt::TokioIo;
+
+use super::retry::RetryPolicy;
 
 /// What happens after the last byte of the planned body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +141,28 @@ impl Asked {
 
 /// The answer, and whether it never comes.
 type Plan = dyn Fn(&Asked) -> (Reply, bool) + Send + Sync;
+
+/// A policy that waits so little that tests need not notice.
+pub(crate) const QUICK: RetryPolicy = RetryPolicy {
+    on_demand: 4,
+    prefetch: 1,
+    base: Duration::from_micros(100),
+    cap: Duration::from_micros(100),
+    retry_after_cap: Duration::from_millis(1),
+};
+
+/// The bytes of an object: no two neighbouring pieces are alike.
+pub(crate) fn data(len: u32) -> Vec<u8> {
+    (0..len).map(|i| (i * 31 / 7) as u8).collect()
+}
+
+/// A server of `data` whose answers are planned; where the plan has none it is a good one.
+pub(crate) async fn planned(
+    data: Vec<u8>,
+    plan: impl Fn(&Asked) -> Option<Reply> + Send + Sync + 'static,
+) -> FaultServer {
+    FaultServer::start(move |asked| plan(asked).unwrap_or_else(|| Reply::ranged(asked, &data))).await
+}
 
 /// The server; gone when dropped.
 pub(crate) struct FaultServer {

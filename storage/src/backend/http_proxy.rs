@@ -11,7 +11,7 @@ use reqwest::{Method, Request, StatusCode, Url};
 
 use super::http::{Answer, Help, Http, HttpOptions, parse_url, shown};
 use super::ranged::{self, Ranged, Segment};
-use super::retry::{Failure, RetryPolicy, with_retries};
+use super::retry::{Failure, RetryPolicy};
 use super::{Backend, BlobSource, ByteStream, ReadContext, Supplier};
 use crate::ids::{BlobId, ByteRange};
 use crate::oci::client::{MAX_REDIRECTS, RegistryClient, is_redirect, too_many_redirects};
@@ -109,7 +109,7 @@ impl HttpBlob {
         for _ in 0..=MAX_REDIRECTS {
             let mut request = Request::new(method.clone(), url);
             request.headers_mut().clone_from(headers);
-            let answer = self.shared.http.send(request, context).await?;
+            let answer = self.shared.http.send_hedged(request, context).await?;
             if !is_redirect(answer.status()) {
                 return Ok(answer);
             }
@@ -158,14 +158,8 @@ impl Ranged for HttpBlob {
 
 impl Backend for HttpBlob {
     fn size<'a>(&'a self, context: &'a ReadContext) -> BoxFuture<'a, Result<u64>> {
-        Box::pin(async {
-            if let Some(size) = self.size.get() {
-                return Ok(*size);
-            }
-            let ask = || async { self.ask_size(context).await.map_err(|f| self.named(f)) };
-            let size = with_retries(self.shared.retry, context, ask).await?;
-            Ok(*self.size.get_or_init(|| size))
-        })
+        let ask = || async { self.ask_size(context).await.map_err(|f| self.named(f)) };
+        Box::pin(ranged::size(&self.size, self.shared.retry, context, ask))
     }
 
     fn open<'a>(&'a self, range: ByteRange, context: &'a ReadContext) -> BoxFuture<'a, Result<ByteStream>> {

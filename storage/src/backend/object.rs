@@ -22,7 +22,7 @@ use opendal::{BufferStream, Builder, HttpTransporter, OperationContext, Operator
 
 use super::http::{Http, HttpOptions};
 use super::ranged::{self, Part, Ranged};
-use super::retry::{Failure, RetryPolicy, with_retries};
+use super::retry::{Failure, RetryPolicy};
 use super::{Backend, BlobSource, ByteStream, ReadContext, Supplier};
 use crate::ids::{BlobId, ByteRange};
 use crate::oci::auth::Secret;
@@ -273,13 +273,7 @@ impl Ranged for Object {
 
 impl Backend for Object {
     fn size<'a>(&'a self, context: &'a ReadContext) -> BoxFuture<'a, Result<u64>> {
-        Box::pin(async {
-            if let Some(size) = self.size.get() {
-                return Ok(*size);
-            }
-            let size = with_retries(self.shared.retry, context, || self.ask_size(context)).await?;
-            Ok(*self.size.get_or_init(|| size))
-        })
+        Box::pin(ranged::size(&self.size, self.shared.retry, context, || self.ask_size(context)))
     }
 
     fn open<'a>(&'a self, range: ByteRange, context: &'a ReadContext) -> BoxFuture<'a, Result<ByteStream>> {

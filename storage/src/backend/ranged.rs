@@ -7,7 +7,7 @@
 //! the rest is asked for again.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::{Buf as _, Bytes};
 use reqwest::StatusCode;
@@ -19,7 +19,7 @@ use reqwest::header::{
 use super::http::{Answer, Help};
 use super::multipart::{MAX_MANY_RANGES, Multipart, Taken, Violation};
 use super::origin::Origin;
-use super::retry::{Attempts, Failure, RetryPolicy};
+use super::retry::{Attempts, Failure, RetryPolicy, with_retries};
 use super::{ByteStream, ReadContext, Supplier};
 use crate::ids::ByteRange;
 use crate::{Error, ErrorKind, Result};
@@ -73,6 +73,20 @@ pub(super) trait Part: Send + 'static {
     fn supplier(&self) -> Option<Supplier> {
         None
     }
+}
+
+/// The size of an object, asked for once.
+pub(super) async fn size<F: Future<Output = std::result::Result<u64, Failure>>>(
+    known: &OnceLock<u64>,
+    retry: RetryPolicy,
+    context: &ReadContext,
+    ask: impl FnMut() -> F,
+) -> Result<u64> {
+    if let Some(size) = known.get() {
+        return Ok(*size);
+    }
+    let size = with_retries(retry, context, ask).await?;
+    Ok(*known.get_or_init(|| size))
 }
 
 /// Opens `range` of `object` and goes on after breaks as `retry` says.

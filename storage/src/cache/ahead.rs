@@ -59,10 +59,18 @@ pub(super) async fn work_off(shared: Arc<Shared>, order: Order, options: Prefetc
     // Cancelled, what runs ends by itself; nobody waits for it here.
     let cancelled = handle.token().clone();
     let _end = End(&handle);
+    let tells = options.class != Class::Background;
+    if tells {
+        // Readers may be at work before the first segment is.
+        shared.speculator.told(TRUST_ADVANCE);
+    }
     tokio::select! {
         biased;
         () = cancelled.cancelled() => {}
         () = each_segment(&shared, order, options, &handle) => {}
+    }
+    if tells {
+        shared.speculator.not_told(TRUST_ADVANCE);
     }
 }
 
@@ -80,11 +88,6 @@ async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchO
     // Begun at once, and ended with this order.
     let mut running = JoinSet::new();
     let mut size = FIRST_SEGMENT;
-    // Readers may be at work before the first segment is.
-    let tells = options.class != Class::Background;
-    if tells {
-        shared.speculator.told(TRUST_ADVANCE);
-    }
     let mut pace = options.bandwidth.map(|rate| Pace::new(rate, Instant::now()));
     loop {
         if let Some(pace) = &pace {
@@ -98,7 +101,7 @@ async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchO
             break;
         }
         let bytes = segment.iter().map(|part| part.bytes).sum();
-        if tells {
+        if options.class != Class::Background {
             shared.speculator.told(bytes);
         }
         let soon = link.rate().map_or(FIRST_SEGMENT * GROWTH, |rate| rate / SEGMENTS_A_SECOND);
@@ -111,21 +114,23 @@ async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchO
         // what is wanted later.
         for Part { blob, mut chunks, bytes } in segment {
             let slot = match slot.take() {
-                Some(slot) => slot,
-                None => link.admit(options.class, bytes).await,
+                Some(slot) => {
+                    slot.shrink(bytes);
+                    slot
+                }
+                None => {
+                    let slot = link.admit(options.class, bytes).await;
+                    // What has come while it waited is not asked for again.
+                    chunks.retain(|extent| shared.is_wanted(blob, extent));
+                    if chunks.is_empty() {
+                        continue;
+                    }
+                    slot
+                }
             };
-            // What has come while it waited is not asked for again.
-            chunks.retain(|extent| shared.is_wanted(blob, extent));
-            if chunks.is_empty() {
-                continue;
-            }
-            slot.shrink(bytes);
             let fetch = fetch(Arc::clone(shared), blob, chunks, Arc::new(slot), handle.clone());
             shared.engine.spawn_in(&mut running, fetch);
         }
-    }
-    if tells {
-        shared.speculator.not_told(TRUST_ADVANCE);
     }
     while running.join_next().await.is_some() {}
 }

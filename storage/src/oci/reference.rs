@@ -68,9 +68,7 @@ impl Reference {
     pub fn at_digest(&self, digest: TaggedDigest) -> Self {
         Self { tag: None, digest: Some(digest), ..self.clone() }
     }
-}
 
-impl Reference {
     /// The same repository at `tag`, without a digest.
     ///
     /// # Errors

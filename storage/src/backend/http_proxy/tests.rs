@@ -1,28 +1,15 @@
-use std::time::Duration;
-
 use super::*;
-use crate::backend::fault_server::{Asked, FaultServer, Reply};
+use crate::backend::fault_server::{self, Asked, FaultServer, QUICK, Reply};
 use crate::engine::fetch;
-
-/// A policy that waits so little that tests need not notice.
-const QUICK: RetryPolicy = RetryPolicy {
-    on_demand: 3,
-    prefetch: 1,
-    base: Duration::from_micros(100),
-    cap: Duration::from_micros(100),
-    retry_after_cap: Duration::from_millis(1),
-};
 
 type Fault = Box<dyn Fn(&Asked) -> Reply + Send + Sync>;
 
 fn data() -> Vec<u8> {
-    (0..100_000u32).map(|i| (i * 31 / 7) as u8).collect()
+    fault_server::data(100_000)
 }
 
-/// A server whose answers are planned; where the plan has none it is a good one.
 async fn server(plan: impl Fn(&Asked) -> Option<Reply> + Send + Sync + 'static) -> FaultServer {
-    let data = data();
-    FaultServer::start(move |asked| plan(asked).unwrap_or_else(|| Reply::ranged(asked, &data))).await
+    fault_server::planned(data(), plan).await
 }
 
 fn blob(addr: &str, path: &str) -> Arc<dyn Backend> {
@@ -117,7 +104,7 @@ async fn lasting_faults_are_errors_that_say_why() {
     let cases: [(Fault, ErrorKind, &str); 7] = [
         (Box::new(|_| Reply::new(403, "")), ErrorKind::Denied, "sends it no login"),
         (Box::new(|_| Reply::new(404, "")), ErrorKind::NotFound, "blob b10b of http://"),
-        (Box::new(|_| Reply::new(503, "")), ErrorKind::Unavailable, "4 attempts"),
+        (Box::new(|_| Reply::new(503, "")), ErrorKind::Unavailable, "5 attempts"),
         (Box::new(wrong_range), ErrorKind::Corrupt, "is not the range"),
         (Box::new(|_| Reply::new(206, "x")), ErrorKind::Corrupt, "not one of bytes"),
         (Box::new(|_| Reply::new(200, "short")), ErrorKind::OutOfRange, "the blob has 5 bytes"),

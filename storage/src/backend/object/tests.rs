@@ -5,28 +5,18 @@ use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha1::Sha1;
 
 use super::*;
-use crate::backend::fault_server::{Asked, FaultServer, Reply};
+use crate::backend::fault_server::{self, Asked, FaultServer, QUICK, Reply};
 use crate::engine::fetch;
 
-/// A policy that waits so little that tests need not notice.
-const QUICK: RetryPolicy = RetryPolicy {
-    on_demand: 3,
-    prefetch: 1,
-    base: Duration::from_micros(100),
-    cap: Duration::from_micros(100),
-    retry_after_cap: Duration::from_millis(1),
-};
 const KEY_ID: &str = "AKIDEXAMPLE";
 const SECRET: &str = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY";
 
 fn data() -> Vec<u8> {
-    (0..100_000u32).map(|i| (i * 31 / 7) as u8).collect()
+    fault_server::data(100_000)
 }
 
-/// A server whose answers are planned; where the plan has none it is a good one.
 async fn server(plan: impl Fn(&Asked) -> Option<Reply> + Send + Sync + 'static) -> FaultServer {
-    let data = data();
-    FaultServer::start(move |asked| plan(asked).unwrap_or_else(|| Reply::ranged(asked, &data))).await
+    fault_server::planned(data(), plan).await
 }
 
 fn options(endpoint: &str) -> StoreOptions {
@@ -134,7 +124,7 @@ async fn lasting_faults_are_errors_that_say_why() {
             "SignatureDoesNotMatch; check `access_key_id`",
         ),
         (|_| Reply::new(404, ""), ErrorKind::NotFound, "object node 1/b10b of bucket images at 127.0.0.1"),
-        (|_| Reply::new(503, ""), ErrorKind::Unavailable, "4 attempts"),
+        (|_| Reply::new(503, ""), ErrorKind::Unavailable, "5 attempts"),
         (
             |_| Reply::new(301, "").header("x-amz-bucket-region", "eu-west-3"),
             ErrorKind::Invalid,

@@ -46,11 +46,12 @@ impl Transport {
             (request.method() == Method::HEAD, self.wanted.filter(|_| request.headers().contains_key(RANGE)));
         // The signatures cover neither.
         request.headers_mut().insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        let answer = self.http.send(request, &self.context).await?;
         if size_asked || range.is_some() {
+            let answer = self.http.send_hedged(request, &self.context).await?;
             self.check(answer, range).await
         } else {
             // A source of credentials: its answers are OpenDAL's to judge.
+            let answer = self.http.send(request, &self.context).await?;
             Ok(respond(&answer.headers().clone(), answer.status(), self.rest(answer)))
         }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::backend::breaker::BreakerPolicy;
-use crate::backend::fault_server::{Asked, FaultServer, Reply};
+use crate::backend::fault_server::{self, Asked, FaultServer, QUICK, Reply};
 use crate::backend::http::HttpOptions;
 use crate::backend::origin::Limits;
 use crate::engine::fetch;
@@ -17,17 +17,8 @@ use crate::oci::auth::Credentials;
 use crate::oci::client::RegistryOptions;
 use crate::oci::token::Login;
 
-/// A policy that waits so little that tests need not notice.
-const QUICK: RetryPolicy = RetryPolicy {
-    on_demand: 4,
-    prefetch: 1,
-    base: Duration::from_micros(100),
-    cap: Duration::from_micros(100),
-    retry_after_cap: Duration::from_millis(1),
-};
-
 fn data() -> Vec<u8> {
-    (0..200_000u32).map(|i| (i * 31 / 7) as u8).collect()
+    fault_server::data(200_000)
 }
 
 fn blob_id() -> BlobId {
@@ -73,10 +64,8 @@ async fn check(blob: &Arc<dyn Backend>, start: usize, len: usize) {
     assert!(bytes == data()[start..start + len], "wrong bytes at {start}");
 }
 
-/// A server whose first answers are planned by number; after them it is a good one.
 async fn server(plan: impl Fn(&Asked) -> Option<Reply> + Send + Sync + 'static) -> FaultServer {
-    let data = data();
-    FaultServer::start(move |asked| plan(asked).unwrap_or_else(|| Reply::ranged(asked, &data))).await
+    fault_server::planned(data(), plan).await
 }
 
 #[tokio::test]

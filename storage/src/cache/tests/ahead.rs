@@ -10,6 +10,28 @@ fn order(sample: &Sample) -> Order {
     Box::new(extents.into_iter())
 }
 
+/// An order of all chunks whose first one never comes.
+struct Stalled {
+    sample: Sample,
+    prefetch: crate::prefetch::Prefetch,
+    reader: BlobSet,
+    engine: Arc<Engine>,
+    _dir: TempDir,
+}
+
+impl Stalled {
+    fn new(chunks: u32) -> Self {
+        let (engine, sample, dir) = (engine(), Sample::new(chunks), TempDir::new().unwrap());
+        let backend = sample.backend();
+        let gate = Gate::default();
+        backend.inner().fault(sample.range(0), Fault::Stall(gate.clone()), 1);
+        let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+        let prefetch = reader.prefetch(order(&sample), OPTIONS);
+        engine.block_on(gate.arrivals(1));
+        Self { sample, prefetch, reader, engine, _dir: dir }
+    }
+}
+
 #[test]
 fn an_order_is_worked_off_and_skips_what_is_there() {
     let (engine, sample, dir) = (engine(), Sample::new(8), TempDir::new().unwrap());
@@ -70,29 +92,16 @@ fn what_can_not_be_had_is_counted_and_left_to_readers() {
 
 #[test]
 fn a_cancelled_order_ends_although_its_source_stalls() {
-    let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
-    let backend = sample.backend();
-    let gate = Gate::default();
-    backend.inner().fault(sample.range(0), Fault::Stall(gate.clone()), 1);
-    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
-    let prefetch = reader.prefetch(order(&sample), OPTIONS);
-    engine.block_on(gate.arrivals(1));
-    prefetch.cancel();
-    engine.block_on(prefetch.wait());
+    let stalled = Stalled::new(2);
+    stalled.prefetch.cancel();
+    stalled.engine.block_on(stalled.prefetch.wait());
 }
 
 #[test]
 fn a_reader_overtakes_a_fetch_ahead_that_does_not_get_on() {
-    let (engine, sample, dir) = (engine(), Sample::new(1), TempDir::new().unwrap());
-    let backend = sample.backend();
-    let gate = Gate::default();
-    backend.inner().fault(sample.range(0), Fault::Stall(gate.clone()), 1);
-    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
-    let prefetch = reader.prefetch(order(&sample), OPTIONS);
-    engine.block_on(gate.arrivals(1));
-    // The gate stays shut.
-    sample.read(&reader, 0).unwrap();
-    prefetch.cancel();
+    let stalled = Stalled::new(1);
+    stalled.sample.read(&stalled.reader, 0).unwrap();
+    stalled.prefetch.cancel();
 }
 
 #[test]
