@@ -12,7 +12,7 @@ packages=(
   docker-registry                 # the registry
   erofs-utils squashfs-tools      # fsck.erofs, the builder's rival in the bench
   fuse3 python3 util-linux mount  # mounts, the second implementation of the root digest
-  fdisk python3-venv              # partitioned disks, the S3 server
+  fdisk python3-pip               # partitioned disks, the S3 server
   ca-certificates
 )
 
@@ -38,12 +38,13 @@ install_packages() {
   fi
 }
 
-# The S3 server of the tests: a Python program, in an environment of its own.
+# The S3 server of the tests: Python modules in a folder that can move with the checkout.
 moto=.cache/moto
 install_moto() {
-  rm -rf "$moto" && mkdir -p .cache && python3 -m venv "$moto" &&
-    "$moto/bin/pip" install --quiet --disable-pip-version-check --no-compile -r moto-requirements.txt &&
-    cp moto-requirements.txt "$moto/requirements.txt"
+  rm -rf "$moto" && mkdir -p .cache &&
+    PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-compile \
+      --target "$moto" -r moto-requirements.txt &&
+    rm -rf "$moto/bin" && cp moto-requirements.txt "$moto/requirements.txt"
 }
 
 if [ ${#missing[@]} != 0 ]; then

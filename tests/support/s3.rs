@@ -1,4 +1,4 @@
-//! An S3 server that nobody here wrote: moto, from PyPI, in an environment that misc/setup.sh makes.
+//! An S3 server that nobody here wrote: moto, from PyPI, in a folder that misc/setup.sh fills.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 /// Where misc/setup.sh puts it.
-const PROGRAM: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../misc/.cache/moto/bin/moto_server");
+const MODULES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../misc/.cache/moto");
 
 /// A running server; killed when dropped.
 #[derive(Debug)]
@@ -32,7 +32,8 @@ pub struct Account {
 impl S3Server {
     /// Why there is none; `None` when there is.
     pub fn missing() -> Option<String> {
-        (!Path::new(PROGRAM).exists()).then(|| "moto is not installed (see misc/setup.sh)".to_owned())
+        (!Path::new(MODULES).join("moto").exists())
+            .then(|| "moto is not installed (see misc/setup.sh)".to_owned())
     }
 
     /// Starts a server that lets everybody in, and waits until it listens.
@@ -40,13 +41,14 @@ impl S3Server {
     /// # Errors
     /// It ended before it listened.
     pub fn start() -> Result<Self> {
-        let mut child = Command::new(PROGRAM)
-            .args(["-H", "127.0.0.1", "-p", "0"])
+        let mut child = Command::new("python3")
+            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", "0"])
+            .env("PYTHONPATH", MODULES)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .context("start moto_server")?;
+            .context("start moto")?;
         let log = child.stderr.take().context("moto has no stderr")?;
         let (sender, receiver) = mpsc::channel();
         // Reads to the end, so that the server never blocks on a full pipe.
