@@ -260,9 +260,15 @@ def measure(image, work, host, local, table):
             f"chunks, {touch / MIB:.1f} MiB, B {touch / (rate * 1e6 / 8):.2f} s"
         )
         with link(host, round_trip, rate, log) as between, guarded_registry(work, round_trip, rate) as guarded:
-            secret = ["--image", f"docker://{guarded.address}/{image.name}:nydus", "--cache-dir", "{cache}"]
-            secret += ["--ca-cert", f"{work}/ca.crt"]
+            reference = ["--image", f"docker://{guarded.address}/{image.name}:nydus", "--cache-dir", "{cache}"]
+            reference += ["--ca-cert", f"{work}/ca.crt"]
             login = os.environ | {"DOCKER_CONFIG": work}
+
+            def from_reference():
+                found = ours(image, work, guarded, reference, environment=login)
+                # The relay cannot count what TLS hides.
+                return {key: value for key, value in found.items() if key != "requests"}
+
             # Each: what is done, the bound in seconds, the rival, most requests and bytes.
             rows = {
                 "pull and unpack, 6 connections": (lambda: pull(image, work, between), None, None, None),
@@ -280,7 +286,7 @@ def measure(image, work, host, local, table):
                     lambda: ours(image, work, between, traces=traces, prefer="bytes"), None, "pull", (12, 1.15 * touch),
                 ),
                 "image: from --image, TLS and token": (
-                    lambda: ours(image, work, guarded, secret, environment=login), free + 12 * round_trip / 1e3, None, None,
+                    from_reference, free + 12 * round_trip / 1e3, None, None,
                 ),
                 "pull-all and unpack, then read everything": (
                     lambda: pull(image, work, between, everything=True), None, None, None,

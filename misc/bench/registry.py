@@ -35,8 +35,6 @@ def registry(work, http="", auth=""):
         raise Failed("docker-registry does not listen")
 
 
-
-
 class Link:
     """A running link-relay: its address, and what went over it since `forget`."""
 
