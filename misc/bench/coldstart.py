@@ -234,7 +234,7 @@ def wanted(row):
 
 
 def bounds(image, local, round_trip, rate):
-    """Seconds without and with a trace, over the program's time L alone."""
+    """Seconds without and with a trace, by the time L of the program alone, and with nydusd and all data local."""
     seconds_b, trip = local["bytes"] / (rate * 1e6 / 8), round_trip / 1e3
     free, traced = (1.25, 1.1) if round_trip <= 10 else (1.35, 1.15)
     trips = 20 if image.name == "node" else 6
@@ -252,11 +252,11 @@ def measure(image, work, host, local, table):
         log = log and f"{log}/{image.name}-{round_trip:g}-{rate:g}.log"
         traces = record(image, work, host) if any(wanted(row) for row in ("trace:", "trace-bytes:")) else None
         limits = bounds(image, local, round_trip, rate)
-        (free, traced), floor = limits["alone"], limits["daemon"]
+        (free, traced), least = limits["daemon"], limits["alone"]
         touch = local["bytes"]
         table.head(
-            f"{image.name}, {round_trip:g} ms, {rate:g} Mbit/s: L {local['alone']:.2f} s ({local['daemon']:.2f} s with nydusd and "
-            f"a full cache, which would make the bounds {floor[0]:.2f} and {floor[1]:.2f} s), touched {local['chunks']} "
+            f"{image.name}, {round_trip:g} ms, {rate:g} Mbit/s: L {local['daemon']:.2f} s with nydusd and a full cache ({local['alone']:.2f} s "
+            f"over the unpacked tree, which would make the bounds {least[0]:.2f} and {least[1]:.2f} s), touched {local['chunks']} "
             f"chunks, {touch / MIB:.1f} MiB, B {touch / (rate * 1e6 / 8):.2f} s"
         )
         with link(host, round_trip, rate, log) as between, guarded_registry(work, round_trip, rate) as guarded:

@@ -125,6 +125,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         tracing::warn!("the image has chunks without digests: their data is served UNVERIFIED");
     }
 
+    engine.serve_chunks(bootstrap.summary().chunk_size);
     let fetch_metrics = Arc::<FetchMetrics>::default();
     let recorder = config.why.then(|| Arc::new(Recorder::new(records.iter().map(|blob| &blob.id))));
     let observer: Arc<dyn Observer> =
@@ -196,6 +197,7 @@ struct Observers {
 impl Observer for Observers {
     fn fetched(&self, event: &Fetched<'_>) {
         self.metrics.fetched(event);
+        crate::limits::passed_through(event.stored);
         if let Some(recorder) = &self.recorder {
             recorder.fetched(event);
         }

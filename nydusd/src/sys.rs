@@ -33,6 +33,15 @@ pub(crate) fn keep_heap_small() {
     }
 }
 
+/// Gives the free pages of the heap back to the system.
+#[cfg(target_env = "gnu")]
+pub(crate) fn trim_heap() {
+    // SAFETY: takes an integer, and only gives back pages that hold nothing in use.
+    unsafe { libc::malloc_trim(KEPT as libc::size_t) };
+}
+
 /// Other C libraries have no such settings.
 #[cfg(not(target_env = "gnu"))]
 pub(crate) fn keep_heap_small() {}
+#[cfg(not(target_env = "gnu"))]
+pub(crate) fn trim_heap() {}

@@ -16,15 +16,15 @@ use crate::backend::Priority;
 /// The bound, shared by all blobs of an engine.
 #[derive(Debug)]
 pub(crate) struct Budget {
-    total: u64,
-    /// What prefetch holds at most, but for a single larger need.
-    share: u64,
     /// No I/O and no wake-up happens under this lock.
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
+    total: u64,
+    /// What prefetch holds at most, but for a single larger need.
+    share: u64,
     free: u64,
     /// Bytes that prefetch holds.
     prefetched: u64,
@@ -59,25 +59,38 @@ impl Budget {
     /// A bound of `total`, of which prefetch may hold `share`.
     pub(crate) fn new(total: u64, share: u64) -> Arc<Self> {
         let total = total.max(1);
-        let state =
-            State { free: total, prefetched: 0, on_demand: VecDeque::new(), prefetch: VecDeque::new() };
-        Arc::new(Self { total, share, state: Mutex::new(state) })
+        let (on_demand, prefetch) = (VecDeque::new(), VecDeque::new());
+        let state = State { total, share, free: total, prefetched: 0, on_demand, prefetch };
+        Arc::new(Self { state: Mutex::new(state) })
+    }
+
+    /// Makes the bound at least `total`, of which prefetch may hold half.
+    pub(crate) fn at_least(self: &Arc<Self>, total: u64) {
+        {
+            let mut state = self.lock();
+            let more = total.saturating_sub(state.total);
+            state.total += more;
+            state.free += more;
+            state.share = state.share.max(state.total / 2);
+        }
+        self.hand_out();
     }
 
     /// Bytes that are reserved now.
     pub(crate) fn held(&self) -> u64 {
-        self.total.saturating_sub(self.lock().free)
+        let state = self.lock();
+        state.total.saturating_sub(state.free)
     }
 
     /// Waits for `bytes`. More than the whole budget waits for the whole of it, so that a
     /// single large unit passes alone.
     pub(crate) async fn reserve(self: &Arc<Self>, bytes: u64, priority: Priority) -> Permit {
-        let need = bytes.min(self.total);
         // Dropped after `granted`, which must look closed by then.
         let _leaving = Leaving(self);
         let (grant, granted) = oneshot::channel();
         {
             let mut state = self.lock();
+            let need = bytes.min(state.total);
             match priority {
                 Priority::OnDemand => state.on_demand.push_back(Waiter { need, grant }),
                 Priority::Prefetch => state.prefetch.push_back(Waiter { need, grant }),
@@ -103,7 +116,7 @@ impl Budget {
     /// The waiter whose turn it is, if there is room for it, which is taken.
     fn next_grant(&self) -> Option<(Waiter, Priority)> {
         let mut state = self.lock();
-        let State { free, prefetched, on_demand, prefetch } = &mut *state;
+        let State { share, free, prefetched, on_demand, prefetch, .. } = &mut *state;
         for queue in [&mut *on_demand, &mut *prefetch] {
             while queue.front().is_some_and(|waiter| waiter.grant.is_closed()) {
                 queue.pop_front();
@@ -115,7 +128,7 @@ impl Budget {
         };
         let need = queue.front()?.need;
         // A unit larger than prefetch's share passes alone.
-        let shared = priority == Priority::OnDemand || *prefetched == 0 || *prefetched + need <= self.share;
+        let shared = priority == Priority::OnDemand || *prefetched == 0 || *prefetched + need <= *share;
         if need > *free || !shared {
             return None;
         }
@@ -181,6 +194,21 @@ mod tests {
         drop(small.now_or_never().unwrap());
         drop(held);
         assert_eq!(budget.lock().free, 10);
+    }
+
+    #[tokio::test]
+    async fn a_bound_that_grows_lets_waiters_pass() {
+        let budget = Budget::new(10, 5);
+        let held = budget.reserve(8, Priority::OnDemand).await;
+        let mut large = Box::pin(budget.reserve(10, Priority::OnDemand));
+        assert!(large.as_mut().now_or_never().is_none());
+        budget.at_least(9);
+        assert!(large.as_mut().now_or_never().is_none());
+        budget.at_least(18);
+        let large = large.now_or_never().unwrap();
+        assert_eq!(budget.held(), 18);
+        drop((held, large));
+        assert_eq!((budget.held(), budget.lock().share), (0, 9));
     }
 
     #[tokio::test]

@@ -40,6 +40,10 @@ const BLOCKING_THREADS: usize = 32;
 /// How long an idle thread of the pool lives on.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
+/// Units that may be in flight where that is less than [`MOST_IN_FLIGHT`] bytes.
+const UNITS_IN_FLIGHT: u64 = 3;
+const MOST_IN_FLIGHT: u64 = 8 << 20;
+
 /// Sizes of an [`Engine`].
 #[derive(Clone, Copy, Debug)]
 pub struct EngineConfig {
@@ -47,18 +51,19 @@ pub struct EngineConfig {
     pub workers: usize,
     /// Decode and verify jobs that run at once.
     pub cpu_jobs: usize,
-    /// Bytes that units in flight may hold, stored and decoded together.
+    /// Bytes that units in flight may hold, stored and decoded together; more for large chunks
+    /// ([`Engine::serve_chunks`]).
     pub memory: u64,
 }
 
 impl Default for EngineConfig {
-    /// Two workers, one job a core, 8 MiB: 4 units of 1 MiB chunks in flight. What has come
-    /// waits in the sockets, not in memory of ours.
+    /// Two workers, one job a core, 3 MiB: what has come waits in the sockets, not in memory of
+    /// ours.
     fn default() -> Self {
         Self {
             workers: 2,
             cpu_jobs: std::thread::available_parallelism().map_or(1, usize::from),
-            memory: 8 << 20,
+            memory: 3 << 20,
         }
     }
 }
@@ -99,6 +104,12 @@ impl Engine {
     /// What tasks and caches hold of the engine.
     pub fn handle(&self) -> &Handle {
         &self.handle
+    }
+
+    /// Says that chunks of `size` decoded bytes will be served: makes room for a few units of them,
+    /// so that the cores need not wait for each other.
+    pub fn serve_chunks(&self, size: u32) {
+        self.handle.budget.at_least((UNITS_IN_FLIGHT * 2 * u64::from(size)).min(MOST_IN_FLIGHT));
     }
 
     /// Runs `future` on the calling thread and waits for it. Not for threads of the engine.

@@ -1,6 +1,6 @@
 //! Works off orders of chunks that nobody waits for yet.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,21 +22,24 @@ use crate::{Error, ErrorKind};
 
 /// Stored bytes asked for at once: at first, so that what a start wants first comes first,
 /// and later, so that requests are few. What comes within a request keeps its order.
-const FIRST_SEGMENT: u64 = 1 << 20;
-const MAX_SEGMENT: u64 = 16 << 20;
+const FIRST_PART: u64 = 512 << 10;
+const MAX_PART: u64 = 16 << 20;
 
-/// Each segment is this many times the one before.
-const GROWTH: u64 = 4;
+/// Each part is this many times the one before.
+const GROWTH: u64 = 2;
 
-/// A segment takes a quarter of a second at most, where the link's rate is known: a reader may
+/// A part takes a quarter of a second at most, where the link's rate is known: a reader may
 /// want what comes last in it.
-const SEGMENTS_A_SECOND: u64 = 4;
+const PARTS_A_SECOND: u64 = 4;
 
 /// Bytes that an order is taken to name before any of it is known.
 const TRUST_ADVANCE: u64 = 8 << 20;
 
-/// Chunks of one segment.
-const MAX_SEGMENT_CHUNKS: usize = 8192;
+/// Chunks of one part.
+const MAX_PART_CHUNKS: usize = 8192;
+
+/// Chunks of other blobs that are looked past for more of the one that is wanted next.
+const IN_SIGHT: usize = 8192;
 
 /// Chunks looked at before others get the thread: an order may be long, and all of it there.
 const AT_A_STRETCH: u32 = 1024;
@@ -61,13 +64,13 @@ pub(super) async fn work_off(shared: Arc<Shared>, order: Order, options: Prefetc
     let _end = End(&handle);
     let tells = options.class != Class::Background;
     if tells {
-        // Readers may be at work before the first segment is.
+        // Readers may be at work before the first part is.
         shared.speculator.told(TRUST_ADVANCE);
     }
     tokio::select! {
         biased;
         () = cancelled.cancelled() => {}
-        () = each_segment(&shared, order, options, &handle) => {}
+        () = each_part(&shared, order, options, &handle) => {}
     }
     if tells {
         shared.speculator.not_told(TRUST_ADVANCE);
@@ -83,59 +86,47 @@ impl Drop for End<'_> {
     }
 }
 
-async fn each_segment(shared: &Arc<Shared>, mut order: Order, options: PrefetchOptions, handle: &Prefetch) {
+async fn each_part(shared: &Arc<Shared>, order: Order, options: PrefetchOptions, handle: &Prefetch) {
     let link = shared.engine.link();
     // Begun at once, and ended with this order.
     let mut running = JoinSet::new();
-    let mut size = FIRST_SEGMENT;
+    let mut rest = Rest { order, next: VecDeque::new() };
+    let mut size = FIRST_PART;
     let mut pace = options.bandwidth.map(|rate| Pace::new(rate, Instant::now()));
     loop {
         if let Some(pace) = &pace {
             tokio::time::sleep(pace.due(Instant::now())).await;
         }
-        let mut slot = Some(link.admit(options.class, size).await);
+        // One behind the other as the link takes them: what is wanted first does not share it with
+        // what is wanted later.
+        let slot = link.admit(options.class, size).await;
         while running.try_join_next().is_some() {}
         // Chosen only now: what has come meanwhile is not asked for again.
-        let segment = next_segment(shared, &mut order, size, handle).await;
-        if segment.is_empty() {
-            break;
-        }
-        let bytes = segment.iter().map(|part| part.bytes).sum();
+        let Some(Part { blob, chunks, bytes }) = rest.part(shared, size, handle).await else { break };
+        slot.shrink(bytes);
         if options.class != Class::Background {
             shared.speculator.told(bytes);
         }
-        let soon = link.rate().map_or(FIRST_SEGMENT * GROWTH, |rate| rate / SEGMENTS_A_SECOND);
-        size = (size * GROWTH).min(soon.clamp(FIRST_SEGMENT, MAX_SEGMENT));
+        let soon = link.rate().map_or(FIRST_PART * GROWTH, |rate| rate / PARTS_A_SECOND);
+        size = (size * GROWTH).min(soon.clamp(FIRST_PART, MAX_PART));
         if let Some(pace) = &mut pace {
             pace.charge(bytes, Instant::now());
             size = size.min(pace.rate());
         }
-        // One behind the other as the link takes them: what is wanted first does not share it with
-        // what is wanted later.
-        for Part { blob, mut chunks, bytes } in segment {
-            let slot = match slot.take() {
-                Some(slot) => {
-                    slot.shrink(bytes);
-                    slot
-                }
-                None => {
-                    let slot = link.admit(options.class, bytes).await;
-                    // What has come while it waited is not asked for again.
-                    chunks.retain(|extent| shared.is_wanted(blob, extent));
-                    if chunks.is_empty() {
-                        continue;
-                    }
-                    slot
-                }
-            };
-            let fetch = fetch(Arc::clone(shared), blob, chunks, Arc::new(slot), handle.clone());
-            shared.engine.spawn_in(&mut running, fetch);
-        }
+        let fetch = fetch(Arc::clone(shared), blob, chunks, Arc::new(slot), handle.clone());
+        shared.engine.spawn_in(&mut running, fetch);
     }
     while running.join_next().await.is_some() {}
 }
 
-/// What a segment takes from one blob.
+/// What is left of an order.
+struct Rest {
+    order: Order,
+    /// Chunks that the order has given and no part has taken.
+    next: VecDeque<(u32, ChunkExtent)>,
+}
+
+/// What is asked for at once, of one blob.
 struct Part {
     blob: u32,
     chunks: Vec<ChunkExtent>,
@@ -143,37 +134,47 @@ struct Part {
     bytes: u64,
 }
 
-/// Takes chunks that are missing from the order, about `size` bytes, by blob; the blob that is
-/// wanted first comes first.
-async fn next_segment(shared: &Shared, order: &mut Order, size: u64, handle: &Prefetch) -> Vec<Part> {
-    let mut segment: Vec<Part> = Vec::new();
-    let (mut bytes, mut chunks, mut passed) = (0, 0, 0);
-    while bytes < size
-        && chunks < MAX_SEGMENT_CHUNKS
-        && let Some((blob, extent)) = order.next()
-    {
-        let wanted = shared.is_wanted(blob, &extent);
-        handle.looked_at(1, u64::from(!wanted));
-        passed = (passed + 1) % AT_A_STRETCH;
-        if passed == 0 {
-            tokio::task::yield_now().await;
+impl Rest {
+    /// Takes about `size` bytes of missing chunks of the blob that is wanted next, as far as they
+    /// are in sight: a blob that an order seldom comes to is not asked often. `None` at the end.
+    async fn part(&mut self, shared: &Shared, size: u64, handle: &Prefetch) -> Option<Part> {
+        let mut part: Option<Part> = None;
+        let mut looked = 0;
+        let mut later = VecDeque::new();
+        while let Some((blob, extent)) = self.next.pop_front().or_else(|| self.order.next()) {
+            looked += 1;
+            if looked % AT_A_STRETCH == 0 {
+                tokio::task::yield_now().await;
+            }
+            let wanted = shared.is_wanted(blob, &extent);
+            let part = match &mut part {
+                _ if !wanted => {
+                    handle.looked_at(1, 1);
+                    continue;
+                }
+                Some(part) if part.blob != blob => {
+                    later.push_back((blob, extent));
+                    if later.len() >= IN_SIGHT {
+                        break;
+                    }
+                    continue;
+                }
+                part => part.get_or_insert_with(|| Part { blob, chunks: Vec::new(), bytes: 0 }),
+            };
+            handle.looked_at(1, 0);
+            if part.chunks.last().is_none_or(|last| last.unit != extent.unit) {
+                part.bytes += extent.unit.compressed.len();
+            }
+            part.chunks.push(extent);
+            if part.bytes >= size || part.chunks.len() >= MAX_PART_CHUNKS {
+                break;
+            }
         }
-        if !wanted {
-            continue;
-        }
-        let place = segment.iter().position(|part| part.blob == blob).unwrap_or_else(|| {
-            segment.push(Part { blob, chunks: Vec::new(), bytes: 0 });
-            segment.len() - 1
-        });
-        let part = &mut segment[place];
-        if part.chunks.last().is_none_or(|last| last.unit != extent.unit) {
-            part.bytes += extent.unit.compressed.len();
-            bytes += extent.unit.compressed.len();
-        }
-        part.chunks.push(extent);
-        chunks += 1;
+        // Before what was not looked at.
+        later.append(&mut self.next);
+        self.next = later;
+        part
     }
-    segment
 }
 
 async fn fetch(shared: Arc<Shared>, blob: u32, chunks: Vec<ChunkExtent>, slot: Arc<Slot>, handle: Prefetch) {

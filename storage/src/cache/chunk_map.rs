@@ -68,6 +68,9 @@ const USE_LOCK: u64 = 0;
 /// Byte that whoever sets records holds.
 const SET_LOCK: u64 = 1;
 
+/// Byte that the process holds that guesses what readers of an image want.
+const GUESS_LOCK: u64 = 2;
+
 /// Longest decoded space, so that its locks fit behind `LOCK_BASE`.
 pub(super) const MAX_DECODED_SIZE: u64 = 1 << 62;
 
@@ -148,6 +151,8 @@ pub(super) struct ChunkMap {
     /// place empty may write its data at once.
     clearing: RwLock<()>,
     held: Arc<Held>,
+    /// Holders of the right to guess in this process: the system's locks only tell processes apart.
+    guessing: Arc<Mutex<u32>>,
 }
 
 /// Where the runs of chunks lie that this process has locked, by first index; in order and
@@ -184,6 +189,24 @@ impl Drop for ChunkLock {
             let _ = lock::unlock(&self.file, range);
         }
         self.held.lock().remove(&self.first.0);
+    }
+}
+
+/// The right to guess what readers want, in this process and among processes. Given back on drop.
+pub(super) struct GuessRight {
+    file: Arc<File>,
+    range: ByteRange,
+    holders: Arc<Mutex<u32>>,
+}
+
+impl Drop for GuessRight {
+    fn drop(&mut self) {
+        let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
+        *holders -= 1;
+        if *holders == 0 {
+            // Can only fail for a bad descriptor; closing frees the lock as well.
+            let _ = lock::unlock(&self.file, self.range);
+        }
     }
 }
 
@@ -255,6 +278,7 @@ impl ChunkMap {
             upgrade: Mutex::default(),
             clearing: RwLock::default(),
             held: Arc::default(),
+            guessing: Arc::default(),
         })
     }
 
@@ -475,6 +499,18 @@ impl ChunkMap {
     pub(super) fn is_held_here(&self, index: ChunkIndex) -> bool {
         let held = self.held.lock();
         held.range(..=index.0).next_back().is_some_and(|(_, run)| run.last >= index.0)
+    }
+
+    /// Asks for the right to guess what readers of the image want whose top blob this is; `None`
+    /// if another process has it. The mounts of a process share it.
+    pub(super) fn try_guess(&self) -> io::Result<Option<GuessRight>> {
+        let range = byte(GUESS_LOCK)?;
+        let mut holders = self.guessing.lock().unwrap_or_else(PoisonError::into_inner);
+        if *holders == 0 && !lock::try_lock(&self.file, Kind::Exclusive, range)? {
+            return Ok(None);
+        }
+        *holders += 1;
+        Ok(Some(GuessRight { file: Arc::clone(&self.file), range, holders: Arc::clone(&self.guessing) }))
     }
 
     /// Asks for the right to fetch the chunks of a run; `None` if somebody works on one of

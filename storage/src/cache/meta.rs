@@ -21,7 +21,7 @@ const MAX_STORED: u64 = 64 << 10;
 const MAX_STORED_CHUNK: u64 = 64;
 
 /// A moment is quiet when no reader has waited for this long.
-const QUIET: Duration = Duration::from_millis(500);
+const QUIET: Duration = Duration::from_secs(2);
 
 /// Fetches and writes the context file if that was asked for and has not been tried.
 pub(super) fn keep(inner: &Arc<Inner>) {
@@ -66,6 +66,10 @@ async fn fetch(inner: &Inner, spec: MetaSpec, path: &Path) -> Result<()> {
         Ok::<_, Error>(())
     })
     .await?;
+    // Another process may have had a quiet moment first.
+    if open_own(path)?.is_some() {
+        return Ok(());
+    }
     let stored = engine::fetch(&*inner.backend, spec.range, &context).await?;
     let path = path.to_owned();
     inner

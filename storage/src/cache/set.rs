@@ -10,6 +10,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio_util::sync::CancellationToken;
 
+use super::chunk_map::GuessRight;
 use super::inflight::{Outcome, Waiter};
 use super::speculate::Speculator;
 use super::{BlobCache, ahead};
@@ -214,6 +215,14 @@ impl Shared {
         drop(self.obtain_ahead(blob, chunks, &context, Arc::new(slot)));
     }
 
+    /// The right to guess what readers will want. Where several processes serve an image from one
+    /// cache, one of them guesses at a time: what all need is fetched once anyway, guesses would
+    /// add up.
+    pub(super) fn right_to_guess(&self) -> Option<GuessRight> {
+        let top = self.blobs.iter().rev().find_map(|blob| blob.inner.files())?;
+        if self.speculator.guesses() { top.map.try_guess().ok()? } else { None }
+    }
+
     fn is_ready(&self, slice: &ReadSlice) -> bool {
         self.blobs[slice.blob as usize].is_ready(&slice.extent)
     }
@@ -371,13 +380,11 @@ fn start(
     let waiting = FuturesUnordered::new();
     for (blob, extents) in by_blob {
         let inner = &shared.blobs[blob as usize].inner;
-        let ahead = match inner.keeps() {
-            true => shared.speculator.widening(shared.engine.link()),
-            false => 0,
-        };
+        let right = shared.right_to_guess().filter(|_| inner.keeps());
+        let ahead = right.as_ref().map_or(0, |_| shared.speculator.widening(shared.engine.link()));
         let obtained = inner.obtain(&extents, context, None, ahead);
-        if let Some(span) = obtained.span.filter(|_| inner.keeps()) {
-            Speculator::missed(shared, blob, span, obtained.needed, obtained.widened);
+        if let (Some(span), Some(right)) = (obtained.span, right) {
+            Speculator::missed(shared, right, blob, span, obtained.needed, obtained.widened);
         }
         for hit in obtained.hits {
             Speculator::hit(shared, blob, hit.index, hit.stored_share());

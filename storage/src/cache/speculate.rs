@@ -19,6 +19,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use super::chunk_map::GuessRight;
 use super::set::Shared;
 use crate::extent::ChunkExtent;
 use crate::ids::ChunkIndex;
@@ -184,19 +185,22 @@ impl Speculator {
         }
     }
 
+    /// False if nothing is ever read ahead.
+    pub(super) fn guesses(&self) -> bool {
+        self.read_ahead.amplify > 0
+    }
+
     /// Notes that a reader missed `needed` stored bytes, that chunks `low..high` of the blob
     /// are now fetched, `widened` bytes of them ahead, and starts reading ahead.
     pub(super) fn missed(
         shared: &Arc<Shared>,
+        right: GuessRight,
         blob: u32,
         (low, high): (u32, u32),
         needed: u64,
         widened: u64,
     ) {
         let this = &shared.speculator;
-        if this.read_ahead.amplify == 0 {
-            return;
-        }
         let link = shared.engine.link();
         let wait = link.held().unwrap_or(FIRST_STEP) as f64;
         let start = {
@@ -212,15 +216,14 @@ impl Speculator {
             !std::mem::replace(&mut state.running, true)
         };
         if start {
-            let task = run(Arc::downgrade(shared));
-            shared.engine.spawn(task);
+            shared.engine.spawn(run(Arc::downgrade(shared), right));
         }
     }
 
     /// Notes that a reader touched `needed` stored bytes that were read ahead, in chunk `index`.
     pub(super) fn hit(shared: &Arc<Shared>, blob: u32, index: ChunkIndex, needed: u64) {
         let this = &shared.speculator;
-        let start = {
+        let right = {
             let mut state = this.lock();
             let gain = this.mood(shared.engine.link(), &state).gain();
             let proof = state.proved_right(blob, index.0, needed);
@@ -229,13 +232,13 @@ impl Speculator {
                 state.earn(needed as f64 * gain);
                 state.distrust(needed);
             }
-            proof == Some(Growth::Open)
-                && state.credit >= LEAST_CREDIT
-                && !std::mem::replace(&mut state.running, true)
+            let start = proof == Some(Growth::Open) && state.credit >= LEAST_CREDIT && !state.running;
+            let right = start.then(|| shared.right_to_guess()).flatten();
+            state.running |= right.is_some();
+            right
         };
-        if start {
-            let task = run(Arc::downgrade(shared));
-            shared.engine.spawn(task);
+        if let Some(right) = right {
+            shared.engine.spawn(run(Arc::downgrade(shared), right));
         }
     }
 
@@ -258,8 +261,8 @@ impl Speculator {
     }
 }
 
-/// Reads ahead until the credit or the guesses run out.
-async fn run(shared: Weak<Shared>) {
+/// Reads ahead until the credit or the guesses run out, and gives the right to guess back.
+async fn run(shared: Weak<Shared>, _right: GuessRight) {
     loop {
         let Some(alive) = shared.upgrade() else { return };
         let link = Arc::clone(alive.engine.link());

@@ -27,11 +27,12 @@ use super::{Priority, ReadContext};
 use crate::oci::auth::Secret;
 use crate::{Error, ErrorKind, Result};
 
-/// Bytes of one HTTP/2 answer, and of all on a connection, that may come unread: what 200 Mbit/s
-/// carry in 80 ms from the first byte on. A window that adapts begins with 64 KiB a round trip, and a
-/// start is over before it has grown.
+/// Bytes of one HTTP/2 answer that may come unread: what 200 Mbit/s carry in 80 ms from the first
+/// byte on. A window that adapts begins with 64 KiB a round trip, and a start is over before it has
+/// grown.
 const HTTP2_STREAM_WINDOW: u32 = 2 << 20;
-const HTTP2_CONNECTION_WINDOW: u32 = 4 << 20;
+/// The same of all answers on a connection: four that give way leave room for a reader's.
+const HTTP2_CONNECTION_WINDOW: u32 = 5 * HTTP2_STREAM_WINDOW;
 
 /// How this program names itself to servers.
 const USER_AGENT: &str = concat!("nydus/", env!("CARGO_PKG_VERSION"));

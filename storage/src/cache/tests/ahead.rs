@@ -198,3 +198,40 @@ fn a_corrupt_chunk_read_ahead_fails_nobody_but_its_reader() {
     assert!(!sample.try_read(&reader, 2));
     sample.read(&reader, 2).unwrap();
 }
+
+#[test]
+fn one_process_guesses_at_a_time() {
+    let (engine, sample, dir) = (engine(), Sample::new(8), TempDir::new().unwrap());
+    let backend = sample.backend();
+    // Another cache on the same files, as another process has it.
+    let other = BlobCache::open(&engine, sample.config(&dir), sample.backend()).unwrap();
+    let right = other.inner.files().unwrap().map.try_guess().unwrap().unwrap();
+    let amplify = (sample.range(5).end() - sample.range(4).end()) as u32;
+    let read_ahead = ReadAhead { amplify, prefer: Prefer::Bytes };
+    let reader = reading_ahead(&engine, &sample, &dir, &backend, read_ahead);
+    sample.read(&reader, 1).unwrap();
+    settle(&reader);
+    assert_eq!(backend.requests(), [sample.range(1)]);
+    // Within a process the right is shared, and it ends with its last holder.
+    let shared = other.inner.files().unwrap().map.try_guess().unwrap();
+    drop(right);
+    assert!(reader.blobs()[0].inner.files().unwrap().map.try_guess().unwrap().is_none());
+    drop(shared);
+    sample.read(&reader, 4).unwrap();
+    let both = ByteRange::new(sample.range(4).start(), sample.range(5).end() - sample.range(4).start());
+    assert!(backend.requests().contains(&both.unwrap()));
+}
+
+#[test]
+fn an_order_that_alternates_asks_each_blob_once() {
+    let (engine, sample) = (engine(), Sample::new(8));
+    let (dirs, backends) = ([(); 2].map(|()| TempDir::new().unwrap()), [(); 2].map(|()| sample.backend()));
+    let open = |at: usize| BlobCache::open(&engine, sample.config(&dirs[at]), backends[at].clone()).unwrap();
+    let reader = BlobSet::new(&engine, vec![open(0), open(1)], PATIENT);
+    let extents: Vec<_> = sample.extents.iter().flat_map(|extent| [(0, *extent), (1, *extent)]).collect();
+    let prefetch = reader.prefetch(Box::new(extents.into_iter()), OPTIONS);
+    engine.block_on(prefetch.wait());
+    let whole = ByteRange::new(0, sample.range(7).end()).unwrap();
+    assert!(backends.iter().all(|backend| backend.requests() == [whole]));
+    assert_eq!((prefetch.progress().chunks, prefetch.progress().failed_chunks), (16, 0));
+}
