@@ -68,8 +68,8 @@ const USE_LOCK: u64 = 0;
 /// Byte that whoever sets records holds.
 const SET_LOCK: u64 = 1;
 
-/// Byte that the process holds that guesses what readers of an image want.
-const GUESS_LOCK: u64 = 2;
+/// First of the bytes that the holders of roles hold.
+const ROLE_LOCKS: u64 = 2;
 
 /// Longest decoded space, so that its locks fit behind `LOCK_BASE`.
 pub(super) const MAX_DECODED_SIZE: u64 = 1 << 62;
@@ -151,8 +151,8 @@ pub(super) struct ChunkMap {
     /// place empty may write its data at once.
     clearing: RwLock<()>,
     held: Arc<Held>,
-    /// Holders of the right to guess in this process: the system's locks only tell processes apart.
-    guessing: Arc<Mutex<u32>>,
+    /// Holders in this process, by [`Role`]: the system's locks only tell processes apart.
+    roles: [Arc<Mutex<u32>>; ROLES],
 }
 
 /// Where the runs of chunks lie that this process has locked, by first index; in order and
@@ -192,14 +192,24 @@ impl Drop for ChunkLock {
     }
 }
 
-/// The right to guess what readers want, in this process and among processes. Given back on drop.
-pub(super) struct GuessRight {
+/// What one process at a time does for all that serve a blob from the same cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Guesses what readers of the image want whose top blob this is.
+    Guess,
+    /// Fetches the blob context.
+    Context,
+}
+const ROLES: usize = 2;
+
+/// A role that this process has. Given back on drop.
+pub(super) struct HeldRole {
     file: Arc<File>,
     range: ByteRange,
     holders: Arc<Mutex<u32>>,
 }
 
-impl Drop for GuessRight {
+impl Drop for HeldRole {
     fn drop(&mut self) {
         let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
         *holders -= 1;
@@ -278,7 +288,7 @@ impl ChunkMap {
             upgrade: Mutex::default(),
             clearing: RwLock::default(),
             held: Arc::default(),
-            guessing: Arc::default(),
+            roles: Default::default(),
         })
     }
 
@@ -501,16 +511,15 @@ impl ChunkMap {
         held.range(..=index.0).next_back().is_some_and(|(_, run)| run.last >= index.0)
     }
 
-    /// Asks for the right to guess what readers of the image want whose top blob this is; `None`
-    /// if another process has it. The mounts of a process share it.
-    pub(super) fn try_guess(&self) -> io::Result<Option<GuessRight>> {
-        let range = byte(GUESS_LOCK)?;
-        let mut holders = self.guessing.lock().unwrap_or_else(PoisonError::into_inner);
-        if *holders == 0 && !lock::try_lock(&self.file, Kind::Exclusive, range)? {
+    /// Asks for a role; `None` if another process has it. Who asks again within a process shares it.
+    pub(super) fn try_role(&self, role: Role) -> io::Result<Option<HeldRole>> {
+        let (range, holders) = (byte(ROLE_LOCKS + role as u64)?, &self.roles[role as usize]);
+        let mut count = holders.lock().unwrap_or_else(PoisonError::into_inner);
+        if *count == 0 && !lock::try_lock(&self.file, Kind::Exclusive, range)? {
             return Ok(None);
         }
-        *holders += 1;
-        Ok(Some(GuessRight { file: Arc::clone(&self.file), range, holders: Arc::clone(&self.guessing) }))
+        *count += 1;
+        Ok(Some(HeldRole { file: Arc::clone(&self.file), range, holders: Arc::clone(holders) }))
     }
 
     /// Asks for the right to fetch the chunks of a run; `None` if somebody works on one of

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tracing::debug;
 
+use super::chunk_map::Role;
 use super::data_file::{Storage as _, hold_directory, open_own, replace};
 use super::{Inner, MetaSpec};
 use crate::backend::retry::within;
@@ -66,7 +67,11 @@ async fn fetch(inner: &Inner, spec: MetaSpec, path: &Path) -> Result<()> {
         Ok::<_, Error>(())
     })
     .await?;
-    // Another process may have had a quiet moment first.
+    // Another process may have had a quiet moment first, or have it now.
+    let role = inner.files().and_then(|files| files.map.try_role(Role::Context).transpose());
+    let Some(_role) = role.transpose().map_err(|e| Error::io("lock the chunk map", e))? else {
+        return Ok(());
+    };
     if open_own(path)?.is_some() {
         return Ok(());
     }

@@ -10,7 +10,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio_util::sync::CancellationToken;
 
-use super::chunk_map::GuessRight;
+use super::chunk_map::{HeldRole, Role};
 use super::inflight::{Outcome, Waiter};
 use super::speculate::Speculator;
 use super::{BlobCache, ahead};
@@ -218,9 +218,9 @@ impl Shared {
     /// The right to guess what readers will want. Where several processes serve an image from one
     /// cache, one of them guesses at a time: what all need is fetched once anyway, guesses would
     /// add up.
-    pub(super) fn right_to_guess(&self) -> Option<GuessRight> {
+    pub(super) fn right_to_guess(&self) -> Option<HeldRole> {
         let top = self.blobs.iter().rev().find_map(|blob| blob.inner.files())?;
-        if self.speculator.guesses() { top.map.try_guess().ok()? } else { None }
+        if self.speculator.guesses() { top.map.try_role(Role::Guess).ok()? } else { None }
     }
 
     fn is_ready(&self, slice: &ReadSlice) -> bool {

@@ -19,7 +19,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use super::chunk_map::GuessRight;
+use super::chunk_map::HeldRole;
 use super::set::Shared;
 use crate::extent::ChunkExtent;
 use crate::ids::ChunkIndex;
@@ -194,7 +194,7 @@ impl Speculator {
     /// are now fetched, `widened` bytes of them ahead, and starts reading ahead.
     pub(super) fn missed(
         shared: &Arc<Shared>,
-        right: GuessRight,
+        right: HeldRole,
         blob: u32,
         (low, high): (u32, u32),
         needed: u64,
@@ -262,7 +262,7 @@ impl Speculator {
 }
 
 /// Reads ahead until the credit or the guesses run out, and gives the right to guess back.
-async fn run(shared: Weak<Shared>, _right: GuessRight) {
+async fn run(shared: Weak<Shared>, _right: HeldRole) {
     loop {
         let Some(alive) = shared.upgrade() else { return };
         let link = Arc::clone(alive.engine.link());

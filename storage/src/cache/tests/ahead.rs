@@ -1,6 +1,7 @@
 //! Orders that are worked off ahead of readers.
 
 use super::*;
+use crate::cache::chunk_map::Role;
 use crate::prefetch::{Class, Order, Prefer, PrefetchOptions, ReadAhead};
 
 const OPTIONS: PrefetchOptions = PrefetchOptions { class: Class::Preheat, bandwidth: None };
@@ -205,7 +206,7 @@ fn one_process_guesses_at_a_time() {
     let backend = sample.backend();
     // Another cache on the same files, as another process has it.
     let other = BlobCache::open(&engine, sample.config(&dir), sample.backend()).unwrap();
-    let right = other.inner.files().unwrap().map.try_guess().unwrap().unwrap();
+    let right = other.inner.files().unwrap().map.try_role(Role::Guess).unwrap().unwrap();
     let amplify = (sample.range(5).end() - sample.range(4).end()) as u32;
     let read_ahead = ReadAhead { amplify, prefer: Prefer::Bytes };
     let reader = reading_ahead(&engine, &sample, &dir, &backend, read_ahead);
@@ -213,9 +214,9 @@ fn one_process_guesses_at_a_time() {
     settle(&reader);
     assert_eq!(backend.requests(), [sample.range(1)]);
     // Within a process the right is shared, and it ends with its last holder.
-    let shared = other.inner.files().unwrap().map.try_guess().unwrap();
+    let shared = other.inner.files().unwrap().map.try_role(Role::Guess).unwrap();
     drop(right);
-    assert!(reader.blobs()[0].inner.files().unwrap().map.try_guess().unwrap().is_none());
+    assert!(reader.blobs()[0].inner.files().unwrap().map.try_role(Role::Guess).unwrap().is_none());
     drop(shared);
     sample.read(&reader, 4).unwrap();
     let both = ByteRange::new(sample.range(4).start(), sample.range(5).end() - sample.range(4).start());
