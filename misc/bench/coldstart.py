@@ -148,10 +148,10 @@ def second(image, work, between):
 
 
 def settle(between):
-    """Waits until nothing has come for a while."""
+    """Waits until nothing has come for longer than a daemon waits for a quiet moment."""
     last = None
     while last != (last := between.counted()["down"]):
-        time.sleep(0.5)
+        time.sleep(3)
 
 
 def crowd(image, work, between, count=20):

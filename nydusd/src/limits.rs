@@ -1,6 +1,8 @@
 //! Limits of the process: open files, and memory that is held without need.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -10,6 +12,8 @@ const RESERVED: u64 = 16_384;
 const MOST: u64 = 1_000_000;
 /// Fetched bytes between two looks at what the heap can give back, which take about a millisecond.
 const TRIM_EVERY: u64 = 4 << 20;
+/// Least time between them.
+const TRIM_PAUSE: Duration = Duration::from_millis(50);
 
 /// Keeps memory that was freed from staying with the process. To be called before threads are
 /// started.
@@ -24,9 +28,17 @@ pub fn keep_heap_small() {
 /// heap were free.
 pub fn passed_through(bytes: u64) {
     static SINCE: AtomicU64 = AtomicU64::new(0);
-    if SINCE.fetch_add(bytes, Relaxed) + bytes >= TRIM_EVERY {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    if SINCE.fetch_add(bytes, Relaxed) + bytes < TRIM_EVERY {
+        return;
+    }
+    // Whoever finds it taken leaves it to the holder.
+    if let Ok(mut last) = LAST.try_lock()
+        && last.is_none_or(|last| last.elapsed() >= TRIM_PAUSE)
+    {
         SINCE.store(0, Relaxed);
         crate::sys::trim_heap();
+        *last = Some(Instant::now());
     }
 }
 

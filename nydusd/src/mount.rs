@@ -13,6 +13,8 @@ use std::time::{Instant, SystemTime};
 use anyhow::{Context as _, bail};
 use rafs::blob_context::{BlobContext, stored_range};
 use rafs::bootstrap::{Blob, Bootstrap, Nid, adopt};
+use rafs::format::features::BlobFeatures;
+use rafs::format::limits::MAX_CHUNK_SIZE;
 use rafs::fs::{Rafs, RafsOptions};
 use storage::backend::{Backend, BlobSource, ReadContext};
 use storage::cache::{BlobCache, BlobCacheConfig, BlobSet, ChunkTable, MetaSpec};
@@ -125,7 +127,10 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         tracing::warn!("the image has chunks without digests: their data is served UNVERIFIED");
     }
 
-    engine.serve_chunks(bootstrap.summary().chunk_size);
+    // A batch may be a unit of this size whatever the chunks are.
+    let batches = records.iter().any(|blob| blob.features.contains(BlobFeatures::BATCH));
+    let summary = bootstrap.summary();
+    engine.serve_units(if batches { MAX_CHUNK_SIZE } else { summary.chunk_size });
     let fetch_metrics = Arc::<FetchMetrics>::default();
     let recorder = config.why.then(|| Arc::new(Recorder::new(records.iter().map(|blob| &blob.id))));
     let observer: Arc<dyn Observer> =

@@ -51,14 +51,14 @@ pub struct EngineConfig {
     pub workers: usize,
     /// Decode and verify jobs that run at once.
     pub cpu_jobs: usize,
-    /// Bytes that units in flight may hold, stored and decoded together; more for large chunks
-    /// ([`Engine::serve_chunks`]).
+    /// Bytes that units in flight may hold, stored and decoded together; more for large units
+    /// ([`Engine::serve_units`]).
     pub memory: u64,
 }
 
 impl Default for EngineConfig {
-    /// Two workers, one job a core, 3 MiB: what has come waits in the sockets, not in memory of
-    /// ours.
+    /// Two workers, one job a core, 3 MiB: what has come waits in the sockets, or in the windows of
+    /// HTTP/2.
     fn default() -> Self {
         Self {
             workers: 2,
@@ -106,9 +106,9 @@ impl Engine {
         &self.handle
     }
 
-    /// Says that chunks of `size` decoded bytes will be served: makes room for a few units of them,
-    /// so that the cores need not wait for each other.
-    pub fn serve_chunks(&self, size: u32) {
+    /// Says that units of `size` decoded bytes will be served: makes room for a few of them, so that
+    /// the cores need not wait for each other, nor readers for a stalled prefetch.
+    pub fn serve_units(&self, size: u32) {
         self.handle.budget.at_least((UNITS_IN_FLIGHT * 2 * u64::from(size)).min(MOST_IN_FLIGHT));
     }
 

@@ -108,7 +108,9 @@ async fn each_part(shared: &Arc<Shared>, order: Order, options: PrefetchOptions,
             shared.speculator.told(bytes);
         }
         let soon = link.rate().map_or(FIRST_PART * GROWTH, |rate| rate / PARTS_A_SECOND);
-        size = (size * GROWTH).min(soon.clamp(FIRST_PART, MAX_PART));
+        // What a seldom blob gave little of says nothing about the order.
+        let grown = if bytes >= size / GROWTH { size * GROWTH } else { size };
+        size = grown.min(soon.clamp(FIRST_PART, MAX_PART));
         if let Some(pace) = &mut pace {
             pace.charge(bytes, Instant::now());
             size = size.min(pace.rate());
@@ -146,22 +148,19 @@ impl Rest {
             if looked % AT_A_STRETCH == 0 {
                 tokio::task::yield_now().await;
             }
+            if part.as_ref().is_some_and(|part| part.blob != blob) {
+                later.push_back((blob, extent));
+                if later.len() >= IN_SIGHT {
+                    break;
+                }
+                continue;
+            }
             let wanted = shared.is_wanted(blob, &extent);
-            let part = match &mut part {
-                _ if !wanted => {
-                    handle.looked_at(1, 1);
-                    continue;
-                }
-                Some(part) if part.blob != blob => {
-                    later.push_back((blob, extent));
-                    if later.len() >= IN_SIGHT {
-                        break;
-                    }
-                    continue;
-                }
-                part => part.get_or_insert_with(|| Part { blob, chunks: Vec::new(), bytes: 0 }),
-            };
-            handle.looked_at(1, 0);
+            handle.looked_at(1, u64::from(!wanted));
+            if !wanted {
+                continue;
+            }
+            let part = part.get_or_insert_with(|| Part { blob, chunks: Vec::new(), bytes: 0 });
             if part.chunks.last().is_none_or(|last| last.unit != extent.unit) {
                 part.bytes += extent.unit.compressed.len();
             }

@@ -26,8 +26,8 @@
 //!   whoever has it open keeps it.
 //!
 //! Byte locks on the map: byte 0 is held shared while the cache is open (an evictor asks
-//! for it exclusively); byte 1 while records are set; the chunk's decoded range, moved by
-//! `LOCK_BASE`, by the process that fetches the chunk.
+//! for it exclusively); byte 1 while records are set; bytes 2 and 3 by whoever has a
+//! [`Duty`]; the chunk's decoded range, moved by `LOCK_BASE`, by whoever fetches the chunk.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -68,8 +68,8 @@ const USE_LOCK: u64 = 0;
 /// Byte that whoever sets records holds.
 const SET_LOCK: u64 = 1;
 
-/// First of the bytes that the holders of roles hold.
-const ROLE_LOCKS: u64 = 2;
+/// First of the bytes that the holders of duties hold.
+const DUTY_LOCKS: u64 = 2;
 
 /// Longest decoded space, so that its locks fit behind `LOCK_BASE`.
 pub(super) const MAX_DECODED_SIZE: u64 = 1 << 62;
@@ -151,8 +151,8 @@ pub(super) struct ChunkMap {
     /// place empty may write its data at once.
     clearing: RwLock<()>,
     held: Arc<Held>,
-    /// Holders in this process, by [`Role`]: the system's locks only tell processes apart.
-    roles: [Arc<Mutex<u32>>; ROLES],
+    /// Holders of this open map, by [`Duty`]: the system's locks only tell open maps apart.
+    duties: [Arc<Mutex<u32>>; DUTIES],
 }
 
 /// Where the runs of chunks lie that this process has locked, by first index; in order and
@@ -192,24 +192,24 @@ impl Drop for ChunkLock {
     }
 }
 
-/// What one process at a time does for all that serve a blob from the same cache.
+/// What one at a time does of all that have the map open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Role {
+pub(super) enum Duty {
     /// Guesses what readers of the image want whose top blob this is.
     Guess,
     /// Fetches the blob context.
     Context,
 }
-const ROLES: usize = 2;
+const DUTIES: usize = 2;
 
-/// A role that this process has. Given back on drop.
-pub(super) struct HeldRole {
+/// A duty that this open map has. Given back on drop.
+pub(super) struct HeldDuty {
     file: Arc<File>,
     range: ByteRange,
     holders: Arc<Mutex<u32>>,
 }
 
-impl Drop for HeldRole {
+impl Drop for HeldDuty {
     fn drop(&mut self) {
         let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
         *holders -= 1;
@@ -288,7 +288,7 @@ impl ChunkMap {
             upgrade: Mutex::default(),
             clearing: RwLock::default(),
             held: Arc::default(),
-            roles: Default::default(),
+            duties: Default::default(),
         })
     }
 
@@ -511,15 +511,15 @@ impl ChunkMap {
         held.range(..=index.0).next_back().is_some_and(|(_, run)| run.last >= index.0)
     }
 
-    /// Asks for a role; `None` if another process has it. Who asks again within a process shares it.
-    pub(super) fn try_role(&self, role: Role) -> io::Result<Option<HeldRole>> {
-        let (range, holders) = (byte(ROLE_LOCKS + role as u64)?, &self.roles[role as usize]);
+    /// Asks for a duty; `None` if another open map has it. Who asks this one again shares it.
+    pub(super) fn try_duty(&self, duty: Duty) -> io::Result<Option<HeldDuty>> {
+        let (range, holders) = (byte(DUTY_LOCKS + duty as u64)?, &self.duties[duty as usize]);
         let mut count = holders.lock().unwrap_or_else(PoisonError::into_inner);
         if *count == 0 && !lock::try_lock(&self.file, Kind::Exclusive, range)? {
             return Ok(None);
         }
         *count += 1;
-        Ok(Some(HeldRole { file: Arc::clone(&self.file), range, holders: Arc::clone(holders) }))
+        Ok(Some(HeldDuty { file: Arc::clone(&self.file), range, holders: Arc::clone(holders) }))
     }
 
     /// Asks for the right to fetch the chunks of a run; `None` if somebody works on one of

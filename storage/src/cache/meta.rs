@@ -4,13 +4,13 @@
 //! came through. Whoever reads the file validates it; here it is only moved.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tracing::debug;
 
-use super::chunk_map::Role;
+use super::chunk_map::Duty;
 use super::data_file::{Storage as _, hold_directory, open_own, replace};
 use super::{Inner, MetaSpec};
 use crate::backend::retry::within;
@@ -26,10 +26,10 @@ const QUIET: Duration = Duration::from_secs(2);
 
 /// Fetches and writes the context file if that was asked for and has not been tried.
 pub(super) fn keep(inner: &Arc<Inner>) {
-    let Some((spec, path)) = take(inner) else { return };
+    let Some(wish) = take(inner) else { return };
     let task = Arc::clone(inner);
     inner.engine.spawn(async move {
-        if let Err(error) = fetch(&task, spec, &path).await {
+        if let Err(error) = fetch(&task, wish).await {
             debug!(blob = %task.id, %error, "the blob context is not kept");
         }
     });
@@ -38,7 +38,7 @@ pub(super) fn keep(inner: &Arc<Inner>) {
 /// The same, waited for.
 pub(super) async fn keep_now(inner: &Inner) -> Result<()> {
     match take(inner) {
-        Some((spec, path)) => fetch(inner, spec, &path).await,
+        Some(wish) => fetch(inner, wish).await,
         None => Ok(()),
     }
 }
@@ -47,12 +47,12 @@ fn take(inner: &Inner) -> Option<(MetaSpec, PathBuf)> {
     inner.meta.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
 }
 
-async fn fetch(inner: &Inner, spec: MetaSpec, path: &Path) -> Result<()> {
+async fn fetch(inner: &Inner, (spec, path): (MetaSpec, PathBuf)) -> Result<()> {
     if spec.range.len() > MAX_STORED + MAX_STORED_CHUNK * u64::from(inner.chunk_count) {
         let what = format!("blob {}: a context of {} bytes", inner.id, spec.range.len());
         return Err(Error::new(ErrorKind::OutOfRange, what));
     }
-    if open_own(path)?.is_some() {
+    if open_own(&path)?.is_some() {
         return Ok(());
     }
     let context = ReadContext {
@@ -68,15 +68,16 @@ async fn fetch(inner: &Inner, spec: MetaSpec, path: &Path) -> Result<()> {
     })
     .await?;
     // Another process may have had a quiet moment first, or have it now.
-    let role = inner.files().and_then(|files| files.map.try_role(Role::Context).transpose());
-    let Some(_role) = role.transpose().map_err(|e| Error::io("lock the chunk map", e))? else {
+    let duty = inner.files().and_then(|files| files.map.try_duty(Duty::Context).transpose());
+    let Some(_duty) = duty.transpose().map_err(|e| Error::io("lock the chunk map", e))? else {
+        // Should that one fail, the next chunk that comes tries again.
+        *inner.meta.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some((spec, path));
         return Ok(());
     };
-    if open_own(path)?.is_some() {
+    if open_own(&path)?.is_some() {
         return Ok(());
     }
     let stored = engine::fetch(&*inner.backend, spec.range, &context).await?;
-    let path = path.to_owned();
     inner
         .engine
         .blocking(move || {

@@ -10,7 +10,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio_util::sync::CancellationToken;
 
-use super::chunk_map::{HeldRole, Role};
+use super::chunk_map::{Duty, HeldDuty};
 use super::inflight::{Outcome, Waiter};
 use super::speculate::Speculator;
 use super::{BlobCache, ahead};
@@ -215,12 +215,12 @@ impl Shared {
         drop(self.obtain_ahead(blob, chunks, &context, Arc::new(slot)));
     }
 
-    /// The right to guess what readers will want. Where several processes serve an image from one
+    /// The duty to guess what readers will want. Where several processes serve an image from one
     /// cache, one of them guesses at a time: what all need is fetched once anyway, guesses would
-    /// add up.
-    pub(super) fn right_to_guess(&self) -> Option<HeldRole> {
+    /// add up. The others' misses are widened a little all the same: the one may be stopped.
+    pub(super) fn duty_to_guess(&self) -> Option<HeldDuty> {
         let top = self.blobs.iter().rev().find_map(|blob| blob.inner.files())?;
-        if self.speculator.guesses() { top.map.try_role(Role::Guess).ok()? } else { None }
+        if self.speculator.guesses() { top.map.try_duty(Duty::Guess).ok()? } else { None }
     }
 
     fn is_ready(&self, slice: &ReadSlice) -> bool {
@@ -380,11 +380,14 @@ fn start(
     let waiting = FuturesUnordered::new();
     for (blob, extents) in by_blob {
         let inner = &shared.blobs[blob as usize].inner;
-        let right = shared.right_to_guess().filter(|_| inner.keeps());
-        let ahead = right.as_ref().map_or(0, |_| shared.speculator.widening(shared.engine.link()));
+        let duty = shared.duty_to_guess();
+        let ahead = match inner.keeps() {
+            true => shared.speculator.widening(shared.engine.link(), duty.is_some()),
+            false => 0,
+        };
         let obtained = inner.obtain(&extents, context, None, ahead);
-        if let (Some(span), Some(right)) = (obtained.span, right) {
-            Speculator::missed(shared, right, blob, span, obtained.needed, obtained.widened);
+        if let Some(span) = obtained.span.filter(|_| inner.keeps()) {
+            Speculator::missed(shared, duty, blob, span, obtained.needed, obtained.widened);
         }
         for hit in obtained.hits {
             Speculator::hit(shared, blob, hit.index, hit.stored_share());

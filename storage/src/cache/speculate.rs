@@ -19,7 +19,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use super::chunk_map::HeldRole;
+use super::chunk_map::HeldDuty;
 use super::set::Shared;
 use crate::extent::ChunkExtent;
 use crate::ids::ChunkIndex;
@@ -150,12 +150,16 @@ impl Speculator {
         Self { read_ahead, state: Mutex::new(state) }
     }
 
-    /// Stored bytes that a missing read is widened by.
-    pub(super) fn widening(&self, link: &Link) -> u64 {
+    /// Stored bytes that a missing read is widened by; few if another process guesses.
+    pub(super) fn widening(&self, link: &Link, guesses: bool) -> u64 {
+        if !self.guesses() {
+            return 0;
+        }
         let most = u64::from(self.read_ahead.amplify);
         let state = self.lock();
         // When time counts, misses are widened on credit, too.
         let (step, least) = match self.mood(link, &state) {
+            _ if !guesses => (CAREFUL_STEP, 0),
             Mood::Careful => (CAREFUL_STEP, 0),
             Mood::Guided => (FIRST_STEP, FIRST_STEP / 2),
             Mood::Free => (link.held().map_or(FIRST_STEP, |held| (held / 2).max(FIRST_STEP)), FIRST_STEP / 2),
@@ -191,19 +195,22 @@ impl Speculator {
     }
 
     /// Notes that a reader missed `needed` stored bytes, that chunks `low..high` of the blob
-    /// are now fetched, `widened` bytes of them ahead, and starts reading ahead.
+    /// are now fetched, `widened` bytes of them ahead, and starts reading ahead if that is its duty.
     pub(super) fn missed(
         shared: &Arc<Shared>,
-        right: HeldRole,
+        duty: Option<HeldDuty>,
         blob: u32,
         (low, high): (u32, u32),
         needed: u64,
         widened: u64,
     ) {
         let this = &shared.speculator;
+        if !this.guesses() {
+            return;
+        }
         let link = shared.engine.link();
         let wait = link.held().unwrap_or(FIRST_STEP) as f64;
-        let start = {
+        let duty = {
             let mut state = this.lock();
             let mood = this.mood(link, &state);
             state.earn(needed as f64 * mood.gain());
@@ -213,17 +220,17 @@ impl Speculator {
             state.distrust(needed);
             state.credit -= widened as f64;
             state.plant(blob, low, high);
-            !std::mem::replace(&mut state.running, true)
+            duty.filter(|_| !std::mem::replace(&mut state.running, true))
         };
-        if start {
-            shared.engine.spawn(run(Arc::downgrade(shared), right));
+        if let Some(duty) = duty {
+            shared.engine.spawn(run(Arc::downgrade(shared), duty));
         }
     }
 
     /// Notes that a reader touched `needed` stored bytes that were read ahead, in chunk `index`.
     pub(super) fn hit(shared: &Arc<Shared>, blob: u32, index: ChunkIndex, needed: u64) {
         let this = &shared.speculator;
-        let right = {
+        let start = {
             let mut state = this.lock();
             let gain = this.mood(shared.engine.link(), &state).gain();
             let proof = state.proved_right(blob, index.0, needed);
@@ -232,13 +239,13 @@ impl Speculator {
                 state.earn(needed as f64 * gain);
                 state.distrust(needed);
             }
-            let start = proof == Some(Growth::Open) && state.credit >= LEAST_CREDIT && !state.running;
-            let right = start.then(|| shared.right_to_guess()).flatten();
-            state.running |= right.is_some();
-            right
+            proof == Some(Growth::Open) && state.credit >= LEAST_CREDIT && !state.running
         };
-        if let Some(right) = right {
-            shared.engine.spawn(run(Arc::downgrade(shared), right));
+        if start
+            && let Some(duty) = shared.duty_to_guess()
+            && !std::mem::replace(&mut this.lock().running, true)
+        {
+            shared.engine.spawn(run(Arc::downgrade(shared), duty));
         }
     }
 
@@ -261,8 +268,8 @@ impl Speculator {
     }
 }
 
-/// Reads ahead until the credit or the guesses run out, and gives the right to guess back.
-async fn run(shared: Weak<Shared>, _right: HeldRole) {
+/// Reads ahead until the credit or the guesses run out, and gives the duty back.
+async fn run(shared: Weak<Shared>, _duty: HeldDuty) {
     loop {
         let Some(alive) = shared.upgrade() else { return };
         let link = Arc::clone(alive.engine.link());
@@ -484,9 +491,9 @@ mod tests {
         time.not_told(7);
         assert_eq!(mood(&time), Mood::Free);
         // Before anything is known of the link, a miss is widened; where bytes count, on credit only.
-        assert!(time.widening(&link) > 0);
+        assert!(time.widening(&link, true) > 0);
         bytes.lock().credit = 0.0;
-        assert_eq!(bytes.widening(&link), 0);
+        assert_eq!(bytes.widening(&link, true), 0);
         // Whoever is this near is asked again.
         drop(link.answered(NEAR / 2, false));
         assert_eq!(mood(&time), Mood::Careful);

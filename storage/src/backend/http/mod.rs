@@ -31,7 +31,7 @@ use crate::{Error, ErrorKind, Result};
 /// byte on. A window that adapts begins with 64 KiB a round trip, and a start is over before it has
 /// grown.
 const HTTP2_STREAM_WINDOW: u32 = 2 << 20;
-/// The same of all answers on a connection: four that give way leave room for a reader's.
+/// The same of all answers on a connection: as many as usually run ahead leave room for a reader's.
 const HTTP2_CONNECTION_WINDOW: u32 = 5 * HTTP2_STREAM_WINDOW;
 
 /// How this program names itself to servers.
