@@ -30,7 +30,7 @@ import threading
 import time
 
 from image import LAYOUTS, Image, backend_flags, nydusd
-from machine import BIN, HERE, LIMIT, MIB, Failed, Late, Memory, cached_pages, directory, forget_pages, overlay, read_all, run
+from machine import BIN, HERE, LIMIT, MIB, Failed, Late, Memory, cached_pages, directory, forget_pages, hash_seconds, overlay, read_all, run
 from registry import guarded_registry, link, registry
 
 RUNS = int(os.environ.get("RUNS", "5"))
@@ -128,7 +128,8 @@ def ours(image, work, between, flags=None, everything=False, traces=None, enviro
             counted = between.counted()
             memory.done.set()
             memory.join()
-        return {"time": elapsed, "mounted": mounted, "memory": memory.most} | counted
+            hashed = hash_seconds(f"{scratch}/api.sock") / elapsed * 100
+        return {"time": elapsed, "mounted": mounted, "memory": memory.most, "hashed": hashed} | counted
 
 
 def second(image, work, between):
@@ -193,17 +194,17 @@ class Table:
 
     def __init__(self):
         self.results = []
-        self.memory_limit = 0
+        self.memory_limit = self.hash_limit = 0
 
     def head(self, text):
-        print(f"\n{text}\n{'':48} {'seconds':>8} {'(min - max)':>15} {'requests':>8} {'MiB':>7} {'MiB mem':>7}", flush=True)
+        print(f"\n{text}\n{'':48} {'seconds':>8} {'(min - max)':>15} {'requests':>8} {'MiB':>7} {'MiB mem':>7} {'hash %':>6}", flush=True)
 
     def row(self, setting, what, measured, bound=None, rival=None, most=None):
         """`bound`: seconds; `rival`: seconds of the parallel pull; `most`: (requests, bytes)."""
         times = sorted(one["time"] for one in measured)
         value = statistics.median(times)
         middle = {
-            key: statistics.median(one[key] for one in measured) for key in ("requests", "down", "memory") if key in measured[0]
+            key: statistics.median(one[key] for one in measured) for key in ("requests", "down", "memory", "hashed") if key in measured[0]
         }
         judged = []
 
@@ -220,10 +221,13 @@ class Table:
                 judge("MiB", most[1] / MIB, middle["down"] / MIB, "{:.1f}")
         if "memory" in middle:
             judge("MiB mem", self.memory_limit / MIB, max(one["memory"] for one in measured) / 1024, "{:.1f}")
+        if "hashed" in middle and not what.startswith("all:"):  # which is no start
+            judge("hash %", self.hash_limit, middle["hashed"], "{}")
         cells = [f"{value:8.2f}", f"({times[0]:.2f} - {times[-1]:.2f})".rjust(15)]
         cells.append(f"{middle['requests']:8.0f}" if "requests" in middle else f"{'':8}")
         cells.append(f"{middle['down'] / MIB:7.1f}" if "down" in middle else f"{'':7}")
         cells.append(f"{middle['memory'] / 1024:7.1f}" if "memory" in middle else f"{'':7}")
+        cells.append(f"{middle['hashed']:6.1f}" if "hashed" in middle else f"{'':6}")
         print(f"{what:48} {' '.join(cells)}  {'; '.join(judged)}", flush=True)
         self.results.append(setting | {"row": what, "runs": measured, "bound": bound, "judged": judged})
         return value
@@ -245,7 +249,7 @@ def bounds(image, local, round_trip, rate):
 
 
 def measure(image, work, host, local, table):
-    table.memory_limit = image.memory_limit
+    table.memory_limit, table.hash_limit = image.memory_limit, image.hash_limit
     for round_trip, rate in LINKS:
         setting = {"image": image.name, "round_trip_ms": round_trip, "rate_mbit": rate}
         log = os.environ.get("LINKLOG")

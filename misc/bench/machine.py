@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import http.client
 import mmap
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -104,6 +106,17 @@ class Memory(threading.Thread):
                 with open(f"/proc/{self.pid}/status", encoding="utf-8") as file:
                     lines = [line.split() for line in file if line.startswith(("RssAnon", "RssShmem"))]
                 self.most = max(self.most, sum(int(words[1]) for words in lines))
+
+
+def hash_seconds(socket_path):
+    """CPU time that the daemon with this API socket has verified chunks for."""
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    with contextlib.closing(connection):
+        connection.sock.connect(socket_path)
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if "cpu_seconds" in line and 'work="verify"' in line)
 
 
 def read_all(root, limit=LIMIT):

@@ -3,7 +3,10 @@
 //!
 //! `cargo bench -p storage --features testing`
 
+use std::fs::File;
 use std::hint::black_box;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -67,6 +70,37 @@ fn benches(c: &mut Criterion) {
     group.throughput(Throughput::Bytes(u64::from(CHUNK)));
     group.bench_function("128 KiB", |b| {
         b.iter(|| assert!(reader.try_read(&[slice(0)], &mut out).expect("a read")));
+    });
+    group.finish();
+    sequential(c, &reader, &extents, dir.path());
+}
+
+/// A read of the whole blob, and of the sparse file that holds it: what the cache adds.
+fn sequential(c: &mut Criterion, reader: &BlobSet, extents: &[ChunkExtent], dir: &Path) {
+    let slice = |extent: &ChunkExtent| ReadSlice { blob: 0, extent: *extent, offset: 0, len: CHUNK };
+    let mut out = vec![0; CHUNK as usize];
+    for extent in extents {
+        reader.read(&[slice(extent)], &mut out).expect("a read");
+    }
+    while !extents.iter().all(|extent| reader.blobs()[0].is_ready(extent)) {
+        std::thread::yield_now();
+    }
+    let file = File::open(dir.join("bench.blob.data")).expect("the data file");
+    let mut group = c.benchmark_group("sequential");
+    group.throughput(Throughput::Bytes(u64::from(CHUNK) * u64::from(CHUNKS)));
+    group.bench_function("through the cache", |b| {
+        b.iter(|| {
+            for extent in extents {
+                assert!(reader.try_read(&[slice(extent)], &mut out).expect("a read"));
+            }
+        });
+    });
+    group.bench_function("the same sparse file", |b| {
+        b.iter(|| {
+            for extent in extents {
+                file.read_exact_at(&mut out, extent.decoded_offset).expect("a read");
+            }
+        });
     });
     group.finish();
 }
