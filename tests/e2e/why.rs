@@ -181,6 +181,8 @@ fn a_mount_that_is_not_lazy_is_called_so() -> Result<()> {
     let file = fs::File::open(again.root().join("all"))?;
     file.read_exact_at(&mut [0; 10], 0)?;
     let text = nydusctl(&again, &["why"])?;
-    ensure!(text.contains("in the cache before it was mounted") && text.contains("No read waited"), "{text}");
+    ensure!(text.contains("in the cache before it was mounted"), "{text}");
+    // A busy disk may be waited for; the network may not.
+    ensure!(text.contains("Fetched 0 B in 0 requests"), "{text}");
     Ok(())
 }
