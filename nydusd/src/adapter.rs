@@ -26,7 +26,7 @@ use crate::node::NodeId;
 use crate::table::MountTable;
 
 /// How long the kernel may believe an answer: nothing changes, so for ever (contract 1.8).
-const FOR_EVER: Duration = Duration::from_secs(1 << 32);
+pub(crate) const FOR_EVER: Duration = Duration::from_secs(1 << 32);
 
 /// `st_blksize`: the page size, so that readers use whole pages.
 const PREFERRED_IO_SIZE: i64 = 4096;
@@ -106,7 +106,11 @@ impl Adapter {
         slices: &mut Vec<ReadSlice>,
     ) -> io::Result<ReadPlan> {
         let (mount, nid) = self.resolve(node)?;
-        let len = mount.rafs().read(nid, offset, size, slices).map_err(refuse)?;
+        let len = mount.rafs().read(nid, offset, size, slices).map_err(|error| {
+            // It counts as a read that failed; looking it up took no time worth noting.
+            mount.metrics().record_read(nid, None, Duration::ZERO);
+            refuse(error)
+        })?;
         mount.tracer().touch(slices);
         Ok(ReadPlan { mount, nid, len })
     }

@@ -76,6 +76,7 @@ pub struct Daemon {
     state: AtomicU8,
     adapter: Arc<Adapter>,
     preheat: Jobs,
+    hot: api::HotConfig,
     fuse: OnceLock<FuseMount>,
     /// Held while mounting and while stopping begins: a mount that nobody would take away
     /// again must not appear. True once stopping has begun.
@@ -92,6 +93,7 @@ impl Daemon {
             state: AtomicU8::new(State::Init as u8),
             adapter: Arc::default(),
             preheat: Jobs::default(),
+            hot: api::HotConfig::default(),
             fuse: OnceLock::new(),
             stopping: Mutex::new(false),
             engine: OnceLock::new(),
@@ -122,6 +124,11 @@ impl Daemon {
     /// What is fetched ahead.
     pub fn preheat(&self) -> &Jobs {
         &self.preheat
+    }
+
+    /// What was changed by the API.
+    pub fn hot(&self) -> &api::HotConfig {
+        &self.hot
     }
 
     /// The engine, once the start has made it.

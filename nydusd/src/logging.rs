@@ -18,6 +18,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Registry, reload};
 
 use crate::cli::{GlobalArgs, LogLevel};
+use crate::metrics::events::Errors;
 
 /// Rotated files that are kept (contract 1.2).
 const KEPT_FILES: usize = 10;
@@ -62,7 +63,7 @@ pub fn init(args: &GlobalArgs) -> anyhow::Result<()> {
         None => {
             let ansi = io::stderr().is_terminal();
             let layer = layer.with_ansi(ansi).event_format(Line).with_writer(io::stderr);
-            Registry::default().with(filter).with(layer).try_init()?;
+            Registry::default().with(filter).with(Errors).with(layer).try_init()?;
         }
         Some(path) => {
             let path = with_extension(path);
@@ -70,7 +71,7 @@ pub fn init(args: &GlobalArgs) -> anyhow::Result<()> {
                 .with_context(|| format!("log file {}", path.display()))?;
             let layer =
                 layer.with_ansi(false).event_format(Line).with_writer(Arc::new(SharedLog(Mutex::new(file))));
-            Registry::default().with(filter).with(layer).try_init()?;
+            Registry::default().with(filter).with(Errors).with(layer).try_init()?;
         }
     }
     Ok(())

@@ -22,8 +22,9 @@ use storage::digest::{Digest, TaggedDigest};
 use storage::engine::{Engine, Handle};
 use storage::extent::ChunkExtent;
 use storage::ids::{BlobId, ChunkIndex};
-use storage::metrics::{BackendMetrics, CacheMetrics};
+use storage::metrics::{BackendMetrics, CacheMetrics, OriginSnapshot};
 use storage::observe::{Fetched, Observer};
+use storage::oci::auth::Credentials;
 use storage::oci::referrers::Subject;
 use storage::prefetch::{Class, Order, Prefetch, PrefetchOptions};
 use storage::read::Reader;
@@ -47,6 +48,8 @@ pub struct Mount {
     /// The same as `reader`, to fetch ahead with; tests have none.
     blobs: Option<Arc<BlobSet>>,
     caches: Vec<Arc<BlobCache>>,
+    /// Where its blobs come from; tests have none.
+    source: Option<Arc<dyn BlobSource>>,
     config: Config,
     /// SHA-256 of the bootstrap.
     bootstrap_digest: Digest,
@@ -176,6 +179,7 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
         reader,
         blobs: Some(blobs),
         caches,
+        source: Some(source),
         metrics: Arc::new(FsMetrics::new(config.files)),
         fetch_metrics,
         recorder,
@@ -319,6 +323,7 @@ impl Mount {
             reader,
             blobs: None,
             caches: Vec::new(),
+            source: None,
             config: Config::localfs_dir(Path::new("/nonexistent")),
             bootstrap_digest: Digest([0; 32]),
             mounted_at: SystemTime::now(),
@@ -407,6 +412,17 @@ impl Mount {
     /// One cache a blob, in the order of the blob table.
     pub fn caches(&self) -> &[Arc<BlobCache>] {
         &self.caches
+    }
+
+    /// Logs in to its source with `credentials` from the next request on. False: logins mean
+    /// nothing there.
+    pub fn set_credentials(&self, credentials: Credentials) -> bool {
+        self.source.as_ref().is_some_and(|source| source.set_credentials(credentials))
+    }
+
+    /// The servers that were spoken to for its blobs, by name.
+    pub fn origins(&self) -> Vec<OriginSnapshot> {
+        self.source.as_ref().map_or_else(Vec::new, |source| OriginSnapshot::merge(source.origins()))
     }
 
     /// What it was configured with.

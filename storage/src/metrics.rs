@@ -114,6 +114,33 @@ pub struct OriginSnapshot {
     pub bytes: u64,
 }
 
+impl OriginSnapshot {
+    /// One for each server, by name: several clients may speak to one.
+    pub fn merge(mut all: Vec<Self>) -> Vec<Self> {
+        all.sort_by(|a, b| a.origin.cmp(&b.origin));
+        all.dedup_by(|next, kept| {
+            let is_same = next.origin == kept.origin;
+            if is_same {
+                kept.add(next);
+            }
+            is_same
+        });
+        all
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.failures += other.failures;
+        self.retries += other.retries;
+        self.hedges += other.hedges;
+        self.hedge_wins += other.hedge_wins;
+        self.breaker_opens += other.breaker_opens;
+        self.breaker_open |= other.breaker_open;
+        self.paused |= other.paused;
+        self.bytes += other.bytes;
+    }
+}
+
 /// What became of reads through one cache.
 #[derive(Debug, Default)]
 pub struct CacheMetrics {
@@ -140,13 +167,15 @@ pub struct CacheMetrics {
     pub prefetch_requests: AtomicU64,
     /// Stored bytes received at prefetch priority.
     pub prefetch_bytes: AtomicU64,
+    /// Chunks that had a request at prefetch priority to themselves.
+    pub prefetch_unmerged: AtomicU64,
     /// CPU time of comparing chunks with their digests, in nanoseconds.
     pub verify_cpu_ns: AtomicU64,
     /// CPU time of decompression, in nanoseconds.
     pub decode_cpu_ns: AtomicU64,
 }
 
-/// [`CacheMetrics`] at one moment. The names of the first five are the API's.
+/// [`CacheMetrics`] at one moment. The names of the first six are the API's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct CacheSnapshot {
     /// Reads, however answered.
@@ -159,6 +188,8 @@ pub struct CacheSnapshot {
     pub prefetch_data_amount: u64,
     /// Requests at prefetch priority.
     pub prefetch_requests_count: u64,
+    /// Chunks that had a request at prefetch priority to themselves.
+    pub prefetch_unmerged_chunks: u64,
     /// Reads that found none of their chunks.
     pub misses: u64,
     /// Reads that failed.
@@ -190,6 +221,7 @@ impl CacheMetrics {
             partial_hits,
             prefetch_data_amount: self.prefetch_bytes.load(Relaxed),
             prefetch_requests_count: self.prefetch_requests.load(Relaxed),
+            prefetch_unmerged_chunks: self.prefetch_unmerged.load(Relaxed),
             misses,
             read_errors: self.read_errors.load(Relaxed),
             fetched_chunks: self.fetched_chunks.load(Relaxed),
@@ -240,6 +272,18 @@ mod tests {
         });
         assert!(busy.load(Relaxed) > 0);
         assert!(idle.load(Relaxed) < busy.load(Relaxed));
+    }
+
+    #[test]
+    fn servers_that_several_clients_speak_to_are_one() {
+        let one = |origin: &str, requests, paused| OriginSnapshot {
+            origin: origin.to_owned(),
+            requests,
+            paused,
+            ..OriginSnapshot::default()
+        };
+        let merged = OriginSnapshot::merge(vec![one("b", 1, false), one("a", 2, false), one("b", 4, true)]);
+        assert_eq!(merged, [one("a", 2, false), one("b", 5, true)]);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 
-use super::routes::Reply;
+use super::counters;
 use crate::daemon::Daemon;
 
 /// Connections at once; more wait.
@@ -90,7 +90,7 @@ fn answer<B>(daemon: &Daemon, request: &Request<B>) -> Response<Full<Bytes>> {
         *response.status_mut() = StatusCode::NOT_FOUND;
         return response;
     }
-    let reply = Reply::metrics(daemon);
+    let reply = counters::exposition(daemon);
     let mut response = Response::new(Full::new(reply.body.unwrap_or_default().into()));
     *response.status_mut() = reply.status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(reply.content_type));

@@ -1,12 +1,24 @@
 //! The HTTP API on a unix socket: the snapshotter's contract.
 //!
-//! [`Server`] moves bytes, [`routes`] decides ([`prefetch`] for its own path), [`types`] are the documents.
+//! ```text
+//!  server.rs      moves bytes within limits; who may connect
+//!  routes.rs      which request gets which answer
+//!  counters.rs hot.rs prefetch.rs superblock.rs     the answers of one family each
+//!  reply.rs query.rs types.rs                       answers and errors, parameters, documents
+//!  exporter.rs    the counters on a TCP address
+//! ```
 
+mod counters;
 mod exporter;
+mod hot;
 mod prefetch;
+mod query;
+mod reply;
 mod routes;
 mod server;
+mod superblock;
 mod types;
 
 pub use exporter::Exporter;
+pub use hot::HotConfig;
 pub use server::Server;

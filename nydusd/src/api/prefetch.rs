@@ -14,7 +14,9 @@ use serde::Deserialize;
 use serde_json::json;
 use storage::prefetch::Class;
 
-use super::routes::{Reply, find_mount, parameter};
+use super::query::parameter;
+use super::reply::Reply;
+use super::routes::find_mount;
 use crate::daemon::Daemon;
 use crate::preheat::{self, Request, Wish, list};
 use crate::trace::Document;
@@ -53,14 +55,14 @@ pub(super) fn answer(daemon: &Daemon, method: &Method, query: &str, body: &[u8])
             false => known(id),
         },
         (&Method::DELETE, None) => refuse(400, "say which: ?id=N"),
-        _ => Reply::error(400, "BadRequest"),
+        _ => Reply::bad_request(),
     }
 }
 
 fn start(daemon: &Daemon, body: &[u8]) -> Reply {
     let body: Body = match serde_json::from_slice(body) {
         Ok(body) => body,
-        Err(e) => return Reply::error(400, &format!("ParseBody(Error(\"{e}\"))")),
+        Err(e) => return Reply::bad_body(&e),
     };
     let Some(mount) = find_mount(daemon, body.mountpoint.as_deref()) else {
         return match &body.mountpoint {

@@ -1,84 +1,98 @@
 //! Which request gets which answer (contract 3.2, 3.3).
 //!
-//! Error messages are the contract's nested names, because clients search for parts of them.
+//! [`ROUTES`] says what may be asked and whether a body belongs to it; [`answer`] has one arm a
+//! path. `misc/openapi.json` describes the same to people and programs, and a test holds the two
+//! together.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use clap::ValueEnum as _;
-use hyper::{Method, StatusCode};
-use serde::Serialize;
+use hyper::Method;
 use serde_json::json;
 
-use super::types::{Backend, BlobCache, Configure, Info};
+use super::query::parameter;
+use super::reply::Reply;
+use super::types::{Backend, Configure, Info};
+use super::{counters, hot, superblock};
 use crate::cli::LogLevel;
 use crate::daemon::{Daemon, State};
-use crate::metrics;
 use crate::mount::Mount;
 use crate::trace::files::Optimize;
 use crate::why;
 
-/// What goes back to the client.
-#[derive(Debug)]
-pub(super) struct Reply {
-    pub status: StatusCode,
-    pub content_type: &'static str,
-    pub body: Option<Vec<u8>>,
+/// The API's own description.
+const OPENAPI: &str = include_str!("../../../misc/openapi.json");
+
+/// Whether a request has a body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Body {
+    /// It has none.
+    None,
+    /// It has one.
+    Some,
+    /// As it likes.
+    Any,
 }
 
-/// What most answers are.
-const JSON: &str = "application/json";
+/// Methods of one path, and whether each takes a body. A body of a GET is ignored.
+type Methods = &'static [(&'static str, Body)];
 
-impl Reply {
-    /// A document.
-    pub fn json(document: &impl Serialize) -> Self {
-        match serde_json::to_vec(document) {
-            Ok(body) => Self { status: StatusCode::OK, content_type: JSON, body: Some(body) },
-            Err(e) => Self::error(500, &format!("Serialize(\"{e}\")")),
-        }
-    }
+const GET: Methods = &[("GET", Body::Any)];
+const PUT: Methods = &[("PUT", Body::None)];
 
-    /// Done, with nothing to say.
-    pub fn empty() -> Self {
-        Self { status: StatusCode::NO_CONTENT, content_type: JSON, body: None }
-    }
+/// Every path. Another method on one of them is a bad request, another path no route.
+const ROUTES: [(&str, Methods); 23] = [
+    ("/metrics", GET),
+    ("/api/v1/openapi", GET),
+    ("/api/v1/why", GET),
+    ("/api/v1/trace", GET),
+    ("/api/v1/trace/push", &[("POST", Body::Any)]),
+    ("/api/v1/prefetch", &[("GET", Body::Any), ("POST", Body::Some), ("DELETE", Body::Any)]),
+    ("/api/v1/daemon", &[("GET", Body::Any), ("PUT", Body::Some)]),
+    ("/api/v2/daemon", &[("GET", Body::Any), ("PUT", Body::Some)]),
+    ("/api/v1/daemon/events", GET),
+    ("/api/v1/daemon/backend", GET),
+    ("/api/v1/daemon/start", PUT),
+    ("/api/v1/daemon/exit", PUT),
+    ("/api/v1/daemon/fuse/sendfd", PUT),
+    ("/api/v1/daemon/fuse/takeover", PUT),
+    ("/api/v1/mount", &[("POST", Body::Some), ("PUT", Body::Some), ("DELETE", Body::None)]),
+    ("/api/v1/config", &[("GET", Body::Any), ("PUT", Body::Some)]),
+    ("/api/v1/metrics", GET),
+    ("/api/v1/metrics/files", GET),
+    ("/api/v1/metrics/pattern", GET),
+    ("/api/v1/metrics/backend", GET),
+    ("/api/v1/metrics/blobcache", GET),
+    ("/api/v1/metrics/inflight", GET),
+    ("/api/v2/blobs", &[("GET", Body::Any), ("PUT", Body::Some), ("DELETE", Body::None)]),
+];
 
-    /// The error document.
-    pub fn error(status: u16, message: &str) -> Self {
-        let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let body = json!({ "code": "UNDEFINED", "message": message }).to_string().into_bytes();
-        Self { status, content_type: JSON, body: Some(body) }
-    }
-
-    /// The counters for a scraper.
-    pub fn metrics(daemon: &Daemon) -> Self {
-        match metrics::expose(daemon) {
-            Ok(text) => Self {
-                status: StatusCode::OK,
-                content_type: metrics::CONTENT_TYPE,
-                body: Some(text.into_bytes()),
-            },
-            Err(e) => Self::error(500, &format!("GlobalMetrics(\"{e}\")")),
-        }
-    }
-
-    /// A part of the contract that this build does not have.
-    fn not_built(wrapper: &str) -> Self {
-        Self::error(501, &format!("{wrapper}(DaemonAbnormal(Unsupported))"))
+/// The answer to a request whose path, method or body the API does not know.
+fn refuse(method: &Method, path: &str, has_body: bool) -> Option<Reply> {
+    let Some((_, methods)) = ROUTES.iter().find(|(known, _)| *known == path) else {
+        return Some(Reply::error(404, "NoRoute"));
+    };
+    let body = methods.iter().find(|(known, _)| *known == method.as_str()).map(|(_, body)| *body);
+    match (body, has_body) {
+        (Some(Body::Any), _) | (Some(Body::Some), true) | (Some(Body::None), false) => None,
+        _ => Some(Reply::bad_request()),
     }
 }
 
-/// Answers one request.
+/// Answers one request. `body` is empty if there is none.
 pub(super) async fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, body: &[u8]) -> Reply {
+    if let Some(refusal) = refuse(method, path, !body.is_empty()) {
+        return refusal;
+    }
     let get = method == Method::GET;
     let put = method == Method::PUT;
-    let delete = method == Method::DELETE;
-    let id = parameter(query, "id");
-    let has = |name| parameter(query, name).is_some();
+    let id = parameter(query, "id").filter(|id| !id.is_empty());
+    let id = id.as_deref();
     match path {
         "/api/v1/daemon" | "/api/v2/daemon" if get => info(daemon, path.starts_with("/api/v1")),
-        "/api/v1/daemon" | "/api/v2/daemon" if put => configure(body),
-        "/api/v1/daemon/start" if put => unexpected("Configure", "Start"),
+        "/api/v1/daemon" | "/api/v2/daemon" => configure(body),
+        "/api/v1/daemon/start" if put => Reply::unexpected("Configure", "Start"),
         "/api/v1/daemon/exit" if put => {
             daemon.exit();
             Reply::empty()
@@ -87,84 +101,59 @@ pub(super) async fn answer(daemon: &Daemon, method: &Method, path: &str, query: 
             State::Init => Reply::error(503, "Upgrade(DaemonAbnormal(NotReady))"),
             _ => Reply::error(500, "Upgrade(DaemonAbnormal(UpgradeManager(\"MissingSupervisorPath\")))"),
         },
-        "/api/v1/daemon/fuse/takeover" if put => unexpected("Upgrade", "Takeover"),
-        "/api/v1/metrics" if get => with_mount(daemon, id.as_deref(), "GlobalMetrics", |mount| {
-            Reply::json(&mount.metrics().snapshot(mount.mountpoint()))
-        }),
-        "/api/v1/metrics/backend" if get => with_mount(daemon, id.as_deref(), "BackendMetrics", |mount| {
-            Reply::json(&mount.backend_metrics().snapshot(mount.config().backend.kind()))
-        }),
-        "/api/v1/metrics/blobcache" if get => {
-            with_mount(daemon, id.as_deref(), "BlobcacheMetrics", |mount| Reply::json(&blob_cache(mount)))
+        "/api/v1/daemon/fuse/takeover" if put => Reply::unexpected("Upgrade", "Takeover"),
+        "/api/v1/mount" => match parameter(query, "mountpoint") {
+            Some(_) => Reply::unsupported("Mount"),
+            None => Reply::bad_query("mountpoint should be specified in query string"),
+        },
+        "/api/v1/daemon/events" => Reply::json(&crate::metrics::events::snapshot()),
+        "/api/v1/daemon/backend" => match parameter(query, "mountpoint") {
+            Some(mountpoint) => superblock::answer(daemon, &mountpoint),
+            None => Reply::bad_query("mountpoint should be specified in query string"),
+        },
+        "/api/v1/config" if get => hot::get(daemon, id),
+        "/api/v1/config" => hot::put(daemon, id, body),
+        "/api/v1/metrics" => counters::global(daemon, id),
+        "/api/v1/metrics/files" => {
+            counters::files(daemon, id, parameter(query, "latest").as_deref() == Some("true"))
         }
-        "/api/v1/metrics/files" if get => with_mount(daemon, id.as_deref(), "FsFilesMetrics", |mount| {
-            files(mount, parameter(query, "latest").as_deref() == Some("true"))
-        }),
-        "/api/v1/metrics/pattern" if get => {
-            with_mount(daemon, id.as_deref(), "Pattern", |mount| match mount.metrics().files() {
-                files if files.options().pattern => Reply::json(&files.pattern()),
-                _ => no_counter("Pattern"),
-            })
-        }
-        "/metrics" if get => Reply::metrics(daemon),
-        "/api/v1/why" if get => with_mount(daemon, id.as_deref(), "Why", |mount| match mount.recorder() {
+        "/api/v1/metrics/pattern" => counters::pattern(daemon, id),
+        "/api/v1/metrics/backend" => counters::backend(daemon, id),
+        "/api/v1/metrics/blobcache" => counters::blob_cache(daemon, id),
+        "/api/v1/metrics/inflight" => counters::inflight(daemon),
+        "/metrics" => counters::exposition(daemon),
+        "/api/v1/openapi" => Reply::json_text(OPENAPI),
+        "/api/v1/why" => with_mount(daemon, id, "Why", |mount| match mount.recorder() {
             Some(recorder) => Reply::json(&why::build(mount, recorder)),
             None => Reply::error(404, "Why(\"nothing is recorded: `why` is false in the configuration\")"),
         }),
-        "/api/v1/trace/push" if method == Method::POST => push_trace(daemon, id.as_deref()).await,
-        "/api/v1/trace" if get => {
+        "/api/v1/trace/push" => push_trace(daemon, id).await,
+        "/api/v1/trace" => {
             let format = parameter(query, "format");
-            with_mount(daemon, id.as_deref(), "Trace", |mount| trace(mount, format.as_deref()))
-        }
-        "/api/v1/metrics/inflight" if get => {
-            let entries = daemon.adapter().inflight().entries();
-            if entries.is_empty() { Reply::empty() } else { Reply::json(&entries) }
+            with_mount(daemon, id, "Trace", |mount| trace(mount, format.as_deref()))
         }
         "/api/v1/prefetch" => super::prefetch::answer(daemon, method, query, body),
-        "/api/v1/daemon/events" if get => Reply::not_built("Events"),
-        "/api/v1/daemon/backend" if get => Reply::not_built("FsBackendInfo"),
-        "/api/v1/mount" if put || method == Method::POST || delete => match parameter(query, "mountpoint") {
-            Some(_) => Reply::not_built("Mount"),
-            None => Reply::error(400, "QueryString(\"mountpoint should be specified in query string\")"),
-        },
-        "/api/v1/config" if get || put => Reply::not_built("Configure"),
-        "/api/v2/blobs" if get => Reply::not_built("GetBlobObjects"),
-        "/api/v2/blobs" if put => Reply::not_built("CreateBlobObject"),
-        // To drop fscache's file of a blob: a FUSE daemon has none, so that is done already.
-        "/api/v2/blobs" if delete && has("blob_id") && !has("domain_id") => Reply::empty(),
-        "/api/v2/blobs" if delete => Reply::not_built("DeleteBlobObject"),
-        known if ROUTES.contains(&known) => Reply::error(400, "BadRequest"),
+        "/api/v2/blobs" => blobs(method, query, body),
+        // What the table knows has an arm above.
         _ => Reply::error(404, "NoRoute"),
     }
 }
 
-/// Every path of the contract, and ours: a wrong method on one of them is a bad request.
-const ROUTES: [&str; 21] = [
-    "/metrics",
-    "/api/v1/why",
-    "/api/v1/daemon",
-    "/api/v2/daemon",
-    "/api/v1/daemon/start",
-    "/api/v1/daemon/exit",
-    "/api/v1/daemon/fuse/sendfd",
-    "/api/v1/daemon/fuse/takeover",
-    "/api/v1/daemon/events",
-    "/api/v1/daemon/backend",
-    "/api/v1/mount",
-    "/api/v1/config",
-    "/api/v1/metrics",
-    "/api/v1/metrics/files",
-    "/api/v1/metrics/pattern",
-    "/api/v1/metrics/backend",
-    "/api/v1/metrics/blobcache",
-    "/api/v1/metrics/inflight",
-    "/api/v1/trace",
-    "/api/v1/trace/push",
-    "/api/v2/blobs",
-];
-
-fn unexpected(wrapper: &str, event: &str) -> Reply {
-    Reply::error(400, &format!("{wrapper}(DaemonAbnormal(UnexpectedEvent(\"{event}\")))"))
+/// Blobs belong to fscache, which this kind of daemon is not; only to drop its file of a blob is
+/// done already.
+fn blobs(method: &Method, query: &str, body: &[u8]) -> Reply {
+    let has = |name| parameter(query, name).is_some();
+    match *method {
+        Method::PUT => match serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(body) {
+            Ok(_) => Reply::unsupported("CreateBlobObject"),
+            Err(e) => Reply::bad_body(&e),
+        },
+        Method::DELETE if has("domain_id") => Reply::unsupported("DeleteBlobObject"),
+        Method::DELETE if has("blob_id") => Reply::empty(),
+        Method::DELETE => Reply::bad_query("domain_id or blob_id should be specified in query string"),
+        _ if has("domain_id") => Reply::unsupported("GetBlobObjects"),
+        _ => Reply::bad_query("domain_id should be specified in query string"),
+    }
 }
 
 fn info(daemon: &Daemon, with_backends: bool) -> Reply {
@@ -196,7 +185,7 @@ fn backend(mount: &Mount) -> Backend {
 /// Pushes the start-up trace: the artifact's digest, null if the registry knew it all.
 async fn push_trace(daemon: &Daemon, id: Option<&str>) -> Reply {
     let (Some(mount), Some(engine)) = (find_mount(daemon, id), daemon.engine()) else {
-        return no_counter("Trace");
+        return Reply::no_counter("Trace");
     };
     match mount.tracer().push(engine.handle()).await {
         Ok(digest) => Reply::json(&json!({ "digest": digest })),
@@ -216,14 +205,14 @@ fn trace(mount: &Mount, format: Option<&str>) -> Reply {
             },
             None => missing(),
         },
-        Some(_) => Reply::error(400, "QueryString(\"format: want trace or optimize\")"),
+        Some(_) => Reply::bad_query("format: want trace or optimize"),
     }
 }
 
 fn configure(body: &[u8]) -> Reply {
     let request: Configure = match serde_json::from_slice(body) {
         Ok(request) => request,
-        Err(e) => return Reply::error(400, &format!("ParseBody(Error(\"{e}\"))")),
+        Err(e) => return Reply::bad_body(&e),
     };
     match LogLevel::from_str(&request.log_level, false) {
         Ok(level) => {
@@ -235,7 +224,7 @@ fn configure(body: &[u8]) -> Reply {
 }
 
 /// Answers for the mount that `id` names, or for the only one.
-fn with_mount(
+pub(super) fn with_mount(
     daemon: &Daemon,
     id: Option<&str>,
     wrapper: &str,
@@ -243,89 +232,21 @@ fn with_mount(
 ) -> Reply {
     match find_mount(daemon, id) {
         Some(mount) => answer(&mount),
-        None => no_counter(wrapper),
+        None => Reply::no_counter(wrapper),
     }
 }
 
-/// No such mount, or it does not count this.
-fn no_counter(wrapper: &str) -> Reply {
-    Reply::error(404, &format!("{wrapper}(Metrics(Stats(NoCounter)))"))
-}
-
-fn files(mount: &Mount, latest: bool) -> Reply {
-    let files = mount.metrics().files();
-    match latest {
-        true if files.options().latest => Reply::json(&files.take_latest()),
-        false if files.options().counters => Reply::json(&files.counters()),
-        _ => no_counter("FsFilesMetrics"),
-    }
-}
-
-/// The mount that `id` names by mountpoint or instance id; without `id` the only one.
+/// The mount that `id` names by mountpoint, else by instance id; without `id` the only one.
 pub(super) fn find_mount(daemon: &Daemon, id: Option<&str>) -> Option<Arc<Mount>> {
     let mounts = daemon.adapter().table().mounts();
     match (id, mounts.as_slice()) {
         (Some(id), mounts) => {
-            mounts.iter().find(|mount| mount.mountpoint() == id || mount.config().id == id).cloned()
+            let by_place = mounts.iter().find(|mount| mount.mountpoint() == id);
+            by_place.or_else(|| mounts.iter().find(|mount| mount.config().id == id)).cloned()
         }
         (None, [only]) => Some(Arc::clone(only)),
         (None, _) => None,
     }
-}
-
-fn blob_cache(mount: &Mount) -> BlobCache {
-    let blobs = mount.rafs().bootstrap().blobs();
-    let (entries_count, chunks_total) = mount.chunk_counts();
-    let ahead = mount.fetch_metrics().ahead();
-    let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-    BlobCache {
-        underlying_files: blobs.iter().map(|blob| format!("{}.blob.data", blob.id)).collect(),
-        store_path: mount.config().work_dir.to_string_lossy().into_owned(),
-        counters: mount.cache_metrics().snapshot(),
-        entries_count,
-        prefetch_workers: mount.orders().len() as u64,
-        prefetch_unmerged_chunks: 0,
-        prefetch_cumulative_time_millis: millis(ahead.busy),
-        prefetch_begin_time_secs: ahead.began.as_secs(),
-        prefetch_begin_time_millis: ahead.began.subsec_millis().into(),
-        prefetch_end_time_secs: ahead.ended.as_secs(),
-        prefetch_end_time_millis: ahead.ended.subsec_millis().into(),
-        buffered_backend_size: mount.buffered(),
-        data_all_ready: mount.is_all_ready(),
-        chunks_total,
-        compressed_bytes_total: blobs.iter().map(|blob| blob.data_size).sum(),
-        fetches: mount.fetch_metrics().snapshot(),
-        memory: metrics::resident_memory().into_iter().collect(),
-    }
-}
-
-/// The decoded value of `name` in a query string; `+` is a space.
-pub(super) fn parameter(query: &str, name: &str) -> Option<String> {
-    query
-        .split('&')
-        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-        .find(|(key, _)| *key == name)
-        .map(|(_, value)| decode(value))
-}
-
-fn decode(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let [first, tail @ ..] = rest {
-        let hex = |b: &u8| char::from(*b).to_digit(16);
-        let byte;
-        (rest, byte) = match (first, tail) {
-            (b'%', [high, low, after @ ..]) if hex(high).zip(hex(low)).is_some() => {
-                let value = hex(high).zip(hex(low)).map_or(0, |(high, low)| high << 4 | low);
-                // Two hex digits make one byte.
-                (after, value as u8)
-            }
-            (b'+', _) => (tail, b' '),
-            (other, _) => (tail, *other),
-        };
-        bytes.push(byte);
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 #[cfg(test)]
@@ -333,22 +254,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn query_values_are_decoded() {
-        for (query, value) in [
-            ("mountpoint=%2Fabc", Some("/abc")),
-            ("a=b&mountpoint=/x+y", Some("/x y")),
-            ("mountpoint=%zz%2", Some("%zz%2")),
-            ("mountpoint", Some("")),
-            ("mountpoints=/a", None),
+    fn what_the_table_does_not_know_is_refused() {
+        for (method, path, has_body, status) in [
+            (Method::GET, "/api/v1/daemon", false, None),
+            (Method::GET, "/api/v1/daemon", true, None),
+            (Method::GET, "/api/v1/daemon/", false, Some(404)),
+            (Method::GET, "/api/v1/Daemon", false, Some(404)),
+            (Method::PUT, "/api/v1/daemon", false, Some(400)),
+            (Method::POST, "/api/v1/daemon", true, Some(400)),
+            (Method::HEAD, "/api/v1/daemon", false, Some(400)),
+            (Method::PUT, "/api/v1/daemon/exit", true, Some(400)),
+            (Method::PUT, "/api/v1/daemon/exit", false, None),
+            (Method::POST, "/api/v1/mount", false, Some(400)),
+            (Method::DELETE, "/api/v1/mount", true, Some(400)),
         ] {
-            assert_eq!(parameter(query, "mountpoint").as_deref(), value, "{query}");
+            let found = refuse(&method, path, has_body).map(|reply| reply.status.as_u16());
+            assert_eq!(found, status, "{method} {path} {has_body}");
         }
-    }
-
-    #[test]
-    fn errors_have_the_contracts_shape() {
-        let reply = Reply::error(404, "NoRoute");
-        assert_eq!(reply.status, 404);
-        assert_eq!(reply.body.unwrap(), br#"{"code":"UNDEFINED","message":"NoRoute"}"#);
     }
 }

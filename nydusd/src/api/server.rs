@@ -1,32 +1,63 @@
 //! HTTP/1.1 over a unix socket.
 //!
 //! An idle connection is never closed: supervisors hold a silent one and take its end for
-//! the daemon's death.
+//! the daemon's death. What a client can make us hold is bounded: connections, the head of a
+//! request, its body, the time its body takes, and large bodies at once. A client that is over a
+//! limit is told so and let go; the others do not notice.
+//!
+//! Who may connect: the socket is this user's (mode 0600), and whoever connects must be this
+//! user or root.
 
 use std::convert::Infallible;
+use std::io::{self, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::Incoming;
+use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
+use hyper::body::{Body as _, Incoming};
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, SERVER};
 use hyper::service::service_fn;
-use hyper::{Request, Response};
+use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use nix::sys::stat::{Mode, umask};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::stat::{Mode, fchmod};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
-use super::routes::{self, Reply};
+use super::reply::{Reply, error_document};
+use super::routes;
 use crate::daemon::Daemon;
 
 /// Largest request body. The contract's largest documents are configurations of 1 MiB in a
 /// JSON string.
 const MAX_BODY: usize = 4 << 20;
+
+/// A body up to this size is taken at any time.
+const SMALL_BODY: usize = 64 << 10;
+
+/// Larger bodies at once; more wait.
+const LARGE_BODIES: usize = 4;
+
+/// Most bytes that a request may have before its body.
+const MAX_HEAD: usize = 64 << 10;
+
+/// How long a client may take to send a body it has announced.
+const BODY_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Connections at once. Each daemon has one silent one; clients open one more at a time.
+const CONNECTIONS: usize = 1024;
+
+/// Connections that are always allowed (contract 3.1), however few descriptors we may have.
+const LEAST_CONNECTIONS: usize = 256;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 1024;
 
 /// How long answers under way may take at the end.
 const CLOSE_LIMIT: Duration = Duration::from_millis(200);
@@ -34,6 +65,8 @@ const CLOSE_LIMIT: Duration = Duration::from_millis(200);
 /// The listening API.
 pub struct Server {
     path: PathBuf,
+    /// Device and inode of the socket file: a successor's at the same path is not ours to remove.
+    file: (u64, u64),
     close: watch::Sender<bool>,
     listener: tokio::task::JoinHandle<()>,
 }
@@ -42,33 +75,58 @@ impl Server {
     /// Replaces a stale socket file, binds and starts to answer. Call in a runtime.
     ///
     /// # Errors
-    /// The socket can not be made.
+    /// The socket can not be made, or a file that is no socket is in its place.
     pub fn bind(path: &Path, daemon: Arc<Daemon>) -> anyhow::Result<Self> {
         let context = || format!("API socket {}", path.display());
-        match std::fs::remove_file(path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e).with_context(context),
-            _ => {}
+        match path.symlink_metadata() {
+            Ok(found) if !found.file_type().is_socket() => {
+                bail!("the API socket {} exists and is no socket; name another path", path.display())
+            }
+            Ok(_) => std::fs::remove_file(path).with_context(context)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e).with_context(context),
         }
-        // Only this user may connect, from the first moment on.
-        let before = umask(Mode::from_bits_truncate(0o177));
-        let bound = UnixListener::bind(path);
-        umask(before);
-        let socket = bound.with_context(context)?;
+        let socket = open_socket(path).with_context(context)?;
+        let made = path.symlink_metadata().with_context(context)?;
         let (close, closing) = watch::channel(false);
         tracing::info!("API on {}", path.display());
         let listener = tokio::spawn(accept(socket, daemon, closing));
-        Ok(Self { path: path.to_owned(), close, listener })
+        Ok(Self { path: path.to_owned(), file: (made.dev(), made.ino()), close, listener })
     }
 
     /// Removes the socket file, lets answers under way go out and closes all connections.
     pub async fn close(self) {
-        if let Err(e) = std::fs::remove_file(&self.path) {
+        let is_ours = |found: &std::fs::Metadata| (found.dev(), found.ino()) == self.file;
+        let removed = match self.path.symlink_metadata() {
+            Ok(found) if is_ours(&found) => std::fs::remove_file(&self.path),
+            Ok(_) => Ok(()),
+            Err(e) => Err(e),
+        };
+        if let Err(e) = removed {
             tracing::warn!("API socket {}: {e}", self.path.display());
         }
         self.close.send_replace(true);
         // Connections that take longer end with the process.
         let _ = tokio::time::timeout(CLOSE_LIMIT, self.listener).await;
     }
+}
+
+/// Listens at `path`, for this user alone from the first moment on: the mode of the descriptor
+/// becomes that of the file. The process's umask is left alone, for other threads make files.
+fn open_socket(path: &Path) -> io::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&socket, Backlog::new(BACKLOG)?)?;
+    UnixListener::from_std(socket.into())
+}
+
+/// How many connections are allowed at once with the descriptors that this process may have.
+fn connection_limit() -> usize {
+    let (soft, _) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+        .unwrap_or((CONNECTIONS as u64, 0));
+    usize::try_from(soft / 4).unwrap_or(CONNECTIONS).clamp(LEAST_CONNECTIONS, CONNECTIONS)
 }
 
 /// Waits until the server closes; a server that is gone is closed.
@@ -79,11 +137,21 @@ async fn told(closing: &mut watch::Receiver<bool>) {
 async fn accept(socket: UnixListener, daemon: Arc<Daemon>, mut closing: watch::Receiver<bool>) {
     let mut connections = JoinSet::new();
     let for_connections = closing.clone();
+    let large = Arc::new(Semaphore::new(LARGE_BODIES));
+    let limit = connection_limit();
     loop {
         tokio::select! {
             accepted = socket.accept() => match accepted {
+                Ok((stream, _)) if !may_connect(&stream) => {
+                    turn_away(stream, "403 Forbidden", "this daemon serves its own user and root");
+                }
+                Ok((stream, _)) if connections.len() >= limit => {
+                    tracing::warn!("API: {limit} connections are open, one more is turned away");
+                    turn_away(stream, "503 Service Unavailable", "too many connections; close some");
+                }
                 Ok((stream, _)) => {
-                    connections.spawn(converse(stream, Arc::clone(&daemon), for_connections.clone()));
+                    let session = Session { daemon: Arc::clone(&daemon), large: Arc::clone(&large) };
+                    connections.spawn(converse(stream, session, for_connections.clone()));
                 }
                 Err(e) => {
                     // Out of descriptors: what is open must close before more can come.
@@ -99,11 +167,45 @@ async fn accept(socket: UnixListener, daemon: Arc<Daemon>, mut closing: watch::R
     while connections.join_next().await.is_some() {}
 }
 
-async fn converse(stream: UnixStream, daemon: Arc<Daemon>, mut closing: watch::Receiver<bool>) {
-    let service = service_fn(move |request| answer(Arc::clone(&daemon), request));
+/// True for root and for the user that this daemon runs as.
+fn may_connect(stream: &UnixStream) -> bool {
+    let allowed = |uid: u32| uid == 0 || uid == nix::unistd::geteuid().as_raw();
+    match stream.peer_cred() {
+        Ok(peer) => allowed(peer.uid()),
+        Err(e) => {
+            tracing::warn!("API: a client without credentials: {e}");
+            false
+        }
+    }
+}
+
+/// Answers whatever the client may ask with an error, and closes.
+fn turn_away(stream: UnixStream, status: &str, why: &str) {
+    let body = error_document(why);
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    // A new connection has room for this much; who does not get it sees the end all the same.
+    if let Ok(mut stream) = stream.into_std() {
+        let _ = stream.write_all(&[head.as_bytes(), &body].concat());
+    }
+}
+
+/// What the requests of a connection need.
+#[derive(Clone)]
+struct Session {
+    daemon: Arc<Daemon>,
+    /// Places of large bodies, over all connections. Nobody closes it.
+    large: Arc<Semaphore>,
+}
+
+async fn converse(stream: UnixStream, session: Session, mut closing: watch::Receiver<bool>) {
+    let service = service_fn(move |request| answer(session.clone(), request));
     let connection = hyper::server::conn::http1::Builder::new()
         .keep_alive(true)
         .header_read_timeout(None)
+        .max_buf_size(MAX_HEAD)
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     tokio::select! {
@@ -114,25 +216,45 @@ async fn converse(stream: UnixStream, daemon: Arc<Daemon>, mut closing: watch::R
     let _ = connection.await;
 }
 
-async fn answer(
-    daemon: Arc<Daemon>,
-    request: Request<Incoming>,
-) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn answer(session: Session, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     let (head, body) = request.into_parts();
-    let reply = match Limited::new(body, MAX_BODY).collect().await {
-        Ok(body) => {
-            let query = head.uri.query().unwrap_or_default();
-            routes::answer(&daemon, &head.method, head.uri.path(), query, &body.to_bytes()).await
+    let announced = body.size_hint();
+    if announced.lower() > MAX_BODY as u64 {
+        return Ok(response(too_large()));
+    }
+    let is_large = announced.upper().is_none_or(|size| size > SMALL_BODY as u64);
+    let received = async {
+        let place = if is_large { session.large.acquire().await.ok() } else { None };
+        match Limited::new(body, MAX_BODY).collect().await {
+            Ok(body) => Ok((body.to_bytes(), place)),
+            Err(e) if e.is::<LengthLimitError>() => Err(too_large()),
+            Err(_) => Err(Reply::bad_request()),
         }
-        Err(_) => Reply::error(400, "BadRequest"),
     };
+    let reply = match tokio::time::timeout(BODY_PATIENCE, received).await {
+        // The place is kept until the answer is made, for so long is the body.
+        Ok(Ok((body, _place))) => {
+            let query = head.uri.query().unwrap_or_default();
+            routes::answer(&session.daemon, &head.method, head.uri.path(), query, &body).await
+        }
+        Ok(Err(reply)) => reply,
+        Err(_) => Reply::error(408, "BadRequest(\"the body did not come in time\")"),
+    };
+    Ok(response(reply))
+}
+
+fn too_large() -> Reply {
+    Reply::error(413, &format!("BadRequest(\"a body has at most {MAX_BODY} bytes\")"))
+}
+
+fn response(reply: Reply) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(reply.body.unwrap_or_default().into()));
     *response.status_mut() = reply.status;
     let headers = response.headers_mut();
     headers.insert(SERVER, HeaderValue::from_static("Nydus API"));
     headers.insert(CONNECTION, HeaderValue::from_static("keep-alive"));
-    if reply.status != hyper::StatusCode::NO_CONTENT {
+    if reply.status != StatusCode::NO_CONTENT {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(reply.content_type));
     }
-    Ok(response)
+    response
 }

@@ -34,6 +34,15 @@ pub(super) struct Configure {
     pub log_level: String,
 }
 
+/// Backend metrics (contract 3.8).
+#[derive(Debug, Serialize)]
+pub(super) struct BackendCounters {
+    #[serde(flatten)]
+    pub counters: storage::metrics::BackendSnapshot,
+    /// Beyond the contract: the servers behind it.
+    pub origins: Vec<storage::metrics::OriginSnapshot>,
+}
+
 /// Blob cache metrics (contract 3.8).
 #[derive(Debug, Serialize)]
 pub(super) struct BlobCache {
@@ -44,8 +53,6 @@ pub(super) struct BlobCache {
     pub entries_count: u64,
     /// Orders of chunks to fetch ahead that are being worked off.
     pub prefetch_workers: u64,
-    /// None: what is fetched ahead is always merged.
-    pub prefetch_unmerged_chunks: u64,
     /// Time in which a request of prefetch was under way.
     pub prefetch_cumulative_time_millis: u64,
     pub prefetch_begin_time_secs: u64,

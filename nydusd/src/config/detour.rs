@@ -82,6 +82,18 @@ impl MirrorConfig {
 }
 
 impl ProxyConfig {
+    /// The proxy at `url` with every default of the contract.
+    pub fn new(url: String) -> Self {
+        Self {
+            url,
+            ping_url: String::new(),
+            fallback: true,
+            check_interval: seconds(None, 5),
+            check_pause_elapsed: seconds(None, 300),
+            use_http: false,
+        }
+    }
+
     /// `None`: no `url` is set; the rest of the block speaks about nothing then.
     pub(super) fn read(
         section: &mut Section,

@@ -3,6 +3,7 @@
 //! ```text
 //!  mod.rs         operations of a mount; requests in flight
 //!  files.rs       the same by file, if configured; first accesses; files read lately
+//!  events.rs      the last errors
 //!  durations.rs   how long things took, by class
 //!  fetches.rs     fetched chunks: who supplied them, where their time went
 //!  prometheus.rs  all of it as text for a scraper
@@ -12,6 +13,7 @@
 //! numbers.
 
 mod durations;
+pub mod events;
 mod fetches;
 mod files;
 mod prometheus;

@@ -10,6 +10,7 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
+use storage::metrics::OriginSnapshot;
 
 use super::fetches::{PHASES, amplification};
 use super::{Durations, FOP_NAMES, READ_LATENCY_US};
@@ -129,6 +130,7 @@ impl Collector for Snapshot {
         let mut writer = Writer { encoder: &mut encoder, mounts: &self.mounts };
         reads(&mut writer)?;
         requests(&mut writer)?;
+        origins(&mut writer)?;
         chunks(&mut writer)?;
         process(&mut encoder, self.inflight)
     }
@@ -227,6 +229,46 @@ fn requests(writer: &mut Writer<'_, '_>) -> fmt::Result {
             sample((&[], amplification(cache.fetched_bytes, cache.asked_bytes)))
         },
     )
+}
+
+/// What was asked of each server of the source. What came back from a server that redirects
+/// counts for the one it redirects to.
+fn origins(writer: &mut Writer<'_, '_>) -> fmt::Result {
+    use MetricType::{Counter, Gauge};
+    type Of = fn(&OriginSnapshot) -> u64;
+    let families: [(Family, MetricType, Of); 8] = [
+        (("origin_requests", "Requests to one server, hedges included"), Counter, |o| o.requests),
+        (
+            ("origin_failures", "Requests that the server did not answer, or answered as a broken one"),
+            Counter,
+            |o| o.failures,
+        ),
+        (("origin_retries", "Requests made to the server again after a failure"), Counter, |o| o.retries),
+        (("origin_hedges", "Second requests sent to the server because the first was late"), Counter, |o| {
+            o.hedges
+        }),
+        (("origin_hedge_wins", "Second requests that were answered first"), Counter, |o| o.hedge_wins),
+        (
+            ("origin_breaker_opens", "Times that the server failed so often that prefetch was held back"),
+            Counter,
+            |o| o.breaker_opens,
+        ),
+        (("origin_received_bytes", "Bytes of bodies received from the server"), Counter, |o| o.bytes),
+        (
+            ("origin_held_back", "1 while the server is spared: it fails, or asked to be left alone"),
+            Gauge,
+            |o| u64::from(o.breaker_open || o.paused),
+        ),
+    ];
+    for (family, kind, of) in families {
+        writer.family(family, kind, |mount, sample| {
+            for origin in mount.origins() {
+                sample((&[("origin", &origin.origin)], of(&origin) as f64))?;
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 /// What became of chunks.

@@ -105,7 +105,7 @@ fn the_api_answers_as_its_clients_expect() {
 
     for (method, path, body, status, text) in [
         ("GET", "/api/v1/metrics?id=/nowhere", "", 404, "GlobalMetrics(Metrics(Stats(NoCounter)))"),
-        ("GET", "/api/v1/metrics/pattern", "", 404, "Pattern(Metrics(Stats(NoCounter)))"),
+        ("GET", "/api/v1/metrics/pattern?id=/nowhere", "", 404, "Pattern(Metrics(Stats(NoCounter)))"),
         ("GET", "/api/v1/nothing", "", 404, "NoRoute"),
         ("POST", "/api/v1/daemon", "", 400, "BadRequest"),
         ("DELETE", "/api/v2/blobs?blob_id=abc", "", 204, ""),

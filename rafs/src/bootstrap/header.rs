@@ -109,6 +109,7 @@ impl Header {
                 block_size: limits::BLOCK_SIZE as u32,
                 inode_count,
                 meta_blkaddr: sb.meta_blkaddr.get(),
+                blob_table: tables.blobs,
                 chunk_table: tables.chunks,
                 prefetch_table: tables.prefetch,
                 has_xattrs: flags.contains(ImageFlags::HAS_XATTR),

@@ -187,6 +187,8 @@ pub struct Summary {
     pub inode_count: u64,
     /// First block of the inode area.
     pub meta_blkaddr: u32,
+    /// Byte offset of the blob table and its number of records.
+    pub blob_table: (u64, u64),
     /// Byte offset of the first chunk-info record and its number of records.
     pub chunk_table: (u64, u64),
     /// Byte offset of the prefetch table and its number of entries.

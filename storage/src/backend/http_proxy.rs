@@ -14,6 +14,7 @@ use super::ranged::{self, Ranged, Segment};
 use super::retry::{Failure, RetryPolicy};
 use super::{Backend, BlobSource, ByteStream, ReadContext, Supplier};
 use crate::ids::{BlobId, ByteRange};
+use crate::metrics::OriginSnapshot;
 use crate::oci::client::{MAX_REDIRECTS, RegistryClient, is_redirect, too_many_redirects};
 use crate::{Error, ErrorKind, Result};
 
@@ -78,6 +79,10 @@ fn refused(why: &str) -> Error {
 impl BlobSource for HttpProxySource {
     fn kind(&self) -> &'static str {
         "http-proxy"
+    }
+
+    fn origins(&self) -> Vec<OriginSnapshot> {
+        self.shared.http.origins().snapshot()
     }
 
     fn blob(&self, id: &BlobId) -> Result<Arc<dyn Backend>> {

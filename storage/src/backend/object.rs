@@ -25,6 +25,7 @@ use super::ranged::{self, Part, Ranged};
 use super::retry::{Failure, RetryPolicy};
 use super::{Backend, BlobSource, ByteStream, ReadContext, Supplier};
 use crate::ids::{BlobId, ByteRange};
+use crate::metrics::OriginSnapshot;
 use crate::oci::auth::Secret;
 use crate::oci::reference::check_host;
 use crate::{Error, ErrorKind, Result};
@@ -205,6 +206,10 @@ fn is_address(endpoint: &str) -> bool {
 impl BlobSource for ObjectStoreSource {
     fn kind(&self) -> &'static str {
         self.shared.kind
+    }
+
+    fn origins(&self) -> Vec<OriginSnapshot> {
+        self.shared.http.origins().snapshot()
     }
 
     fn blob(&self, id: &BlobId) -> Result<Arc<dyn Backend>> {

@@ -82,6 +82,7 @@ impl Request {
         stream: Result<ByteStream>,
     ) -> Vec<Failure> {
         let inner = &self.inner;
+        let is_single = matches!(&works[..], [work] if work.chunks.len() == 1);
         let mut cutter = Cutter {
             request: &self,
             pending: works.into(),
@@ -102,6 +103,7 @@ impl Request {
         if !self.is_demanded() {
             CacheMetrics::tick(&inner.metrics.prefetch_requests);
             inner.metrics.prefetch_bytes.fetch_add(received, Ordering::Relaxed);
+            inner.metrics.prefetch_unmerged.fetch_add(u64::from(is_single), Ordering::Relaxed);
         }
 
         let mut failed = Vec::new();
