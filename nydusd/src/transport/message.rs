@@ -16,6 +16,9 @@ pub(super) const OP_BATCH_FORGET: u32 = 42;
 /// Highest opcode that fuse-backend-rs 0.14 knows (FUSE_REMOVEMAPPING).
 pub(super) const OP_MAX: u32 = 49;
 
+/// FUSE_NOTIFY_RESEND, in the place of an errno.
+const NOTIFY_RESEND: i32 = 7;
+
 /// Head of every request.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -46,6 +49,47 @@ pub(super) struct ReadIn {
 }
 const _: () = assert!(size_of::<ReadIn>() == 40);
 
+/// Body of FUSE_INIT.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct InitIn {
+    pub major: u32,
+    pub minor: u32,
+    pub max_readahead: u32,
+    pub flags: u32,
+}
+const _: () = assert!(size_of::<InitIn>() == 16);
+
+/// What follows [`InitIn`] if its flags say so.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct InitIn2 {
+    pub flags2: u32,
+    pub unused: [u32; 11],
+}
+const _: () = assert!(size_of::<InitIn2>() == 48);
+
+/// Body of the reply to FUSE_INIT.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct InitOut {
+    pub major: u32,
+    pub minor: u32,
+    pub max_readahead: u32,
+    pub flags: u32,
+    pub max_background: u16,
+    pub congestion_threshold: u16,
+    pub max_write: u32,
+    pub time_gran: u32,
+    pub max_pages: u16,
+    pub map_alignment: u16,
+    pub flags2: u32,
+    pub max_stack_depth: u32,
+    pub request_timeout: u16,
+    pub unused: [u16; 11],
+}
+const _: () = assert!(size_of::<InitOut>() == 64);
+
 /// Head of every reply.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -64,6 +108,11 @@ impl OutHeader {
     /// A reply with `len` bytes of data behind the head.
     pub fn data(unique: u64, len: u32) -> Self {
         Self { len: OUT_HEADER_LEN as u32 + len, error: 0, unique }
+    }
+
+    /// Asks the kernel for every request again that was taken and not answered.
+    pub fn resend() -> Self {
+        Self { len: OUT_HEADER_LEN as u32, error: NOTIFY_RESEND, unique: 0 }
     }
 
     /// A refusal.

@@ -1,8 +1,12 @@
 //! Ways to the kernel.
 
 pub mod fusedev;
+mod init;
 mod message;
 mod mounted;
+mod worker;
+
+pub use init::Negotiated;
 
 #[cfg(test)]
 mod tests;

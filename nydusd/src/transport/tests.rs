@@ -10,8 +10,12 @@ use rafs::bootstrap::{Bootstrap, OpenOptions};
 use rafs::fs::{Rafs, RafsOptions};
 use storage::backend::Priority;
 use storage::read::{Completion, ReadSlice, Reader};
+use zerocopy::IntoBytes as _;
 
 use super::fusedev::FuseMount;
+use super::init::{self, Answer};
+use super::message::{self, OutHeader};
+use super::worker::BUFFER_SIZE;
 use crate::adapter::Adapter;
 use crate::mount::Mount;
 
@@ -69,14 +73,8 @@ fn promptly<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
     receiver.recv_timeout(PROMPT).expect("it takes too long")
 }
 
-/// With 64 reads of a source that does not answer on 4 threads, directories, attributes and
-/// cached reads answer at once; then each reader gets its bytes, or EIO, and nobody waits on.
-#[test]
-fn stalled_reads_hold_nobody_up() {
-    if !Path::new("/dev/fuse").exists() || !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: needs root and /dev/fuse");
-        return;
-    }
+/// A small image with its data in the cache, and one file of it: adapter and source.
+fn scene() -> (Arc<Adapter>, Arc<Stalled>) {
     let bytes = std::fs::read(golden("none-4k/image.boot")).unwrap();
     let bootstrap: Arc<dyn Bootstrap> =
         Arc::from(rafs::bootstrap::from_bytes(bytes, &OpenOptions::default()).unwrap());
@@ -85,10 +83,29 @@ fn stalled_reads_hold_nobody_up() {
     let mut slices = Vec::new();
     assert_eq!(rafs.read(small, 0, 4096, &mut slices).unwrap(), 1);
     let source = Arc::new(Stalled { cached_chunk: slices[0].extent.index.0, ..Stalled::default() });
-
     let adapter = Arc::new(Adapter::default());
     let reader: Arc<dyn Reader> = Arc::<Stalled>::clone(&source);
     adapter.table().attach(|place| Mount::for_tests(place, rafs, reader)).unwrap();
+    (adapter, source)
+}
+
+/// False, with a line that says so, where no mount is possible.
+fn can_mount() -> bool {
+    let can = Path::new("/dev/fuse").exists() && nix::unistd::geteuid().is_root();
+    if !can {
+        eprintln!("skipped: needs root and /dev/fuse");
+    }
+    can
+}
+
+/// With 64 reads of a source that does not answer on 4 threads, directories, attributes and
+/// cached reads answer at once; then each reader gets its bytes, or EIO, and nobody waits on.
+#[test]
+fn stalled_reads_hold_nobody_up() {
+    if !can_mount() {
+        return;
+    }
+    let (adapter, source) = scene();
     let dir = tempfile::tempdir().unwrap();
     let fuse = FuseMount::new(dir.path()).unwrap();
     let (ended, ends) = channel();
@@ -152,5 +169,60 @@ fn stalled_reads_hold_nobody_up() {
     }
     for thread in threads {
         thread.join().unwrap();
+    }
+}
+
+/// A daemon dies with a request that it has taken and not answered. Its successor gets the
+/// descriptor and what was agreed, asks for the request again, and the reader notices nothing.
+#[test]
+fn a_successor_answers_what_its_predecessor_has_taken() {
+    if !can_mount() {
+        return;
+    }
+    let (adapter, _) = scene();
+    let dir = tempfile::tempdir().unwrap();
+    let predecessor = FuseMount::new(dir.path()).unwrap();
+    assert_eq!(predecessor.negotiated(), None);
+    let held = predecessor.descriptor().try_clone_to_owned().unwrap();
+
+    // The predecessor's life: FUSE_INIT, answered, then one request that it takes with it.
+    let mut buffer = vec![0; BUFFER_SIZE];
+    let mut take = || {
+        let len = nix::unistd::read(&held, &mut buffer).unwrap();
+        let (header, body) = message::parse(&buffer[..len]).unwrap();
+        (header, body.to_vec())
+    };
+    let (header, body) = take();
+    assert_eq!(header.opcode, message::OP_INIT);
+    let Answer::Agreed(negotiated, out) = init::answer(&adapter, &body).unwrap() else {
+        panic!("this kernel speaks another protocol")
+    };
+    if !negotiated.resends() {
+        eprintln!("skipped: this kernel does not repeat requests");
+        return;
+    }
+    let reply = OutHeader::data(header.unique, size_of_val(&out) as u32);
+    nix::unistd::write(&held, &[reply.as_bytes(), out.as_bytes()].concat()).unwrap();
+    let path = dir.path().join("files/one_byte");
+    let reader = std::thread::spawn(move || std::fs::read(path).unwrap());
+    let (lost, _) = take();
+    assert_ne!(lost.opcode, message::OP_INIT);
+    predecessor.abandon();
+    drop(predecessor);
+
+    // What a supervisor keeps.
+    let kept = serde_json::to_string(&negotiated).unwrap();
+    let negotiated = serde_json::from_str(&kept).unwrap();
+    let successor = FuseMount::inherit(dir.path(), held, negotiated).unwrap();
+    let (threads, ready) = successor.serve(adapter, 2, |result| result.unwrap()).unwrap();
+    ready.recv_timeout(PROMPT).expect("an inherited mount has been initialized");
+    assert_eq!(successor.negotiated(), Some(negotiated));
+    successor.resend().unwrap();
+    assert_eq!(promptly(move || reader.join().unwrap()), b"c");
+
+    successor.unmount().unwrap();
+    drop(successor);
+    for thread in threads {
+        promptly(move || thread.join().unwrap());
     }
 }

@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""fuse.py: what FUSE costs once all data is local, against ext4 holding the same tree.
+
+One tree twice: unpacked on this file system (which should be ext4), and as an image behind nydusd with a full
+cache. Both are measured in turns; medians of RUNS, and the ratio of the medians. Root; an idle machine.
+
+  BIN       directory of the binaries (target/release)
+  RUNS      repetitions (5)
+  IMAGE     image of misc/images/make-images (node)
+  VARIANTS  further daemons beside the default one: `NAME=FLAGS;NAME=FLAGS`, where the first of FLAGS may be the
+            path of another nydusd (none)
+  ROWS      some rows only, by their first word (all)
+  RESULT    file that gets every number as JSON (none)
+  KEEP      directory where tree and image are kept for the next time (none)
+
+Cold: both page caches (the mount's, and that of the cache file and bootstrap beneath) and all cached names and
+attributes are dropped, and the daemon is a new one. Times are divided nydusd / ext4, rates as well: a bound on a
+time is met from below, one on a rate from above. `requests` is how often nydusd was asked (its own counters).
+"""
+
+import contextlib
+import errno
+import http.client
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+from image import LAYOUTS, nydusd
+from machine import BIN, HERE, MIB, Failed, directory, process, read_all, run
+
+RUNS = int(os.environ.get("RUNS", "5"))
+NAME = os.environ.get("IMAGE", "node")
+ROWS = os.environ.get("ROWS", "").split(",") if os.environ.get("ROWS") else None
+VARIANTS = {"nydusd": []}
+for variant in filter(None, os.environ.get("VARIANTS", "").split(";")):
+    label, _, flags = variant.partition("=")
+    VARIANTS[label] = shlex.split(flags)
+
+# Blocks enough for a second or more, each read once.
+SEQUENTIAL_BYTES, RANDOM_BYTES = 192 * MIB, 16 * MIB
+
+
+def drop_caches():
+    """Pages, names and attributes of the whole machine."""
+    os.sync()
+    with open("/proc/sys/vm/drop_caches", "w", encoding="utf-8") as file:
+        file.write("3")
+
+
+def load(*arguments):
+    return json.loads(run(f"{BIN}/fs-load", *map(str, arguments)))
+
+
+class Unix(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path):
+        super().__init__("localhost", timeout=20)
+        self.path = path
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        # The socket appears when the mount has answered.
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                return self.sock.connect(self.path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.001)
+
+
+def requests(api):
+    """FUSE requests that the daemon has counted."""
+    connection = Unix(api)
+    connection.request("GET", "/api/v1/metrics")
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    return sum(answer["fop_hits"]) + sum(answer["fop_errors"])
+
+
+def timed(action):
+    start = time.monotonic()
+    action()
+    return {"seconds": time.monotonic() - start}
+
+
+def find(root):
+    with process(["find", root, "-xdev"], stdout=subprocess.DEVNULL) as child:
+        if child.wait() != 0:
+            raise Failed(f"find {root} ended with {child.returncode}")
+
+
+def rate(*arguments):
+    done = load(*arguments)
+    return {"rate": done["count"] / done["seconds"], "bytes": done["bytes"] / done["seconds"], "errno": done["errno"]}
+
+
+def sequential(jobs):
+    return lambda root: rate("--jobs", jobs, "read", "--block", 128 << 10, "--bytes", SEQUENTIAL_BYTES, root)
+
+
+def random(jobs):
+    return lambda root: rate("--jobs", jobs, "read", "--random", "--block", 4096, "--bytes", RANDOM_BYTES, root)
+
+
+# Row: what is done to a tree; cold or warm; what is compared, its unit and divisor; the bound on the ratio.
+PER_SECOND, SECONDS, THROUGHPUT = ("rate", "1/s", 1), ("seconds", "s", 1), ("bytes", "MiB/s", MIB)
+TABLE = {
+    "tar-warm: whole tree": (lambda root: timed(lambda: read_all(root)), False, SECONDS, 1.3),
+    "tar-cold: whole tree": (lambda root: timed(lambda: read_all(root)), True, SECONDS, 1.0),
+    "find-cold: names of the whole tree": (lambda root: timed(lambda: find(root)), True, SECONDS, 1.0),
+    "stat: once seen, 1 thread": (lambda root: rate("stat", root), False, PER_SECOND, 0.85),
+    "stat-2: once seen, 2 threads": (lambda root: rate("--jobs", 2, "stat", root), False, PER_SECOND, 0.95),
+    "readdir: once seen": (lambda root: rate("readdir", root), False, PER_SECOND, 0.9),
+    "getxattr: no such attribute": (lambda root: rate("getxattr", root), False, PER_SECOND, None),
+    "sequential: cold, 128 KiB, 1 job": (sequential(1), True, THROUGHPUT, 0.8),
+    "sequential-4: cold, 128 KiB, 4 jobs": (sequential(4), True, THROUGHPUT, 0.9),
+    "random: cold, 4 KiB, 1 job": (random(1), True, PER_SECOND, 0.7),
+    "random-4: cold, 4 KiB, 4 jobs": (random(4), True, PER_SECOND, None),
+}
+
+
+def prepare(work):
+    """The unpacked tree, and an image of it: (tree, bootstrap, configuration)."""
+    tree, boot, blobs, cache = f"{work}/bundle/rootfs", f"{work}/boot", f"{work}/blobs", f"{work}/cache"
+    if not os.path.exists(boot):
+        for path in (f"{work}/bundle", blobs, cache):
+            shutil.rmtree(path, ignore_errors=True)
+        os.makedirs(blobs)
+        run("umoci", "unpack", "--image", f"{LAYOUTS}/{NAME}:latest", f"{work}/bundle")
+        run(f"{BIN}/nydus-image", "create", "--compressor", "zstd", "--bootstrap", boot, "--blob-dir", blobs, tree)
+    config = {
+        "version": 2,
+        "backend": {"type": "localfs", "localfs": {"dir": blobs}},
+        "cache": {"type": "filecache", "filecache": {"work_dir": cache}},
+        "rafs": {"mode": "direct"},
+    }
+    with open(f"{work}/config.json", "w", encoding="utf-8") as file:
+        json.dump(config, file)
+    return tree, boot, ["--bootstrap", "{bootstrap}", "--config", f"{work}/config.json", "--trace", "off"]
+
+
+class Tree:
+    """One side of the comparison."""
+
+    def __init__(self, name, root=None, daemon=None):
+        self.name, self.root, self.daemon = name, root, daemon
+
+    @contextlib.contextmanager
+    def ready(self, cold):
+        """Yields (root, how often nydusd was asked so far). The tree was read whole if not `cold`."""
+        if self.root:
+            self.warm(self.root, cold)
+            yield self.root, None
+            return
+        with self.daemon() as (root, api):
+            self.warm(root, cold)
+            yield root, lambda: requests(api)
+
+    @staticmethod
+    def warm(root, cold):
+        if cold:
+            drop_caches()
+        else:
+            read_all(root)
+
+
+def measure(what, action, cold, trees):
+    """Every tree RUNS times, in turns; dictionaries of numbers by tree."""
+    found = {tree.name: [] for tree in trees}
+    for turn in range(RUNS):
+        for tree in trees if turn % 2 == 0 else reversed(trees):
+            with tree.ready(cold) as (root, asked):
+                before = asked() if asked else 0
+                one = action(root)
+                if asked:
+                    one["requests"] = asked() - before
+                found[tree.name].append(one)
+    return found
+
+
+def show(what, found, compared, bound):
+    key, unit, divisor = compared
+    middle = {name: statistics.median(one[key] for one in runs) / divisor for name, runs in found.items()}
+    base = middle.pop("ext4")
+    cells, judged = [f"{base:11.{3 if unit == 's' else 0}f}"], []
+    for name, value in middle.items():
+        ratio = value / base
+        asked = statistics.median(one["requests"] for one in found[name])
+        cells.append(f"{value:11.{3 if unit == 's' else 0}f} {ratio:6.2f} x {asked:9.0f}")
+        if bound and name == "nydusd":
+            met = ratio <= bound if unit == "s" else ratio >= bound
+            judged.append(f"{'ok' if met else 'ABOVE' if unit == 's' else 'BELOW'} {bound} x")
+    if what.startswith("getxattr"):
+        refused = {one["errno"] for one in found["nydusd"]} == {errno.EOPNOTSUPP}
+        judged.append("ok answered by the kernel" if refused and asked <= 1 else "asked every time")
+    print(f"{what:38} {unit:>6} {' '.join(cells)}  {'; '.join(judged)}", flush=True)
+    return {"row": what, "unit": unit, "runs": found, "bound": bound, "judged": judged}
+
+
+def main():
+    if os.geteuid() != 0:
+        raise Failed("mounting needs root")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    run(f"{HERE}/misc/images/make-images", LAYOUTS, NAME)
+    with contextlib.ExitStack() as stack:
+        parent = os.environ.get("TMPDIR", "/var/tmp")
+        work = os.environ.get("KEEP") or stack.enter_context(directory(parent))
+        os.makedirs(work, exist_ok=True)
+        tree, boot, source = prepare(work)
+        image = type("Local", (), {"bootstrap": boot})
+
+        @contextlib.contextmanager
+        def daemon(flags):
+            program = flags[0] if flags and flags[0].startswith("/") else f"{BIN}/nydusd"
+            flags = source + [flag for flag in flags if flag != program]
+            with directory(parent) as scratch, nydusd(scratch, image, None, flags, program=program) as (_, point):
+                yield point, f"{scratch}/api.sock"
+
+        with daemon([]) as (root, _):
+            read_all(root)  # fills the cache
+            entries = sum(len(names) + len(dirs) for _, dirs, names in os.walk(root))
+        kind = run("stat", "-f", "-c", "%T", tree).strip()
+        version = " ".join(run(f"{BIN}/nydusd", "--version").split()[:6])
+        print(f"{NAME}: {entries} entries on {kind}, medians of {RUNS} on {os.cpu_count()} cores; {version}")
+        heads = " ".join(f"{name:>11} {'ratio':>8} {'requests':>9}" for name in VARIANTS)
+        print(f"{'':38} {'':6} {'ext4':>11} {heads}", flush=True)
+        trees = [Tree("ext4", root=tree)]
+        trees += [Tree(name, daemon=lambda flags=flags: daemon(flags)) for name, flags in VARIANTS.items()]
+        results = []
+        for what, (action, cold, compared, bound) in TABLE.items():
+            if ROWS is None or what.partition(":")[0] in ROWS:
+                results.append(show(what, measure(what, action, cold, trees), compared, bound))
+    if os.environ.get("RESULT"):
+        with open(os.environ["RESULT"], "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+
+
+try:
+    main()
+except Failed as failure:
+    sys.exit(f"fuse: {failure}")
