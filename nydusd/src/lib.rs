@@ -29,6 +29,7 @@ pub mod table;
 pub mod trace;
 pub mod transport;
 pub mod version;
+pub mod vfs;
 pub mod why;
 
 #[expect(unsafe_code, reason = "one C struct without a constructor, and the settings of C's allocator")]

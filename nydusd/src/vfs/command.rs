@@ -1,0 +1,162 @@
+//! What to mount, as a client of the API says it and as saved state keeps it.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::{MountError, MountErrorKind};
+use super::path::VfsPath;
+
+/// What a mount shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FsType {
+    /// An image.
+    Rafs,
+    /// A directory of the host.
+    Passthrough,
+}
+
+impl FsType {
+    /// The API's spellings, and no others (contract 3.5).
+    fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "rafs" => Some(Self::Rafs),
+            "passthrough" | "passthroughfs" | "passthrough_fs" => Some(Self::Passthrough),
+            _ => None,
+        }
+    }
+}
+
+/// Body of `POST` and `PUT /api/v1/mount`. Members it does not name are ignored.
+#[derive(Deserialize)]
+pub struct MountRequest {
+    /// Bootstrap file, or directory of the host.
+    pub source: PathBuf,
+    /// `rafs`, or a spelling of pass-through.
+    #[serde(default)]
+    pub fs_type: String,
+    /// The configuration as a document; may be empty for pass-through.
+    pub config: String,
+    /// Absolute paths to fetch ahead, in place of the image's prefetch table.
+    #[serde(default)]
+    pub prefetch_files: Option<Vec<String>>,
+}
+
+impl MountRequest {
+    /// The command for `mountpoint`.
+    ///
+    /// # Errors
+    /// `InvalidArgument`: no such type of file system, or the mountpoint is not an absolute path.
+    pub fn command(self, mountpoint: &str) -> Result<MountCommand, MountError> {
+        let Some(fs_type) = FsType::from_name(&self.fs_type) else {
+            return Err(MountError::new(
+                MountErrorKind::InvalidArgument,
+                format!("invalid argument: fs_type {:?}: want rafs or passthrough_fs", self.fs_type),
+            ));
+        };
+        Ok(MountCommand {
+            mountpoint: VfsPath::parse(mountpoint)?.to_string(),
+            fs_type,
+            source: self.source,
+            config: self.config,
+            prefetch_files: self.prefetch_files,
+        })
+    }
+}
+
+/// One mount to be made, with all that it takes to make it again.
+///
+/// Its configuration may hold logins: it is for saved state, never for logs or answers.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountCommand {
+    /// Absolute path inside the daemon's tree, without `.`, `..` or a slash at its end; `/` for the root.
+    pub mountpoint: String,
+    /// What it is.
+    pub fs_type: FsType,
+    /// Bootstrap file, or directory of the host.
+    pub source: PathBuf,
+    /// The configuration as a document.
+    pub config: String,
+    /// Absolute paths to fetch ahead, in place of the image's prefetch table.
+    #[serde(default)]
+    pub prefetch_files: Option<Vec<String>>,
+}
+
+impl fmt::Debug for MountCommand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MountCommand")
+            .field("mountpoint", &self.mountpoint)
+            .field("fs_type", &self.fs_type)
+            .field("source", &self.source)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One mount in saved state: what it takes to show the kernel the same nodes again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedMount {
+    /// Where it is.
+    pub mountpoint: String,
+    /// How it was made; `None`: by the command line, which the successor has, too.
+    pub command: Option<MountCommand>,
+    /// Its place in every node id.
+    pub index: u32,
+    /// How many mounts had this index before.
+    pub generation: u64,
+    /// SHA-256 of its bootstrap in hex: another one would give the kernel's nodes other meanings.
+    pub bootstrap: String,
+    /// Its cache directory, where `<bootstrap>.boot` is.
+    pub work_dir: PathBuf,
+}
+
+/// The daemon's tree in saved state.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedVfs {
+    /// All mounts.
+    pub mounts: Vec<SavedMount>,
+    /// Indexes from this on were never used. Lower ones that are not among `mounts` may still be
+    /// known to the kernel.
+    pub next_index: u32,
+    /// The daemon's own directories with their inode numbers.
+    pub directories: Vec<(String, u64)>,
+    /// Numbers from this on were never used.
+    pub next_directory: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(body: &str) -> Result<MountRequest, serde_json::Error> {
+        serde_json::from_str(body)
+    }
+
+    #[test]
+    fn bodies_of_clients_are_understood() {
+        // As kata sends it: one member more than anybody knows.
+        let body = r#"{"fs_type":"rafs","source":"/b/image.boot","config":"{}","overlay":"{\"upper_dir\":\"/u\"}"}"#;
+        let command = request(body).unwrap().command("/containers/1//rootfs/").unwrap();
+        assert_eq!(command.mountpoint, "/containers/1/rootfs");
+        assert_eq!((command.fs_type, command.prefetch_files.as_deref()), (FsType::Rafs, None));
+        let body = r#"{"fs_type":"passthrough_fs","source":"/d","config":"","prefetch_files":null}"#;
+        assert_eq!(request(body).unwrap().command("/").unwrap().fs_type, FsType::Passthrough);
+        assert!(request(r#"{"fs_type":"rafs","source":"/b"}"#).is_err(), "`config` is missing");
+        for (fs_type, mountpoint) in [("Rafs", "/a"), ("", "/a"), ("rafs", "a"), ("rafs", "/a/../b"), ("rafs", "")] {
+            let body = format!(r#"{{"fs_type":"{fs_type}","source":"/b","config":""}}"#);
+            let error = request(&body).unwrap().command(mountpoint).unwrap_err();
+            assert_eq!(error.kind(), MountErrorKind::InvalidArgument);
+            assert!(error.to_string().starts_with("invalid argument: "), "{error}");
+        }
+    }
+
+    #[test]
+    fn commands_survive_saving_and_keep_their_secrets() {
+        let body = r#"{"fs_type":"rafs","source":"/b","config":"{\"auth\":\"c2VjcmV0\"}"}"#;
+        let command = request(body).unwrap().command("/a").unwrap();
+        let text = serde_json::to_string(&command).unwrap();
+        assert_eq!(serde_json::from_str::<MountCommand>(&text).unwrap(), command);
+        assert!(!format!("{command:?}").contains("c2VjcmV0"));
+    }
+}
