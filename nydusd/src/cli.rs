@@ -192,7 +192,7 @@ pub struct FuseArgs {
     #[arg(long, value_name = "FILE")]
     pub prefetch_files: Option<PathBuf>,
 
-    /// Where the image appears inside the mount; only `/` today
+    /// Where the image appears inside the mount
     #[arg(short = 'm', long, value_name = "PATH", default_value = "/")]
     pub virtual_mountpoint: String,
 
@@ -401,7 +401,6 @@ impl FuseArgs {
             ("--dedup-db", self.dedup_db.is_some()),
             ("--supervisor", self.global.supervisor.is_some()),
             ("--upgrade", self.global.upgrade),
-            ("--virtual-mountpoint other than /", self.virtual_mountpoint != "/"),
         ];
         match refused.iter().find(|(_, given)| *given) {
             Some((flag, _)) => Err(clap::Error::raw(
@@ -468,7 +467,6 @@ mod tests {
             ("--mountpoint /m --writable", "--writable is not built yet"),
             ("--mountpoint /m -s /d", "--shared-dir is not built yet"),
             ("--mountpoint /m --dedup-db /d", "--dedup-db is not built yet"),
-            ("--mountpoint /m -m /x", "--virtual-mountpoint"),
             ("--mountpoint /m -B /b -s /d", "--shared-dir"),
             ("--mountpoint /m -C /b -D /d", "--localfs-dir"),
             ("--mountpoint /m --log-level loud", "loud"),

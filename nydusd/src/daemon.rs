@@ -21,7 +21,9 @@ use crate::adapter::Adapter;
 use crate::cli::FuseArgs;
 use crate::preheat::jobs::Jobs;
 use crate::transport::fusedev::{FuseMount, usable_mountpoint};
-use crate::{api, image, mount, preheat, trace};
+use crate::vfs::known::Known;
+use crate::vfs::turns::Turns;
+use crate::{api, image};
 
 /// Longest wait for the disk at an orderly end: whoever stops us waits a second in all.
 const FLUSH_LIMIT: Duration = Duration::from_millis(400);
@@ -77,6 +79,10 @@ pub struct Daemon {
     adapter: Arc<Adapter>,
     preheat: Jobs,
     hot: api::HotConfig,
+    /// Images that were validated.
+    known: Known,
+    /// Mountpoints that a command works on.
+    turns: Turns,
     fuse: OnceLock<FuseMount>,
     /// Held while mounting and while stopping begins: a mount that nobody would take away
     /// again must not appear. True once stopping has begun.
@@ -94,6 +100,8 @@ impl Daemon {
             adapter: Arc::default(),
             preheat: Jobs::default(),
             hot: api::HotConfig::default(),
+            known: Known::default(),
+            turns: Turns::default(),
             fuse: OnceLock::new(),
             stopping: Mutex::new(false),
             engine: OnceLock::new(),
@@ -117,7 +125,7 @@ impl Daemon {
     }
 
     /// The mounts and their counters.
-    pub fn adapter(&self) -> &Adapter {
+    pub fn adapter(&self) -> &Arc<Adapter> {
         &self.adapter
     }
 
@@ -129,6 +137,26 @@ impl Daemon {
     /// What was changed by the API.
     pub fn hot(&self) -> &api::HotConfig {
         &self.hot
+    }
+
+    /// Images that were validated.
+    pub(crate) fn known(&self) -> &Known {
+        &self.known
+    }
+
+    /// Mountpoints that a command works on.
+    pub(crate) fn turns(&self) -> &Turns {
+        &self.turns
+    }
+
+    /// The command line.
+    pub(crate) fn args(&self) -> &FuseArgs {
+        &self.args
+    }
+
+    /// The connection to the kernel, once there is one.
+    pub(crate) fn fuse(&self) -> Option<&FuseMount> {
+        self.fuse.get()
     }
 
     /// The engine, once the start has made it.
@@ -148,23 +176,12 @@ impl Daemon {
         check_socket(args.global.apisock.as_deref())?;
         // Before anything is fetched for a mount that can not be.
         usable_mountpoint(&args.mountpoint)?;
-        let mut plan = image::plan(&args.image, args.global.config.as_deref())?;
-        image::apply_fuse_arguments(plan.config_mut(), args)?;
+        let plan = image::plan(&args.image, args.global.config.as_deref())?;
         let engine = Engine::new(EngineConfig::default())?;
         let engine = self.engine.get_or_init(|| engine);
-        let spec = image::resolve(engine, plan)?;
-        for warning in &spec.config.warnings {
-            tracing::warn!("configuration: {warning}");
-        }
-        let mount = mount::open(engine, spec, self.adapter.table())?;
-        engine.spawn(crate::why::log_start(Arc::downgrade(&mount)));
-        let known = mount.fetch_ahead(engine.handle());
-        let hints = preheat::hints(mount.config(), &**mount.rafs().bootstrap());
-        if let Some(request) = hints.filter(|_| !known)
-            && mount.config().trace == trace::Mode::On
-            && let Err(e) = self.preheat.start(engine.handle(), &mount, request)
-        {
-            tracing::warn!("the image's hints are not fetched: {e}");
+        let mount = plan.map(|plan| self.mount_planned(engine, plan)).transpose()?;
+        if let Some(mount) = &mount {
+            self.fetch_hints(engine, mount);
         }
         let fuse = self.mount_unless_stopping()?;
         let ends = self.ends.clone();
@@ -176,16 +193,17 @@ impl Daemon {
             .recv()
             .with_context(|| format!("the new mount {} ended at once", fuse.mountpoint().display()))?;
         self.set_state(State::Running);
-        if let Some(request) = preheat::after_mount(mount.config(), &**mount.rafs().bootstrap())
-            && let Err(e) = self.preheat.start(engine.handle(), &mount, request)
-        {
-            tracing::warn!("nothing is fetched ahead: {e}");
+        match mount {
+            Some(mount) => {
+                self.fetch_configured(engine, &mount);
+                tracing::info!(
+                    "serving bootstrap sha256:{} on {}",
+                    mount.bootstrap_digest(),
+                    fuse.mountpoint().display()
+                );
+            }
+            None => tracing::info!("serving {} for mounts of the API", fuse.mountpoint().display()),
         }
-        tracing::info!(
-            "serving bootstrap sha256:{} on {}",
-            mount.bootstrap_digest(),
-            fuse.mountpoint().display()
-        );
         Ok(())
     }
 

@@ -23,6 +23,7 @@ use storage::oci::token::Login;
 use crate::cli::{FailoverPolicy, FuseArgs, ImageArgs};
 use crate::config::{BackendConfig, Config, Dialect, RegistryConfig, StoreConfig, TransportConfig};
 use crate::mount::MountSpec;
+use crate::vfs::command::MountCommand;
 
 /// Environment variable that replaces the registry's `auth` (contract 1.4).
 const PULL_AUTH: &str = "IMAGE_PULL_AUTH";
@@ -36,21 +37,16 @@ pub enum Plan {
     Named(ImageName, Box<RegistryOptions>, Box<Config>),
 }
 
-/// Reads the configuration and decides what to mount.
+/// Reads the configuration and decides what to mount; `None`: nothing.
 ///
 /// # Errors
-/// Nothing to mount, or a configuration that is refused.
-pub fn plan(args: &ImageArgs, config: Option<&Path>) -> anyhow::Result<Plan> {
+/// The configuration is refused, or there is none.
+pub fn plan(args: &ImageArgs, config: Option<&Path>) -> anyhow::Result<Option<Plan>> {
     if let Some(name) = &args.image {
-        return plan_named(name, args);
+        return plan_named(name, args).map(Some);
     }
     // Without a bootstrap the configuration is not even opened: clients leave unusable ones.
-    let Some(bootstrap) = &args.bootstrap else {
-        bail!(
-            "nothing to mount: give --image, or --bootstrap with --config or --localfs-dir \
-             (mounting through the API is not built yet)"
-        );
-    };
+    let Some(bootstrap) = &args.bootstrap else { return Ok(None) };
     let mut config = match (config, &args.localfs_dir) {
         (Some(path), _) => Config::load(path)?,
         (None, Some(dir)) => Config::localfs_dir(dir),
@@ -58,7 +54,7 @@ pub fn plan(args: &ImageArgs, config: Option<&Path>) -> anyhow::Result<Plan> {
     };
     apply_arguments(&mut config, args);
     apply_pull_auth(&mut config)?;
-    Ok(Plan::Bootstrap(bootstrap.clone(), Box::new(config)))
+    Ok(Some(Plan::Bootstrap(bootstrap.clone(), Box::new(config))))
 }
 
 /// `--image`: everything has a default.
@@ -168,14 +164,47 @@ fn apply_pull_auth(config: &mut Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Turns the plan into what [`crate::mount::open`] needs; fetches what that takes.
+/// What [`crate::mount::open`] needs for the API's command: an image.
+///
+/// # Errors
+/// Its configuration or its list of files is refused.
+pub fn commanded(command: MountCommand) -> anyhow::Result<MountSpec> {
+    let mut config = Config::parse(&command.config).context("the mount's `config`")?;
+    if let Some(files) = &command.prefetch_files {
+        let files = files.iter().map(|path| path.clone().into_bytes()).collect::<Vec<_>>();
+        files.iter().try_for_each(|path| crate::preheat::list::check(path)).context("`prefetch_files`")?;
+        if files.len() > crate::preheat::list::MAX_PATHS {
+            bail!(
+                "`prefetch_files` has more than {} files; name directories instead",
+                crate::preheat::list::MAX_PATHS
+            );
+        }
+        if !config.prefetch.enable {
+            config.warnings.push("prefetch is off, so `prefetch_files` has no effect".to_owned());
+        }
+        config.prefetch_files = Some(files);
+    }
+    Ok(MountSpec {
+        mountpoint: command.mountpoint.clone(),
+        bootstrap: command.source.clone(),
+        command: Some(command),
+        fetched: None,
+        stated_root: None,
+        source: blob_source(&config)?,
+        subject: None,
+        config,
+    })
+}
+
+/// Turns the plan into what [`crate::mount::open`] needs at `mountpoint`; fetches what that takes.
 ///
 /// # Errors
 /// The source refuses or does not have the image.
-pub fn resolve(engine: &Arc<Engine>, plan: Plan) -> anyhow::Result<MountSpec> {
+pub fn resolve(engine: &Arc<Engine>, plan: Plan, mountpoint: String) -> anyhow::Result<MountSpec> {
     match plan {
         Plan::Bootstrap(bootstrap, config) => Ok(MountSpec {
-            mountpoint: "/".to_owned(),
+            mountpoint,
+            command: None,
             bootstrap,
             fetched: None,
             stated_root: None,
@@ -183,7 +212,7 @@ pub fn resolve(engine: &Arc<Engine>, plan: Plan) -> anyhow::Result<MountSpec> {
             subject: None,
             config: *config,
         }),
-        Plan::Named(name, options, config) => fetch(engine, name, *options, *config),
+        Plan::Named(name, options, config) => fetch(engine, name, *options, *config, mountpoint),
     }
 }
 
@@ -194,6 +223,7 @@ fn fetch(
     name: ImageName,
     options: RegistryOptions,
     config: Config,
+    mountpoint: String,
 ) -> anyhow::Result<MountSpec> {
     let work_dir = &config.work_dir;
     let context = || format!("the cache directory {} can not be used", work_dir.display());
@@ -211,7 +241,8 @@ fn fetch(
     let nydus = engine.block_on(NydusImage::fetch(&image, fetch, &context))?;
     tracing::info!("image {} is manifest {}", image.name(), nydus.manifest_digest);
     Ok(MountSpec {
-        mountpoint: "/".to_owned(),
+        mountpoint,
+        command: None,
         bootstrap: nydus.bootstrap,
         fetched: Some(fetched),
         stated_root: nydus.root_digest,

@@ -25,7 +25,6 @@ pub mod metrics;
 pub mod mount;
 pub mod node;
 pub mod preheat;
-pub mod table;
 pub mod trace;
 pub mod transport;
 pub mod version;

@@ -7,6 +7,7 @@
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 
@@ -34,15 +35,21 @@ use crate::echo::Echoes;
 use crate::failures::Failures;
 use crate::metrics::{FetchMetrics, FsMetrics};
 use crate::node::NodeId;
-use crate::table::{MountTable, Place};
 use crate::trace::share::Share;
 use crate::trace::{Trace, Tracer, TracerSpec};
+use crate::vfs::command::{MountCommand, SavedMount};
+use crate::vfs::known::Known;
+use crate::vfs::place::Place;
 use crate::why::Recorder;
 
 /// One mounted image.
 pub struct Mount {
     place: Place,
     mountpoint: String,
+    /// The API's command; `None` for the command line's image.
+    command: Option<MountCommand>,
+    /// It was made from saved state, and nobody has asked for it since.
+    restored: AtomicBool,
     rafs: Arc<Rafs>,
     reader: Arc<dyn Reader>,
     /// The same as `reader`, to fetch ahead with; tests have none.
@@ -81,8 +88,10 @@ impl std::fmt::Debug for Mount {
 /// What is needed to mount an image.
 #[derive(Debug)]
 pub struct MountSpec {
-    /// Where it appears inside the daemon; `/` today.
+    /// Where it appears inside the daemon: a checked absolute path.
     pub mountpoint: String,
+    /// The API's command, if it came by that.
+    pub command: Option<MountCommand>,
     /// Its bootstrap; copied before use.
     pub bootstrap: PathBuf,
     /// Set if `bootstrap` was fetched only for this mount: removed when this value goes.
@@ -97,35 +106,56 @@ pub struct MountSpec {
     pub config: Config,
 }
 
-/// Opens the image and attaches it to `table`.
+/// An image that is ready to be mounted. Its place is not known yet.
+pub struct Opened {
+    spec: MountSpec,
+    rafs: Arc<Rafs>,
+    digest: Digest,
+    blobs: Arc<BlobSet>,
+    caches: Vec<Arc<BlobCache>>,
+    fetch_metrics: Arc<FetchMetrics>,
+    recorder: Option<Arc<Recorder>>,
+    cache_metrics: Arc<CacheMetrics>,
+    backend_metrics: Arc<BackendMetrics>,
+    tracer: Tracer,
+}
+
+/// Opens the image. What this process has validated before, `known`, is not read again.
 ///
 /// # Errors
 /// The bootstrap is unreadable, malformed or not the one demanded; the cache directory can
 /// not be used; a blob context that reads depend on can not be had.
-pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Result<Arc<Mount>> {
-    let MountSpec { mountpoint, bootstrap, fetched, stated_root, source, subject, config } = spec;
+pub fn open(engine: &Engine, mut spec: MountSpec, known: &Known) -> anyhow::Result<Opened> {
+    let fetched = spec.fetched.take();
+    let MountSpec { stated_root, source, subject, config, .. } = &spec;
     let work_dir = &config.work_dir;
     make_cache_dir(work_dir)?;
-    storage::leftovers::sweep(work_dir, storage::leftovers::is_cache_temporary);
-    let (bootstrap, digest) = adopt(&bootstrap, work_dir, config.expect_bootstrap)?;
-    let bootstrap: Arc<dyn Bootstrap> = Arc::from(bootstrap);
+    if known.is_untidied(work_dir) {
+        storage::leftovers::sweep(work_dir, storage::leftovers::is_cache_temporary);
+    }
+    let found = known.find(&spec.bootstrap, work_dir, config.allow_unverified);
+    let (bootstrap, digest) = match &found {
+        Some((rafs, digest)) => {
+            check_digest(*digest, config.expect_bootstrap)?;
+            (Arc::clone(rafs.bootstrap()), *digest)
+        }
+        None => {
+            let (bootstrap, digest) = adopt(&spec.bootstrap, work_dir, config.expect_bootstrap)?;
+            (Arc::from(bootstrap), digest)
+        }
+    };
     drop(fetched);
-    let root = check_root(&*bootstrap, stated_root, config.expect_root)?;
-
+    let root = check_root(&*bootstrap, *stated_root, config.expect_root)?;
     let records = bootstrap.blobs();
     let backends = records.iter().map(|blob| source.blob(&blob.id)).collect::<storage::Result<Vec<_>>>()?;
-    let needed = Rafs::needs_context(&*bootstrap);
-    let contexts = records
-        .iter()
-        .zip(&backends)
-        .zip(needed)
-        .map(|((blob, backend), needed)| match needed {
-            true => load_context(engine, &config, blob, &**backend).map(Some),
-            false => Ok(None),
-        })
-        .collect::<anyhow::Result<Vec<_>>>()?;
-    let options = RafsOptions { allow_unverified: config.allow_unverified };
-    let rafs = Arc::new(Rafs::new(Arc::clone(&bootstrap), contexts, options)?);
+    let rafs = match found {
+        Some((rafs, _)) => rafs,
+        None => {
+            let rafs = Arc::new(join_contexts(engine, config, &bootstrap, &backends)?);
+            known.remember(&rafs, digest, work_dir, config.allow_unverified);
+            rafs
+        }
+    };
     if rafs.is_unverified() {
         tracing::warn!("the image has chunks without digests: their data is served UNVERIFIED");
     }
@@ -156,10 +186,6 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
     }
     let blobs =
         Arc::new(BlobSet::reading_ahead(engine, caches.clone(), config.outage_policy(), config.read_ahead));
-    let reader: Arc<dyn Reader> = Arc::clone(&blobs) as Arc<dyn Reader>;
-
-    let cached_at_mount = caches.iter().map(|cache| u64::from(cache.ready_count())).sum();
-    let failures = Failures::new(Arc::clone(&rafs));
     let tracer = Tracer::open(
         engine,
         TracerSpec {
@@ -169,32 +195,90 @@ pub fn open(engine: &Engine, spec: MountSpec, table: &MountTable) -> anyhow::Res
             bootstrap: digest,
             root,
             rafs: Arc::clone(&rafs),
-            share: subject.map(|subject| Share { subject, push: config.push_trace }),
+            share: subject.clone().map(|subject| Share { subject, push: config.push_trace }),
         },
     );
-    let mount = table.attach(move |place| Mount {
-        place,
-        mountpoint,
+    Ok(Opened {
+        spec,
         rafs,
-        reader,
-        blobs: Some(blobs),
+        digest,
+        blobs,
         caches,
-        source: Some(source),
-        metrics: Arc::new(FsMetrics::new(config.files)),
         fetch_metrics,
         recorder,
-        cached_at_mount,
-        orders: Mutex::default(),
-        config,
-        bootstrap_digest: digest,
-        mounted_at: SystemTime::now(),
         cache_metrics,
         backend_metrics,
-        failures,
-        echoes: Echoes::default(),
         tracer,
-    });
-    mount.context("no mount index is free; unmount an image first")
+    })
+}
+
+impl Opened {
+    /// The mount at `place`. Does no I/O.
+    pub fn at(self, place: Place) -> Mount {
+        let MountSpec { mountpoint, command, source, config, .. } = self.spec;
+        Mount {
+            place,
+            mountpoint,
+            command,
+            restored: AtomicBool::new(false),
+            failures: Failures::new(Arc::clone(&self.rafs)),
+            rafs: self.rafs,
+            reader: Arc::clone(&self.blobs) as Arc<dyn Reader>,
+            blobs: Some(self.blobs),
+            cached_at_mount: self.caches.iter().map(|cache| u64::from(cache.ready_count())).sum(),
+            caches: self.caches,
+            source: Some(source),
+            metrics: Arc::new(FsMetrics::new(config.files)),
+            fetch_metrics: self.fetch_metrics,
+            recorder: self.recorder,
+            orders: Mutex::default(),
+            config,
+            bootstrap_digest: self.digest,
+            mounted_at: SystemTime::now(),
+            cache_metrics: self.cache_metrics,
+            backend_metrics: self.backend_metrics,
+            echoes: Echoes::default(),
+            tracer: self.tracer,
+        }
+    }
+
+    /// SHA-256 of its bootstrap.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+}
+
+/// Fetches the contexts that reads depend on.
+fn join_contexts(
+    engine: &Engine,
+    config: &Config,
+    bootstrap: &Arc<dyn Bootstrap>,
+    backends: &[Arc<dyn Backend>],
+) -> anyhow::Result<Rafs> {
+    let needed = Rafs::needs_context(&**bootstrap);
+    let contexts = bootstrap
+        .blobs()
+        .iter()
+        .zip(backends)
+        .zip(needed)
+        .map(|((blob, backend), needed)| match needed {
+            true => load_context(engine, config, blob, &**backend).map(Some),
+            false => Ok(None),
+        })
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let options = RafsOptions { allow_unverified: config.allow_unverified };
+    Ok(Rafs::new(Arc::clone(bootstrap), contexts, options)?)
+}
+
+/// Compares the digest of a bootstrap that is known with what is demanded.
+fn check_digest(found: Digest, expected: Option<Digest>) -> anyhow::Result<()> {
+    match expected.filter(|expected| *expected != found) {
+        Some(expected) => bail!(
+            "the bootstrap's SHA-256 is {found}, but {expected} is demanded; mount the image that was \
+             meant, or correct `expect_bootstrap`"
+        ),
+        None => Ok(()),
+    }
 }
 
 /// Whoever is told of fetches.
@@ -313,9 +397,22 @@ impl Mount {
     /// A mount for tests: an image with a reader of the test's choosing and no caches.
     #[cfg(test)]
     pub(crate) fn for_tests(place: Place, rafs: Arc<Rafs>, reader: Arc<dyn Reader>) -> Self {
+        Self::for_tests_at("/", place, rafs, reader)
+    }
+
+    /// The same somewhere else.
+    #[cfg(test)]
+    pub(crate) fn for_tests_at(
+        mountpoint: &str,
+        place: Place,
+        rafs: Arc<Rafs>,
+        reader: Arc<dyn Reader>,
+    ) -> Self {
         Self {
             place,
-            mountpoint: "/".to_owned(),
+            mountpoint: mountpoint.to_owned(),
+            command: None,
+            restored: AtomicBool::new(false),
             failures: Failures::new(Arc::clone(&rafs)),
             echoes: Echoes::default(),
             tracer: Tracer::off(Arc::clone(&rafs)),
@@ -507,8 +604,51 @@ impl Mount {
         NodeId::new(self.place.index, nid)
     }
 
-    /// The inode behind a node id of this mount.
-    pub fn nid(&self, node: NodeId) -> Nid {
-        if node == NodeId::ROOT { self.rafs.bootstrap().root() } else { node.nid() }
+    /// The inode number that users see, no other mount's: the nid for the image at `/`.
+    pub fn ino(&self, nid: Nid) -> u64 {
+        match self.mountpoint.as_str() {
+            "/" => nid.0,
+            _ => NodeId::new(self.place.index, nid).map_or(nid.0, |node| node.0),
+        }
+    }
+
+    /// The API's command that made it; `None` for the command line's image.
+    pub fn command(&self) -> Option<&MountCommand> {
+        self.command.as_ref()
+    }
+
+    /// What a successor needs to make it again.
+    pub fn saved(&self) -> SavedMount {
+        SavedMount {
+            mountpoint: self.mountpoint.clone(),
+            command: self.command.clone(),
+            index: self.place.index.0,
+            generation: self.place.generation,
+            bootstrap: self.bootstrap_digest.to_string(),
+            work_dir: self.config.work_dir.clone(),
+        }
+    }
+
+    /// Says that it was made from saved state.
+    pub fn set_restored(&self) {
+        self.restored.store(true, Ordering::Relaxed);
+    }
+
+    /// True once if it was made from saved state by the same command.
+    pub fn repeats(&self, command: &MountCommand) -> bool {
+        let same = self.command.as_ref().is_some_and(|own| own.source == command.source);
+        same && self.restored.swap(false, Ordering::Relaxed)
+    }
+
+    /// Ends what goes on behind the mount: nothing more is fetched ahead or recorded. What was fetched
+    /// becomes durable. Waits for the disk.
+    pub fn finish(&self) {
+        self.orders().iter().for_each(Prefetch::cancel);
+        self.tracer.finish();
+        for cache in &self.caches {
+            if let Err(e) = cache.flush() {
+                tracing::warn!("{}", crate::logging::chain(&e));
+            }
+        }
     }
 }

@@ -22,7 +22,7 @@ pub const MAX_INDEX: u32 = (1 << 24) - 1;
 pub struct MountIndex(pub u32);
 
 /// A node id as it travels in FUSE messages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(pub u64);
 
 impl NodeId {

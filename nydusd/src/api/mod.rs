@@ -3,7 +3,7 @@
 //! ```text
 //!  server.rs      moves bytes within limits; who may connect
 //!  routes.rs      which request gets which answer
-//!  counters.rs hot.rs prefetch.rs superblock.rs     the answers of one family each
+//!  counters.rs hot.rs mounts.rs prefetch.rs superblock.rs     the answers of one family each
 //!  reply.rs query.rs types.rs                       answers and errors, parameters, documents
 //!  exporter.rs    the counters on a TCP address
 //! ```
@@ -11,6 +11,7 @@
 mod counters;
 mod exporter;
 mod hot;
+mod mounts;
 mod prefetch;
 mod query;
 mod reply;

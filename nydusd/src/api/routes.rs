@@ -81,7 +81,13 @@ fn refuse(method: &Method, path: &str, has_body: bool) -> Option<Reply> {
 }
 
 /// Answers one request. `body` is empty if there is none.
-pub(super) async fn answer(daemon: &Daemon, method: &Method, path: &str, query: &str, body: &[u8]) -> Reply {
+pub(super) async fn answer(
+    daemon: &Arc<Daemon>,
+    method: &Method,
+    path: &str,
+    query: &str,
+    body: &[u8],
+) -> Reply {
     if let Some(refusal) = refuse(method, path, !body.is_empty()) {
         return refusal;
     }
@@ -103,7 +109,7 @@ pub(super) async fn answer(daemon: &Daemon, method: &Method, path: &str, query: 
         },
         "/api/v1/daemon/fuse/takeover" if put => Reply::unexpected("Upgrade", "Takeover"),
         "/api/v1/mount" => match parameter(query, "mountpoint") {
-            Some(_) => Reply::unsupported("Mount"),
+            Some(mountpoint) => super::mounts::answer(daemon, method, mountpoint, body).await,
             None => Reply::bad_query("mountpoint should be specified in query string"),
         },
         "/api/v1/daemon/events" => Reply::json(&crate::metrics::events::snapshot()),

@@ -10,12 +10,14 @@ use rafs::fs::Rafs;
 use serde::Serialize;
 use storage::engine::Handle;
 use storage::prefetch::{Class, Prefetch, PrefetchOptions, PrefetchProgress};
+use tokio::sync::Semaphore;
 
 use super::order::{Total, total};
 use super::{Chunks, Request, Wish};
 use crate::mount::Mount;
 
-/// Jobs that run at once. Each holds a few requests open; more of them fetch no faster.
+/// Jobs that run at once. Each holds a few requests open; more of them fetch no faster. As many more
+/// may run that came with mounts.
 pub const MAX_RUNNING: usize = 16;
 
 /// Jobs that ended and can still be asked about.
@@ -28,10 +30,18 @@ const REMEMBERED: Duration = Duration::from_secs(3600);
 const MAX_NAMED: usize = 20;
 
 /// The jobs of one daemon.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Jobs {
     /// Held for look-ups only. Taken before a job's state, never the other way round.
     table: Mutex<Table>,
+    /// Turns of jobs that wait for one.
+    turns: Arc<Semaphore>,
+}
+
+impl Default for Jobs {
+    fn default() -> Self {
+        Self { table: Mutex::default(), turns: Arc::new(Semaphore::new(MAX_RUNNING)) }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -61,23 +71,19 @@ impl Jobs {
     pub fn start(&self, engine: &Handle, mount: &Arc<Mount>, request: Request) -> Result<u64, TooMany> {
         let mut table = self.lock();
         table.forget(Instant::now());
-        if table.jobs.values().filter(|job| job.ended().is_none()).count() >= MAX_RUNNING {
+        let running = table.jobs.values().filter(|job| !job.takes_turns && job.ended().is_none());
+        if running.count() >= MAX_RUNNING {
             return Err(TooMany);
         }
-        table.last_id += 1;
-        let id = table.last_id;
-        let job = Arc::new(Job {
-            id,
-            mountpoint: mount.mountpoint().to_owned(),
-            mount: Arc::downgrade(mount),
-            what: request.what,
-            bandwidth: request.bandwidth,
-            started: Instant::now(),
-            state: Mutex::default(),
-        });
-        table.jobs.insert(id, Arc::clone(&job));
-        engine.spawn(run(job, engine.clone(), request.stages));
-        Ok(id)
+        Ok(table.add(engine, mount, request, None))
+    }
+
+    /// The same for what a new mount asks for: there may be any number of them, and those too many wait
+    /// for their turn.
+    pub fn queue(&self, engine: &Handle, mount: &Arc<Mount>, request: Request) -> u64 {
+        let mut table = self.lock();
+        table.forget(Instant::now());
+        table.add(engine, mount, request, Some(Arc::clone(&self.turns)))
     }
 
     /// How far job `id` is; `None` if there is no such job, or no longer.
@@ -97,6 +103,12 @@ impl Jobs {
         self.lock().jobs.get(&id).map(|job| job.cancel()).is_some()
     }
 
+    /// Ends those of `mount`.
+    pub fn cancel_of(&self, mount: &Arc<Mount>) {
+        let own = |job: &&Arc<Job>| std::ptr::eq(job.mount.as_ptr(), Arc::as_ptr(mount));
+        self.lock().jobs.values().filter(own).for_each(|job| job.cancel());
+    }
+
     /// Ends them all.
     pub fn cancel_all(&self) {
         self.lock().jobs.values().for_each(|job| job.cancel());
@@ -109,6 +121,30 @@ impl Jobs {
 }
 
 impl Table {
+    fn add(
+        &mut self,
+        engine: &Handle,
+        mount: &Arc<Mount>,
+        request: Request,
+        turns: Option<Arc<Semaphore>>,
+    ) -> u64 {
+        self.last_id += 1;
+        let id = self.last_id;
+        let job = Arc::new(Job {
+            id,
+            mountpoint: mount.mountpoint().to_owned(),
+            mount: Arc::downgrade(mount),
+            what: request.what,
+            bandwidth: request.bandwidth,
+            takes_turns: turns.is_some(),
+            started: Instant::now(),
+            state: Mutex::default(),
+        });
+        self.jobs.insert(id, Arc::clone(&job));
+        engine.spawn(run(job, engine.clone(), request.stages, turns));
+        id
+    }
+
     /// Drops jobs that ended long ago, or before many others.
     fn forget(&mut self, now: Instant) {
         let ended: Vec<_> = self.jobs.values().filter_map(|job| Some((job.ended()?, job.id))).collect();
@@ -174,6 +210,7 @@ struct Job {
     mount: Weak<Mount>,
     what: &'static str,
     bandwidth: Option<NonZeroU64>,
+    takes_turns: bool,
     started: Instant,
     /// Held for a few moves; nothing waits or calls out under it but into the orders' handles.
     state: Mutex<JobState>,
@@ -306,8 +343,13 @@ impl Drop for End {
 }
 
 /// The life of a job.
-async fn run(job: Arc<Job>, engine: Handle, stages: Vec<(Class, Wish)>) {
+async fn run(job: Arc<Job>, engine: Handle, stages: Vec<(Class, Wish)>, turns: Option<Arc<Semaphore>>) {
     let end = End(Arc::clone(&job));
+    let _turn = match &turns {
+        // Nobody closes it.
+        Some(turns) => turns.acquire().await.ok(),
+        None => None,
+    };
     let Some(rafs) = job.mount.upgrade().map(|mount| Arc::clone(mount.rafs_shared())) else { return };
     let (finder, image) = (Arc::clone(&job), Arc::clone(&rafs));
     let find = move || -> Vec<(Class, Chunks)> {
@@ -346,7 +388,8 @@ mod tests {
         let state = Mutex::new(JobState { ended, ..JobState::default() });
         let (mountpoint, mount) = ("/".to_owned(), Weak::new());
         let started = Instant::now();
-        (id, Arc::new(Job { id, mountpoint, mount, what: "all", bandwidth: None, started, state }))
+        let (what, bandwidth, takes_turns) = ("all", None, false);
+        (id, Arc::new(Job { id, mountpoint, mount, what, bandwidth, takes_turns, started, state }))
     }
 
     #[test]

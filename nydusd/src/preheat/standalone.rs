@@ -15,7 +15,8 @@ use super::jobs::{Jobs, State};
 use super::show::{Show, TICK, text};
 use super::{Request, Wish};
 use crate::cli::{Part, PrefetchArgs};
-use crate::table::MountTable;
+use crate::vfs::known::Known;
+use crate::vfs::place::Place;
 use crate::{image, mount};
 
 /// Longest wait for the disk after a signal.
@@ -70,14 +71,14 @@ fn control(args: PrefetchArgs) -> anyhow::Result<()> {
 fn fetch(args: &PrefetchArgs, jobs: &Jobs) -> anyhow::Result<()> {
     let part = args.what.part.load()?;
     let what = part.name();
-    let plan = image::plan(&args.image, args.global.config.as_deref())?;
+    let plan = image::plan(&args.image, args.global.config.as_deref())?
+        .context("nothing to fetch: give --image, or --bootstrap with --config or --localfs-dir")?;
     let engine = Engine::new(EngineConfig::default())?;
-    let spec = image::resolve(&engine, plan)?;
+    let spec = image::resolve(&engine, plan, "/".to_owned())?;
     for warning in &spec.config.warnings {
         tracing::warn!("configuration: {warning}");
     }
-    let table = MountTable::default();
-    let mount = mount::open(&engine, spec, &table)?;
+    let mount = Arc::new(mount::open(&engine, spec, &Known::default())?.at(Place::unseen()));
     for cache in mount.caches() {
         if let Err(e) = engine.block_on(cache.keep_context()) {
             tracing::warn!("{}", crate::logging::chain(&e));

@@ -4,6 +4,7 @@ pub mod fusedev;
 mod init;
 mod message;
 mod mounted;
+mod notify;
 mod worker;
 
 pub use init::Negotiated;

@@ -18,6 +18,7 @@ use super::message::{self, OutHeader};
 use super::worker::BUFFER_SIZE;
 use crate::adapter::Adapter;
 use crate::mount::Mount;
+use crate::vfs::path::VfsPath;
 
 /// Longest wait for what must happen at once.
 const PROMPT: Duration = Duration::from_secs(20);
@@ -85,7 +86,8 @@ fn scene() -> (Arc<Adapter>, Arc<Stalled>) {
     let source = Arc::new(Stalled { cached_chunk: slices[0].extent.index.0, ..Stalled::default() });
     let adapter = Arc::new(Adapter::default());
     let reader: Arc<dyn Reader> = Arc::<Stalled>::clone(&source);
-    adapter.table().attach(|place| Mount::for_tests(place, rafs, reader)).unwrap();
+    let root = VfsPath::parse("/").unwrap();
+    adapter.table().attach(&root, |place| Mount::for_tests(place, rafs, reader)).unwrap();
     (adapter, source)
 }
 

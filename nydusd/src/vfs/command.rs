@@ -136,14 +136,17 @@ mod tests {
     #[test]
     fn bodies_of_clients_are_understood() {
         // As kata sends it: one member more than anybody knows.
-        let body = r#"{"fs_type":"rafs","source":"/b/image.boot","config":"{}","overlay":"{\"upper_dir\":\"/u\"}"}"#;
+        let body =
+            r#"{"fs_type":"rafs","source":"/b/image.boot","config":"{}","overlay":"{\"upper_dir\":\"/u\"}"}"#;
         let command = request(body).unwrap().command("/containers/1//rootfs/").unwrap();
         assert_eq!(command.mountpoint, "/containers/1/rootfs");
         assert_eq!((command.fs_type, command.prefetch_files.as_deref()), (FsType::Rafs, None));
         let body = r#"{"fs_type":"passthrough_fs","source":"/d","config":"","prefetch_files":null}"#;
         assert_eq!(request(body).unwrap().command("/").unwrap().fs_type, FsType::Passthrough);
         assert!(request(r#"{"fs_type":"rafs","source":"/b"}"#).is_err(), "`config` is missing");
-        for (fs_type, mountpoint) in [("Rafs", "/a"), ("", "/a"), ("rafs", "a"), ("rafs", "/a/../b"), ("rafs", "")] {
+        for (fs_type, mountpoint) in
+            [("Rafs", "/a"), ("", "/a"), ("rafs", "a"), ("rafs", "/a/../b"), ("rafs", "")]
+        {
             let body = format!(r#"{{"fs_type":"{fs_type}","source":"/b","config":""}}"#);
             let error = request(&body).unwrap().command(mountpoint).unwrap_err();
             assert_eq!(error.kind(), MountErrorKind::InvalidArgument);

@@ -1,6 +1,287 @@
 //! Many images in one daemon.
+//!
+//! ```text
+//!  API, command line ──▶ control ──▶ mount::open ──▶ Vfs::attach ──▶ transport::notify ──▶ kernel
+//!                        (command)     (known)        (tree, place)     (stale)
+//! ```
+//!
+//! - [`command`]: what to mount, as clients say it and as saved state keeps it.
+//! - [`control`]: mount, remount and unmount while the daemon serves.
+//! - [`known`]: images that this process has validated.
+//! - [`tree`]: which image, or which directory of the daemon's own, is where.
+//!
+//! An index is a part of every node id the kernel holds, so it is free again only when its
+//! mount is out of the tree *and* the kernel has forgotten every node of it; then its generation
+//! rises. Until then the mount answers for what is open of it.
 
 pub mod command;
 mod control;
 pub mod error;
+pub mod known;
 pub mod path;
+pub mod place;
+mod restore;
+pub mod stale;
+#[cfg(test)]
+mod tests;
+mod tree;
+pub mod turns;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use rafs::bootstrap::Nid;
+
+use self::path::VfsPath;
+use self::place::Place;
+use self::stale::Stale;
+use self::tree::State;
+use crate::mount::Mount;
+use crate::node::{MountIndex, NodeId};
+
+/// Above all cursors of images' directories, and all inode numbers of images.
+pub(crate) const FIRST_DIRECTORY: u64 = tree::FIRST_DIRECTORY;
+
+/// What a node id stands for.
+#[derive(Clone, Debug)]
+pub enum Node {
+    /// A directory of the daemon's own.
+    Own(u64),
+    /// An inode of an image.
+    Image {
+        /// The image.
+        mount: Arc<Mount>,
+        /// The inode.
+        nid: Nid,
+        /// Our directory at the same place, if it is in the tree and on the way to a mountpoint.
+        own: Option<u64>,
+    },
+}
+
+/// An entry of a directory of ours.
+#[derive(Clone, Debug)]
+pub struct Child {
+    /// Number of our directory.
+    pub number: u64,
+    /// Its name.
+    pub name: String,
+    /// What is shown for it.
+    pub node: Node,
+}
+
+/// One mount in the place of another.
+#[derive(Debug)]
+pub struct Replaced {
+    /// What is mounted now.
+    pub new: Arc<Mount>,
+    /// What was.
+    pub old: Arc<Mount>,
+}
+
+/// Why nothing could be attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachError {
+    /// Something is mounted there.
+    Occupied,
+    /// Nothing is mounted there.
+    Vacant,
+    /// 2^24 indexes are in use.
+    Full,
+}
+
+/// The tree of all mounts.
+#[derive(Debug, Default)]
+pub struct Vfs {
+    /// Written only by attach and detach; readers hold it for a look-up, never while anything is waited
+    /// for. Mounts are dropped without it.
+    state: RwLock<State>,
+    /// One image for good, so that what it lacks may be refused once for all (extended attributes).
+    dedicated: AtomicBool,
+}
+
+impl Vfs {
+    fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the tree at `path`; answers what the kernel must be told, too.
+    fn change<T, E>(
+        &self,
+        path: &VfsPath,
+        change: impl FnOnce(&mut State) -> Result<T, E>,
+    ) -> Result<(T, Vec<Stale>), E> {
+        let names = |state: &State| match path.names().is_empty() {
+            true => state.root_names(),
+            false => BTreeMap::new(),
+        };
+        let mut state = self.write();
+        let over = state.sweep();
+        let before = (state.chain(path), names(&state));
+        let result = change(&mut state);
+        let after = (state.chain(path), names(&state));
+        drop(state);
+        drop(over);
+        let stale = tree::changed(path, (&before.0, &before.1), (&after.0, &after.1));
+        result.map(|result| (result, stale))
+    }
+
+    /// Mounts at `path` what `build` makes for the place it is given, under the lock: it does no I/O.
+    ///
+    /// # Errors
+    /// `Occupied`, `Full`.
+    pub fn attach(
+        &self,
+        path: &VfsPath,
+        build: impl FnOnce(Place) -> Mount,
+    ) -> Result<(Arc<Mount>, Vec<Stale>), AttachError> {
+        self.change(path, |state| {
+            if state.mounted(path).is_some() {
+                return Err(AttachError::Occupied);
+            }
+            let mount = Arc::new(build(state.reserve().ok_or(AttachError::Full)?));
+            let number = state.make(path);
+            state.put(number, Arc::clone(&mount));
+            Ok(mount)
+        })
+    }
+
+    /// The same in place of what is mounted at `path`.
+    ///
+    /// # Errors
+    /// `Vacant`, `Full`.
+    pub fn replace(
+        &self,
+        path: &VfsPath,
+        build: impl FnOnce(Place) -> Mount,
+    ) -> Result<(Replaced, Vec<Stale>), AttachError> {
+        self.change(path, |state| {
+            if state.mounted(path).is_none() {
+                return Err(AttachError::Vacant);
+            }
+            let new = Arc::new(build(state.reserve().ok_or(AttachError::Full)?));
+            let (number, old) = state.take(path).ok_or(AttachError::Vacant)?;
+            state.put(number, Arc::clone(&new));
+            Ok(Replaced { new, old })
+        })
+    }
+
+    /// Takes what is mounted at `path` out of the tree, and directories that lead nowhere then.
+    ///
+    /// # Errors
+    /// `Vacant`.
+    pub fn detach(&self, path: &VfsPath) -> Result<(Arc<Mount>, Vec<Stale>), AttachError> {
+        self.change(path, |state| {
+            let (number, mount) = state.take(path).ok_or(AttachError::Vacant)?;
+            state.prune(number);
+            Ok(mount)
+        })
+    }
+
+    /// What is mounted at `path`.
+    pub fn mounted(&self, path: &VfsPath) -> Option<Arc<Mount>> {
+        let state = self.read();
+        state.mount(state.mounted(path)?).cloned()
+    }
+
+    /// All mounts of the tree, in the order of their indexes.
+    pub fn mounts(&self) -> Vec<Arc<Mount>> {
+        let state = self.read();
+        state.slots.iter().filter(|slot| slot.attached).filter_map(|slot| slot.mount.clone()).collect()
+    }
+
+    /// What `node` stands for; `None` if it is gone.
+    pub fn resolve(&self, node: NodeId) -> Option<Node> {
+        let state = self.read();
+        match node.index() {
+            MountIndex(0) => {
+                let number = node.0;
+                let directory = state.directories.get(&number)?;
+                match directory.shows.filter(|_| node == NodeId::ROOT) {
+                    Some((index, nid)) => {
+                        Some(Node::Image { mount: Arc::clone(state.mount(index)?), nid, own: Some(number) })
+                    }
+                    None => Some(Node::Own(number)),
+                }
+            }
+            index => {
+                let slot = state.slot(index)?;
+                let nid = node.nid();
+                let own = slot.covers.get(&nid).copied();
+                Some(Node::Image { mount: Arc::clone(slot.mount.as_ref()?), nid, own })
+            }
+        }
+    }
+
+    /// What directory `number` shows under `name`, if that is on the way to a mountpoint.
+    pub fn child(&self, number: u64, name: &[u8]) -> Option<Child> {
+        let state = self.read();
+        let name = std::str::from_utf8(name).ok()?;
+        let child = *state.directories.get(&number)?.children.get(name)?;
+        Some(show(&state, child))
+    }
+
+    /// The children of directory `number` behind cursor `after`, which is one's number, in the order of
+    /// their numbers.
+    pub fn children(&self, number: u64, after: u64) -> Vec<Child> {
+        let state = self.read();
+        let Some(directory) = state.directories.get(&number) else { return Vec::new() };
+        let mut numbers: Vec<u64> =
+            directory.children.values().copied().filter(|child| *child > after).collect();
+        numbers.sort_unstable();
+        numbers.into_iter().map(|child| show(&state, child)).collect()
+    }
+
+    /// Where directory `number` is in; the root is in itself. `None` if it is gone.
+    pub fn parent(&self, number: u64) -> Option<Node> {
+        let state = self.read();
+        Some(show(&state, state.directories.get(&number)?.parent).node)
+    }
+
+    /// How many directories of ours are in directory `number`; `None` if it is gone.
+    pub fn count(&self, number: u64) -> Option<usize> {
+        Some(self.read().directories.get(&number)?.children.len())
+    }
+
+    /// The kernel gave back `count` references to `node`.
+    pub fn forget(&self, node: NodeId, count: u64) {
+        let last = {
+            let state = self.read();
+            let Some(slot) = state.slot(node.index()) else { return };
+            slot.lookups.give_back(count);
+            !slot.attached && slot.mount.is_some() && slot.lookups.held() == 0
+        };
+        if last {
+            self.sweep();
+        }
+    }
+
+    /// Drops mounts that are out of the tree and that the kernel has forgotten.
+    pub fn sweep(&self) {
+        let over = self.write().sweep();
+        drop(over);
+    }
+
+    /// Says that one image will be mounted for good.
+    pub fn dedicate(&self) {
+        self.dedicated.store(true, Ordering::Relaxed);
+    }
+
+    /// True if one image is mounted for good.
+    pub fn is_dedicated(&self) -> bool {
+        self.dedicated.load(Ordering::Relaxed)
+    }
+}
+
+/// What is shown for directory `number`, which there is.
+fn show(state: &State, number: u64) -> Child {
+    let directory = &state.directories[&number];
+    let image = directory.shows.and_then(|(index, nid)| {
+        Some(Node::Image { mount: Arc::clone(state.mount(index)?), nid, own: Some(number) })
+    });
+    Child { number, name: directory.name.clone(), node: image.unwrap_or(Node::Own(number)) }
+}

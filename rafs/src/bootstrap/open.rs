@@ -101,6 +101,26 @@ pub fn adopt(source: &Path, work_dir: &Path, expect: Option<Digest>) -> Result<(
     Ok((bootstrap, digest))
 }
 
+/// The SHA-256 of the file `source`, whether or not it is a bootstrap.
+///
+/// # Errors
+/// `Io`, `Invalid`, `Corrupt`: it can not be read, is no regular file, or larger than any bootstrap.
+pub fn digest(source: &Path) -> Result<Digest> {
+    let mut from = open_source(source)?;
+    let mut hasher = DigestAlgorithm::Sha256.hasher();
+    let mut buffer = vec![0; 256 << 10];
+    let mut total = 0;
+    loop {
+        let n = from.read(&mut buffer).map_err(|e| Error::io(format!("read {}", source.display()), e))?;
+        if n == 0 {
+            return Ok(hasher.finish());
+        }
+        total += n as u64;
+        check_size(total).map_err(|e| e.context(source.display()))?;
+        hasher.update(&buffer[..n]);
+    }
+}
+
 fn open_source(path: &Path) -> Result<File> {
     let failed = |e| Error::io(format!("open bootstrap {}", path.display()), e);
     // Without O_NONBLOCK a fifo would hang the caller for ever.

@@ -1,0 +1,186 @@
+//! Images that this process has validated: mounting one again is a matter of its digest.
+//!
+//! A validated bootstrap is mapped from a private copy, so that nobody changes it under us. What is
+//! asked of a file that somebody wants to be mounted is only whether it is the same one: by its numbers
+//! if they tell (nothing can change a file without its change time, unless it was just written), else by
+//! its digest.
+
+use std::collections::{HashSet, VecDeque};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use rafs::fs::Rafs;
+use storage::digest::Digest;
+
+/// Images that are remembered. One costs a few bits per inode and a few bytes per chunk, beside pages
+/// of the file that the system takes back when it needs them.
+const REMEMBERED: usize = 64;
+
+/// How long ago a file must have changed for its numbers to tell: clocks of file systems are coarse.
+const SETTLED: Duration = Duration::from_secs(2);
+
+/// What tells one state of a file from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    changed: (i64, i64),
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    /// `None` if the file was changed a moment ago, or can not be looked at.
+    fn of(path: &Path) -> Option<Self> {
+        let meta = path.metadata().ok().filter(std::fs::Metadata::is_file)?;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        let changed = Duration::from_secs(u64::try_from(meta.ctime()).ok()?);
+        let settled = now.checked_sub(changed).is_some_and(|age| age > SETTLED);
+        settled.then_some(Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+            size: meta.size(),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+        })
+    }
+}
+
+#[derive(Debug)]
+struct Image {
+    digest: Digest,
+    /// Where the copy lies, which a successor needs.
+    work_dir: PathBuf,
+    allow_unverified: bool,
+    /// Files that are this image.
+    stamps: Vec<Stamp>,
+    rafs: Arc<Rafs>,
+}
+
+/// The images, and the cache directories that were tidied.
+#[derive(Debug, Default)]
+pub struct Known {
+    /// The last used first. Held for look-ups only.
+    images: Mutex<VecDeque<Image>>,
+    tidied: Mutex<HashSet<PathBuf>>,
+}
+
+impl Known {
+    /// The image that the file `source` is, if it is known, for mounts with this cache directory. At
+    /// most reads the file.
+    pub fn find(
+        &self,
+        source: &Path,
+        work_dir: &Path,
+        allow_unverified: bool,
+    ) -> Option<(Arc<Rafs>, Digest)> {
+        let fits = |image: &Image| image.work_dir == work_dir && image.allow_unverified == allow_unverified;
+        let stamp = Stamp::of(source);
+        let by_stamp =
+            stamp.and_then(|stamp| self.take(|image| fits(image) && image.stamps.contains(&stamp)));
+        let found = match by_stamp {
+            Some(found) => found,
+            None => {
+                if !self.lock().iter().any(fits) {
+                    return None;
+                }
+                let digest = rafs::bootstrap::digest(source).ok()?;
+                let found = self.take(|image| fits(image) && image.digest == digest)?;
+                // Only if it is still the file that was read.
+                if let Some(stamp) = stamp.filter(|stamp| Stamp::of(source) == Some(*stamp)) {
+                    self.note(digest, work_dir, stamp);
+                }
+                found
+            }
+        };
+        // The copy may have been cleaned away.
+        work_dir.join(format!("{}.boot", found.1)).is_file().then_some(found)
+    }
+
+    /// Remembers an image that was just validated. Which file it is is found out when it is asked for again:
+    /// the one it was read from may have changed since.
+    pub fn remember(&self, rafs: &Arc<Rafs>, digest: Digest, work_dir: &Path, allow_unverified: bool) {
+        let image = Image {
+            digest,
+            work_dir: work_dir.to_owned(),
+            allow_unverified,
+            stamps: Vec::new(),
+            rafs: Arc::clone(rafs),
+        };
+        let mut images = self.lock();
+        images.retain(|known| {
+            known.digest != digest || known.work_dir != work_dir || known.allow_unverified != allow_unverified
+        });
+        images.push_front(image);
+        images.truncate(REMEMBERED);
+    }
+
+    /// True the first time for each cache directory.
+    pub fn is_untidied(&self, work_dir: &Path) -> bool {
+        self.tidied.lock().unwrap_or_else(PoisonError::into_inner).insert(work_dir.to_owned())
+    }
+
+    fn take(&self, is_it: impl Fn(&Image) -> bool) -> Option<(Arc<Rafs>, Digest)> {
+        let mut images = self.lock();
+        let at = images.iter().position(is_it)?;
+        let image = images.remove(at)?;
+        let found = (Arc::clone(&image.rafs), image.digest);
+        images.push_front(image);
+        Some(found)
+    }
+
+    fn note(&self, digest: Digest, work_dir: &Path, stamp: Stamp) {
+        for image in self.lock().iter_mut() {
+            if image.digest == digest && image.work_dir == work_dir && !image.stamps.contains(&stamp) {
+                // Of files that come and go only the last few can be there.
+                image.stamps.truncate(3);
+                image.stamps.insert(0, stamp);
+            }
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Image>> {
+        self.images.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rafs::bootstrap::{Bootstrap, OpenOptions};
+    use rafs::fs::RafsOptions;
+
+    use super::*;
+
+    #[test]
+    fn an_image_is_known_by_its_bytes() {
+        let golden = |name: &str| {
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name).join("image.boot")
+        };
+        let open = |path: &Path| {
+            let bytes = std::fs::read(path).unwrap();
+            let digest = rafs::bootstrap::digest(path).unwrap();
+            let bootstrap: Arc<dyn Bootstrap> =
+                Arc::from(rafs::bootstrap::from_bytes(bytes, &OpenOptions::default()).unwrap());
+            (Arc::new(Rafs::new(bootstrap, Vec::new(), RafsOptions::default()).unwrap()), digest)
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let (source, work_dir) = (dir.path().join("source"), dir.path());
+        std::fs::copy(golden("empty"), &source).unwrap();
+        let known = Known::default();
+        assert!(known.find(&source, work_dir, false).is_none());
+        let (rafs, digest) = open(&source);
+        known.remember(&rafs, digest, work_dir, false);
+        assert!(known.find(&source, work_dir, false).is_none(), "there is no copy");
+        std::fs::copy(&source, work_dir.join(format!("{digest}.boot"))).unwrap();
+        let found = known.find(&source, work_dir, false).unwrap();
+        assert!(Arc::ptr_eq(&found.0, &rafs) && found.1 == digest);
+        assert!(known.find(&source, work_dir, true).is_none(), "other demands");
+        assert!(known.find(&source, Path::new("/elsewhere"), false).is_none());
+        // Another image under the same name.
+        std::fs::copy(golden("none-4k"), &source).unwrap();
+        assert!(known.find(&source, work_dir, false).is_none());
+        assert!(known.is_untidied(work_dir) && !known.is_untidied(work_dir));
+    }
+}

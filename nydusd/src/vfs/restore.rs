@@ -1,0 +1,151 @@
+//! The tree in saved state: the same nodes for a kernel that goes on using them.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail, ensure};
+use storage::engine::Engine;
+
+use super::Vfs;
+use super::command::{SavedMount, SavedVfs};
+use super::path::VfsPath;
+use super::place::Place;
+use super::tree::{FIRST_DIRECTORY, ROOT};
+use crate::daemon::Daemon;
+use crate::image;
+use crate::mount::{self, Mount, MountSpec};
+use crate::node::{MAX_INDEX, MountIndex};
+
+impl Vfs {
+    /// What a successor needs to answer for the same nodes.
+    pub fn save(&self) -> SavedVfs {
+        let state = self.read();
+        let path = |mut number: u64| {
+            let mut names = Vec::new();
+            while number != ROOT {
+                let directory = &state.directories[&number];
+                names.push(directory.name.as_str());
+                number = directory.parent;
+            }
+            names.iter().rev().map(|name| format!("/{name}")).collect::<String>()
+        };
+        let mut directories: Vec<(String, u64)> =
+            state.directories.keys().filter(|number| **number != ROOT).map(|n| (path(*n), *n)).collect();
+        directories.sort_unstable();
+        let attached = state.slots.iter().filter(|slot| slot.attached);
+        SavedVfs {
+            mounts: attached.filter_map(|slot| Some(slot.mount.as_ref()?.saved())).collect(),
+            next_index: u32::try_from(state.slots.len() + 1).unwrap_or(u32::MAX),
+            directories,
+            next_directory: state.next_directory,
+        }
+    }
+
+    /// Takes over the directories of a predecessor, and leaves its indexes to [`Vfs::restore_mount`].
+    ///
+    /// # Errors
+    /// Something is mounted already, or the state is damaged.
+    pub fn restore(&self, saved: &SavedVfs) -> anyhow::Result<()> {
+        let mut state = self.write();
+        ensure!(state.slots.is_empty() && state.directories.len() == 1, "something is mounted already");
+        ensure!(
+            (1..=MAX_INDEX + 1).contains(&saved.next_index),
+            "damaged state: the next mount index is {}",
+            saved.next_index
+        );
+        // The kernel may hold nodes of any index that was ever used.
+        state.reserve_past(saved.next_index);
+        let mut numbers = HashMap::from([(String::new(), ROOT)]);
+        let mut directories: Vec<_> = saved.directories.iter().collect();
+        directories.sort_unstable_by_key(|(path, _)| path.matches('/').count());
+        for (path, number) in directories {
+            let checked = VfsPath::parse(path).map_err(anyhow::Error::from)?;
+            let context = || format!("damaged state: the directory {path}");
+            let (name, _) = checked.names().split_last().with_context(context)?;
+            let parent = &path[..path.len() - name.len() - 1];
+            let parent = *numbers.get(parent).with_context(context)?;
+            let range = FIRST_DIRECTORY..saved.next_directory;
+            ensure!(range.contains(number) && !numbers.values().any(|n| n == number), context());
+            state.add(*number, parent, name);
+            numbers.insert(path.clone(), *number);
+        }
+        state.next_directory = saved.next_directory.max(FIRST_DIRECTORY);
+        Ok(())
+    }
+
+    /// Mounts what `build` makes at the place that it had. Call after [`Vfs::restore`].
+    ///
+    /// # Errors
+    /// The state is damaged.
+    pub fn restore_mount(
+        &self,
+        saved: &SavedMount,
+        build: impl FnOnce(Place) -> Mount,
+    ) -> anyhow::Result<Arc<Mount>> {
+        let path = VfsPath::parse(&saved.mountpoint)?;
+        let mut state = self.write();
+        let index = MountIndex(saved.index);
+        let free = state.slot(index).is_some_and(|slot| slot.mount.is_none());
+        if !free || state.mounted(&path).is_some() {
+            bail!("damaged state: mount {} at {path}", saved.index);
+        }
+        let Some(slot) = state.slot_mut(index) else { bail!("damaged state: mount index {}", saved.index) };
+        slot.generation = saved.generation;
+        let place = Place { index, generation: saved.generation, lookups: Arc::clone(&slot.lookups) };
+        let mount = Arc::new(build(place));
+        mount.set_restored();
+        let number = state.make(&path);
+        state.put(number, Arc::clone(&mount));
+        Ok(mount)
+    }
+}
+
+impl Daemon {
+    /// Mounts everything of a predecessor's state, each image as it was then. Nothing is told to the
+    /// kernel, for which nothing has changed.
+    ///
+    /// # Errors
+    /// The state is damaged, or an image is gone or changed.
+    pub fn restore_mounts(&self, engine: &Arc<Engine>, saved: &SavedVfs) -> anyhow::Result<()> {
+        self.adapter().table().restore(saved)?;
+        for one in &saved.mounts {
+            let context = || format!("restore the mount at {}", one.mountpoint);
+            let spec = self.saved_spec(engine, one).with_context(context)?;
+            let opened = mount::open(engine, spec, self.known()).with_context(context)?;
+            let mount = self.adapter().table().restore_mount(one, |place| opened.at(place))?;
+            if one.command.is_none() && one.mountpoint == "/" {
+                self.adapter().table().dedicate();
+            }
+            self.fetch_hints(engine, &mount);
+            self.fetch_configured(engine, &mount);
+        }
+        Ok(())
+    }
+
+    fn saved_spec(&self, engine: &Arc<Engine>, saved: &SavedMount) -> anyhow::Result<MountSpec> {
+        let mut spec = match &saved.command {
+            Some(command) => image::commanded(command.clone())?,
+            None => {
+                let args = self.args();
+                let mut plan = image::plan(&args.image, args.global.config.as_deref())?
+                    .context("it came by a command line that had --image or --bootstrap")?;
+                image::apply_fuse_arguments(plan.config_mut(), args)?;
+                image::resolve(engine, plan, saved.mountpoint.clone())?
+            }
+        };
+        // Whatever lies under the image's name now: the kernel knows nodes of this one.
+        spec.config.expect_bootstrap =
+            Some(crate::cli::parse_sha256(&saved.bootstrap).map_err(anyhow::Error::msg)?);
+        let copy = copy_of(&saved.work_dir, &saved.bootstrap);
+        if copy.is_file() {
+            spec.bootstrap = copy;
+        }
+        Ok(spec)
+    }
+}
+
+/// Where the bootstrap of a mount was copied to.
+fn copy_of(work_dir: &Path, digest: &str) -> std::path::PathBuf {
+    work_dir.join(format!("{}.boot", digest.trim_start_matches("sha256:")))
+}

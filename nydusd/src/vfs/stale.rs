@@ -1,0 +1,17 @@
+//! What the kernel must not believe any longer.
+
+use crate::node::NodeId;
+
+/// One thing that the kernel may have cached and that has changed.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stale {
+    /// The name in this directory, that it is there or that it is not, and all below it.
+    Entry {
+        /// The directory.
+        parent: NodeId,
+        /// The name.
+        name: Vec<u8>,
+    },
+    /// Attributes and listing of this directory.
+    Node(NodeId),
+}
