@@ -13,6 +13,7 @@ mod kernel;
 mod kills;
 mod lazy;
 mod lifetime;
+mod mounts;
 mod outages;
 mod preheat;
 mod registries;

@@ -46,6 +46,11 @@ impl DaemonOptions {
             .flag("--config", config)
     }
 
+    /// Serves nothing until the API says what to mount.
+    pub fn empty() -> Self {
+        Self { arguments: Vec::new(), environment: Vec::new() }
+    }
+
     /// The same with one more flag and its value.
     pub fn flag(mut self, name: &str, value: impl Into<OsString>) -> Self {
         self.arguments.extend([name.into(), value.into()]);
