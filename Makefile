@@ -10,6 +10,7 @@ PREFIX ?= /usr/local
 TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
 FUZZ_SECONDS ?= 60
 SOAK_KILLS ?= 500
+SOAK_MOUNTS ?= 1000
 export CARGO_TARGET_DIR := $(TARGET)
 
 help: ## This list
@@ -46,11 +47,11 @@ doc: ## rustdoc of the workspace; a warning is an error
 fuzz: ## Every fuzz target for FUZZ_SECONDS (60) each; installs cargo-fuzz if missing
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) misc/fuzz.sh
 
-soak: setup ## The long runs: SOAK_KILLS (500) kills under readers, and the corpus images end to end
+soak: setup ## The long runs: SOAK_KILLS (500) kills under readers, SOAK_MOUNTS (1000) live mounts, the corpus images
 	@cargo build --workspace --profile fast --bins --tests
 	@misc/images/make-images misc/.cache/images debian python node
-	@NYDUS_TEST_KILLS=$(SOAK_KILLS) NYDUS_TEST_CORPUS=$(CURDIR)/misc/.cache/images \
-		cargo test --workspace --profile fast --test e2e -- --nocapture corpus kills
+	@NYDUS_TEST_KILLS=$(SOAK_KILLS) NYDUS_TEST_MOUNTS=$(SOAK_MOUNTS) NYDUS_TEST_CORPUS=$(CURDIR)/misc/.cache/images \
+		cargo test --workspace --profile fast --test e2e -- --nocapture corpus kills mounts::
 
 install: build ## Build, then copy the binaries to $(DESTDIR)$(PREFIX)/bin
 	@install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(TARGET)/release/{nydusd,nydusctl,nydus-image}
