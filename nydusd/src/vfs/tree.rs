@@ -169,6 +169,7 @@ impl State {
             }
             number = parent;
         }
+        self.rebuild();
     }
 
     /// A free index, and its slot ready for a mount; `None` if all are taken.
@@ -212,15 +213,13 @@ impl State {
     }
 
     /// Takes out of the tree what is mounted at `path`: its directory and the mount, which answers for
-    /// its nodes until the kernel has forgotten them.
+    /// its nodes until the kernel has forgotten them. [`State::put`] or [`State::prune`] comes next.
     pub fn take(&mut self, path: &VfsPath) -> Option<(u64, Arc<Mount>)> {
         let number = self.find(path)?;
         let index = self.directories.get_mut(&number)?.mount.take()?;
         let slot = self.slot_mut(index)?;
         slot.attached = false;
-        let mount = slot.mount.clone()?;
-        self.rebuild();
-        Some((number, mount))
+        Some((number, slot.mount.clone()?))
     }
 
     /// Takes what is over; to be dropped without the lock.
