@@ -164,12 +164,14 @@ fn apply_pull_auth(config: &mut Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What [`crate::mount::open`] needs for the API's command: an image.
+/// What [`crate::mount::open`] needs for the API's command: an image. `amend` has the last word on its
+/// configuration.
 ///
 /// # Errors
 /// Its configuration or its list of files is refused.
-pub fn commanded(command: MountCommand) -> anyhow::Result<MountSpec> {
+pub fn commanded(command: MountCommand, amend: impl FnOnce(&mut Config)) -> anyhow::Result<MountSpec> {
     let mut config = Config::parse(&command.config).context("the mount's `config`")?;
+    amend(&mut config);
     if let Some(files) = &command.prefetch_files {
         let files = files.iter().map(|path| path.clone().into_bytes()).collect::<Vec<_>>();
         files.iter().try_for_each(|path| crate::preheat::list::check(path)).context("`prefetch_files`")?;

@@ -68,6 +68,7 @@ impl Daemon {
         let _turn = self.turns().take(&path).ok_or_else(|| busy(&path))?;
         let (mount, stale) = self.adapter().table().detach(&path).map_err(|e| refused(e, &path))?;
         self.invalidate(&stale);
+        self.hot().forget(mount.mountpoint());
         tracing::info!("unmounted {path}");
         self.retire(engine, mount);
         Ok(())
@@ -89,7 +90,8 @@ impl Daemon {
             ));
         }
         let open = || {
-            let spec = image::commanded(command)?;
+            let mountpoint = command.mountpoint.clone();
+            let spec = image::commanded(command, |config| self.hot().amend(&mountpoint, config))?;
             warn_of(&spec.config.warnings);
             mount::open(engine, spec, self.known())
         };

@@ -125,7 +125,9 @@ impl Daemon {
 
     fn saved_spec(&self, engine: &Arc<Engine>, saved: &SavedMount) -> anyhow::Result<MountSpec> {
         let mut spec = match &saved.command {
-            Some(command) => image::commanded(command.clone())?,
+            Some(command) => image::commanded(command.clone(), |config| {
+                self.hot().amend(&command.mountpoint, config);
+            })?,
             None => {
                 let args = self.args();
                 let mut plan = image::plan(&args.image, args.global.config.as_deref())?
