@@ -7,6 +7,7 @@ SHELL := /bin/bash
 .PHONY: help setup demo test check build bench doc fuzz soak install clean
 
 PREFIX ?= /usr/local
+PROGRAMS := nydusd nydusctl nydus-image
 TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
 FUZZ_SECONDS ?= 60
 SOAK_KILLS ?= 500
@@ -32,9 +33,10 @@ check: ## Format, lints, rustdoc: no warning passes
 	@cargo clippy --workspace --all-targets --profile fast -- -D warnings
 	@$(MAKE) --no-print-directory doc
 
-build: ## Release binaries: nydusd, nydusctl, nydus-image
+build: ## Release binaries, their man pages and shell completions
 	@cargo build --release --workspace --bins
-	@ls -lh $(TARGET)/release/{nydusd,nydusctl,nydus-image}
+	@for program in $(PROGRAMS); do $(TARGET)/release/$$program pages $(TARGET)/release/share; done
+	@ls -lh $(addprefix $(TARGET)/release/,$(PROGRAMS))
 
 bench: setup ## Medians of whole scenarios on this machine (release build, root), then criterion
 	@cargo build --release --workspace --bins
@@ -53,8 +55,10 @@ soak: setup ## The long runs: SOAK_KILLS (500) kills under readers, SOAK_MOUNTS 
 	@NYDUS_TEST_KILLS=$(SOAK_KILLS) NYDUS_TEST_MOUNTS=$(SOAK_MOUNTS) NYDUS_TEST_CORPUS=$(CURDIR)/misc/.cache/images \
 		cargo test --workspace --profile fast --test e2e -- --nocapture corpus kills mounts::
 
-install: build ## Build, then copy the binaries to $(DESTDIR)$(PREFIX)/bin
-	@install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(TARGET)/release/{nydusd,nydusctl,nydus-image}
+install: build ## Build, then copy to $(DESTDIR)$(PREFIX): bin, share (pages, completions), lib/systemd/system
+	@install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(addprefix $(TARGET)/release/,$(PROGRAMS))
+	@cd $(TARGET)/release/share && find . -type f -exec install -D -m 0644 {} $(DESTDIR)$(abspath $(PREFIX))/share/{} \;
+	@install -D -m 0644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system misc/packaging/*.service
 
 clean: ## Remove build products and cached images
 	@cargo clean

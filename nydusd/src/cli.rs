@@ -15,8 +15,22 @@ use crate::config::{OnOutage, parse_prefer};
 use crate::preheat;
 use crate::trace::{self, Document, MAX_DOCUMENT};
 
-/// Services of the contract that this build does not offer.
-const NOT_BUILT: [&str; 4] = ["virtiofs", "singleton", "nbd", "uffd"];
+/// Services that clients know of and this build does not have, with what to use instead.
+const NO_SERVICE: [(&str, &str); 4] = [
+    (
+        "singleton",
+        "serves EROFS over fscache; `nydusd fuse` serves the same images (nydus-snapshotter: fs_driver = \"fusedev\")",
+    ),
+    ("nbd", "exports an image as a block device; `nydusd fuse --mountpoint DIR` serves its tree without one"),
+    (
+        "uffd",
+        "serves page faults of virtual machines; mount with `nydusd fuse` and share the directory with the guest",
+    ),
+    (
+        "virtiofs",
+        "serves a virtual machine; mount with `nydusd fuse` and let virtiofsd share the directory with the guest",
+    ),
+];
 
 /// Command line of `nydusd`.
 #[derive(Debug, Parser)]
@@ -41,6 +55,13 @@ pub enum Command {
     Fuse(Box<FuseArgs>),
     /// Fetch an image, or parts of it, into the cache directory and end
     Prefetch(Box<PrefetchArgs>),
+    /// Write man pages and shell completions, as they are installed below share/
+    #[command(hide = true)]
+    Pages {
+        /// Directory to write to
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
 }
 
 /// Flags of every service.
@@ -69,6 +90,10 @@ pub struct GlobalArgs {
     /// Least severe message that is logged
     #[arg(short = 'l', long, value_name = "LEVEL", default_value = "info")]
     pub log_level: LogLevel,
+
+    /// How a message is written: a line of text, or an object of JSON on a line
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
 
     /// Log file instead of standard error; `.log` is appended to a name without extension
     #[arg(short = 'L', long, value_name = "PATH")]
@@ -316,6 +341,15 @@ pub enum LogLevel {
     Error,
 }
 
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
 /// Accepted for clients that send it; takeover is not built yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FailoverPolicy {
@@ -352,6 +386,14 @@ fn parse_seconds(text: &str) -> Result<std::time::Duration, String> {
         .ok_or_else(|| format!("{text:?}: want a number of seconds above 0"))
 }
 
+/// Why nothing runs where `arguments` (the program's name first) ask for a service that this build
+/// does not have, whatever else they say.
+pub fn no_service(arguments: &[OsString]) -> Option<String> {
+    let asked = arguments.get(1)?.to_str()?;
+    let (name, instead) = NO_SERVICE.iter().find(|(name, _)| *name == asked)?;
+    Some(format!("this build has no service `{name}`, which {instead}"))
+}
+
 impl Cli {
     /// Parses `arguments` (the program's name first), or says how to end: help and
     /// version with exit code 0, a usage error with 2.
@@ -361,12 +403,7 @@ impl Cli {
     pub fn parse_arguments(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let mut arguments: Vec<OsString> = arguments.into_iter().collect();
         let first = arguments.get(1).and_then(|a| a.to_str()).unwrap_or_default();
-        if NOT_BUILT.contains(&first) {
-            let message =
-                format!("the `{first}` service is not built yet; this build offers `fuse` and `prefetch`\n");
-            return Err(clap::Error::raw(clap::error::ErrorKind::InvalidSubcommand, message));
-        }
-        let top_level = ["fuse", "prefetch", "-h", "--help", "-V", "--version"];
+        let top_level = ["fuse", "prefetch", "pages", "-h", "--help", "-V", "--version"];
         if arguments.len() > 1 && !top_level.contains(&first) {
             arguments.insert(1, "fuse".into());
         }
@@ -374,6 +411,7 @@ impl Cli {
         match &cli.command {
             Command::Fuse(fuse) => fuse.refuse_what_is_not_built()?,
             Command::Prefetch(prefetch) => prefetch.global.refuse_what_daemons_have()?,
+            Command::Pages { .. } => {}
         }
         Ok(cli)
     }
@@ -477,12 +515,27 @@ mod tests {
             ("prefetch --image oci:/x --all --files /l", "--files"),
             ("prefetch --image oci:/x --all --bandwidth 0", "10MiB"),
             ("prefetch --image oci:/x --all --bandwidth much", "10MiB"),
-            ("virtiofs --sock /s", "`virtiofs` service is not built yet"),
-            ("uffd --sock /s", "`uffd` service is not built yet"),
         ] {
             let error = parse(&line.split_whitespace().collect::<Vec<_>>()).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");
             assert!(error.to_string().contains(text), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn services_that_are_missing_name_another() {
+        for (line, instead) in [
+            ("nydusd singleton --fscache /d --apisock /a", "fusedev"),
+            ("nydusd nbd /dev/nbd0", "nydusd fuse"),
+            ("nydusd uffd --sock /s", "nydusd fuse"),
+            ("nydusd virtiofs --hybrid-mode --log-level info --apisock a --sock s", "virtiofsd"),
+        ] {
+            let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+            assert!(no_service(&arguments).unwrap().contains(instead), "{line}");
+        }
+        for line in ["nydusd", "nydusd fuse -M /m", "nydusd --apisock singleton"] {
+            let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+            assert_eq!(no_service(&arguments), None, "{line}");
         }
     }
 

@@ -96,8 +96,11 @@ fn plan_named(name: &str, args: &ImageArgs) -> anyhow::Result<Plan> {
     Ok(Plan::Named(name, Box::new(options), Box::new(config)))
 }
 
-/// Root's cache belongs to the host, anyone else's to their account.
-fn default_cache_dir() -> anyhow::Result<PathBuf> {
+/// Where the cache is unless somebody says so: root's belongs to the host, anyone else's to their account.
+///
+/// # Errors
+/// The account has no home.
+pub fn default_cache_dir() -> anyhow::Result<PathBuf> {
     if nix::unistd::geteuid().is_root() {
         return Ok(PathBuf::from("/var/lib/nydus/cache"));
     }

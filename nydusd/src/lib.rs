@@ -24,6 +24,8 @@ pub mod logging;
 pub mod metrics;
 pub mod mount;
 pub mod node;
+#[path = "../../misc/pages.rs"]
+pub mod pages;
 pub mod preheat;
 pub mod trace;
 pub mod transport;

@@ -13,11 +13,12 @@ use file_rotate::{ContentLimit, FileRotate};
 use storage::log::{Line, SHOWS_SECRETS};
 use tracing::Level;
 use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Registry, reload};
 
-use crate::cli::{GlobalArgs, LogLevel};
+use crate::cli::{GlobalArgs, LogFormat, LogLevel};
 use crate::metrics::events::Errors;
 
 /// Rotated files that are kept (contract 1.2).
@@ -58,21 +59,33 @@ pub fn init(args: &GlobalArgs) -> anyhow::Result<()> {
     let (filter, handle) = reload::Layer::new(targets(args.log_level));
     // A second call (several daemons in one test process) keeps the first log.
     let _ = FILTER.set(handle);
-    let layer = tracing_subscriber::fmt::layer();
     match &args.log_file {
-        None => {
-            let ansi = io::stderr().is_terminal();
-            let layer = layer.with_ansi(ansi).event_format(Line).with_writer(io::stderr);
-            Registry::default().with(filter).with(Errors).with(layer).try_init()?;
-        }
+        None => install(filter, args.log_format, io::stderr().is_terminal(), io::stderr),
         Some(path) => {
             let path = with_extension(path);
             let file = LogFile::open(&path, args.log_rotation_size)
                 .with_context(|| format!("log file {}", path.display()))?;
-            let layer =
-                layer.with_ansi(false).event_format(Line).with_writer(Arc::new(SharedLog(Mutex::new(file))));
-            Registry::default().with(filter).with(Errors).with(layer).try_init()?;
+            install(filter, args.log_format, false, Arc::new(SharedLog(Mutex::new(file))))
         }
+    }
+}
+
+/// Makes `writer` the log of this process.
+fn install<W>(
+    filter: reload::Layer<Targets, Registry>,
+    format: LogFormat,
+    colours: bool,
+    writer: W,
+) -> anyhow::Result<()>
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    let registry = Registry::default().with(filter).with(Errors);
+    let layer = tracing_subscriber::fmt::layer().with_writer(writer);
+    match format {
+        LogFormat::Text => registry.with(layer.with_ansi(colours).event_format(Line)).try_init()?,
+        // An object on each line: timestamp, level, message, the fields of the event, target.
+        LogFormat::Json => registry.with(layer.json().flatten_event(true)).try_init()?,
     }
     Ok(())
 }

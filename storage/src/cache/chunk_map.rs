@@ -30,13 +30,13 @@
 //! [`Duty`]; the chunk's decoded range, moved by `LOCK_BASE`, by whoever fetches the chunk.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{File, FileTimes};
 use std::hash::{BuildHasher as _, RandomState};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
@@ -225,6 +225,62 @@ fn byte(offset: u64) -> io::Result<ByteRange> {
     ByteRange::new(offset, 1).map_err(io::Error::other)
 }
 
+/// Sets the access time, which says when the blob was used last: the file system may not.
+fn touch(map: &File) {
+    // Known a little less well then, and nothing else depends on it.
+    let _ = map.set_times(FileTimes::new().set_accessed(SystemTime::now()));
+}
+
+/// True if a cache has the map open through another description; `None` if that can not be told.
+pub(super) fn is_open_elsewhere(map: &File) -> io::Result<Option<bool>> {
+    lock::is_locked(map, byte(USE_LOCK)?)
+}
+
+/// Keeps every cache from opening the map while `map` is open; false if one has it open, `None` if
+/// that can not be told.
+pub(super) fn try_hold_alone(map: &File) -> io::Result<Option<bool>> {
+    lock::try_lock_strictly(map, byte(USE_LOCK)?)
+}
+
+/// Ready chunks and all chunks of a map, whichever blob it is of. `None` if it is not one of ours.
+pub(super) fn count_ready(map: &File) -> Option<(u32, u32)> {
+    let mut header = Header::new_zeroed();
+    map.read_at(header.as_mut_bytes(), 0).ok()?;
+    let count = header.chunk_count.get();
+    let size = HEADER_SIZE + u64::from(count) * RECORD_SIZE;
+    if header.magic != MAGIC || header.version.get() != VERSION || map.metadata().ok()?.len() != size {
+        return None;
+    }
+    let (mut ready, mut batch) = (0, Vec::new());
+    for from in (0..count).step_by(BATCH as usize) {
+        load_records(map, map, from, count.min(from.saturating_add(BATCH)), &mut batch).ok()?;
+        ready += batch.iter().filter(|r| !r.is_empty()).count();
+    }
+    Some((u32::try_from(ready).unwrap_or(u32::MAX), count))
+}
+
+/// Reads the records `from..to` of the map `file` through `storage`; none if they were never
+/// written.
+fn load_records(
+    file: &File,
+    storage: &dyn Storage,
+    from: u32,
+    to: u32,
+    batch: &mut Vec<Record>,
+) -> io::Result<()> {
+    batch.clear();
+    // Most of a young map is a hole, which is cheaper to ask for than to read.
+    let start = i64::try_from(offset(from)).unwrap_or(i64::MAX);
+    match lseek(file, start, Whence::SeekData) {
+        Err(Errno::ENXIO) => return Ok(()),
+        Ok(data) if u64::try_from(data).is_ok_and(|data| data >= offset(to)) => return Ok(()),
+        // Data, or a file system that can not tell.
+        _ => {}
+    }
+    batch.resize((to - from) as usize, Record::new_zeroed());
+    storage.read_at(batch.as_mut_slice().as_mut_bytes(), offset(from))
+}
+
 impl ChunkMap {
     /// Opens the map at `path` if it belongs to this blob and `data`, else makes a new one.
     /// The caller holds the directory.
@@ -279,6 +335,7 @@ impl ChunkMap {
             }
             std::thread::sleep(USE_PAUSE);
         }
+        touch(&file);
         let storage = file.try_clone().and_then(wrap).map_err(|e| failed("duplicate the descriptor", e))?;
         Ok(Self {
             storage,
@@ -412,17 +469,7 @@ impl ChunkMap {
 
     /// Reads the records `from..to`; none if they were never written.
     fn load_batch(&self, from: u32, to: u32, batch: &mut Vec<Record>) -> io::Result<()> {
-        batch.clear();
-        // Most of a young map is a hole, which is cheaper to ask for than to read.
-        let start = i64::try_from(offset(from)).unwrap_or(i64::MAX);
-        match lseek(&self.file, start, Whence::SeekData) {
-            Err(Errno::ENXIO) => return Ok(()),
-            Ok(data) if u64::try_from(data).is_ok_and(|data| data >= offset(to)) => return Ok(()),
-            // Data, or a file system that can not tell.
-            _ => {}
-        }
-        batch.resize((to - from) as usize, Record::new_zeroed());
-        self.storage.read_at(batch.as_mut_slice().as_mut_bytes(), offset(from))
+        load_records(&self.file, &*self.storage, from, to, batch)
     }
 
     /// Sets records whose data is durable, neighbours with one write. Leaves out, and
@@ -490,6 +537,11 @@ impl ChunkMap {
         }
         self.mirror.clear_all();
         self.storage.sync()
+    }
+
+    /// Notes on disk that the blob is in use now.
+    pub(super) fn touch(&self) {
+        touch(&self.file);
     }
 
     /// Number of records set on disk.

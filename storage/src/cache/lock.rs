@@ -35,6 +35,29 @@ pub(super) fn try_lock(file: &File, kind: Kind, range: ByteRange) -> io::Result<
     }
 }
 
+/// As [`try_lock`] for an exclusive lock, but `None` where the file system has no such locks: for
+/// those who must know.
+pub(super) fn try_lock_strictly(file: &File, range: ByteRange) -> io::Result<Option<bool>> {
+    known(fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&flock(libc::F_WRLCK, range)?)).map(|_| true))
+}
+
+/// True if another description holds some of `range`; `None` where the file system has no such
+/// locks.
+pub(super) fn is_locked(file: &File, range: ByteRange) -> io::Result<Option<bool>> {
+    let mut asked = flock(libc::F_WRLCK, range)?;
+    let answer = fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut asked));
+    known(answer.map(|_| i32::from(asked.l_type) != libc::F_UNLCK))
+}
+
+fn known(answer: nix::Result<bool>) -> io::Result<Option<bool>> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(Some(false)),
+        Err(Errno::EINVAL | Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// Locks `range`, waiting for other descriptions. For work that takes no time.
 pub(super) fn lock(file: &File, kind: Kind, range: ByteRange) -> io::Result<()> {
     match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLKW(&flock(kind.code(), range)?)) {

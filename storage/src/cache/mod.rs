@@ -13,6 +13,7 @@
 //!  chunk_map.rs   <id>.blob.data.chunk_map  what of it is ready; lock a chunk
 //!  mirror.rs      what of that this process has seen
 //!  syncer.rs      data durable, then ready
+//!  stock.rs     what lies in a directory, and taking it away
 //! ```
 //!
 //! # Order of things
@@ -53,6 +54,7 @@ mod pace;
 pub mod plan;
 mod set;
 mod speculate;
+pub mod stock;
 mod syncer;
 #[cfg(test)]
 mod tests;
@@ -308,6 +310,9 @@ impl BlobCache {
     /// # Errors
     /// `Io`: the disk refuses; the chunks concerned will be fetched again.
     pub fn flush(&self) -> Result<()> {
+        if let Some(files) = &self.inner.files {
+            files.map.touch();
+        }
         self.settle().map_err(|e| Error::io(format!("blob {}: sync the cache", self.inner.id), e))
     }
 

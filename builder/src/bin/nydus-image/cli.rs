@@ -46,6 +46,13 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Convert an OCI image to a Nydus image.
     Convert(Box<ConvertArgs>),
+    /// Write man pages and shell completions, as they are installed below share/.
+    #[command(hide = true)]
+    Pages {
+        /// Directory to write to.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
     /// Not built yet.
     #[command(hide = true)]
     Chunkdict(Unbuilt),

@@ -12,12 +12,15 @@ mod interrupt;
 mod logging;
 mod merge;
 mod output;
+#[path = "../../../../misc/pages.rs"]
+mod pages;
 mod progress;
 mod values;
 mod version;
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser as _};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -71,6 +74,11 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Check(args) => check::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Convert(args) => convert::run(&args),
+        Command::Pages { directory } => {
+            pages::write(Cli::command(), version::NUMBER, &directory)
+                .with_context(|| directory.display().to_string())?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Chunkdict(_) => Err(cli::not_built("chunkdict")),
         Command::Optimize(_) => Err(cli::not_built("optimize")),
         Command::Export(_) => Err(cli::not_built("export")),

@@ -5,7 +5,7 @@ mod identity {
     include!(concat!(env!("OUT_DIR"), "/identity.rs"));
 }
 
-pub use identity::BLOCK;
+pub use identity::{BLOCK, DESCRIBE as NUMBER};
 
 /// Version with the commit, as JSON output states it.
 pub fn describe() -> String {

@@ -41,6 +41,18 @@ impl<'a> Client<'a> {
         self.request(Method::PUT, path, document.to_string()).map(drop)
     }
 
+    /// Has the daemon mount what `command` says at `mountpoint`.
+    pub fn mount(&self, mountpoint: &str, command: &Value) -> anyhow::Result<()> {
+        let path = format!("/api/v1/mount?mountpoint={}", encode(mountpoint));
+        self.request(Method::POST, &path, command.to_string()).map(drop)
+    }
+
+    /// Has the daemon take away what is mounted at `mountpoint`.
+    pub fn umount(&self, mountpoint: &str) -> anyhow::Result<()> {
+        let path = format!("/api/v1/mount?mountpoint={}", encode(mountpoint));
+        self.request(Method::DELETE, &path, String::new()).map(drop)
+    }
+
     /// Sends `document` to `path` and answers what comes back.
     pub fn post(&self, path: &str, document: &Value) -> anyhow::Result<Value> {
         let body = self.request(Method::POST, path, document.to_string())?;
@@ -75,5 +87,19 @@ impl<'a> Client<'a> {
         self.runtime.block_on(async { tokio::time::timeout(self.timeout, answer).await }).with_context(
             || format!("{path}: no answer within {} s; --timeout allows more", self.timeout.as_secs()),
         )?
+    }
+}
+
+/// `text` for a query string.
+pub fn encode(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
+    text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_query_value_is_encoded() {
+        assert_eq!(super::encode("/a b&c=%\u{fc}"), "/a%20b%26c%3D%25%C3%BC");
     }
 }

@@ -1,17 +1,24 @@
-//! `nydusctl`: talks to a running `nydusd`.
+//! `nydusctl`: talks to running `nydusd` daemons, and looks after caches and machines.
 
+mod cache;
+mod check;
 mod cli;
 mod client;
+mod discover;
 mod info;
 mod metrics;
+mod mount;
+mod mounts;
 mod prefetch;
+mod top;
 mod trace;
 mod why;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser as _;
+use anyhow::Context as _;
+use clap::{CommandFactory as _, Parser as _};
 use serde_json::json;
 
 use cli::{Cli, Command, Setting};
@@ -20,7 +27,7 @@ use client::Client;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(e) => {
             eprintln!("Error: {e:#}");
             ExitCode::FAILURE
@@ -28,20 +35,45 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: &Cli) -> anyhow::Result<()> {
-    let client = Client::new(&cli.sock, Duration::from_secs(cli.timeout))?;
+fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
+    let timeout = Duration::from_secs(cli.timeout);
+    match &cli.command {
+        // Those that need no daemon, or ask them all.
+        Command::Cache(cache) => return cache::run(cache, cli.raw),
+        Command::Check(check) => return check::run(check, cli.raw),
+        Command::Pages { directory } => {
+            nydusd::pages::write(Cli::command(), nydusd::version::DESCRIBE, directory)
+                .with_context(|| directory.display().to_string())?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Mounts => {
+            mounts::run(&discover::all(cli.sock.as_deref())?, timeout, cli.raw)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Top(options) => {
+            top::run(cli.sock.as_deref(), options, timeout, cli.raw)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        _ => {}
+    }
+    let socket = discover::one(cli.sock.as_deref())?;
+    let client = Client::new(&socket, timeout)?;
     match &cli.command {
         Command::Info => {
             let info = client.get("/api/v1/daemon")?;
             println!("{}", if cli.raw { info.to_string() } else { info::text(&info) });
-            Ok(())
         }
         Command::Set(Setting::LogLevel { value }) => {
-            client.put("/api/v1/daemon", &json!({ "log_level": value }))
+            client.put("/api/v1/daemon", &json!({ "log_level": value }))?;
         }
-        Command::Metrics(family) => metrics::run(&client, family, cli.raw),
-        Command::Prefetch(prefetch) => prefetch::run(&client, prefetch, cli.raw),
-        Command::Why(options) => why::run(&client, options, cli.raw),
-        Command::Trace(show) => trace::run(&client, show),
+        Command::Metrics(family) => metrics::run(&client, family, cli.raw)?,
+        Command::Prefetch(prefetch) => prefetch::run(&client, prefetch, cli.raw)?,
+        Command::Mount(options) => mount::mount(&client, options)?,
+        Command::Umount(options) => client.umount(&options.mountpoint)?,
+        Command::Why(options) => why::run(&client, options, cli.raw)?,
+        Command::Trace(show) => trace::run(&client, show)?,
+        Command::Mounts | Command::Top(_) | Command::Cache(_) | Command::Check(_) | Command::Pages { .. } => {
+        }
     }
+    Ok(ExitCode::SUCCESS)
 }

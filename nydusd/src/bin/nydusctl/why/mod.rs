@@ -11,7 +11,7 @@ use nydusd::why::Report;
 use nydusd::why::report::{Chunk, Fetch, Outcome, Read};
 
 use crate::cli::Why;
-use crate::client::Client;
+use crate::client::{Client, encode};
 
 /// Asks for the report and shows it as wanted.
 pub fn run(client: &Client<'_>, options: &Why, raw: bool) -> anyhow::Result<()> {
@@ -39,14 +39,8 @@ pub fn run(client: &Client<'_>, options: &Why, raw: bool) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// `id` for a query string.
-fn encode(id: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
-    id.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
-}
-
 /// Microseconds for people.
-fn duration(us: u64) -> String {
+pub fn duration(us: u64) -> String {
     let value = us as f64;
     match us {
         0 => "0".to_owned(),
@@ -58,7 +52,7 @@ fn duration(us: u64) -> String {
 }
 
 /// Bytes for people.
-fn size(bytes: u64) -> String {
+pub fn size(bytes: u64) -> String {
     match bytes {
         0..10_240 => format!("{bytes} B"),
         10_240..10_485_760 => format!("{:.0} KiB", bytes as f64 / 1024.0),
@@ -67,7 +61,7 @@ fn size(bytes: u64) -> String {
 }
 
 /// `python3 [123]`.
-fn process_name(report: &Report, place: usize) -> String {
+pub fn process_name(report: &Report, place: usize) -> String {
     match report.processes.get(place) {
         Some(process) if process.name.is_empty() => format!("[{}]", process.pid),
         Some(process) => format!("{} [{}]", process.name, process.pid),
@@ -75,7 +69,7 @@ fn process_name(report: &Report, place: usize) -> String {
     }
 }
 
-fn file_name(report: &Report, place: usize) -> &str {
+pub fn file_name(report: &Report, place: usize) -> &str {
     report.files.get(place).map_or("?", |file| &file.path)
 }
 
@@ -86,7 +80,7 @@ fn chunk_name(report: &Report, chunk: Chunk) -> String {
     format!("{} of {short}", chunk.index)
 }
 
-fn source_name(read: &Read) -> &str {
+pub fn source_name(read: &Read) -> &str {
     match (read.outcome, &read.source) {
         (Outcome::Failed, _) => "failed",
         (Outcome::Waiting, _) => "still waiting",
@@ -130,4 +124,4 @@ fn forgotten(report: &Report) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

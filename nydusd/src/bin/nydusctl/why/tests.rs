@@ -2,7 +2,7 @@ use super::*;
 use nydusd::why::report::*;
 
 /// A report with names that would like to be markup.
-fn report() -> Report {
+pub fn report() -> Report {
     let waits = Waits { queue_us: 1_000, network_us: 8_000, decode_us: 900, disk_us: 0, other_us: 100 };
     let read = |process, file, at_us, took_us| Read {
         process,

@@ -1,0 +1,174 @@
+//! `nydusctl cache`: what lies in a cache directory, and taking it away.
+
+mod prune;
+mod users;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+use anyhow::{Context as _, bail};
+use serde_json::{Value, json};
+use storage::cache::stock::{self, Item, Kind, Removal, Usage};
+
+use crate::cli::{Cache, CacheAction};
+use crate::why::size;
+use users::Users;
+
+/// Lists or removes.
+///
+/// # Errors
+/// The directory can not be read, or a name means nothing in it.
+pub fn run(cache: &Cache, raw: bool) -> anyhow::Result<ExitCode> {
+    let dir = match &cache.cache_dir {
+        Some(dir) => dir.clone(),
+        None => nydusd::image::default_cache_dir()?,
+    };
+    let stock = Stock::open(&dir)?;
+    match &cache.action {
+        CacheAction::Ls => stock.show(raw),
+        CacheAction::Rm { names } => return stock.remove_named(names),
+        CacheAction::Prune { size, dry_run } => return prune::run(&stock, *size, *dry_run, raw),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A cache directory as it was when we looked.
+struct Stock {
+    dir: PathBuf,
+    items: Vec<Item>,
+    users: Users,
+}
+
+impl Stock {
+    fn open(dir: &Path) -> anyhow::Result<Self> {
+        let dir = dir.canonicalize().with_context(|| format!("cache directory {}", dir.display()))?;
+        // In this order: who opens something in between is seen.
+        let items = stock::list(&dir)?;
+        let users = Users::of(&dir);
+        Ok(Self { dir, items, users })
+    }
+
+    /// Is it in use? Locks tell of blobs, mappings of bootstraps.
+    fn usage(&self, item: &Item) -> Usage {
+        match (item.kind, self.users.of_item(item).is_empty()) {
+            (_, false) => Usage::InUse,
+            (Kind::Bootstrap, true) => Usage::Free,
+            (Kind::Blob, true) => item.usage,
+        }
+    }
+
+    fn remove(&self, item: &Item) -> anyhow::Result<Removal> {
+        match self.usage(item) {
+            Usage::Free => Ok(stock::remove(&self.dir, item.kind, &item.name)?),
+            kept => Ok(Removal::Kept(kept)),
+        }
+    }
+
+    fn total(&self) -> u64 {
+        self.items.iter().map(|item| item.allocated_size).sum()
+    }
+
+    fn show(&self, raw: bool) {
+        if raw {
+            println!("{}", self.items.iter().map(|item| self.document(item)).collect::<Value>());
+            return;
+        }
+        println!(
+            "{:<64} {:<10} {:>11} {:>20}  {:<19}  USED BY",
+            "NAME", "KIND", "ON DISK", "CHUNKS", "LAST USE"
+        );
+        for item in &self.items {
+            println!(
+                "{:<64} {:<10} {:>11} {:>20}  {:<19}  {}",
+                item.name,
+                item.kind.name(),
+                size(item.allocated_size),
+                item.chunks.map_or_else(|| "-".to_owned(), |(ready, all)| format!("{ready} of {all}")),
+                local_time(item.last_use),
+                self.used_by(item)
+            );
+        }
+        println!("{} in {} items of {}", size(self.total()), self.items.len(), self.dir.display());
+    }
+
+    /// Who has it open, in a few words.
+    fn used_by(&self, item: &Item) -> String {
+        let users = self.users.of_item(item);
+        match self.usage(item) {
+            Usage::Free => "-".to_owned(),
+            Usage::Unknown => "unknown".to_owned(),
+            // Locked, but by nobody that can be seen from here: another container, another user.
+            Usage::InUse if users.is_empty() => "somebody".to_owned(),
+            Usage::InUse => {
+                users.iter().map(|(pid, name)| format!("{name} [{pid}]")).collect::<Vec<_>>().join(", ")
+            }
+        }
+    }
+
+    fn document(&self, item: &Item) -> Value {
+        let seconds = item.last_use.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        json!({
+            "name": item.name,
+            "kind": item.kind.name(),
+            "allocated_size": item.allocated_size,
+            "decoded_size": item.decoded_size,
+            "chunks_ready": item.chunks.map(|(ready, _)| ready),
+            "chunks_total": item.chunks.map(|(_, all)| all),
+            "last_use": seconds,
+            "in_use": match self.usage(item) {
+                Usage::Free => json!(false),
+                Usage::InUse => json!(true),
+                Usage::Unknown => Value::Null,
+            },
+            "used_by": self.users.of_item(item).iter().map(|(pid, _)| *pid).collect::<Vec<_>>(),
+        })
+    }
+
+    fn remove_named(&self, names: &[String]) -> anyhow::Result<ExitCode> {
+        // All names first: a mistake removes nothing.
+        let chosen = names.iter().map(|name| self.find(name)).collect::<anyhow::Result<Vec<_>>>()?;
+        let mut code = ExitCode::SUCCESS;
+        for item in chosen.into_iter().flatten() {
+            match self.remove(item)? {
+                Removal::Removed => {
+                    println!("removed {} {}: {}", item.kind.name(), item.name, size(item.allocated_size));
+                }
+                Removal::Kept(usage) => {
+                    code = ExitCode::FAILURE;
+                    eprintln!("kept {} {}: {}", item.kind.name(), item.name, self.why_kept(item, usage));
+                }
+            }
+        }
+        Ok(code)
+    }
+
+    fn why_kept(&self, item: &Item, usage: Usage) -> String {
+        match usage {
+            Usage::Unknown => "its lock can not be asked for here, so nobody knows who uses it".to_owned(),
+            Usage::Free | Usage::InUse => match self.used_by(item).as_str() {
+                "-" => "in use by somebody who came just now".to_owned(),
+                users => format!("in use by {users}"),
+            },
+        }
+    }
+
+    /// What `name` means: a whole name may be a blob and a bootstrap, the beginning of one only one.
+    fn find(&self, name: &str) -> anyhow::Result<Vec<&Item>> {
+        let whole: Vec<_> = self.items.iter().filter(|item| item.name == name).collect();
+        if !whole.is_empty() {
+            return Ok(whole);
+        }
+        let begun: Vec<_> =
+            self.items.iter().filter(|item| !name.is_empty() && item.name.starts_with(name)).collect();
+        match begun.len() {
+            0 => bail!("nothing in {} is called {name:?}; see `nydusctl cache ls`", self.dir.display()),
+            1 => Ok(begun),
+            several => bail!("{several} items in {} begin with {name:?}; say more of it", self.dir.display()),
+        }
+    }
+}
+
+fn local_time(time: SystemTime) -> String {
+    chrono::DateTime::<chrono::Local>::from(time).format("%Y-%m-%d %H:%M:%S").to_string()
+}
