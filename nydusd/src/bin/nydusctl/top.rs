@@ -142,7 +142,7 @@ fn show(
     }
     let Some(report) = &now.report else { return writeln!(out, "(no records: `why` is off there)\n") };
     let mut rows = rows(report, before.and_then(|before| before.report.as_ref()));
-    rows.sort_by(|one, other| (other.waited_us, other.bytes).cmp(&(one.waited_us, one.bytes)));
+    rows.sort_by_key(|row| std::cmp::Reverse((row.waited_us, row.bytes)));
     if rows.is_empty() {
         return writeln!(out, "nobody reads\n");
     }

@@ -28,7 +28,7 @@ pub fn run(cache: &Cache, raw: bool) -> anyhow::Result<ExitCode> {
     match &cache.action {
         CacheAction::Ls => stock.show(raw),
         CacheAction::Rm { names } => return stock.remove_named(names),
-        CacheAction::Prune { size, dry_run } => return prune::run(&stock, *size, *dry_run, raw),
+        CacheAction::Prune { size, dry_run } => return Ok(prune::run(&stock, *size, *dry_run, raw)),
     }
     Ok(ExitCode::SUCCESS)
 }

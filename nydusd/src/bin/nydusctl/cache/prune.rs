@@ -9,21 +9,23 @@ use storage::leftovers;
 use super::{Stock, local_time};
 use crate::why::size;
 
-/// Removes what was not used for longest until at most `limit` bytes are left.
-///
-/// # Errors
-/// Something can not be removed.
-pub fn run(stock: &Stock, limit: u64, dry_run: bool, raw: bool) -> anyhow::Result<ExitCode> {
+/// Removes what was not used for longest until at most `limit` bytes are left; fails if more are.
+pub fn run(stock: &Stock, limit: u64, dry_run: bool, raw: bool) -> ExitCode {
     let before = stock.total();
     let (mut left, mut gone) = (before, Vec::new());
     for item in order(&stock.items, |item| stock.usage(item) == Usage::Free) {
         if left <= limit {
             break;
         }
-        // Who came since we looked keeps it.
-        if dry_run || stock.remove(item)? == Removal::Removed {
-            left -= item.allocated_size;
-            gone.push(item);
+        match if dry_run { Ok(Removal::Removed) } else { stock.remove(item) } {
+            Ok(Removal::Removed) => {
+                left -= item.allocated_size;
+                gone.push(item);
+            }
+            // Who came since we looked keeps it.
+            Ok(Removal::Kept(_)) => {}
+            // The others may do.
+            Err(e) => eprintln!("nydusctl: kept: {e:#}"),
         }
     }
     if !dry_run {
@@ -46,14 +48,17 @@ pub fn run(stock: &Stock, limit: u64, dry_run: bool, raw: bool) -> anyhow::Resul
         println!("{verb} {} of {}, {} left", size(before - left), size(before), size(left));
     }
     if left > limit {
-        eprintln!("nydusctl: {} more than wanted: the rest is in use", size(left - limit));
-        return Ok(ExitCode::FAILURE);
+        eprintln!(
+            "nydusctl: {} more than wanted: the rest is in use or can not be removed",
+            size(left - limit)
+        );
+        return ExitCode::FAILURE;
     }
-    Ok(ExitCode::SUCCESS)
+    ExitCode::SUCCESS
 }
 
 /// What may go, in the order in which it goes.
-fn order<'a>(items: &'a [Item], may_go: impl Fn(&Item) -> bool) -> Vec<&'a Item> {
+fn order(items: &[Item], may_go: impl Fn(&Item) -> bool) -> Vec<&Item> {
     let mut items: Vec<_> = items.iter().filter(|item| may_go(item)).collect();
     items.sort_by_key(|item| item.last_use);
     items

@@ -118,8 +118,8 @@ fn space(dir: &Path) -> Finding {
         Ok(stat) => stat,
         Err(e) => return Finding::warning(name, format!("unknown: {e}"), "a file system that tells"),
     };
-    let free = u64::from(stat.blocks_available()).saturating_mul(stat.fragment_size());
-    let nodes = u64::from(stat.files_available());
+    let free = stat.blocks_available().saturating_mul(stat.fragment_size());
+    let nodes = stat.files_available();
     if stat.flags().contains(FsFlags::ST_RDONLY) {
         return Finding::missing(name, "mounted read-only", "remount it, or name another directory");
     }
@@ -127,7 +127,7 @@ fn space(dir: &Path) -> Finding {
         let found = format!("names of at most {} characters", stat.name_max());
         return Finding::missing(name, found, "a file system with names of 255 characters");
     }
-    if u64::from(stat.files()) > 0 && nodes < 1024 {
+    if stat.files() > 0 && nodes < 1024 {
         return Finding::warning(name, format!("{nodes} inodes left"), "remove files: each blob takes three");
     }
     match free < FREE {
