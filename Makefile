@@ -35,6 +35,7 @@ check: ## Format, lints, rustdoc: no warning passes
 
 build: ## Release binaries, their man pages and shell completions
 	@cargo build --release --workspace --bins
+	@rm -rf $(TARGET)/release/share
 	@for program in $(PROGRAMS); do $(TARGET)/release/$$program pages $(TARGET)/release/share; done
 	@ls -lh $(addprefix $(TARGET)/release/,$(PROGRAMS))
 
@@ -55,10 +56,12 @@ soak: setup ## The long runs: SOAK_KILLS (500) kills under readers, SOAK_MOUNTS 
 	@NYDUS_TEST_KILLS=$(SOAK_KILLS) NYDUS_TEST_MOUNTS=$(SOAK_MOUNTS) NYDUS_TEST_CORPUS=$(CURDIR)/misc/.cache/images \
 		cargo test --workspace --profile fast --test e2e -- --nocapture corpus kills mounts::
 
-install: build ## Build, then copy to $(DESTDIR)$(PREFIX): bin, share (pages, completions), lib/systemd/system
+install: build ## Build, then copy to $(DESTDIR)$(PREFIX): programs, man pages, completions, systemd unit
 	@install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(addprefix $(TARGET)/release/,$(PROGRAMS))
-	@cd $(TARGET)/release/share && find . -type f -exec install -D -m 0644 {} $(DESTDIR)$(abspath $(PREFIX))/share/{} \;
-	@install -D -m 0644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system misc/packaging/*.service
+	@find $(TARGET)/release/share -type f -printf '%P\n' | while read -r page; do \
+		install -D -m 0644 "$(TARGET)/release/share/$$page" "$(DESTDIR)$(PREFIX)/share/$$page"; done
+	@for unit in misc/packaging/*.service; do sed 's|/usr/local/bin/|$(PREFIX)/bin/|' $$unit | \
+		install -D -m 0644 /dev/stdin "$(DESTDIR)$(PREFIX)/lib/systemd/system/$${unit##*/}"; done
 
 clean: ## Remove build products and cached images
 	@cargo clean

@@ -58,6 +58,13 @@ fn commands_tell_of_a_real_mount() -> Result<()> {
     ensure!(ready > Some(0) && ready < all, "a part of the image is local: {cache}");
     ensure!(line.contains(&format!("{} of {}", ready.unwrap_or(0), all.unwrap_or(0))), "{line}");
 
+    // Who has seen enough goes: no complaint, no panic.
+    let piped = r#""$CTL" -S "$SOCK" why | head -n 0; echo "${PIPESTATUS[0]}""#;
+    let mut shell = Command::new("bash");
+    shell.args(["-c", piped]).env("CTL", binaries::nydusctl()).env("SOCK", daemon.socket());
+    let finished = finish(&mut shell)?;
+    ensure!(finished.stdout.trim() == "0" && finished.stderr.is_empty(), "{finished:?}");
+
     let top = ask(&daemon, &["top", "--once"])?;
     ensure!(
         top.contains(&root) && top.contains(&format!("/{file}")) && top.contains("since the mount"),

@@ -1,5 +1,13 @@
 //! `nydusctl`: talks to running `nydusd` daemons, and looks after caches and machines.
 
+/// Writes a line to standard output; where that is gone, the error ends the command.
+macro_rules! say {
+    ($($argument:tt)*) => {{
+        use std::io::Write as _;
+        writeln!(std::io::stdout(), $($argument)*)?
+    }};
+}
+
 mod cache;
 mod check;
 mod cli;
@@ -14,6 +22,7 @@ mod top;
 mod trace;
 mod why;
 
+use std::io::ErrorKind;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -28,6 +37,10 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(&cli) {
         Ok(code) => code,
+        // `nydusctl … | head` has seen enough.
+        Err(e) if e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => {
+            ExitCode::SUCCESS
+        }
         Err(e) => {
             eprintln!("Error: {e:#}");
             ExitCode::FAILURE
@@ -61,7 +74,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     match &cli.command {
         Command::Info => {
             let info = client.get("/api/v1/daemon")?;
-            println!("{}", if cli.raw { info.to_string() } else { info::text(&info) });
+            say!("{}", if cli.raw { info.to_string() } else { info::text(&info) });
         }
         Command::Set(Setting::LogLevel { value }) => {
             client.put("/api/v1/daemon", &json!({ "log_level": value }))?;

@@ -16,13 +16,13 @@ pub fn run(client: &Client<'_>, family: &Metrics, raw: bool) -> anyhow::Result<(
         Metrics::Cache(repeat) => ("/api/v1/metrics/blobcache", repeat),
         Metrics::Fsstats(repeat) => ("/api/v1/metrics", repeat),
         Metrics::Prometheus => {
-            print!("{}", client.get_text("/metrics")?);
+            say!("{}", client.get_text("/metrics")?.trim_end());
             return Ok(());
         }
     };
     let show = |document: &Value| if raw { document.to_string() } else { text(family, document) };
     let mut last = client.get(path)?;
-    println!("{}", show(&last));
+    say!("{}", show(&last));
     let Some(interval) = repeat.interval else { return Ok(()) };
     let mut taken = Instant::now();
     loop {
@@ -30,7 +30,7 @@ pub fn run(client: &Client<'_>, family: &Metrics, raw: bool) -> anyhow::Result<(
         let now = client.get(path)?;
         let seconds = taken.elapsed().as_secs_f64();
         taken = Instant::now();
-        println!("{}", if raw { now.to_string() } else { change(family, &last, &now, seconds) });
+        say!("{}", if raw { now.to_string() } else { change(family, &last, &now, seconds) });
         last = now;
     }
 }

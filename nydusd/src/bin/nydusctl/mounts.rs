@@ -38,13 +38,13 @@ pub fn run(found: &[Found], timeout: Duration, raw: bool) -> anyhow::Result<()> 
                 "cache": mount.cache,
             })
         });
-        println!("{}", rows.collect::<Value>());
+        say!("{}", rows.collect::<Value>());
         return Ok(());
     }
-    println!("{:<8} {:<32} {:<9} {:>6} {:>20}  FROM", "PID", "MOUNT", "TYPE", "LOCAL", "CHUNKS");
+    say!("{:<8} {:<32} {:<9} {:>6} {:>20}  FROM", "PID", "MOUNT", "TYPE", "LOCAL", "CHUNKS");
     for (daemon, mount) in rows {
         let (local, chunks) = local(mount.cache.as_ref());
-        println!(
+        say!(
             "{:<8} {:<32} {:<9} {local:>6} {chunks:>20}  {}",
             daemon.pid,
             host_path(daemon, &mount.info).display(),

@@ -31,7 +31,7 @@ pub fn run(client: &Client<'_>, prefetch: &Prefetch, raw: bool) -> anyhow::Resul
     let started = client.post(PATH, &body)?;
     let id = started["id"].as_u64().context("the daemon names no id")?;
     if !prefetch.wait {
-        println!("{}", if raw { started.to_string() } else { format!("prefetch {id} has begun") });
+        say!("{}", if raw { started.to_string() } else { format!("prefetch {id} has begun") });
         return Ok(());
     }
     let mut show = Show::default();
@@ -48,6 +48,6 @@ pub fn run(client: &Client<'_>, prefetch: &Prefetch, raw: bool) -> anyhow::Resul
     if report["state"] != "done" {
         bail!("{shown}");
     }
-    println!("{shown}");
+    say!("{shown}");
     Ok(())
 }

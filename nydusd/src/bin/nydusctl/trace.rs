@@ -16,8 +16,8 @@ pub fn run(client: &Client<'_>, show: &Trace) -> anyhow::Result<()> {
     if let Some(TraceAction::Push) = show.action {
         let answer = client.post(PUSH, &Value::Null)?;
         match answer["digest"].as_str() {
-            Some(digest) => println!("pushed as {digest}"),
-            None => println!("the registry knows as much"),
+            Some(digest) => say!("pushed as {digest}"),
+            None => say!("the registry knows as much"),
         }
         return Ok(());
     }
@@ -26,7 +26,7 @@ pub fn run(client: &Client<'_>, show: &Trace) -> anyhow::Result<()> {
         (_, true) => client.get(OPTIMIZE)?.to_string(),
         _ => text(&client.get(DOCUMENT)?, &client.get(OPTIMIZE)?),
     };
-    println!("{text}");
+    say!("{text}");
     Ok(())
 }
 

@@ -26,9 +26,9 @@ pub fn run(cache: &Cache, raw: bool) -> anyhow::Result<ExitCode> {
     };
     let stock = Stock::open(&dir)?;
     match &cache.action {
-        CacheAction::Ls => stock.show(raw),
+        CacheAction::Ls => stock.show(raw)?,
         CacheAction::Rm { names } => return stock.remove_named(names),
-        CacheAction::Prune { size, dry_run } => return Ok(prune::run(&stock, *size, *dry_run, raw)),
+        CacheAction::Prune { size, dry_run } => return prune::run(&stock, *size, *dry_run, raw),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -69,17 +69,14 @@ impl Stock {
         self.items.iter().map(|item| item.allocated_size).sum()
     }
 
-    fn show(&self, raw: bool) {
+    fn show(&self, raw: bool) -> std::io::Result<()> {
         if raw {
-            println!("{}", self.items.iter().map(|item| self.document(item)).collect::<Value>());
-            return;
+            say!("{}", self.items.iter().map(|item| self.document(item)).collect::<Value>());
+            return Ok(());
         }
-        println!(
-            "{:<64} {:<10} {:>11} {:>20}  {:<19}  USED BY",
-            "NAME", "KIND", "ON DISK", "CHUNKS", "LAST USE"
-        );
+        say!("{:<64} {:<10} {:>11} {:>20}  {:<19}  USED BY", "NAME", "KIND", "ON DISK", "CHUNKS", "LAST USE");
         for item in &self.items {
-            println!(
+            say!(
                 "{:<64} {:<10} {:>11} {:>20}  {:<19}  {}",
                 item.name,
                 item.kind.name(),
@@ -89,7 +86,8 @@ impl Stock {
                 self.used_by(item)
             );
         }
-        println!("{} in {} items of {}", size(self.total()), self.items.len(), self.dir.display());
+        say!("{} in {} items of {}", size(self.total()), self.items.len(), self.dir.display());
+        Ok(())
     }
 
     /// Who has it open, in a few words.
@@ -132,7 +130,7 @@ impl Stock {
         for item in chosen.into_iter().flatten() {
             match self.remove(item)? {
                 Removal::Removed => {
-                    println!("removed {} {}: {}", item.kind.name(), item.name, size(item.allocated_size));
+                    say!("removed {} {}: {}", item.kind.name(), item.name, size(item.allocated_size));
                 }
                 Removal::Kept(usage) => {
                     code = ExitCode::FAILURE;

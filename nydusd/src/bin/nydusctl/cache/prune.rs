@@ -10,7 +10,10 @@ use super::{Stock, local_time};
 use crate::why::size;
 
 /// Removes what was not used for longest until at most `limit` bytes are left; fails if more are.
-pub fn run(stock: &Stock, limit: u64, dry_run: bool, raw: bool) -> ExitCode {
+///
+/// # Errors
+/// Standard output is gone.
+pub fn run(stock: &Stock, limit: u64, dry_run: bool, raw: bool) -> anyhow::Result<ExitCode> {
     let before = stock.total();
     let (mut left, mut gone) = (before, Vec::new());
     for item in order(&stock.items, |item| stock.usage(item) == Usage::Free) {
@@ -33,11 +36,11 @@ pub fn run(stock: &Stock, limit: u64, dry_run: bool, raw: bool) -> ExitCode {
     }
     if raw {
         let removed: Value = gone.iter().map(|item| stock.document(item)).collect();
-        println!("{}", json!({ "removed": removed, "dry_run": dry_run, "before": before, "left": left }));
+        say!("{}", json!({ "removed": removed, "dry_run": dry_run, "before": before, "left": left }));
     } else {
         let verb = if dry_run { "would remove" } else { "removed" };
         for item in &gone {
-            println!(
+            say!(
                 "{verb} {} {}: {}, last used {}",
                 item.kind.name(),
                 item.name,
@@ -45,16 +48,16 @@ pub fn run(stock: &Stock, limit: u64, dry_run: bool, raw: bool) -> ExitCode {
                 local_time(item.last_use)
             );
         }
-        println!("{verb} {} of {}, {} left", size(before - left), size(before), size(left));
+        say!("{verb} {} of {}, {} left", size(before - left), size(before), size(left));
     }
     if left > limit {
         eprintln!(
             "nydusctl: {} more than wanted: the rest is in use or can not be removed",
             size(left - limit)
         );
-        return ExitCode::FAILURE;
+        return Ok(ExitCode::FAILURE);
     }
-    ExitCode::SUCCESS
+    Ok(ExitCode::SUCCESS)
 }
 
 /// What may go, in the order in which it goes.

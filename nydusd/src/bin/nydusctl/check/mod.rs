@@ -64,9 +64,9 @@ pub fn run(options: &Check, raw: bool) -> anyhow::Result<ExitCode> {
     let findings: Vec<Finding> = machine::look().into_iter().chain(directory::look(&dir)).collect();
     let missing = findings.iter().filter(|finding| finding.state == State::Missing).count();
     if options.json || raw {
-        println!("{}", serde_json::json!({ "ready": missing == 0, "findings": findings }));
+        say!("{}", serde_json::json!({ "ready": missing == 0, "findings": findings }));
     } else {
-        print!("{}", text(&findings));
+        say!("{}", text(&findings).trim_end());
     }
     Ok(if missing == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -21,7 +21,7 @@ pub fn run(client: &Client<'_>, options: &Why, raw: bool) -> anyhow::Result<()> 
     };
     let document = client.get(&path)?;
     if raw {
-        println!("{document}");
+        say!("{document}");
         return Ok(());
     }
     let report: Report = serde_json::from_value(document)
@@ -30,11 +30,11 @@ pub fn run(client: &Client<'_>, options: &Why, raw: bool) -> anyhow::Result<()> 
         let mut page = std::fs::File::create(file).with_context(|| format!("make {}", file.display()))?;
         page.write_all(html::page(&report).as_bytes())
             .with_context(|| format!("write {}", file.display()))?;
-        println!("{}", file.display());
+        say!("{}", file.display());
     } else if options.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        print!("{}", text::text(&report, options.count));
+        say!("{}", text::text(&report, options.count).trim_end());
     }
     Ok(())
 }
