@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use nydusd::cli::WhatArgs;
 
 /// Talks to running nydusd daemons over their API sockets, and looks after caches and machines.
@@ -78,7 +79,7 @@ pub struct Mount {
     pub source: PathBuf,
 
     /// Configuration of the image: v1 JSON, or v2 TOML or JSON; needed for an image
-    #[arg(short = 'c', long, value_name = "FILE", required_if_eq("kind", "rafs"))]
+    #[arg(short = 'c', long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
     /// Where it appears, seen from the daemon's own root
@@ -88,6 +89,22 @@ pub struct Mount {
     /// What the source is
     #[arg(short = 't', long = "type", value_name = "TYPE", default_value = "rafs", value_parser = ["rafs", "passthrough_fs"])]
     pub kind: String,
+}
+
+impl Mount {
+    /// An image does not go without its configuration.
+    ///
+    /// # Errors
+    /// A usage error.
+    pub fn check(&self) -> Result<(), clap::Error> {
+        match (&self.config, self.kind.as_str()) {
+            (None, "rafs") => Err(Cli::command().error(
+                ErrorKind::MissingRequiredArgument,
+                "an image needs --config, which says where its blobs are",
+            )),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What to unmount.

@@ -35,6 +35,9 @@ use client::Client;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Command::Mount(options) = &cli.command {
+        options.check().unwrap_or_else(|e| e.exit());
+    }
     match run(&cli) {
         Ok(code) => code,
         // `nydusctl … | head` has seen enough.
