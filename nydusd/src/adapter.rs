@@ -403,8 +403,9 @@ impl FileSystem for Adapter {
             | FsOptions::BIG_WRITES
             | FsOptions::MAX_PAGES
             | FsOptions::PARALLEL_DIROPS
+            // Always, not only where it seems to be of use (READDIRPLUS_AUTO): that forgets it behind
+            // the first part of a large directory, and asks for each of the other entries.
             | FsOptions::DO_READDIRPLUS
-            | FsOptions::READDIRPLUS_AUTO
             | FsOptions::ASYNC_DIO
             | FsOptions::ZERO_MESSAGE_OPEN
             | FsOptions::ZERO_MESSAGE_OPENDIR
