@@ -7,7 +7,6 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -17,16 +16,17 @@ use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
     SetattrValid, ZeroCopyReader,
 };
-use rafs::bootstrap::{Attr, FileType, Nid};
+use rafs::bootstrap::{Attr, Nid};
 use rafs::fs::SeekKind;
 use storage::read::ReadSlice;
 
 use crate::metrics::{Fop, Inflight};
 use crate::mount::Mount;
 use crate::node::NodeId;
-use crate::vfs::{FIRST_DIRECTORY, Node, Vfs};
+use crate::vfs::{Node, Vfs};
 
 mod directory;
+mod names;
 
 /// How long the kernel may believe an answer: nothing changes, so for ever (contract 1.8).
 pub(crate) const FOR_EVER: Duration = Duration::from_secs(1 << 32);
@@ -36,10 +36,6 @@ const PREFERRED_IO_SIZE: i64 = 4096;
 
 /// Unit of `st_blocks`.
 const STAT_BLOCK: u64 = 512;
-
-/// Cursors of `.` and `..`; those of the image's entries follow.
-const AFTER_DOT: u64 = 1;
-const AFTER_DOT_DOT: u64 = 2;
 
 /// The mounted images as a FUSE file system.
 #[derive(Debug, Default)]
@@ -153,103 +149,6 @@ impl Adapter {
         }
     }
 
-    /// The answer to a lookup of `node`.
-    fn entry(&self, node: &Node) -> io::Result<Entry> {
-        match node {
-            Node::Image { mount, nid, .. } => entry(mount, *nid),
-            Node::Own(number) => directory::entry(&self.table, *number),
-        }
-    }
-
-    /// Counts that the kernel has been given an answer to a lookup.
-    fn given(&self, node: &Node, entry: &Entry) {
-        // FUSE's root is no mount's, and directories of ours are not counted.
-        if let (Node::Image { mount, .. }, false) = (node, entry.inode == NodeId::ROOT.0) {
-            mount.place().lookups.take(1);
-        }
-    }
-
-    /// What `name` is in `parent`; `None` if there is no such name.
-    fn find(&self, parent: &Node, name: &[u8]) -> io::Result<Option<Node>> {
-        let own = match parent {
-            Node::Own(number) => Some(*number),
-            Node::Image { own, .. } => *own,
-        };
-        match (name, parent) {
-            // Asked by file handles of exported mounts, `.` also of what is no directory.
-            (b".", _) => return Ok(Some(parent.clone())),
-            (b"..", _) => return self.parent(parent).map(Some),
-            _ => {}
-        }
-        if let Some(child) = own.and_then(|number| self.table.child(number, name)) {
-            return Ok(Some(child.node));
-        }
-        match parent {
-            Node::Own(_) => Ok(None),
-            Node::Image { mount, nid, .. } => {
-                let found = mount.rafs().bootstrap().lookup(*nid, name).map_err(refuse)?;
-                Ok(found.map(|child| Node::Image { mount: Arc::clone(mount), nid: child.nid, own: None }))
-            }
-        }
-    }
-
-    /// What a directory is in, across the borders of mounts; FUSE's root is in itself.
-    fn parent(&self, dir: &Node) -> io::Result<Node> {
-        let of = |number: u64| self.table.parent(number).ok_or_else(|| os_error(libc::ESTALE));
-        match dir {
-            Node::Own(number) | Node::Image { own: Some(number), .. } => of(*number),
-            Node::Image { mount, nid, own: None } => {
-                let nid = mount.rafs().bootstrap().parent(*nid).map_err(refuse)?;
-                Ok(Node::Image { mount: Arc::clone(mount), nid, own: None })
-            }
-        }
-    }
-
-    /// Visits a directory from cursor `offset`: `.`, `..`, what the image has, then what leads to mounts
-    /// below. The visitor answers false when it has no room. It is given the node of real entries.
-    fn list(
-        &self,
-        dir: &Node,
-        offset: u64,
-        visit: &mut dyn FnMut(DirEntry<'_>, Option<&Node>) -> io::Result<bool>,
-    ) -> io::Result<()> {
-        let type_ = u32::from(libc::DT_DIR);
-        if offset < AFTER_DOT {
-            let dot = DirEntry { ino: ino(dir), offset: AFTER_DOT, type_, name: b"." };
-            if !visit(dot, None)? {
-                return Ok(());
-            }
-        }
-        if offset < AFTER_DOT_DOT {
-            let parent = ino(&self.parent(dir)?);
-            let dot_dot = DirEntry { ino: parent, offset: AFTER_DOT_DOT, type_, name: b".." };
-            if !visit(dot_dot, None)? {
-                return Ok(());
-            }
-        }
-        let own = match dir {
-            Node::Own(number) => Some(*number),
-            Node::Image { own, .. } => *own,
-        };
-        let children = own.map(|number| self.table.children(number, 0)).unwrap_or_default();
-        if let Node::Image { mount, nid, .. } = dir
-            && offset < FIRST_DIRECTORY
-        {
-            let covers = |name: &[u8]| children.iter().any(|child| child.name.as_bytes() == name);
-            if !list_image(mount, *nid, offset, &covers, visit)? {
-                return Ok(());
-            }
-        }
-        for child in children.iter().filter(|child| child.number > offset) {
-            let name = child.name.as_bytes();
-            let entry = DirEntry { ino: ino(&child.node), offset: child.number, type_, name };
-            if !visit(entry, Some(&child.node))? {
-                return Ok(());
-            }
-        }
-        Ok(())
-    }
-
     /// True if extended attributes may be asked for.
     fn shows_xattrs(&self) -> bool {
         !self.table.is_dedicated() || self.table.mounts().iter().any(|mount| mount.has_xattrs())
@@ -314,62 +213,6 @@ fn entry(mount: &Mount, nid: Nid) -> io::Result<Entry> {
 /// "No such name", to be remembered for ever.
 fn negative_entry() -> Entry {
     Entry { entry_timeout: FOR_EVER, ..Entry::default() }
-}
-
-fn dirent_type(file_type: FileType) -> u32 {
-    u32::from(match file_type {
-        FileType::Regular => libc::DT_REG,
-        FileType::Directory => libc::DT_DIR,
-        FileType::Symlink => libc::DT_LNK,
-        FileType::CharDevice => libc::DT_CHR,
-        FileType::BlockDevice => libc::DT_BLK,
-        FileType::Fifo => libc::DT_FIFO,
-        FileType::Socket => libc::DT_SOCK,
-    })
-}
-
-/// The inode number that users see.
-fn ino(node: &Node) -> u64 {
-    match node {
-        Node::Own(number) => *number,
-        Node::Image { mount, nid, .. } => mount.ino(*nid),
-    }
-}
-
-/// Visits the entries of an image's directory but those that something covers; false if the visitor has
-/// no room for more.
-fn list_image(
-    mount: &Arc<Mount>,
-    dir: Nid,
-    offset: u64,
-    covers: &dyn Fn(&[u8]) -> bool,
-    visit: &mut dyn FnMut(DirEntry<'_>, Option<&Node>) -> io::Result<bool>,
-) -> io::Result<bool> {
-    let mut end = Ok(true);
-    mount
-        .rafs()
-        .bootstrap()
-        .children(dir, offset.saturating_sub(AFTER_DOT_DOT), &mut |child| {
-            if covers(child.name) {
-                return ControlFlow::Continue(());
-            }
-            let entry = DirEntry {
-                ino: mount.ino(child.nid),
-                offset: child.next.saturating_add(AFTER_DOT_DOT),
-                type_: dirent_type(child.file_type),
-                name: child.name,
-            };
-            let node = Node::Image { mount: Arc::clone(mount), nid: child.nid, own: None };
-            match visit(entry, Some(&node)) {
-                Ok(true) => ControlFlow::Continue(()),
-                other => {
-                    end = other;
-                    ControlFlow::Break(())
-                }
-            }
-        })
-        .map_err(refuse)?;
-    end
 }
 
 /// An xattr answer of `len` bytes into a buffer of `size`: 0 asks for the length.

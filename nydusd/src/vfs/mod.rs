@@ -253,7 +253,7 @@ impl Vfs {
             let state = self.read();
             let Some(slot) = state.slot(node.index()) else { return };
             slot.lookups.give_back(count);
-            !slot.attached && slot.mount.is_some() && slot.lookups.held() == 0
+            slot.is_over()
         };
         if last {
             self.sweep();

@@ -74,6 +74,12 @@ impl Vfs {
         Ok(())
     }
 
+    /// Takes everything out of the tree. For a tree that no kernel has seen.
+    fn clear(&self) {
+        let old = std::mem::take(&mut *self.write());
+        drop(old);
+    }
+
     /// Mounts what `build` makes at the place that it had. Call after [`Vfs::restore`].
     ///
     /// # Errors
@@ -106,16 +112,30 @@ impl Daemon {
     /// kernel, for which nothing has changed.
     ///
     /// # Errors
-    /// The state is damaged, or an image is gone or changed.
+    /// The state is damaged, or an image is gone or changed; nothing is mounted then.
     pub fn restore_mounts(&self, engine: &Arc<Engine>, saved: &SavedVfs) -> anyhow::Result<()> {
-        self.adapter().table().restore(saved)?;
-        for one in &saved.mounts {
-            let context = || format!("restore the mount at {}", one.mountpoint);
-            let spec = self.saved_spec(engine, one).with_context(context)?;
-            let opened = mount::open(engine, spec, self.known()).with_context(context)?;
-            let mount = self.adapter().table().restore_mount(one, |place| opened.at(place))?;
-            if one.command.is_none() && one.mountpoint == "/" {
-                self.adapter().table().dedicate();
+        let vfs = self.adapter().table();
+        let open = |one: &SavedMount| {
+            let spec = self.saved_spec(engine, one)?;
+            mount::open(engine, spec, self.known())
+        };
+        let context = |one: &SavedMount| format!("restore the mount at {}", one.mountpoint);
+        let opened = saved
+            .mounts
+            .iter()
+            .map(|one| Ok((one, open(one).with_context(|| context(one))?)))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let attach = || {
+            vfs.restore(saved)?;
+            let attached =
+                opened.into_iter().map(|(one, opened)| vfs.restore_mount(one, |place| opened.at(place)));
+            attached.collect::<anyhow::Result<Vec<_>>>()
+        };
+        // All of it or nothing.
+        let mounts = attach().inspect_err(|_| vfs.clear())?;
+        for mount in mounts {
+            if mount.command().is_none() && mount.mountpoint() == "/" {
+                vfs.dedicate();
             }
             self.fetch_hints(engine, &mount);
             self.fetch_configured(engine, &mount);

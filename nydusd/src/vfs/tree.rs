@@ -13,7 +13,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use rafs::bootstrap::{FileType, Nid};
 
@@ -54,6 +54,8 @@ pub(super) struct Slot {
     /// What nodes of this index belong to, also after it was taken out of the tree, while the kernel
     /// holds some.
     pub mount: Option<Arc<Mount>>,
+    /// The last one that was here; others may be at work on it.
+    last: Weak<Mount>,
     /// It is in the tree.
     pub attached: bool,
     pub generation: u64,
@@ -68,6 +70,7 @@ impl Slot {
     fn new() -> Self {
         Self {
             mount: None,
+            last: Weak::new(),
             attached: false,
             generation: 0,
             lookups: Arc::default(),
@@ -76,16 +79,15 @@ impl Slot {
         }
     }
 
-    /// The mount that nobody can come upon any more. Nobody is about to give the kernel a node of it either:
-    /// that takes the mount, which only the slot holds.
-    fn is_over(&self) -> bool {
-        let unused =
-            |mount: &Arc<Mount>| !self.counted || (self.lookups.held() == 0 && Arc::strong_count(mount) == 1);
-        !self.attached && self.mount.as_ref().is_some_and(unused)
+    /// Nobody can come upon its mount any more.
+    pub fn is_over(&self) -> bool {
+        !self.attached && self.mount.is_some() && (!self.counted || self.lookups.held() == 0)
     }
 
+    /// Nor is anybody about to give the kernel a node of this index: that takes the mount.
     fn is_free(&self) -> bool {
-        self.mount.is_none() && self.counted && self.lookups.held() == 0
+        let unused = self.mount.is_none() && self.last.strong_count() == 0;
+        unused && self.counted && self.lookups.held() == 0
     }
 }
 
@@ -204,6 +206,7 @@ impl State {
         let index = mount.place().index;
         if let Some(slot) = self.slot_mut(index) {
             slot.attached = true;
+            slot.last = Arc::downgrade(&mount);
             slot.mount = Some(mount);
         }
         if let Some(directory) = self.directories.get_mut(&number) {
