@@ -358,15 +358,23 @@ impl FileSystem for Adapter {
     ) -> io::Result<()> {
         let started = Instant::now();
         let dir = self.node(NodeId(node))?;
+        let mut filled = false;
         let result = self.list(&dir, offset, &mut |dirent, node| {
             let Some(node) = node else {
                 // The kernel looks the dots up nowhere; node 0 says so.
                 return Ok(add_entry(dirent, Entry::default())? > 0);
             };
-            let entry = self.entry(node)?;
+            let entry = match (self.entry(node), node) {
+                // Gone since the directory was looked at.
+                (Err(e), Node::Own(_)) if e.raw_os_error() == Some(libc::ESTALE) => return Ok(true),
+                // What was added is counted, so it must reach the kernel; who goes on meets the error again.
+                (Err(_), _) if filled => return Ok(false),
+                (entry, _) => entry?,
+            };
             let added = add_entry(dirent, entry)? > 0;
             if added {
                 self.given(node, &entry);
+                filled = true;
             }
             Ok(added)
         });

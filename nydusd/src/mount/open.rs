@@ -61,6 +61,8 @@ pub struct MountSpec {
 
 /// An image that is ready to be mounted. Its place is not known yet.
 pub struct Opened {
+    /// Chunks that were in the cache.
+    cached: u64,
     spec: MountSpec,
     rafs: Arc<Rafs>,
     digest: Digest,
@@ -151,7 +153,9 @@ pub fn open(engine: &Engine, mut spec: MountSpec, known: &Known) -> anyhow::Resu
             share: subject.clone().map(|subject| Share { subject, push: config.push_trace }),
         },
     );
+    let cached = caches.iter().map(|cache| u64::from(cache.ready_count())).sum();
     Ok(Opened {
+        cached,
         spec,
         rafs,
         digest,
@@ -178,7 +182,7 @@ impl Opened {
             rafs: self.rafs,
             reader: Arc::clone(&self.blobs) as Arc<dyn Reader>,
             blobs: Some(self.blobs),
-            cached_at_mount: self.caches.iter().map(|cache| u64::from(cache.ready_count())).sum(),
+            cached_at_mount: self.cached,
             caches: self.caches,
             source: Some(source),
             metrics: Arc::new(FsMetrics::new(config.files)),

@@ -29,9 +29,12 @@ impl Daemon {
             return if there.repeats(&command) { Ok(()) } else { Err(occupied(&path)) };
         }
         let opened = self.open(engine, command)?;
+        let change = self.turns().change();
         let attached = self.adapter().table().attach(&path, |place| opened.at(place));
         let (mount, stale) = attached.map_err(|e| refused(e, &path))?;
-        self.show(engine, &mount, &stale);
+        self.invalidate(&stale);
+        drop(change);
+        self.shown(engine, &mount);
         tracing::info!("mounted bootstrap sha256:{} at {path}", mount.bootstrap_digest());
         Ok(())
     }
@@ -49,9 +52,12 @@ impl Daemon {
             return Err(vacant(&path));
         }
         let opened = self.open(engine, command)?;
+        let change = self.turns().change();
         let replaced = self.adapter().table().replace(&path, |place| opened.at(place));
         let (Replaced { new: mount, old }, stale) = replaced.map_err(|e| refused(e, &path))?;
-        self.show(engine, &mount, &stale);
+        self.invalidate(&stale);
+        drop(change);
+        self.shown(engine, &mount);
         tracing::info!("mounted bootstrap sha256:{} at {path} in place of another", mount.bootstrap_digest());
         self.retire(engine, old);
         Ok(())
@@ -66,8 +72,10 @@ impl Daemon {
         let path = VfsPath::parse(mountpoint)?;
         let engine = self.serving()?;
         let _turn = self.turns().take(&path).ok_or_else(|| busy(&path))?;
+        let change = self.turns().change();
         let (mount, stale) = self.adapter().table().detach(&path).map_err(|e| refused(e, &path))?;
         self.invalidate(&stale);
+        drop(change);
         self.hot().forget(mount.mountpoint());
         tracing::info!("unmounted {path}");
         self.retire(engine, mount);
@@ -98,15 +106,14 @@ impl Daemon {
         open().map_err(|e| MountError::image(&e))
     }
 
-    /// Makes a new mount visible, and fetches what it wants to be fetched.
-    fn show(&self, engine: &Arc<Engine>, mount: &Arc<Mount>, stale: &[Stale]) {
+    /// Warns of what a new mount does not show, and fetches what it wants to be fetched.
+    fn shown(&self, engine: &Arc<Engine>, mount: &Arc<Mount>) {
         if mount.has_xattrs() && self.adapter().has_refused_xattrs() {
             tracing::warn!(
                 "{} has extended attributes, but the kernel was told that there are none: they are not shown",
                 mount.mountpoint()
             );
         }
-        self.invalidate(stale);
         self.fetch_hints(engine, mount);
         self.fetch_configured(engine, mount);
     }

@@ -1,7 +1,7 @@
 //! One command at a time for each mountpoint.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::path::VfsPath;
 
@@ -10,6 +10,8 @@ use super::path::VfsPath;
 pub struct Turns {
     /// Held for look-ups only.
     taken: Mutex<HashSet<VfsPath>>,
+    /// Held while the tree changes and the kernel is told.
+    change: Mutex<()>,
 }
 
 /// The right to work on a mountpoint. Given back when it is dropped.
@@ -24,6 +26,14 @@ impl Turns {
     pub fn take<'a>(&'a self, path: &'a VfsPath) -> Option<Turn<'a>> {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         taken.insert(path.clone()).then_some(Turn { turns: self, path })
+    }
+}
+
+impl Turns {
+    /// The right to change the tree, until the kernel knows: directories that one change makes are
+    /// part of the next one's path, and its client may look at once. For threads that run commands.
+    pub fn change(&self) -> MutexGuard<'_, ()> {
+        self.change.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -142,11 +142,16 @@ fn item(dir: &Path, kind: Kind, name: String, files: Vec<(PathBuf, Metadata)>) -
 
 /// The chunk map of a blob, if there is one.
 fn open_map(dir: &Path, name: &str) -> io::Result<Option<File>> {
-    let opened = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NONBLOCK)
-        .open(dir.join(format!("{name}{}", Kind::Blob.suffixes()[0])));
+    let path = dir.join(format!("{name}{}", Kind::Blob.suffixes()[0]));
+    let open = |flags| {
+        let flags = flags | libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NONBLOCK;
+        OpenOptions::new().read(true).write(true).custom_flags(flags).open(&path)
+    };
+    // To look is no use of a blob; only its owner may look unseen.
+    let opened = open(libc::O_NOATIME).or_else(|e| match e.raw_os_error() {
+        Some(libc::EPERM) => open(0),
+        _ => Err(e),
+    });
     match opened {
         Ok(file) => Ok(Some(file)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -266,6 +271,19 @@ mod tests {
         }
         write(dir.path().join("notes.boot"), "no digest").unwrap();
         dir
+    }
+
+    #[test]
+    fn to_look_is_no_use() {
+        let dir = stocked();
+        let map = dir.path().join(format!("{ID}.blob.data.chunk_map"));
+        let old = SystemTime::now() - Duration::from_secs(7 * 86_400);
+        // Older than a day: also where reads seldom move the time of access.
+        let times = std::fs::FileTimes::new().set_accessed(old).set_modified(old);
+        File::options().write(true).open(&map).unwrap().set_times(times).unwrap();
+        let before = map.metadata().unwrap().accessed().unwrap();
+        list(dir.path()).unwrap();
+        assert_eq!(map.metadata().unwrap().accessed().unwrap(), before);
     }
 
     #[test]
