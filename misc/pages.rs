@@ -22,8 +22,10 @@ const COMPLETIONS: [(Shell, &str, &str, &str); 3] = [
 /// A directory or file can not be made.
 pub fn write(command: Command, version: &'static str, share: &Path) -> io::Result<()> {
     let name = command.get_name().to_owned();
-    // The text of `--version` has several lines, the foot of a page has room for a word.
-    let mut command = command.version(version).long_version(version);
+    // The text of `--version` has several lines, the foot of a page has room for a word. A page for
+    // `help` would say less than its name.
+    let version = version.strip_prefix('v').unwrap_or(version);
+    let mut command = command.version(version).long_version(version).disable_help_subcommand(true);
     for (shell, directory, before, behind) in COMPLETIONS {
         let directory = share.join(directory);
         create_dir_all(&directory)?;

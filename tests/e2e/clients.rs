@@ -167,6 +167,49 @@ fn command_lines_of_clients_mount() -> Result<()> {
     Ok(())
 }
 
+/// nydus-snapshotter's shared daemon starts empty; `nydusctl` mounts in it, shows each mount by
+/// itself, and takes it away.
+#[test]
+fn a_shared_daemon_gets_its_mounts_later() -> Result<()> {
+    needs_mounts!();
+    let world = World::new()?;
+    let line = "fuse --thread-num 8 --mountpoint @mnt --apisock @api.sock --log-level info --log-rotation-size 100 \
+                --log-file @logs/nydusd.log --failover-policy resend";
+    let mut daemon = world.start(line)?;
+    let info = world.wait_running(&mut daemon)?;
+    ensure!(info["backend_collection"] == json!({}), "{info}");
+    let ctl = |line: &str| {
+        let line = format!("-S @api.sock {line}");
+        finish(
+            Command::new(binaries::nydusctl()).args(world.words(&line)).current_dir(world.journey.scratch()),
+        )
+    };
+    // The source as people type it, relative to where they are.
+    for at in ["/one", "/two"] {
+        let mounted = ctl(&format!("mount -s image.boot -c @config.json -m {at} -t rafs"))?;
+        ensure!(mounted.code == Some(0), "{mounted:?}");
+        reads_right(&world.mount.path().join(&at[1..]))?;
+    }
+    let again = ctl("mount --source image.boot --config @config.json --mountpoint /one")?;
+    ensure!(again.code == Some(1) && again.stderr.contains("lready"), "{again:?}");
+    let info = ctl("info")?;
+    ensure!(info.stdout.contains("Instance /one:") && info.stdout.contains("Instance /two:"), "{info:?}");
+    let mounts = ctl("mounts")?;
+    for at in ["one", "two"] {
+        let path = world.mount.path().join(at).display().to_string();
+        ensure!(mounts.stdout.contains(&path) && mounts.stdout.contains("localfs"), "{mounts:?}");
+    }
+    let top = ctl("top --once -r")?;
+    ensure!(serde_json::from_str::<Value>(&top.stdout)?.as_array().is_some_and(|m| m.len() == 2), "{top:?}");
+    let gone = ctl("umount -m /one")?;
+    ensure!(gone.code == Some(0) && !world.mount.path().join("one/etc").exists(), "{gone:?}");
+    let gone = ctl("umount -m /one")?;
+    ensure!(gone.code == Some(1) && gone.stderr.starts_with("Error:"), "{gone:?}");
+    reads_right(&world.mount.path().join("two"))?;
+    ensure!(daemon.terminate()?.code() == Some(0), "ended badly");
+    Ok(())
+}
+
 /// What this build does not do ends at once, with the code of the contract and a word that helps.
 #[test]
 fn other_command_lines_are_refused() -> Result<()> {
