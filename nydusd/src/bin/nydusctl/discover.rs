@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
+/// What the names of daemons begin with.
+pub const DAEMON: &str = "nydusd";
+
 /// A daemon that answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
@@ -82,9 +85,14 @@ fn socket_of(process: &Path) -> Option<PathBuf> {
     if owner != 0 && owner != nix::unistd::geteuid().as_raw() {
         return None;
     }
+    // First by its short name: a command line lies in the memory of the process, and one that stands in a
+    // page fault on a stalled mount may keep that locked for ever.
+    if !std::fs::read_to_string(process.join("comm")).ok()?.starts_with(DAEMON) {
+        return None;
+    }
     let arguments = arguments(process);
     let program = Path::new(arguments.first()?).file_name()?;
-    if !program.as_bytes().starts_with(b"nydusd") {
+    if !program.as_bytes().starts_with(DAEMON.as_bytes()) {
         return None;
     }
     let socket = value(&arguments, "--apisock", Some('A'))?;

@@ -1,4 +1,7 @@
 //! Which processes have files of a directory open or mapped, as far as this user may see.
+//!
+//! To list what a process has mapped waits for its memory's lock, and a process that stands in a page
+//! fault on a stalled mount may keep that for ever: only daemons are asked, which read no mount.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -6,6 +9,8 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use storage::cache::stock::{Item, Kind};
+
+use crate::discover::DAEMON;
 
 /// Process ids and names by file.
 pub struct Users(BTreeMap<PathBuf, BTreeSet<(u32, String)>>);
@@ -19,12 +24,13 @@ impl Users {
                 continue;
             };
             let process = process.path();
+            let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
+            let maps = if name.starts_with(DAEMON) { mapped(&process) } else { BTreeSet::new() };
             let files: Vec<PathBuf> =
-                opened(&process).chain(mapped(&process)).filter(|path| path.starts_with(dir)).collect();
+                opened(&process).chain(maps).filter(|path| path.starts_with(dir)).collect();
             if files.is_empty() {
                 continue;
             }
-            let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
             // A program chooses its own name.
             let name = name.trim_end().escape_debug().to_string();
             for file in files {
@@ -50,15 +56,13 @@ fn opened(process: &Path) -> impl Iterator<Item = PathBuf> {
     descriptors.filter_map(|entry| entry.path().read_link().ok()).map(|path| still(path.as_os_str()))
 }
 
-fn mapped(process: &Path) -> impl Iterator<Item = PathBuf> {
+fn mapped(process: &Path) -> BTreeSet<PathBuf> {
     let maps = std::fs::read(process.join("maps")).unwrap_or_default();
     // Address, permissions, offset, device, inode, and what the rest of the line is.
-    let paths: BTreeSet<PathBuf> = maps
-        .split(|byte| *byte == b'\n')
+    maps.split(|byte| *byte == b'\n')
         .filter_map(|line| line.iter().position(|byte| *byte == b'/').map(|at| &line[at..]))
         .map(|path| still(OsStr::from_bytes(path)))
-        .collect();
-    paths.into_iter()
+        .collect()
 }
 
 /// The name that a file had. One that was replaced since is in use under its old name all the same:
