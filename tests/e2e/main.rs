@@ -3,6 +3,7 @@
 //! One program, so that it links once and its tests share two cores. What this machine cannot run
 //! is listed in `tests/README.md`; a test that is skipped prints why.
 
+mod api;
 mod clients;
 mod conversions;
 mod corpus;
