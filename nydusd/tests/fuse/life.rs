@@ -111,7 +111,7 @@ fn the_api_answers_as_its_clients_expect() {
         ("DELETE", "/api/v2/blobs?blob_id=abc", "", 204, ""),
         ("DELETE", "/api/v2/blobs?domain_id=d&blob_id=abc", "", 501, "DeleteBlobObject("),
         ("POST", "/api/v1/mount", "{}", 400, "QueryString("),
-        ("POST", "/api/v1/mount?mountpoint=/x", "{}", 501, "Mount("),
+        ("POST", "/api/v1/mount?mountpoint=/x", "{}", 400, "missing field `source`"),
         ("PUT", "/api/v1/daemon/start", "", 400, "UnexpectedEvent(\\\"Start\\\")"),
         ("PUT", "/api/v1/daemon/fuse/takeover", "", 400, "UnexpectedEvent(\\\"Takeover\\\")"),
         ("PUT", "/api/v1/daemon", "no json", 400, "ParseBody("),
