@@ -237,13 +237,12 @@ def wanted(row):
     return ROWS is None or row.split()[0] in ROWS
 
 
-def bounds(image, local, round_trip, rate):
+def bounds(local, round_trip, rate):
     """Seconds without and with a trace, by the time L of the program alone, and with nydusd and all data local."""
     seconds_b, trip = local["bytes"] / (rate * 1e6 / 8), round_trip / 1e3
     free, traced = (1.25, 1.1) if round_trip <= 10 else (1.35, 1.15)
-    trips = 20 if image.name == "node" else 6
     return {
-        kind: (free * (local[kind] + seconds_b) + trips * trip, traced * (local[kind] + seconds_b) + 4 * trip)
+        kind: (free * (local[kind] + seconds_b) + 6 * trip, traced * (local[kind] + seconds_b) + 4 * trip)
         for kind in ("alone", "daemon")
     }
 
@@ -255,7 +254,7 @@ def measure(image, work, host, local, table):
         log = os.environ.get("LINKLOG")
         log = log and f"{log}/{image.name}-{round_trip:g}-{rate:g}.log"
         traces = record(image, work, host) if any(wanted(row) for row in ("trace:", "trace-bytes:")) else None
-        limits = bounds(image, local, round_trip, rate)
+        limits = bounds(local, round_trip, rate)
         (free, traced), least = limits["daemon"], limits["alone"]
         touch = local["bytes"]
         table.head(
