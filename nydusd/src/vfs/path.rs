@@ -16,7 +16,7 @@ impl VfsPath {
     /// Checks `text`; slashes in a row count as one, and one at the end as none.
     ///
     /// # Errors
-    /// `InvalidArgument`: it is not absolute, too long, or has `.`, `..` or NUL in it.
+    /// `InvalidArgument`: it is not absolute, too long, or has `.`, `..` or control characters in it.
     pub fn parse(text: &str) -> Result<Self, MountError> {
         let refuse = |why: &str| {
             Err(MountError::new(
@@ -28,8 +28,9 @@ impl VfsPath {
             return refuse("want an absolute path");
         }
         let names: Vec<String> = text.split('/').filter(|name| !name.is_empty()).map(str::to_owned).collect();
-        if names.iter().any(|name| name == "." || name == ".." || name.contains('\0')) {
-            return refuse("want a path without `.`, `..` and NUL");
+        // Paths are logged, and shown on terminals.
+        if names.iter().any(|name| name == "." || name == ".." || name.chars().any(char::is_control)) {
+            return refuse("want a path without `.`, `..` and control characters");
         }
         if text.len() > MAX_PATH || names.iter().any(|name| name.len() > MAX_NAME) {
             return refuse("too long");
@@ -49,5 +50,27 @@ impl fmt::Display for VfsPath {
             return f.write_str("/");
         }
         self.0.iter().try_for_each(|name| write!(f, "/{name}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_checked_and_made_canonical() {
+        for (text, shown) in [("/", "/"), ("//", "/"), ("/a", "/a"), ("//a///b/", "/a/b"), ("/…/ü", "/…/ü")]
+        {
+            assert_eq!(VfsPath::parse(text).unwrap().to_string(), shown);
+        }
+        let long_name = format!("/{}", "x".repeat(MAX_NAME + 1));
+        let long_path = "/x".repeat(MAX_PATH / 2 + 1);
+        for text in
+            ["", "a", "./a", "/a/..", "/./a", "/a\0", "/a\nERROR b", "/\u{1b}[2J", &long_name, &long_path]
+        {
+            let error = VfsPath::parse(text).unwrap_err();
+            assert_eq!(error.kind(), MountErrorKind::InvalidArgument, "{text:?}");
+            assert!(!error.to_string().contains(['\n', '\u{1b}']), "{text:?}");
+        }
     }
 }
