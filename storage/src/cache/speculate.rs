@@ -150,16 +150,15 @@ impl Speculator {
         Self { read_ahead, state: Mutex::new(state) }
     }
 
-    /// Stored bytes that a missing read is widened by; few if another process guesses.
+    /// Stored bytes that a missing read is widened by; none if another process guesses.
     pub(super) fn widening(&self, link: &Link, guesses: bool) -> u64 {
-        if !self.guesses() {
+        if !guesses || !self.guesses() {
             return 0;
         }
         let most = u64::from(self.read_ahead.amplify);
         let state = self.lock();
         // When time counts, misses are widened on credit, too.
         let (step, least) = match self.mood(link, &state) {
-            _ if !guesses => (CAREFUL_STEP, 0),
             Mood::Careful => (CAREFUL_STEP, 0),
             Mood::Guided => (FIRST_STEP, FIRST_STEP / 2),
             Mood::Free => (link.held().map_or(FIRST_STEP, |held| (held / 2).max(FIRST_STEP)), FIRST_STEP / 2),
