@@ -62,6 +62,8 @@ pub enum Command {
         #[arg(value_name = "DIR")]
         directory: PathBuf,
     },
+    /// Run `fuse` in a child, and go on with the same mount in another one should it die
+    Supervise(SuperviseArgs),
 }
 
 /// Flags of every service.
@@ -83,7 +85,7 @@ pub struct GlobalArgs {
     #[arg(long, value_name = "ID", requires = "supervisor")]
     pub id: Option<String>,
 
-    /// Supervisor socket for failover (not built yet)
+    /// Supervisor socket: holds the mount and its state for a successor
     #[arg(long, value_name = "PATH", requires = "id")]
     pub supervisor: Option<PathBuf>,
 
@@ -107,9 +109,13 @@ pub struct GlobalArgs {
     #[arg(long, value_name = "N", default_value_t = 1_000_000)]
     pub rlimit_nofile: u64,
 
-    /// Wait for a takeover instead of mounting (not built yet)
+    /// Wait for a takeover from the supervisor instead of mounting
     #[arg(long)]
     pub upgrade: bool,
+
+    /// What `supervise` gives its child: its socket
+    #[arg(long, value_name = "PATH", hide = true)]
+    pub holder: Option<PathBuf>,
 }
 
 /// Which image, and how its data is come by.
@@ -250,6 +256,14 @@ pub struct PrefetchArgs {
     pub global: GlobalArgs,
 }
 
+/// Flags of `supervise`.
+#[derive(Args, Clone, Debug)]
+pub struct SuperviseArgs {
+    /// The arguments of `nydusd fuse`
+    #[arg(last = true, required = true, value_name = "ARGUMENT")]
+    pub arguments: Vec<OsString>,
+}
+
 /// What to fetch ahead, and how fast.
 #[derive(Args, Clone, Debug)]
 pub struct WhatArgs {
@@ -350,7 +364,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// Accepted for clients that send it; takeover is not built yet.
+/// What becomes of requests that a daemon took and did not answer before it was gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FailoverPolicy {
     /// Leave them.
@@ -403,7 +417,7 @@ impl Cli {
     pub fn parse_arguments(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let mut arguments: Vec<OsString> = arguments.into_iter().collect();
         let first = arguments.get(1).and_then(|a| a.to_str()).unwrap_or_default();
-        let top_level = ["fuse", "prefetch", "pages", "-h", "--help", "-V", "--version"];
+        let top_level = ["fuse", "prefetch", "supervise", "pages", "-h", "--help", "-V", "--version"];
         if arguments.len() > 1 && !top_level.contains(&first) {
             arguments.insert(1, "fuse".into());
         }
@@ -412,8 +426,28 @@ impl Cli {
             Command::Fuse(fuse) => fuse.refuse_what_is_not_built()?,
             Command::Prefetch(prefetch) => prefetch.global.refuse_what_daemons_have()?,
             Command::Pages { .. } => {}
+            Command::Supervise(_) => {}
         }
         Ok(cli)
+    }
+}
+
+impl SuperviseArgs {
+    /// What the child will be told.
+    ///
+    /// # Errors
+    /// As [`Cli::parse_arguments`]; another service than `fuse`, or what only a supervisor says.
+    pub fn child(&self) -> Result<Box<FuseArgs>, clap::Error> {
+        let refuse =
+            |why: &str| clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, format!("{why}\n"));
+        let name = OsString::from("nydusd");
+        match Cli::parse_arguments(std::iter::once(name).chain(self.arguments.iter().cloned()))?.command {
+            Command::Fuse(args) if args.global.upgrade || args.global.holder.is_some() => {
+                Err(refuse("`supervise` itself decides when a daemon takes over; leave --upgrade out"))
+            }
+            Command::Fuse(args) => Ok(args),
+            _ => Err(refuse("`supervise` runs the service `fuse` and no other")),
+        }
     }
 }
 
@@ -437,8 +471,6 @@ impl FuseArgs {
             ("--shared-dir", self.shared_dir.is_some()),
             ("--writable", self.writable),
             ("--dedup-db", self.dedup_db.is_some()),
-            ("--supervisor", self.global.supervisor.is_some()),
-            ("--upgrade", self.global.upgrade),
         ];
         match refused.iter().find(|(_, given)| *given) {
             Some((flag, _)) => Err(clap::Error::raw(
@@ -500,8 +532,9 @@ mod tests {
             ("--mountpoint /m --fuse-threads 1025", "1025"),
             ("--mountpoint /m --no-such-flag", "--no-such-flag"),
             ("--mountpoint /m --id x", "--supervisor"),
-            ("--mountpoint /m --id x --supervisor /s", "--supervisor is not built yet"),
-            ("--mountpoint /m --upgrade", "--upgrade is not built yet"),
+            ("--mountpoint /m --supervisor /s", "--id"),
+            ("supervise", "<ARGUMENT>"),
+            ("supervise --mountpoint /m", "--mountpoint"),
             ("--mountpoint /m --writable", "--writable is not built yet"),
             ("--mountpoint /m -s /d", "--shared-dir is not built yet"),
             ("--mountpoint /m --dedup-db /d", "--dedup-db is not built yet"),

@@ -1,24 +1,26 @@
 //! The daemon's life: start, serve, stop.
 //!
 //! ```text
-//! INIT ──mount──▶ READY ──threads──▶ RUNNING ──signal, exit, umount──▶ STOPPED
+//! INIT ──mount, takeover──▶ READY ──threads──▶ RUNNING ──signal, exit, umount──▶ STOPPED
 //! ```
 //!
 //! The main thread is the control plane: signals, the API, the end of FUSE threads. Starting
-//! (which may fetch) runs beside it, so that a signal ends a daemon
-//! that is stuck in its start, too. The API socket appears only when the mount has answered.
+//! (which may fetch) runs beside it, so that a signal ends a daemon that is stuck in its start,
+//! too. The API socket appears only when the mount has answered, or when the daemon waits for its
+//! takeover ([`crate::failover`]).
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use storage::engine::{Engine, EngineConfig};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::adapter::Adapter;
 use crate::cli::FuseArgs;
+use crate::failover::{Beginning, LifeError};
 use crate::preheat::jobs::Jobs;
 use crate::transport::fusedev::{FuseMount, usable_mountpoint};
 use crate::vfs::known::Known;
@@ -87,6 +89,10 @@ pub struct Daemon {
     /// Held while mounting and while stopping begins: a mount that nobody would take away
     /// again must not appear. True once stopping has begun.
     stopping: Mutex<bool>,
+    /// See [`Daemon::steps`].
+    steps: Mutex<()>,
+    /// Set when the start begins.
+    beginning: OnceLock<Beginning>,
     engine: OnceLock<Arc<Engine>>,
     /// Unbounded, but at most one message a FUSE thread and an API call.
     ends: mpsc::UnboundedSender<End>,
@@ -104,6 +110,8 @@ impl Daemon {
             turns: Turns::default(),
             fuse: OnceLock::new(),
             stopping: Mutex::new(false),
+            steps: Mutex::new(()),
+            beginning: OnceLock::new(),
             engine: OnceLock::new(),
             ends,
         }
@@ -164,34 +172,73 @@ impl Daemon {
         self.engine.get()
     }
 
-    /// Ends the daemon and leaves the mount in place. Returns at once.
+    /// Its supervisor's socket, if it was given one.
+    pub fn supervisor(&self) -> Option<&Path> {
+        self.args.global.supervisor.as_deref()
+    }
+
+    /// Taken by steps of its life that must not overlap. They block while they hold it, and it
+    /// guards no data.
+    pub(crate) fn steps(&self) -> &Mutex<()> {
+        &self.steps
+    }
+
+    /// How it began; a mount before that is known.
+    pub(crate) fn beginning_was(&self) -> Beginning {
+        self.beginning.get().copied().unwrap_or(Beginning::Mount)
+    }
+
+    /// The engine, made if need be.
+    pub(crate) fn make_engine(&self) -> anyhow::Result<&Arc<Engine>> {
+        if let Some(engine) = self.engine.get() {
+            return Ok(engine);
+        }
+        let engine = Engine::new(EngineConfig::default())?;
+        Ok(self.engine.get_or_init(|| engine))
+    }
+
+    /// Ends the daemon and leaves the mount, if it has one, in place. Returns at once.
     pub fn exit(&self) {
         // A closed channel means that the end has come already.
         let _ = self.ends.send(End::Exit);
     }
 
-    /// Mounts and serves. Blocks until the mount has answered.
+    /// Begins as it is told to. Blocks until the mount has answered, if there is to be one.
     fn start(&self) -> anyhow::Result<()> {
+        check_socket(self.args.global.apisock.as_deref())?;
+        match *self.beginning.get_or_init(|| self.beginning()) {
+            Beginning::Mount => self.mount_and_serve(),
+            Beginning::Wait => {
+                tracing::info!("waiting for the takeover of {}", self.args.mountpoint.display());
+                Ok(())
+            }
+            Beginning::TakeOver => {
+                let failed = |error| match error {
+                    LifeError::Failed(e) => e.context("take over"),
+                    other => anyhow!("take over: {other:?}"),
+                };
+                self.take_over().map_err(failed)?;
+                self.begin().map_err(failed)
+            }
+        }
+    }
+
+    /// Mounts and serves. Blocks until the mount has answered.
+    fn mount_and_serve(&self) -> anyhow::Result<()> {
         let args = &self.args;
-        check_socket(args.global.apisock.as_deref())?;
         // Before anything is fetched for a mount that can not be.
         usable_mountpoint(&args.mountpoint)?;
         let plan = image::plan(&args.image, args.global.config.as_deref())?;
-        let engine = Engine::new(EngineConfig::default())?;
-        let engine = self.engine.get_or_init(|| engine);
+        let engine = self.make_engine()?;
         let mount = plan.map(|plan| self.mount_planned(engine, plan)).transpose()?;
         if let Some(mount) = &mount {
             self.fetch_hints(engine, mount);
         }
         let fuse = self.mount_unless_stopping()?;
-        let ends = self.ends.clone();
-        let (_, initialized) = fuse.serve(Arc::clone(&self.adapter), args.fuse_threads, move |result| {
-            // The receiver goes away only when the daemon is ending anyway.
-            let _ = ends.send(End::Fuse(result));
-        })?;
-        initialized
+        self.serve(fuse)?
             .recv()
             .with_context(|| format!("the new mount {} ended at once", fuse.mountpoint().display()))?;
+        self.tell_holder()?;
         self.set_state(State::Running);
         match mount {
             Some(mount) => {
@@ -207,6 +254,21 @@ impl Daemon {
         Ok(())
     }
 
+    /// Starts the threads that serve the mount; the receiver hears of FUSE_INIT.
+    pub(crate) fn serve(&self, fuse: &FuseMount) -> anyhow::Result<std::sync::mpsc::Receiver<()>> {
+        let ends = self.ends.clone();
+        let ended = move |result| {
+            // The receiver goes away only when the daemon is ending anyway.
+            let _ = ends.send(End::Fuse(result));
+        };
+        let (_, initialized) = fuse.serve(Arc::clone(&self.adapter), self.args.fuse_threads, ended)?;
+        Ok(initialized)
+    }
+
+    pub(crate) fn set_running(&self) {
+        self.set_state(State::Running);
+    }
+
     /// Mounts, unless the daemon is being stopped meanwhile.
     fn mount_unless_stopping(&self) -> anyhow::Result<&FuseMount> {
         let stopping = self.stopping.lock().unwrap_or_else(PoisonError::into_inner);
@@ -217,6 +279,18 @@ impl Daemon {
         let fuse = self.fuse.get_or_init(|| fuse);
         self.set_state(State::Ready);
         Ok(fuse)
+    }
+
+    /// Makes an adopted mount this daemon's own, unless the daemon is being stopped meanwhile.
+    pub(crate) fn hold(&self, fuse: FuseMount) -> anyhow::Result<()> {
+        let stopping = self.stopping.lock().unwrap_or_else(PoisonError::into_inner);
+        if *stopping {
+            fuse.abandon();
+            bail!("stopped before the takeover");
+        }
+        self.fuse.get_or_init(|| fuse);
+        self.set_state(State::Ready);
+        Ok(())
     }
 
     /// For the end of the FUSE connection: usually the mount was taken away.

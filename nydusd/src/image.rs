@@ -20,7 +20,7 @@ use storage::oci::manifest::Platform;
 use storage::oci::nydus::{FetchOptions, NydusImage};
 use storage::oci::token::Login;
 
-use crate::cli::{FailoverPolicy, FuseArgs, ImageArgs};
+use crate::cli::{FuseArgs, ImageArgs};
 use crate::config::{BackendConfig, Config, Dialect, RegistryConfig, StoreConfig, TransportConfig};
 use crate::mount::MountSpec;
 use crate::vfs::command::MountCommand;
@@ -146,13 +146,8 @@ pub fn apply_fuse_arguments(config: &mut Config, args: &FuseArgs) -> anyhow::Res
             config.warnings.push("prefetch is off, so --prefetch-files has no effect".to_owned());
         }
     }
-    for (flag, given) in [
-        ("--backend-source", args.backend_source.is_some()),
-        ("--failover-policy", args.failover_policy != FailoverPolicy::Resend),
-    ] {
-        if given {
-            config.warnings.push(format!("{flag} has no effect yet"));
-        }
+    if args.backend_source.is_some() {
+        config.warnings.push("--backend-source has no effect yet".to_owned());
     }
     Ok(())
 }
@@ -219,6 +214,29 @@ pub fn resolve(engine: &Arc<Engine>, plan: Plan, mountpoint: String) -> anyhow::
         }),
         Plan::Named(name, options, config) => fetch(engine, name, *options, *config, mountpoint),
     }
+}
+
+/// The same for an image whose bootstrap is at hand from an earlier mount: nothing is fetched.
+///
+/// # Errors
+/// The configuration of the source is refused.
+pub fn resolve_again(plan: Plan, mountpoint: String, bootstrap: PathBuf) -> anyhow::Result<MountSpec> {
+    let (source, config) = match plan {
+        Plan::Bootstrap(_, config) => (blob_source(&config)?, config),
+        Plan::Named(name, options, config) => {
+            (Image::open(name, *options)?.blob_source(Rewrite::default())?, config)
+        }
+    };
+    Ok(MountSpec {
+        mountpoint,
+        command: None,
+        bootstrap,
+        fetched: None,
+        stated_root: None,
+        source,
+        subject: None,
+        config: *config,
+    })
 }
 
 /// Fetches manifest and bootstrap. The manifest is the authority: what it names is verified

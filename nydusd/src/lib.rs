@@ -17,6 +17,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod echo;
+pub mod failover;
 pub mod failures;
 pub mod image;
 pub mod limits;
@@ -33,5 +34,8 @@ pub mod version;
 pub mod vfs;
 pub mod why;
 
-#[expect(unsafe_code, reason = "one C struct without a constructor, and the settings of C's allocator")]
+#[expect(
+    unsafe_code,
+    reason = "a C struct without a constructor, settings of C's allocator, descriptors from a socket"
+)]
 mod sys;

@@ -1,7 +1,10 @@
 //! `nydusd`: serves images through host FUSE, and fetches them ahead.
 
+use std::path::Path;
+
 use clap::CommandFactory as _;
-use nydusd::cli::{self, Cli, Command};
+use nydusd::cli::{self, Cli, Command, GlobalArgs};
+use nydusd::failover::holder;
 use nydusd::{daemon, limits, logging, pages, preheat};
 
 fn main() {
@@ -12,20 +15,22 @@ fn main() {
     }
     let cli = Cli::parse_arguments(arguments).unwrap_or_else(|e| e.exit());
     limits::keep_heap_small();
-    let global = match &cli.command {
-        Command::Fuse(args) => &args.global,
-        Command::Prefetch(args) => &args.global,
-        Command::Pages { directory } => {
-            let written = pages::write(Cli::command(), nydusd::version::DESCRIBE, directory);
-            std::process::exit(written.map_or_else(
-                |e| {
-                    eprintln!("Error: {}: {e}", directory.display());
-                    1
-                },
-                |()| 0,
-            ));
+    std::process::exit(match cli.command {
+        Command::Fuse(args) => {
+            prepare(&args.global);
+            daemon::run(*args)
         }
-    };
+        Command::Prefetch(args) => {
+            prepare(&args.global);
+            preheat::standalone::run(*args)
+        }
+        Command::Supervise(args) => holder::run(&args),
+        Command::Pages { directory } => write_pages(&directory),
+    });
+}
+
+/// Sets up log and limits.
+fn prepare(global: &GlobalArgs) {
     if let Err(e) = logging::init(global) {
         logging::print_failure(&e);
         std::process::exit(1);
@@ -33,9 +38,15 @@ fn main() {
     let version = nydusd::version::BUILD;
     tracing::info!("nydusd {} {} ({})", version.package_ver, version.git_commit, version.profile);
     limits::raise_nofile(global.rlimit_nofile);
-    std::process::exit(match cli.command {
-        Command::Fuse(args) => daemon::run(*args),
-        Command::Prefetch(args) => preheat::standalone::run(*args),
-        Command::Pages { .. } => 0,
-    });
+}
+
+/// Answers the exit code.
+fn write_pages(directory: &Path) -> i32 {
+    match pages::write(Cli::command(), nydusd::version::DESCRIBE, directory) {
+        Ok(()) => 0,
+        Err(e) => {
+            eprintln!("Error: {}: {e}", directory.display());
+            1
+        }
+    }
 }

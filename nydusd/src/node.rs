@@ -18,7 +18,7 @@ const NID_BITS: u32 = 40;
 pub const MAX_INDEX: u32 = (1 << 24) - 1;
 
 /// Place of a mount in the table; 0 is the daemon's own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MountIndex(pub u32);
 
 /// A node id as it travels in FUSE messages.

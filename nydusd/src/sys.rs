@@ -1,5 +1,10 @@
 //! The only unsafe code of this crate.
 
+use std::io::IoSliceMut;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
+
 /// A `statvfs64` of zeros, which has no constructor of its own.
 pub(crate) fn zeroed_statvfs() -> libc::statvfs64 {
     // SAFETY: `zeroed` wants a type for which all-zero bytes are a valid value: statvfs64 is a
@@ -45,3 +50,27 @@ pub(crate) fn trim_heap() {
 pub(crate) fn keep_heap_small() {}
 #[cfg(not(target_env = "gnu"))]
 pub(crate) fn trim_heap() {}
+
+/// Most descriptors that the kernel lets one message carry (SCM_MAX_FD): none is ever cut off.
+const MAX_FDS: usize = 253;
+
+/// Receives one message: its bytes into `buffer`, and the descriptors that came with them.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>)> {
+    let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
+    let mut parts = [IoSliceMut::new(buffer)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
+    let mut descriptors = Vec::new();
+    for part in message.cmsgs()? {
+        let ControlMessageOwned::ScmRights(fds) = part else { continue };
+        for fd in fds {
+            // SAFETY: `from_raw_fd` wants an open descriptor that nobody else owns. The kernel has
+            // just put it into this process for this message, and no other code has seen it.
+            descriptors.push(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+    Ok((message.bytes, descriptors))
+}

@@ -11,13 +11,16 @@
 //! no log, error or other document has them.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use storage::oci::auth::Credentials;
 
 use super::reply::Reply;
 use crate::config::{BackendConfig, Config, ProxyConfig};
 use crate::daemon::Daemon;
+use crate::mount::Mount;
 
 /// Ids that values are kept for: far more than images are ever mounted, and a bound.
 const MAX_IDS: usize = 4096;
@@ -34,22 +37,33 @@ const KEYS: [&str; 3] = [REGISTRY_AUTH, PROXY_URL, "dragonfly_scheduler_endpoint
 
 type Values = BTreeMap<String, String>;
 
-/// What was set, by id. Secret.
+/// What was set, by id.
 #[derive(Default)]
 pub struct HotConfig {
     /// Held to copy in or out.
-    values: Mutex<BTreeMap<String, Values>>,
+    values: Mutex<Settings>,
+}
+
+/// What was set, by id. Secret: for saved state, never for logs.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Settings(BTreeMap<String, Values>);
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.0.keys()).finish()
+    }
 }
 
 impl HotConfig {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Values>> {
+    fn lock(&self) -> MutexGuard<'_, Settings> {
         // Insertions and removals leave the map whole.
         self.values.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Adds `values` to those of `id`; false if there are too many ids.
     fn set(&self, id: &str, values: Values) -> bool {
-        let mut all = self.lock();
+        let all = &mut self.lock().0;
         if all.len() >= MAX_IDS && !all.contains_key(id) {
             return false;
         }
@@ -59,7 +73,7 @@ impl HotConfig {
 
     /// The values of `id`, or all as `id:key`.
     fn get(&self, id: Option<&str>) -> Values {
-        let all = self.lock();
+        let all = &self.lock().0;
         match id {
             Some(id) => all.get(id).cloned().unwrap_or_default(),
             None => {
@@ -73,7 +87,30 @@ impl HotConfig {
 
     /// Forgets what was set for `mountpoint`: its image is unmounted.
     pub fn forget(&self, mountpoint: &str) {
-        self.lock().remove(mountpoint);
+        self.lock().0.remove(mountpoint);
+    }
+
+    /// What a successor must know: a login may have been renewed since the mount.
+    pub fn save(&self) -> Settings {
+        self.lock().clone()
+    }
+
+    /// Takes over what was set for a predecessor, before its mounts are made again.
+    pub fn restore(&self, settings: Settings) {
+        *self.lock() = settings;
+    }
+
+    /// Has a mount of the command line, made again by a successor, log in as was said since.
+    pub fn log_in(&self, mount: &Mount) {
+        let own = self.get(Some(mount.mountpoint()));
+        let auth = own
+            .get(REGISTRY_AUTH)
+            .cloned()
+            .or_else(|| self.get(Some(&mount.config().id)).remove(REGISTRY_AUTH));
+        // What the first daemon refused was never set.
+        if let Some(Ok(credentials)) = auth.map(|auth| Credentials::from_base64(&auth)) {
+            mount.set_credentials(credentials);
+        }
     }
 
     /// Puts what was set for `mountpoint`, or for the document's own id, in the place of what

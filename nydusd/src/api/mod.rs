@@ -21,5 +21,5 @@ mod superblock;
 mod types;
 
 pub use exporter::Exporter;
-pub use hot::HotConfig;
+pub use hot::{HotConfig, Settings};
 pub use server::Server;

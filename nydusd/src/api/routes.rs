@@ -4,6 +4,7 @@
 //! path. `misc/openapi.json` describes the same to people and programs, and a test holds the two
 //! together.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -16,7 +17,8 @@ use super::reply::Reply;
 use super::types::{Backend, Configure, Info};
 use super::{counters, hot, superblock};
 use crate::cli::LogLevel;
-use crate::daemon::{Daemon, State};
+use crate::daemon::Daemon;
+use crate::failover::LifeError;
 use crate::mount::Mount;
 use crate::trace::files::Optimize;
 use crate::why;
@@ -92,22 +94,18 @@ pub(super) async fn answer(
         return refusal;
     }
     let get = method == Method::GET;
-    let put = method == Method::PUT;
     let id = parameter(query, "id").filter(|id| !id.is_empty());
     let id = id.as_deref();
     match path {
         "/api/v1/daemon" | "/api/v2/daemon" if get => info(daemon, path.starts_with("/api/v1")),
         "/api/v1/daemon" | "/api/v2/daemon" => configure(body),
-        "/api/v1/daemon/start" if put => Reply::unexpected("Configure", "Start"),
-        "/api/v1/daemon/exit" if put => {
+        "/api/v1/daemon/start" => step("Configure", daemon, Daemon::begin).await,
+        "/api/v1/daemon/exit" => {
             daemon.exit();
             Reply::empty()
         }
-        "/api/v1/daemon/fuse/sendfd" if put => match daemon.state() {
-            State::Init => Reply::error(503, "Upgrade(DaemonAbnormal(NotReady))"),
-            _ => Reply::error(500, "Upgrade(DaemonAbnormal(UpgradeManager(\"MissingSupervisorPath\")))"),
-        },
-        "/api/v1/daemon/fuse/takeover" if put => Reply::unexpected("Upgrade", "Takeover"),
+        "/api/v1/daemon/fuse/sendfd" => step("Upgrade", daemon, Daemon::save_state).await,
+        "/api/v1/daemon/fuse/takeover" => step("Upgrade", daemon, Daemon::take_over).await,
         "/api/v1/mount" => match parameter(query, "mountpoint") {
             Some(mountpoint) => super::mounts::answer(daemon, method, mountpoint, body).await,
             None => Reply::bad_query("mountpoint should be specified in query string"),
@@ -118,7 +116,11 @@ pub(super) async fn answer(
             None => Reply::bad_query("mountpoint should be specified in query string"),
         },
         "/api/v1/config" if get => hot::get(daemon, id),
-        "/api/v1/config" => hot::put(daemon, id, body),
+        "/api/v1/config" => {
+            let reply = hot::put(daemon, id, body);
+            keep(daemon).await;
+            reply
+        }
         "/api/v1/metrics" => counters::global(daemon, id),
         "/api/v1/metrics/files" => {
             counters::files(daemon, id, parameter(query, "latest").as_deref() == Some("true"))
@@ -162,6 +164,38 @@ fn blobs(method: &Method, query: &str, body: &[u8]) -> Reply {
     }
 }
 
+/// Takes a step of the daemon's life, which blocks, and answers how that went.
+async fn step(
+    wrapper: &str,
+    daemon: &Arc<Daemon>,
+    step: impl FnOnce(&Daemon) -> Result<(), LifeError> + Send + 'static,
+) -> Reply {
+    let daemon = Arc::clone(daemon);
+    let result = tokio::task::spawn_blocking(move || step(&daemon)).await;
+    let error = match result {
+        Ok(Ok(())) => return Reply::empty(),
+        Ok(Err(error)) => error,
+        Err(e) => LifeError::Failed(e.into()),
+    };
+    let (status, inner) = match error {
+        LifeError::Unexpected(event) => return Reply::unexpected(wrapper, event),
+        LifeError::NotReady => (503, "NotReady".to_owned()),
+        LifeError::NoSupervisor => (500, "UpgradeManager(\"MissingSupervisorPath\")".to_owned()),
+        LifeError::Failed(e) => {
+            tracing::error!("{e:#}");
+            (500, format!("UpgradeManager({:?})", format!("{e:#}")))
+        }
+    };
+    Reply::error(status, &format!("{wrapper}(DaemonAbnormal({inner}))"))
+}
+
+/// Has a successor know of a change, before the client hears that it is done. Blocks beside this.
+async fn keep(daemon: &Arc<Daemon>) {
+    let daemon = Arc::clone(daemon);
+    // A failure is logged there; a panic is, too.
+    let _ = tokio::task::spawn_blocking(move || daemon.keep_state()).await;
+}
+
 fn info(daemon: &Daemon, with_backends: bool) -> Reply {
     let backends = || {
         let mounts = daemon.adapter().table().mounts();
@@ -170,7 +204,7 @@ fn info(daemon: &Daemon, with_backends: bool) -> Reply {
     Reply::json(&Info {
         version: crate::version::BUILD,
         id: daemon.id(),
-        supervisor: None,
+        supervisor: daemon.supervisor().map(Path::to_string_lossy),
         state: daemon.state().name(),
         backend_collection: with_backends.then(backends),
     })

@@ -11,7 +11,7 @@ use crate::version::BuildInfo;
 pub(super) struct Info<'a> {
     pub version: BuildInfo,
     pub id: Option<&'a str>,
-    pub supervisor: Option<&'a str>,
+    pub supervisor: Option<std::borrow::Cow<'a, str>>,
     pub state: &'static str,
     pub backend_collection: Option<BTreeMap<String, Backend>>,
 }

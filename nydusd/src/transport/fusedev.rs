@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -19,18 +20,30 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 
 use super::init::Negotiated;
-use super::mounted::MountIdentity;
+use super::mounted::{self, MountIdentity};
 use super::worker::{Connection, Worker};
 use crate::adapter::Adapter;
 
 /// Source in the mount table (contract 1.8).
-const SOURCE: &str = "rafs";
+pub(crate) const SOURCE: &str = "rafs";
 
 /// Stack of a serving thread: frames here are small, buffers are on the heap.
 const STACK_SIZE: usize = 256 << 10;
 
 /// What `umount -f` takes at most from the end of the connection to the end of the mount.
 const FORCED_UNMOUNT: Duration = Duration::from_millis(200);
+
+/// Device number of `/dev/fuse`.
+const FUSE_DEVICE: u64 = nix::sys::stat::makedev(10, 229);
+
+/// What becomes of requests that a predecessor took and did not answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recovery {
+    /// They are answered.
+    Answer,
+    /// They fail with EIO.
+    Refuse,
+}
 
 /// A mounted connection to the kernel.
 pub struct FuseMount {
@@ -68,21 +81,44 @@ impl FuseMount {
         Ok(Self { mountpoint, identity, session: Mutex::new(Some(Session::Ours(session))), connection })
     }
 
-    /// Goes on with a mount on `mountpoint`, which is canonical: a predecessor mounted it and agreed
-    /// with the kernel on `negotiated`, and `descriptor` is (a duplicate of) its connection. Asks
+    /// Goes on with a mount on `mountpoint`: a predecessor mounted it and agreed with the kernel on
+    /// `negotiated`; `descriptor` is (a duplicate of) its connection, whose number is `number`. Asks
     /// nothing of the mount, which nobody may be serving yet.
     ///
     /// # Errors
-    /// The descriptor can not be used.
-    pub fn inherit(mountpoint: &Path, descriptor: OwnedFd, negotiated: Negotiated) -> anyhow::Result<Self> {
-        let mountpoint = mountpoint.to_owned();
-        let identity = MountIdentity::at(&mountpoint)
-            .inspect_err(|e| tracing::warn!("the mount on {} has no identity: {e}", mountpoint.display()))
-            .ok();
+    /// The descriptor is no connection, or another connection's mount is there.
+    pub fn inherit(
+        mountpoint: &Path,
+        descriptor: OwnedFd,
+        number: u64,
+        negotiated: Negotiated,
+    ) -> anyhow::Result<Self> {
+        let context = || format!("take over the mount on {}", mountpoint.display());
+        if nix::sys::stat::fstat(&descriptor).with_context(context)?.st_rdev != FUSE_DEVICE {
+            bail!("the supervisor's descriptor is no FUSE connection");
+        }
+        let mountpoint = mounted::resolve(mountpoint).with_context(context)?;
+        let identity = MountIdentity::at(&mountpoint).with_context(context)?;
+        if identity.connection() != Some(number) {
+            bail!(
+                "the saved state is of FUSE connection {number}, but {} is not its mount; give the \
+                 --mountpoint of the daemon that saved it",
+                mountpoint.display()
+            );
+        }
         let connection =
             Connection::new(descriptor, Some(negotiated)).context("set up the FUSE descriptor")?;
         let session = Mutex::new(Some(Session::Inherited));
-        Ok(Self { mountpoint, identity, session, connection: Arc::new(connection) })
+        Ok(Self { mountpoint, identity: Some(identity), session, connection: Arc::new(connection) })
+    }
+
+    /// The kernel's number of the connection.
+    ///
+    /// # Errors
+    /// Unknown without a proc file system.
+    pub fn number(&self) -> anyhow::Result<u64> {
+        let number = self.identity.as_ref().and_then(MountIdentity::connection);
+        number.with_context(|| format!("the mount on {} has no identity", self.mountpoint.display()))
     }
 
     /// The connection. The mount lives as long as anybody holds a duplicate of it.
@@ -96,11 +132,12 @@ impl FuseMount {
     }
 
     /// Has the kernel repeat all requests that a predecessor took and did not answer. To be called
-    /// on an inherited mount that is served; on any other it is harmless.
+    /// on an inherited mount before it is served; on any other it is harmless.
     ///
     /// # Errors
     /// The kernel can not ([`Negotiated::resends`] is false), or has ended the connection.
-    pub fn resend(&self) -> io::Result<()> {
+    pub fn recover(&self, recovery: Recovery) -> io::Result<()> {
+        self.connection.flush.store(recovery == Recovery::Refuse, Ordering::Relaxed);
         self.connection.resend()
     }
 
@@ -211,8 +248,10 @@ impl FuseMount {
         Ok(umount2(path, MntFlags::MNT_DETACH)?)
     }
 
-    /// Leaves the mount in place when this value is dropped.
+    /// Leaves the mount to a successor: it stays in place when this value is dropped, and requests that
+    /// fail from here on are left unanswered for it.
     pub fn abandon(&self) {
+        self.connection.left.store(true, Ordering::Release);
         let session = self.session.lock().unwrap_or_else(PoisonError::into_inner).take();
         std::mem::forget(session);
     }

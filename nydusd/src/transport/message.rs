@@ -19,6 +19,9 @@ pub(super) const OP_MAX: u32 = 49;
 /// FUSE_NOTIFY_RESEND, in the place of an errno.
 const NOTIFY_RESEND: i32 = 7;
 
+/// FUSE_UNIQUE_RESEND: set in the number of a request that was given out before.
+pub(super) const RESENT: u64 = 1 << 63;
+
 /// Head of every request.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

@@ -3,7 +3,7 @@
 pub mod fusedev;
 mod init;
 mod message;
-mod mounted;
+pub(crate) mod mounted;
 mod notify;
 mod worker;
 

@@ -3,10 +3,13 @@
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// The mounts that this process sees; see proc_pid_mountinfo(5).
@@ -14,7 +17,7 @@ const TABLE: &str = "/proc/self/mountinfo";
 
 /// One mount, as long as it lasts: the kernel gives its numbers away again afterwards.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct MountIdentity {
+pub(crate) struct MountIdentity {
     /// Of the mount.
     id: Vec<u8>,
     /// Of what is mounted, `major:minor`.
@@ -60,6 +63,13 @@ impl MountIdentity {
         Ok(fuse && kind.next() == Some(source.as_bytes()))
     }
 
+    /// The kernel's number of what is mounted, major << 20 | minor; of a FUSE mount it names the
+    /// connection.
+    pub fn connection(&self) -> Option<u64> {
+        let (major, minor) = std::str::from_utf8(&self.device).ok()?.split_once(':')?;
+        Some(major.parse::<u64>().ok()? << 20 | minor.parse::<u64>().ok()?)
+    }
+
     /// Waits until it is mounted no more; false if it still is after `limit`.
     ///
     /// # Errors
@@ -87,6 +97,67 @@ impl MountIdentity {
     }
 }
 
+/// The absolute path of a mountpoint, links resolved. Asks nothing of what is mounted there, which
+/// may have nobody to answer.
+///
+/// # Errors
+/// No such path.
+pub(crate) fn resolve(path: &Path) -> io::Result<PathBuf> {
+    // Without a slash at the end, which follows links.
+    let path: PathBuf = path.components().collect();
+    // Neither reading a link nor resolving one looks at the directory behind the last name.
+    match (path.read_link(), path.parent(), path.file_name()) {
+        (Err(_), Some(parent), Some(name)) => {
+            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+            Ok(parent.canonicalize()?.join(name))
+        }
+        _ => path.canonicalize(),
+    }
+}
+
+/// True if the mount table has a FUSE mount of `source` at exactly `path`. Asks nothing of it.
+///
+/// # Errors
+/// No such path, or no proc file system.
+pub(crate) fn is_listed(path: &Path, source: &str) -> io::Result<bool> {
+    let path = escaped(&resolve(path)?);
+    let table = std::fs::read(TABLE)?;
+    Ok(table.split(|byte| *byte == b'\n').any(|line| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let here = fields.nth(4) == Some(&path[..]);
+        let mut kind = fields.skip_while(|field| *field != b"-").skip(1);
+        let fuse = kind.next().is_some_and(|kind| kind.starts_with(b"fuse"));
+        here && fuse && kind.next() == Some(source.as_bytes())
+    }))
+}
+
+/// A path as the mount table writes it.
+fn escaped(path: &Path) -> Vec<u8> {
+    let mut escaped = Vec::new();
+    for byte in path.as_os_str().as_bytes() {
+        match byte {
+            b' ' | b'\t' | b'\n' | b'\\' => escaped.extend(format!("\\{byte:03o}").bytes()),
+            other => escaped.push(*other),
+        }
+    }
+    escaped
+}
+
+/// Takes the topmost mount at `path` out of the tree at once, whoever still uses it.
+///
+/// # Errors
+/// The kernel refuses, and so does `fusermount3` where only that may.
+pub(crate) fn detach(path: &Path) -> io::Result<()> {
+    match umount2(path, MntFlags::MNT_DETACH) {
+        Err(Errno::EPERM) => {
+            let status =
+                std::process::Command::new("fusermount3").args(["-u", "-z", "--"]).arg(path).status()?;
+            if status.success() { Ok(()) } else { Err(io::Error::other(format!("fusermount3: {status}"))) }
+        }
+        result => Ok(result?),
+    }
+}
+
 /// Mount id and device of every row.
 fn rows(table: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     table.split(|byte| *byte == b'\n').filter_map(|line| {
@@ -97,7 +168,21 @@ fn rows(table: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
     use super::*;
+
+    #[test]
+    fn paths_are_resolved_but_for_what_they_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let real = directory.path().canonicalize().unwrap();
+        std::fs::create_dir(real.join("a b")).unwrap();
+        std::os::unix::fs::symlink("a b", real.join("link")).unwrap();
+        for path in ["a b", "a b/", "link", "link/", "a b/../a b", "a b/."] {
+            assert_eq!(resolve(&real.join(path)).unwrap(), real.join("a b"), "{path}");
+        }
+        assert_eq!(escaped(Path::new("/a b\\")), br"/a\040b\134");
+    }
 
     #[test]
     fn a_mount_is_found_by_its_path_and_not_gone() {
@@ -106,6 +191,10 @@ mod tests {
         assert_ne!(proc, MountIdentity::at(Path::new("/")).unwrap());
         assert!(!proc.wait_gone(Duration::ZERO).unwrap());
         assert!(!MountIdentity::is_fuse_of(Path::new("/proc"), "proc").unwrap());
+        assert!(!is_listed(Path::new("/proc"), "proc").unwrap());
+        let device = std::fs::metadata("/proc").unwrap().dev();
+        let number = nix::sys::stat::major(device) << 20 | nix::sys::stat::minor(device);
+        assert_eq!(proc.connection(), Some(number));
         assert!(MountIdentity { id: b"0".into(), ..proc.clone() }.wait_gone(Duration::MAX / 4).unwrap());
         assert!(MountIdentity { device: b"0:0".into(), ..proc }.wait_gone(Duration::MAX / 4).unwrap());
     }

@@ -12,7 +12,7 @@ use storage::backend::Priority;
 use storage::read::{Completion, ReadSlice, Reader};
 use zerocopy::IntoBytes as _;
 
-use super::fusedev::FuseMount;
+use super::fusedev::{FuseMount, Recovery};
 use super::init::{self, Answer};
 use super::message::{self, OutHeader};
 use super::worker::BUFFER_SIZE;
@@ -209,17 +209,22 @@ fn a_successor_answers_what_its_predecessor_has_taken() {
     let reader = std::thread::spawn(move || std::fs::read(path).unwrap());
     let (lost, _) = take();
     assert_ne!(lost.opcode, message::OP_INIT);
+    let number = predecessor.number().unwrap();
     predecessor.abandon();
     drop(predecessor);
 
     // What a supervisor keeps.
     let kept = serde_json::to_string(&negotiated).unwrap();
     let negotiated = serde_json::from_str(&kept).unwrap();
-    let successor = FuseMount::inherit(dir.path(), held, negotiated).unwrap();
+    let null = std::fs::File::open("/dev/null").unwrap().into();
+    assert!(FuseMount::inherit(dir.path(), null, number, negotiated).is_err());
+    let copy = held.try_clone().unwrap();
+    assert!(FuseMount::inherit(dir.path(), copy, number + 1, negotiated).is_err());
+    let successor = FuseMount::inherit(dir.path(), held, number, negotiated).unwrap();
+    successor.recover(Recovery::Answer).unwrap();
     let (threads, ready) = successor.serve(adapter, 2, |result| result.unwrap()).unwrap();
     ready.recv_timeout(PROMPT).expect("an inherited mount has been initialized");
     assert_eq!(successor.negotiated(), Some(negotiated));
-    successor.resend().unwrap();
     assert_eq!(promptly(move || reader.join().unwrap()), b"c");
 
     successor.unmount().unwrap();

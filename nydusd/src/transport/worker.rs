@@ -12,6 +12,7 @@
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -36,11 +37,21 @@ use crate::why::Wait;
 /// the receive buffer hold the largest write it was allowed. Pages are touched as used.
 pub(super) const BUFFER_SIZE: usize = (1 << 20) + 4096;
 
+/// Most bytes of a request that carries no data: a header and two names.
+const REQUEST_SIZE: usize = 8 << 10;
+
 /// The descriptor that requests come from and replies go to.
+///
+/// There is one for all threads, and no clone of it: a request that was read on a clone is lost with
+/// its reader, one that was read here waits for whoever holds the descriptor next.
 pub(super) struct Connection {
     pub fd: OwnedFd,
     /// Known once the kernel's FUSE_INIT was answered.
     pub negotiated: OnceLock<Negotiated>,
+    /// Requests that a predecessor took are refused instead of answered.
+    pub flush: AtomicBool,
+    /// A successor answers what can not be answered any more.
+    pub left: AtomicBool,
 }
 
 impl Connection {
@@ -48,7 +59,8 @@ impl Connection {
     pub fn new(fd: OwnedFd, negotiated: Option<Negotiated>) -> io::Result<Self> {
         // Whoever had it before may not have wanted to wait in read(2).
         fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_RDWR))?;
-        Ok(Self { fd, negotiated: negotiated.map_or_else(OnceLock::new, OnceLock::from) })
+        let negotiated = negotiated.map_or_else(OnceLock::new, OnceLock::from);
+        Ok(Self { fd, negotiated, flush: false.into(), left: false.into() })
     }
 
     /// Asks the kernel for every request again that was taken and not answered.
@@ -64,6 +76,9 @@ impl Connection {
 
     /// Writes one reply. A request that is gone (interrupted, connection ended) needs none.
     pub fn reply(&self, header: OutHeader, data: &[u8]) {
+        if header.error != 0 && self.left.load(Ordering::Acquire) {
+            return;
+        }
         let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(data)];
         match nix::sys::uio::writev(&self.fd, &parts) {
             Ok(_) | Err(Errno::ENOENT | Errno::ENODEV | Errno::ENOTCONN) => {}
@@ -168,6 +183,9 @@ impl Worker {
     /// Serves until the kernel ends the connection.
     pub fn run(&mut self) -> anyhow::Result<()> {
         let mut request = vec![0; BUFFER_SIZE];
+        // A page that is not there can not be brought in for a thread that is being killed: the kernel
+        // would fail the request that it was about to give us.
+        request[..REQUEST_SIZE].fill(1);
         let mut reply = vec![0; BUFFER_SIZE];
         loop {
             match nix::unistd::read(&self.connection.fd, &mut request) {
@@ -186,7 +204,9 @@ impl Worker {
             tracing::warn!("a FUSE request of {} bytes is too short", request.len());
             return;
         };
+        let flushed = header.unique & message::RESENT != 0 && self.connection.flush.load(Ordering::Relaxed);
         let outcome = catch_unwind(AssertUnwindSafe(|| match header.opcode {
+            _ if flushed => false,
             message::OP_READ => {
                 self.read(&header, &request[size_of::<InHeader>()..], reply);
                 true

@@ -32,6 +32,7 @@ impl Daemon {
         let change = self.turns().change();
         let attached = self.adapter().table().attach(&path, |place| opened.at(place));
         let (mount, stale) = attached.map_err(|e| refused(e, &path))?;
+        self.keep_state();
         self.invalidate(&stale);
         drop(change);
         self.shown(engine, &mount);
@@ -55,6 +56,7 @@ impl Daemon {
         let change = self.turns().change();
         let replaced = self.adapter().table().replace(&path, |place| opened.at(place));
         let (Replaced { new: mount, old }, stale) = replaced.map_err(|e| refused(e, &path))?;
+        self.keep_state();
         self.invalidate(&stale);
         drop(change);
         self.shown(engine, &mount);
@@ -74,9 +76,10 @@ impl Daemon {
         let _turn = self.turns().take(&path).ok_or_else(|| busy(&path))?;
         let change = self.turns().change();
         let (mount, stale) = self.adapter().table().detach(&path).map_err(|e| refused(e, &path))?;
+        self.hot().forget(mount.mountpoint());
+        self.keep_state();
         self.invalidate(&stale);
         drop(change);
-        self.hot().forget(mount.mountpoint());
         tracing::info!("unmounted {path}");
         self.retire(engine, mount);
         Ok(())
@@ -122,6 +125,13 @@ impl Daemon {
     fn invalidate(&self, stale: &[Stale]) {
         if let Some(fuse) = self.fuse() {
             fuse.invalidate(stale);
+        }
+    }
+
+    /// Has `nydusd supervise` know of a change, before the kernel or the client hears of it.
+    pub(crate) fn keep_state(&self) {
+        if let Err(e) = self.tell_holder() {
+            tracing::warn!("a successor would not know this change: {e:#}");
         }
     }
 

@@ -17,6 +17,14 @@ use crate::image;
 use crate::mount::{self, Mount, MountSpec};
 use crate::node::{MAX_INDEX, MountIndex};
 
+/// Mounts that the kernel may come to know after a save and before the next one. Their indexes are
+/// lost to a successor, which can not tell.
+const UNSAVED_INDEXES: u32 = 32;
+/// The same for directories.
+const UNSAVED_DIRECTORIES: u64 = 1 << 16;
+/// Directories have index 0 and so at most 40 bits; what is left suffices for those to come.
+const LAST_DIRECTORY: u64 = (1 << 40) - (1 << 32);
+
 impl Vfs {
     /// What a successor needs to answer for the same nodes.
     pub fn save(&self) -> SavedVfs {
@@ -34,11 +42,13 @@ impl Vfs {
             state.directories.keys().filter(|number| **number != ROOT).map(|n| (path(*n), *n)).collect();
         directories.sort_unstable();
         let attached = state.slots.iter().filter(|slot| slot.attached);
+        // There are no more slots than indexes, which have 24 bits.
+        let next_index = state.slots.len() as u32 + 1 + UNSAVED_INDEXES;
         SavedVfs {
             mounts: attached.filter_map(|slot| Some(slot.mount.as_ref()?.saved())).collect(),
-            next_index: u32::try_from(state.slots.len() + 1).unwrap_or(u32::MAX),
+            next_index: next_index.min(MAX_INDEX + 1),
             directories,
-            next_directory: state.next_directory,
+            next_directory: state.next_directory + UNSAVED_DIRECTORIES,
         }
     }
 
@@ -54,6 +64,11 @@ impl Vfs {
             "damaged state: the next mount index is {}",
             saved.next_index
         );
+        ensure!(
+            saved.next_directory <= LAST_DIRECTORY,
+            "damaged state: the next directory is {}",
+            saved.next_directory
+        );
         // The kernel may hold nodes of any index that was ever used.
         state.reserve_past(saved.next_index);
         let mut numbers = HashMap::from([(String::new(), ROOT)]);
@@ -67,8 +82,8 @@ impl Vfs {
             let parent = *numbers.get(parent).with_context(context)?;
             let range = FIRST_DIRECTORY..saved.next_directory;
             ensure!(range.contains(number) && !numbers.values().any(|n| n == number), context());
+            ensure!(numbers.insert(path.clone(), *number).is_none(), context());
             state.add(*number, parent, name);
-            numbers.insert(path.clone(), *number);
         }
         state.next_directory = saved.next_directory.max(FIRST_DIRECTORY);
         Ok(())
@@ -134,8 +149,11 @@ impl Daemon {
         // All of it or nothing.
         let mounts = attach().inspect_err(|_| vfs.clear())?;
         for mount in mounts {
-            if mount.command().is_none() && mount.mountpoint() == "/" {
-                vfs.dedicate();
+            if mount.command().is_none() {
+                self.hot().log_in(&mount);
+                if mount.mountpoint() == "/" {
+                    vfs.dedicate();
+                }
             }
             self.fetch_hints(engine, &mount);
             self.fetch_configured(engine, &mount);
@@ -144,6 +162,7 @@ impl Daemon {
     }
 
     fn saved_spec(&self, engine: &Arc<Engine>, saved: &SavedMount) -> anyhow::Result<MountSpec> {
+        let copy = copy_of(&saved.work_dir, &saved.bootstrap);
         let mut spec = match &saved.command {
             Some(command) => image::commanded(command.clone(), |config| {
                 self.hot().amend(&command.mountpoint, config);
@@ -153,16 +172,22 @@ impl Daemon {
                 let mut plan = image::plan(&args.image, args.global.config.as_deref())?
                     .context("it came by a command line that had --image or --bootstrap")?;
                 image::apply_fuse_arguments(plan.config_mut(), args)?;
-                image::resolve(engine, plan, saved.mountpoint.clone())?
+                let mountpoint = saved.mountpoint.clone();
+                match copy.is_file() {
+                    // A source may be down, and a tag may have moved.
+                    true => image::resolve_again(plan, mountpoint, copy.clone())?,
+                    false => image::resolve(engine, plan, mountpoint)?,
+                }
             }
         };
         // Whatever lies under the image's name now: the kernel knows nodes of this one.
         spec.config.expect_bootstrap =
             Some(crate::cli::parse_sha256(&saved.bootstrap).map_err(anyhow::Error::msg)?);
-        let copy = copy_of(&saved.work_dir, &saved.bootstrap);
         if copy.is_file() {
             spec.bootstrap = copy;
         }
+        // Whoever goes on here started long ago: that is no start to learn from.
+        spec.config.trace = crate::trace::Mode::Off;
         Ok(spec)
     }
 }

@@ -215,7 +215,8 @@ fn saved_trees_keep_their_nodes() {
         successor.restore_mount(mount, build(&mount.mountpoint, image)).unwrap();
         assert!(successor.restore_mount(mount, build(&mount.mountpoint, image)).is_err(), "twice");
     }
-    assert_eq!(successor.save(), saved);
+    let again = successor.save();
+    assert_eq!((again.mounts, again.directories), (saved.mounts.clone(), saved.directories.clone()));
     for at in ["/a", "/a/b", "/a/b/c", "/x"] {
         let node = |vfs: &Vfs| match walk(vfs, at).unwrap() {
             Node::Own(number) => NodeId(number),
@@ -223,9 +224,13 @@ fn saved_trees_keep_their_nodes() {
         };
         assert_eq!(node(&vfs), node(&successor), "{at}");
     }
-    // What the predecessor has used is not used again.
+    // What the predecessor has used, or may have since, is not used again.
+    let (since, _) = attach(&vfs, "/since/then", &empty);
     let (new, _) = attach(&successor, "/new", &empty);
     assert_eq!(new.place().index.0, saved.next_index);
+    assert!(since.place().index < new.place().index);
+    let number = |vfs: &Vfs, at| vfs.save().directories.iter().find(|(path, _)| path == at).unwrap().1;
+    assert!(number(&vfs, "/since/then") < number(&successor, "/new"));
     let damaged = |edit: &dyn Fn(&mut command::SavedVfs)| {
         let mut other = saved.clone();
         edit(&mut other);
@@ -235,4 +240,6 @@ fn saved_trees_keep_their_nodes() {
     assert!(damaged(&|s| s.directories.retain(|(path, _)| path != "/a")));
     assert!(damaged(&|s| s.directories[0].1 = 7));
     assert!(damaged(&|s| s.directories.push(("/a".to_owned(), s.next_directory - 1))));
+    assert!(damaged(&|s| s.directories.push(("/b".to_owned(), s.directories[0].1))));
+    assert!(damaged(&|s| s.next_directory = u64::MAX));
 }

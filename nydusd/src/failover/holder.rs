@@ -1,0 +1,274 @@
+//! `nydusd supervise`: the small process that outlives the daemon.
+//!
+//! It starts the daemon as its child and keeps what that saves: the descriptor of the FUSE
+//! connection, and the state. Should the child be gone while the mount is not, whatever the reason,
+//! another one is started at once and takes the mount over: readers wait for some tens of
+//! milliseconds. So a daemon is upgraded by replacing the program's file and telling the daemon to
+//! exit through its API.
+//!
+//! ```text
+//!  supervise ── starts, listens ──▶ nydusd fuse … --holder SOCKET [--upgrade]
+//!      │                                │ at its start, and after every change
+//!      ◀── descriptor, state ───────────┘
+//! ```
+//!
+//! It ends when the mount is gone, with the child's exit code; SIGTERM and SIGINT make the child
+//! unmount and end first. The child does not depend on it: should the holder be killed, the child
+//! serves on, but nobody takes over from it. It neither reads images nor speaks to anybody but its
+//! child, and has one thread.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal as SignalNumber, kill};
+use nix::unistd::Pid;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::supervisor;
+use crate::cli::{GlobalArgs, SuperviseArgs};
+use crate::logging;
+use crate::transport::mounted::{self, MountIdentity};
+
+/// A child that failed by itself and lived shorter than this is not replaced at once.
+const SHORT_LIFE: Duration = Duration::from_secs(2);
+/// Longest wait before another child is started.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// First such wait; each is twice the one before.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// How long a child that was told to end may take. It needs less than a second.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// Runs to the end of the mount and answers the exit code.
+pub fn run(args: &SuperviseArgs) -> i32 {
+    let child = args.child().unwrap_or_else(|e| e.exit());
+    // The log file is the child's.
+    if let Err(e) = logging::init(&GlobalArgs { log_file: None, ..child.global.clone() }) {
+        logging::print_failure(&e);
+        return 1;
+    }
+    let hold = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let mountpoint = child.mountpoint.clone();
+        runtime.block_on(async { Holder::new(args.arguments.clone(), mountpoint)?.run().await })
+    };
+    hold().unwrap_or_else(|e| {
+        logging::print_failure(&e);
+        1
+    })
+}
+
+/// What a child saved.
+struct Saved {
+    state: Vec<u8>,
+    descriptor: OwnedFd,
+    /// Its mount in this process's mount table.
+    mount: MountIdentity,
+}
+
+struct Holder {
+    /// Found once: the file may be replaced by a later release.
+    program: PathBuf,
+    arguments: Vec<OsString>,
+    mountpoint: PathBuf,
+    socket: PathBuf,
+    listener: UnixListener,
+    /// Holds the socket; only this user may enter.
+    _directory: tempfile::TempDir,
+    saved: Option<Saved>,
+    /// The next connection of the child is for taking, not for saving.
+    takes: bool,
+}
+
+/// Signals that concern the holder.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    child: Signal,
+}
+
+impl Holder {
+    fn new(arguments: Vec<OsString>, mountpoint: PathBuf) -> anyhow::Result<Self> {
+        let program = std::env::current_exe().context("find this program")?;
+        let directory = tempfile::Builder::new().prefix("nydusd-supervise-").tempdir()?;
+        let socket = directory.path().join("holder.sock");
+        let listener =
+            UnixListener::bind(&socket).with_context(|| format!("listen at {}", socket.display()))?;
+        // Not asked later, when it may be the mount of a daemon that is gone.
+        let mountpoint = mounted::resolve(&mountpoint)
+            .with_context(|| format!("the mountpoint {}", mountpoint.display()))?;
+        Ok(Self {
+            program,
+            arguments,
+            mountpoint,
+            socket,
+            listener,
+            _directory: directory,
+            saved: None,
+            takes: false,
+        })
+    }
+
+    fn start(&mut self) -> anyhow::Result<Child> {
+        let mut command = Command::new(&self.program);
+        command.args(&self.arguments).arg("--holder").arg(&self.socket).stdin(Stdio::null());
+        self.takes = self.saved.is_some();
+        if self.takes {
+            command.arg("--upgrade");
+        }
+        let child = command.spawn().with_context(|| format!("start {}", self.program.display()))?;
+        tracing::info!("nydusd is process {}", child.id());
+        Ok(child)
+    }
+
+    /// Starts children until one ends and the mount with it; the exit code.
+    async fn run(mut self) -> anyhow::Result<i32> {
+        let mut signals = Signals {
+            terminate: signal(SignalKind::terminate()).context("catch SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("catch SIGINT")?,
+            child: signal(SignalKind::child()).context("catch SIGCHLD")?,
+        };
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let began = Instant::now();
+            let ended = match self.start() {
+                Ok(child) => Some(self.watch(child, &mut signals).await?),
+                // The file may be about to be replaced.
+                Err(e) if self.saved.is_some() => {
+                    tracing::error!("{e:#}");
+                    None
+                }
+                Err(e) => return Err(e),
+            };
+            if let Some((status, told)) = ended {
+                self.drain();
+                if told || !self.mount_lives() {
+                    return self.end(status, told);
+                }
+                tracing::warn!("nydusd ended ({status}) and its mount did not; another one takes over");
+                // Somebody else's doing, and no sign that the next one will fare no better.
+                let killed = status.signal() == Some(libc::SIGKILL) || status.success();
+                if killed || began.elapsed() >= SHORT_LIFE {
+                    pause = FIRST_PAUSE;
+                    continue;
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                _ = signals.terminate.recv() => return self.unmount().map(|()| 0),
+                _ = signals.interrupt.recv() => return self.unmount().map(|()| 0),
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Serves the child until it ends; its status, and whether it was told to end.
+    async fn watch(&mut self, mut child: Child, signals: &mut Signals) -> anyhow::Result<(ExitStatus, bool)> {
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let mut deadline = None;
+        loop {
+            if let Some(status) = child.try_wait().context("wait for nydusd")? {
+                return Ok((status, deadline.is_some()));
+            }
+            let limit = async {
+                match deadline {
+                    Some(deadline) => tokio::time::sleep_until(deadline).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                accepted = self.listener.accept() => match accepted {
+                    Ok((stream, _)) => self.exchange(stream),
+                    Err(e) => tracing::warn!("accept: {e}"),
+                },
+                _ = signals.child.recv() => {}
+                _ = signals.terminate.recv() => deadline = deadline.or_else(|| tell(pid)),
+                _ = signals.interrupt.recv() => deadline = deadline.or_else(|| tell(pid)),
+                () = limit => {
+                    tracing::error!("nydusd does not end within {END_LIMIT:?} and is killed");
+                    child.kill().context("kill nydusd")?;
+                    // Not before it is dead does it come back here.
+                    child.wait().context("wait for nydusd")?;
+                }
+            }
+        }
+    }
+
+    /// One connection of the child. Blocks for the time-outs of [`supervisor`] at most.
+    fn exchange(&mut self, stream: UnixStream) {
+        let result = match stream.into_std().and_then(|stream| stream.set_nonblocking(false).map(|()| stream))
+        {
+            Ok(stream) if self.takes => self.give(stream),
+            Ok(stream) => self.take(stream),
+            Err(e) => Err(e.into()),
+        };
+        if let Err(e) = result {
+            tracing::warn!("an exchange with nydusd failed: {e:#}");
+        }
+    }
+
+    fn give(&mut self, stream: std::os::unix::net::UnixStream) -> anyhow::Result<()> {
+        self.takes = false;
+        let Some(saved) = &self.saved else { bail!("nothing was saved") };
+        supervisor::send(stream, &saved.state, saved.descriptor.as_fd())
+    }
+
+    fn take(&mut self, stream: std::os::unix::net::UnixStream) -> anyhow::Result<()> {
+        let (state, descriptor) = supervisor::receive(stream)?;
+        let mount = MountIdentity::at(&self.mountpoint)?;
+        tracing::debug!("holding {} bytes of state", state.len());
+        self.saved = Some(Saved { state, descriptor, mount });
+        Ok(())
+    }
+
+    /// Takes what the child, now dead, sent last.
+    fn drain(&mut self) {
+        self.takes = false;
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        while let std::task::Poll::Ready(Ok((stream, _))) = self.listener.poll_accept(&mut context) {
+            self.exchange(stream);
+        }
+    }
+
+    /// True if there is a mount to be taken over.
+    fn mount_lives(&self) -> bool {
+        let Some(saved) = &self.saved else { return false };
+        let mut ended = [PollFd::new(saved.descriptor.as_fd(), PollFlags::empty())];
+        let aborted = poll(&mut ended, PollTimeout::ZERO).is_ok()
+            && ended[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR));
+        !aborted && !saved.mount.wait_gone(Duration::ZERO).unwrap_or(false)
+    }
+
+    /// After the last child.
+    fn end(&self, status: ExitStatus, told: bool) -> anyhow::Result<i32> {
+        if let Some(signal) = status.signal() {
+            if self.saved.is_none() {
+                bail!("nydusd was killed by signal {signal} before its mount was served");
+            }
+            tracing::warn!("nydusd was killed by signal {signal}");
+        }
+        if told && self.mount_lives() {
+            self.unmount()?;
+        }
+        Ok(status.code().unwrap_or(i32::from(!told)))
+    }
+
+    fn unmount(&self) -> anyhow::Result<()> {
+        mounted::detach(&self.mountpoint).with_context(|| format!("unmount {}", self.mountpoint.display()))
+    }
+}
+
+/// Tells the child to end; until when it may take.
+fn tell(child: Pid) -> Option<tokio::time::Instant> {
+    // It is not waited for yet, so the number is still its own.
+    if let Err(e) = kill(child, SignalNumber::SIGTERM) {
+        tracing::warn!("SIGTERM to nydusd: {e}");
+    }
+    Some(tokio::time::Instant::now() + END_LIMIT)
+}

@@ -1,0 +1,251 @@
+//! What a successor must know to go on where this daemon ends.
+//!
+//! ```text
+//! nydusd-state 1 <SHA-256 of what follows the line, in hex>\n
+//! {"release": …, "connection": …, "negotiated": …, "vfs": {"mounts": […], "next_index": …, …}, "settings": …}
+//! ```
+//!
+//! Node ids are a pure function of bootstrap and mount index, so naming those two for every mount
+//! is all it takes to keep every node id valid that the kernel holds. An image is named by the
+//! digest of its bootstrap: a tag that moved, or a registry that is down, changes nothing. What the
+//! command line says is not repeated here, since a successor is started with the same one.
+//!
+//! The number in the first line rises when an older release could not read the state rightly. Members
+//! are only ever added otherwise: a reader passes over those it does not know, and those it misses
+//! have defaults. `tests/golden/state` holds one state of each release.
+//!
+//! The bytes go from a daemon to its supervisor and from there to the next daemon, through unix
+//! sockets and memory only.
+
+use std::collections::HashSet;
+
+use anyhow::{Context as _, bail, ensure};
+use serde::{Deserialize, Serialize};
+use storage::digest::{Digest, DigestAlgorithm};
+
+use crate::api::Settings;
+use crate::node::MAX_INDEX;
+use crate::transport::Negotiated;
+use crate::vfs::command::{SavedMount, SavedVfs};
+use crate::vfs::path::VfsPath;
+
+/// Version of the encoding.
+const VERSION: u32 = 1;
+/// First word of every state.
+const MAGIC: &str = "nydusd-state";
+/// Longest first line: two words, a number and 64 hex digits.
+const MAX_HEAD: usize = 128;
+/// Largest state: a thousand mounts with long configurations take a few MiB.
+pub const MAX_STATE: usize = 64 << 20;
+
+/// The state of one daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedState {
+    /// The release that wrote it; for people.
+    #[serde(default)]
+    pub release: String,
+    /// The kernel's number of the FUSE connection: the device of the mount, major << 20 | minor.
+    pub connection: u64,
+    /// What FUSE_INIT agreed on.
+    pub negotiated: Negotiated,
+    /// The mounts and the directories between them.
+    pub vfs: SavedVfs,
+    /// What was set through the API since.
+    #[serde(default)]
+    pub settings: Settings,
+}
+
+impl SavedState {
+    /// The bytes for a supervisor.
+    ///
+    /// # Errors
+    /// More than [`MAX_STATE`].
+    pub fn encode(&self) -> anyhow::Result<Vec<u8>> {
+        let body = serde_json::to_vec(self).context("encode the daemon's state")?;
+        let digest = DigestAlgorithm::Sha256.digest(&body);
+        let mut bytes = format!("{MAGIC} {VERSION} {digest}\n").into_bytes();
+        bytes.extend(body);
+        ensure!(bytes.len() <= MAX_STATE, "the daemon's state has {} bytes; too many mounts", bytes.len());
+        Ok(bytes)
+    }
+
+    /// The state in `bytes`, which may be anything.
+    ///
+    /// # Errors
+    /// Not a state, one of a later release, damaged, or one that can not be.
+    pub fn decode(bytes: &[u8]) -> anyhow::Result<Self> {
+        let head = bytes.iter().take(MAX_HEAD).position(|byte| *byte == b'\n');
+        let head = head.and_then(|end| std::str::from_utf8(&bytes[..end]).ok());
+        let mut words = head.unwrap_or_default().split(' ');
+        let (Some(MAGIC), Some(version), digest) = (words.next(), words.next(), words.next()) else {
+            bail!("the supervisor holds {} bytes that are no state of nydusd", bytes.len());
+        };
+        ensure!(
+            version.parse() == Ok(VERSION),
+            "the saved state has version {version}, this nydusd ({}) reads {VERSION}; start the release \
+             that saved it, or a later one",
+            crate::version::DESCRIBE
+        );
+        let body = &bytes[head.unwrap_or_default().len() + 1..];
+        let found = DigestAlgorithm::Sha256.digest(body).to_string();
+        ensure!(
+            digest == Some(found.as_str()) && words.next().is_none(),
+            "the saved state is damaged: {} bytes with digest {found} came back",
+            body.len()
+        );
+        let state: Self = serde_json::from_slice(body).context("the saved state")?;
+        state.check().context("the saved state")?;
+        Ok(state)
+    }
+
+    /// What the types do not say.
+    fn check(&self) -> anyhow::Result<()> {
+        let SavedVfs { mounts, next_index, directories, .. } = &self.vfs;
+        ensure!(*next_index <= MAX_INDEX + 1, "{next_index} is no mount index");
+        let (mut indexes, mut mountpoints) = (HashSet::new(), HashSet::new());
+        for SavedMount { index, mountpoint, bootstrap, .. } in mounts {
+            ensure!((1..*next_index).contains(index), "{index} is no index of a mount");
+            ensure!(indexes.insert(index), "two mounts have index {index}");
+            VfsPath::parse(mountpoint)?;
+            ensure!(mountpoints.insert(mountpoint), "two mounts are at {mountpoint}");
+            Digest::from_hex(bootstrap).with_context(|| format!("the bootstrap of {mountpoint}"))?;
+        }
+        let mut numbers = HashSet::new();
+        for (path, number) in directories {
+            VfsPath::parse(path)?;
+            ensure!(numbers.insert(number), "two directories have number {number}");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::vfs::command::{FsType, MountCommand};
+
+    fn state() -> SavedState {
+        let mount = |index, generation, mountpoint: &str, command, digest: &str| SavedMount {
+            mountpoint: mountpoint.to_owned(),
+            command,
+            index,
+            generation,
+            bootstrap: digest.repeat(32),
+            work_dir: "/var/lib/nydus/cache".into(),
+        };
+        let command = MountCommand {
+            mountpoint: "/images/ä".to_owned(),
+            fs_type: FsType::Rafs,
+            source: "/snapshots/7/image.boot".into(),
+            config: r#"{"version":2}"#.to_owned(),
+            prefetch_files: Some(vec!["/usr/bin".to_owned()]),
+        };
+        SavedState {
+            release: "v0.1.0".to_owned(),
+            connection: 52,
+            negotiated: Negotiated {
+                minor: 45,
+                flags: 0x80_4180_20f9,
+                max_readahead: 131_072,
+                max_write: 1 << 20,
+                max_pages: 256,
+            },
+            vfs: SavedVfs {
+                mounts: vec![mount(1, 0, "/", None, "ab"), mount(3, 7, "/images/ä", Some(command), "cd")],
+                next_index: 4,
+                directories: vec![("/images".to_owned(), 1 << 39)],
+                next_directory: (1 << 39) + 2,
+            },
+            settings: serde_json::from_str(r#"{"/":{"registry_auth":"bm9ib2R5OnNlY3JldA=="}}"#).unwrap(),
+        }
+    }
+
+    /// Puts a right head before `body`.
+    fn signed(body: &str) -> Vec<u8> {
+        format!("{MAGIC} {VERSION} {}\n{body}", DigestAlgorithm::Sha256.digest(body.as_bytes())).into_bytes()
+    }
+
+    #[test]
+    fn what_is_saved_comes_back() {
+        assert_eq!(SavedState::decode(&state().encode().unwrap()).unwrap(), state());
+        assert!(!format!("{:?}", state()).contains("bm9ib2R5"), "a secret is shown");
+    }
+
+    /// `tests/golden/state/N` was written by release N and is never changed.
+    #[test]
+    fn states_of_earlier_releases_are_read() {
+        let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/state/1");
+        assert_eq!(SavedState::decode(&std::fs::read(golden).unwrap()).unwrap(), state());
+    }
+
+    #[test]
+    fn later_members_are_passed_over() {
+        let mut document = serde_json::to_value(state()).unwrap();
+        document["colour"] = "blue".into();
+        document["vfs"]["mounts"][0]["weight"] = 7.into();
+        assert_eq!(SavedState::decode(&signed(&document.to_string())).unwrap(), state());
+    }
+
+    #[test]
+    fn what_is_no_state_is_refused_with_a_reason() {
+        let good = state().encode().unwrap();
+        let mut later = good.clone();
+        later[MAGIC.len() + 1] = b'2';
+        let mut flipped = good.clone();
+        *flipped.last_mut().unwrap() ^= 1;
+        let with = |change: &dyn Fn(&mut SavedVfs)| {
+            let mut state = state();
+            change(&mut state.vfs);
+            state.encode().unwrap()
+        };
+        for (bytes, text) in [
+            (Vec::new(), "no state of nydusd"),
+            (b"HTTP/1.1 200\n".to_vec(), "no state of nydusd"),
+            (vec![b'x'; 1 << 20], "no state of nydusd"),
+            (good[..good.len() - 1].to_vec(), "damaged"),
+            (flipped, "damaged"),
+            (later, "version 2"),
+            (signed("{}"), "connection"),
+            (signed("[1"), "the saved state"),
+            (with(&|vfs| vfs.mounts[1].index = 1), "two mounts have index 1"),
+            (with(&|vfs| vfs.mounts[1].mountpoint = "/".to_owned()), "two mounts are at /"),
+            (with(&|vfs| vfs.mounts[0].index = 0), "0 is no index"),
+            (with(&|vfs| vfs.mounts[1].index = 4), "4 is no index"),
+            (with(&|vfs| vfs.mounts[1].mountpoint = "a".to_owned()), "absolute"),
+            (
+                with(&|vfs| vfs.mounts[1].bootstrap = "../../etc/passwd".to_owned()),
+                "the bootstrap of /images",
+            ),
+            (with(&|vfs| vfs.next_index = MAX_INDEX + 2), "no mount index"),
+            (with(&|vfs| vfs.directories.push(("/b".to_owned(), 1 << 39))), "two directories have number"),
+            (with(&|vfs| vfs.directories[0].0 = "images".to_owned()), "absolute"),
+        ] {
+            let error = format!("{:#}", SavedState::decode(&bytes).unwrap_err());
+            assert!(error.contains(text), "{text}: {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            let _ = SavedState::decode(&bytes);
+        }
+
+        #[test]
+        fn no_document_panics(text in ".{0,300}") {
+            let _ = SavedState::decode(&signed(&text));
+        }
+
+        /// A damaged state is never taken for another one.
+        #[test]
+        fn no_damage_goes_unseen(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
+            let mut bytes = state().encode().unwrap();
+            let at = at.index(bytes.len());
+            let differs = bytes[at] != byte;
+            bytes[at] = byte;
+            prop_assert_eq!(SavedState::decode(&bytes).is_err(), differs);
+        }
+    }
+}
