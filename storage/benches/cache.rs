@@ -46,7 +46,7 @@ fn extents() -> Vec<ChunkExtent> {
 fn benches(c: &mut Criterion) {
     let extents = extents();
     let units: Vec<_> = extents.iter().map(|e| e.unit).collect();
-    c.bench_function("plan 64 units", |b| b.iter(|| plan(black_box(&units))));
+    c.bench_function("plan 64 units", |b| b.iter(|| plan(black_box(&units), |_| true)));
 
     let engine = Engine::new(EngineConfig::default()).expect("threads");
     let dir = tempfile::tempdir().expect("a directory");

@@ -1,7 +1,8 @@
 //! Fetching ahead of readers: orders of chunks that are worked off in the background.
 //!
 //! An order is an iterator, pulled only as fast as the link takes it, so that an order of a
-//! whole image costs a window of it and no more. Chunks that are ready, or on their way already, cost nothing.
+//! whole image takes memory for a window of it. Chunks that are ready, or on their way already, cost
+//! nothing.
 
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

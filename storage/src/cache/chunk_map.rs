@@ -27,7 +27,7 @@
 //!
 //! Byte locks on the map: byte 0 is held shared while the cache is open (an evictor asks
 //! for it exclusively); byte 1 while records are set; bytes 2 and 3 by whoever has a
-//! [`Duty`]; the chunk's decoded range, moved by `LOCK_BASE`, by whoever fetches the chunk.
+//! [`Duty`](super::duty::Duty); the chunk's decoded range, moved by `LOCK_BASE`, by whoever fetches the chunk.
 
 use std::collections::BTreeMap;
 use std::fs::{File, FileTimes};
@@ -44,6 +44,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros as _, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::data_file::{Storage, open_own, replace};
+use super::duty::Duties;
 use super::lock::{self, Kind};
 use super::mirror::Mirror;
 use crate::extent::ChunkExtent;
@@ -151,8 +152,8 @@ pub(super) struct ChunkMap {
     /// place empty may write its data at once.
     clearing: RwLock<()>,
     held: Arc<Held>,
-    /// Holders of this open map, by [`Duty`]: the system's locks only tell open maps apart.
-    duties: [Arc<Mutex<u32>>; DUTIES],
+    /// What one of all that have the map open does.
+    pub(super) duties: Duties,
 }
 
 /// Where the runs of chunks lie that this process has locked, by first index; in order and
@@ -189,34 +190,6 @@ impl Drop for ChunkLock {
             let _ = lock::unlock(&self.file, range);
         }
         self.held.lock().remove(&self.first.0);
-    }
-}
-
-/// What one at a time does of all that have the map open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Duty {
-    /// Guesses what readers of the image want whose top blob this is.
-    Guess,
-    /// Fetches the blob context.
-    Context,
-}
-const DUTIES: usize = 2;
-
-/// A duty that this open map has. Given back on drop.
-pub(super) struct HeldDuty {
-    file: Arc<File>,
-    range: ByteRange,
-    holders: Arc<Mutex<u32>>,
-}
-
-impl Drop for HeldDuty {
-    fn drop(&mut self) {
-        let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        *holders -= 1;
-        if *holders == 0 {
-            // Can only fail for a bad descriptor; closing frees the lock as well.
-            let _ = lock::unlock(&self.file, self.range);
-        }
     }
 }
 
@@ -337,15 +310,16 @@ impl ChunkMap {
         }
         touch(&file);
         let storage = file.try_clone().and_then(wrap).map_err(|e| failed("duplicate the descriptor", e))?;
+        let file = Arc::new(file);
         Ok(Self {
             storage,
-            file: Arc::new(file),
+            duties: Duties::new(Arc::clone(&file), DUTY_LOCKS),
+            file,
             mirror: Mirror::new(chunk_count),
             marks: RandomState::new(),
             upgrade: Mutex::default(),
             clearing: RwLock::default(),
             held: Arc::default(),
-            duties: Default::default(),
         })
     }
 
@@ -563,15 +537,12 @@ impl ChunkMap {
         held.range(..=index.0).next_back().is_some_and(|(_, run)| run.last >= index.0)
     }
 
-    /// Asks for a duty; `None` if another open map has it. Who asks this one again shares it.
-    pub(super) fn try_duty(&self, duty: Duty) -> io::Result<Option<HeldDuty>> {
-        let (range, holders) = (byte(DUTY_LOCKS + duty as u64)?, &self.duties[duty as usize]);
-        let mut count = holders.lock().unwrap_or_else(PoisonError::into_inner);
-        if *count == 0 && !lock::try_lock(&self.file, Kind::Exclusive, range)? {
-            return Ok(None);
-        }
-        *count += 1;
-        Ok(Some(HeldDuty { file: Arc::clone(&self.file), range, holders: Arc::clone(holders) }))
+    /// True if another open map holds the right to fetch the chunk of `record`, as far as that can
+    /// be told.
+    pub(super) fn is_led_elsewhere(&self, record: &Record) -> bool {
+        let (start, end) = record.place();
+        let range = ByteRange::new(start.saturating_add(LOCK_BASE), end - start).map_err(io::Error::other);
+        range.and_then(|range| lock::is_locked(&self.file, range)).is_ok_and(|locked| locked == Some(true))
     }
 
     /// Asks for the right to fetch the chunks of a run; `None` if somebody works on one of

@@ -18,11 +18,11 @@ use super::Inner;
 use super::chunk_map::{ChunkLock, Record, Wanted, runs};
 use super::cutter::{Request, Timing};
 use super::inflight::{Lead, Outcome};
-use super::plan::plan;
+use super::plan::{MAX_BETWEEN, plan};
 use crate::backend::retry::within;
 use crate::backend::{Priority, ReadContext};
 use crate::extent::FetchUnit;
-use crate::ids::ByteRange;
+use crate::ids::{ByteRange, ChunkIndex};
 use crate::link::Slot;
 use crate::metrics::CacheMetrics;
 use crate::observe::Fetched;
@@ -92,7 +92,7 @@ pub(super) async fn lead(
             debug!(blob = %inner.id, chunks = contended.len(), "another process is slow; fetching past the cache");
             claimed.extend(contended.drain(..).map(|lead| Claimed { lead, lock: None }));
         }
-        start(&inner, group(claimed), &context, slot.as_ref()).await;
+        start(&inner, group(&inner, claimed), &context, slot.as_ref()).await;
         if contended.is_empty() {
             return;
         }
@@ -166,7 +166,7 @@ fn claim(inner: &Inner, mut leads: Vec<Lead>) -> (Vec<Claimed>, Vec<Lead>) {
 }
 
 /// Sorts chunks into units, and units into merged ranges.
-fn group(mut chunks: Vec<Claimed>) -> Vec<Vec<Work>> {
+fn group(inner: &Inner, mut chunks: Vec<Claimed>) -> Vec<Vec<Work>> {
     let place = |unit: &FetchUnit| (unit.compressed.start(), unit.compressed.end(), unit.decoded_len);
     chunks.sort_by_key(|c| place(&c.lead.extent().unit));
     let mut works: Vec<Work> = Vec::new();
@@ -177,14 +177,15 @@ fn group(mut chunks: Vec<Claimed>) -> Vec<Vec<Work>> {
             _ => works.push(Work { unit, chunks: vec![chunk], corrupt: 0, timing: Timing::begin() }),
         }
     }
-    split(works)
+    split(inner, works)
 }
 
 /// Cuts sorted works where [`plan`] says.
-fn split(works: Vec<Work>) -> Vec<Vec<Work>> {
+fn split(inner: &Inner, works: Vec<Work>) -> Vec<Vec<Work>> {
     let units: Vec<FetchUnit> = works.iter().map(|work| work.unit).collect();
+    let groups = plan(&units, |place| inner.is_padding(&works[place - 1], &works[place]));
     let mut works = works.into_iter();
-    plan(&units).into_iter().map(|range| works.by_ref().take(range.len()).collect()).collect()
+    groups.into_iter().map(|range| works.by_ref().take(range.len()).collect()).collect()
 }
 
 /// The bytes from the first to the last unit of a group.
@@ -308,13 +309,28 @@ async fn repeat(inner: Arc<Inner>, mut failures: Vec<Failure>, context: ReadCont
             pause = (pause * 2).min(OUTAGE_PAUSE.1);
         }
         failures = Vec::new();
-        for group in split(again) {
+        for group in split(&inner, again) {
             failures.extend(fetch_once(&inner, group, &context, None).await);
         }
     }
 }
 
 impl Inner {
+    /// True if no chunk lies between two units: one that does is there already, or somebody is
+    /// at it.
+    fn is_padding(&self, before: &Work, behind: &Work) -> bool {
+        let index = |claimed: &Claimed| claimed.lead.extent().index.0;
+        let (last, first) = (before.chunks.iter().map(index).max(), behind.chunks.iter().map(index).min());
+        let (Some(last), Some(first)) = (last, first) else { return false };
+        let mut between = last.saturating_add(1)..first;
+        let Some(table) = &self.chunks else { return between.is_empty() };
+        between.len() <= MAX_BETWEEN
+            && between.all(|index| {
+                let known = table(ChunkIndex(index));
+                known.is_none_or(|chunk| chunk.unit == before.unit || chunk.unit == behind.unit)
+            })
+    }
+
     /// Tells the observer, if there is one, how the fetch of a chunk ended.
     pub(super) fn observe(&self, lead: &Lead, work: &Work, error: Option<&Error>) {
         let Some(observer) = &self.observer else { return };

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use tracing::debug;
 
-use super::chunk_map::Duty;
 use super::data_file::{Storage as _, hold_directory, open_own, replace};
+use super::duty::Duty;
 use super::{Inner, MetaSpec};
 use crate::backend::retry::within;
 use crate::backend::{Priority, ReadContext};
@@ -68,7 +68,7 @@ async fn fetch(inner: &Inner, (spec, path): (MetaSpec, PathBuf)) -> Result<()> {
     })
     .await?;
     // Another process may have had a quiet moment first, or have it now.
-    let duty = inner.files().and_then(|files| files.map.try_duty(Duty::Context).transpose());
+    let duty = inner.files().and_then(|files| files.map.duties.try_take(Duty::Context).transpose());
     let Some(_duty) = duty.transpose().map_err(|e| Error::io("lock the chunk map", e))? else {
         // Should that one fail, the next chunk that comes tries again.
         *inner.meta.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some((spec, path));

@@ -12,6 +12,7 @@
 //!  data_file.rs   <id>.blob.data            bytes at their decoded offsets
 //!  chunk_map.rs   <id>.blob.data.chunk_map  what of it is ready; lock a chunk
 //!  mirror.rs      what of that this process has seen
+//!  duty.rs        what one process does for all that share the map
 //!  syncer.rs      data durable, then ready
 //!  stock.rs     what lies in a directory, and taking it away
 //! ```
@@ -42,6 +43,7 @@ mod ahead;
 mod chunk_map;
 mod cutter;
 mod data_file;
+mod duty;
 mod fetch;
 mod inflight;
 mod lock;
@@ -397,6 +399,12 @@ impl Inner {
 
     fn is_ready(&self, extent: &ChunkExtent) -> bool {
         self.files().is_some_and(|files| files.map.is_ready(extent.index, &Record::of(extent)))
+    }
+
+    /// True if other processes fetch all of `chunks`.
+    fn are_led_elsewhere(&self, chunks: &[ChunkExtent]) -> bool {
+        let led = |files: &Files| chunks.iter().all(|chunk| files.map.is_led_elsewhere(&Record::of(chunk)));
+        self.files().is_some_and(led)
     }
 
     /// Checks that an extent is possible for this blob, and verifiable unless told otherwise.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::inflight::{Lead, Waiter};
-use super::plan::MAX_GAP;
+use super::plan::{MAX_BETWEEN, MAX_GAP};
 use super::{Inner, fetch, neighbours};
 use crate::backend::{Priority, ReadContext};
 use crate::extent::ChunkExtent;
@@ -77,6 +77,7 @@ impl Inner {
             leads.extend(widened);
         }
         if !leads.is_empty() {
+            leads.extend(self.join_ahead(self.between(&leads)));
             let context = ReadContext {
                 cancel: self.cancel.child_token(),
                 retries: Arc::clone(&self.backend_metrics.retries),
@@ -93,6 +94,24 @@ impl Inner {
         let mut members = neighbours::unit_members(table, extent);
         members.retain(|member| member.index != extent.index && self.check(member).is_ok());
         members
+    }
+
+    /// Missing chunks in the small gaps between those of `leads`: read with them, they save a
+    /// request now and perhaps another one later.
+    fn between(&self, leads: &[Lead]) -> Vec<ChunkExtent> {
+        let Some(table) = &self.chunks else { return Vec::new() };
+        let mut places: Vec<_> = leads.iter().map(|lead| lead.extent()).collect();
+        places.sort_by_key(|extent| extent.index);
+        let mut missing = Vec::new();
+        for pair in places.windows(2) {
+            let gap = pair[1].unit.compressed.start().checked_sub(pair[0].unit.compressed.end());
+            let between = pair[0].index.0.saturating_add(1)..pair[1].index.0;
+            if gap.is_some_and(|gap| (1..=MAX_GAP).contains(&gap)) && between.len() <= MAX_BETWEEN {
+                let known = between.filter_map(|index| table(ChunkIndex(index)));
+                missing.extend(known.filter(|extent| self.check(extent).is_ok() && !self.is_ready(extent)));
+            }
+        }
+        missing
     }
 
     /// Missing chunks that follow `last` in the blob without a gap, of about `bytes` stored

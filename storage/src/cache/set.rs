@@ -10,7 +10,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio_util::sync::CancellationToken;
 
-use super::chunk_map::{Duty, HeldDuty};
+use super::duty::{Duty, HeldDuty};
 use super::inflight::{Outcome, Waiter};
 use super::speculate::Speculator;
 use super::{BlobCache, ahead};
@@ -217,10 +217,10 @@ impl Shared {
 
     /// The duty to guess what readers will want. Where several processes serve an image from one
     /// cache, one of them guesses at a time: what all need is fetched once anyway, guesses would
-    /// add up: twenty starts whose misses were widened by 128 KiB took 1.3 times the bytes of one.
+    /// add up. Twenty starts whose misses were widened by 128 KiB took 1.3 times the bytes of one.
     pub(super) fn duty_to_guess(&self) -> Option<HeldDuty> {
         let top = self.blobs.iter().rev().find_map(|blob| blob.inner.files())?;
-        if self.speculator.guesses() { top.map.try_duty(Duty::Guess).ok()? } else { None }
+        if self.speculator.guesses() { top.map.duties.try_take(Duty::Guess).ok()? } else { None }
     }
 
     fn is_ready(&self, slice: &ReadSlice) -> bool {
@@ -380,13 +380,11 @@ fn start(
     let waiting = FuturesUnordered::new();
     for (blob, extents) in by_blob {
         let inner = &shared.blobs[blob as usize].inner;
-        let duty = shared.duty_to_guess();
-        let ahead = match inner.keeps() {
-            true => shared.speculator.widening(shared.engine.link(), duty.is_some()),
-            false => 0,
-        };
+        // What another process is at says nothing about what nobody thought of.
+        let duty = shared.duty_to_guess().filter(|_| inner.keeps() && !inner.are_led_elsewhere(&extents));
+        let ahead = duty.as_ref().map_or(0, |_| shared.speculator.widening(shared.engine.link()));
         let obtained = inner.obtain(&extents, context, None, ahead);
-        if let Some(span) = obtained.span.filter(|_| inner.keeps()) {
+        if let (Some(span), Some(duty)) = (obtained.span, duty) {
             Speculator::missed(shared, duty, blob, span, obtained.needed, obtained.widened);
         }
         for hit in obtained.hits {

@@ -19,8 +19,11 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use super::chunk_map::HeldDuty;
+use super::duty::HeldDuty;
 use super::set::Shared;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
+
 use crate::extent::ChunkExtent;
 use crate::ids::ChunkIndex;
 use crate::link::Link;
@@ -72,12 +75,22 @@ const MAX_SEEDS_A_STEP: usize = 16;
 /// One step in this many goes backward.
 const BACKWARD: u32 = 4;
 
+/// The duty to guess is kept for this long after the last miss or hit: a program that starts
+/// computes for a second between its reads.
+pub(super) const LINGER: Duration = Duration::from_secs(2);
+
+/// After this long the duty goes to whoever misses next, so that a process that reads on and on
+/// does not keep it for good.
+const TERM: Duration = Duration::from_secs(30);
+
 /// What one image's readers did, and what follows.
 #[derive(Debug)]
 pub(super) struct Speculator {
     read_ahead: ReadAhead,
     /// Nothing blocks under it.
     state: Mutex<State>,
+    /// Told of each miss and hit under the lock; closed with the image.
+    news: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -87,10 +100,8 @@ struct State {
     trust: f64,
     /// Most recently proved right first.
     seeds: VecDeque<Seed>,
-    /// A task works on them.
+    /// A task works on them, or waits for news of them.
     running: bool,
-    /// Changes with each miss and hit.
-    news: u64,
 }
 
 /// A part of a blob that has been read, or read ahead.
@@ -147,14 +158,11 @@ struct Step {
 impl Speculator {
     pub(super) fn new(read_ahead: ReadAhead) -> Self {
         let state = State { credit: CAREFUL_STEP as f64, ..State::default() };
-        Self { read_ahead, state: Mutex::new(state) }
+        Self { read_ahead, state: Mutex::new(state), news: watch::Sender::new(()) }
     }
 
-    /// Stored bytes that a missing read is widened by; none if another process guesses.
-    pub(super) fn widening(&self, link: &Link, guesses: bool) -> u64 {
-        if !guesses || !self.guesses() {
-            return 0;
-        }
+    /// Stored bytes that a missing read of whoever has the duty to guess is widened by.
+    pub(super) fn widening(&self, link: &Link) -> u64 {
         let most = u64::from(self.read_ahead.amplify);
         let state = self.lock();
         // When time counts, misses are widened on credit, too.
@@ -194,22 +202,19 @@ impl Speculator {
     }
 
     /// Notes that a reader missed `needed` stored bytes, that chunks `low..high` of the blob
-    /// are now fetched, `widened` bytes of them ahead, and starts reading ahead if that is its duty.
+    /// are now fetched, `widened` bytes of them ahead, and starts reading ahead.
     pub(super) fn missed(
         shared: &Arc<Shared>,
-        duty: Option<HeldDuty>,
+        duty: HeldDuty,
         blob: u32,
         (low, high): (u32, u32),
         needed: u64,
         widened: u64,
     ) {
         let this = &shared.speculator;
-        if !this.guesses() {
-            return;
-        }
         let link = shared.engine.link();
         let wait = link.held().unwrap_or(FIRST_STEP) as f64;
-        let duty = {
+        let runs = {
             let mut state = this.lock();
             let mood = this.mood(link, &state);
             state.earn(needed as f64 * mood.gain());
@@ -219,9 +224,10 @@ impl Speculator {
             state.distrust(needed);
             state.credit -= widened as f64;
             state.plant(blob, low, high);
-            duty.filter(|_| !std::mem::replace(&mut state.running, true))
+            this.news.send_replace(());
+            std::mem::replace(&mut state.running, true)
         };
-        if let Some(duty) = duty {
+        if !runs {
             shared.engine.spawn(run(Arc::downgrade(shared), duty));
         }
     }
@@ -235,6 +241,7 @@ impl Speculator {
             let proof = state.proved_right(blob, index.0, needed);
             // What an order brought says nothing about the guesses.
             if proof.is_some() {
+                this.news.send_replace(());
                 state.earn(needed as f64 * gain);
                 state.distrust(needed);
             }
@@ -267,33 +274,39 @@ impl Speculator {
     }
 }
 
-/// Reads ahead until the credit or the guesses run out, and gives the duty back.
+/// Reads ahead, and gives the duty back some time after the credit or the guesses ran out: were it
+/// handed on at each pause of a start, every process that starts the image would spend a credit of
+/// its own.
 async fn run(shared: Weak<Shared>, _duty: HeldDuty) {
+    let Some(mut news) = shared.upgrade().map(|shared| shared.speculator.news.subscribe()) else { return };
+    let term = Instant::now() + TERM;
     loop {
         let Some(alive) = shared.upgrade() else { return };
         let link = Arc::clone(alive.engine.link());
         let max_step = alive.speculator.max_step(&link);
         drop(alive);
         let slot = link.admit(Class::Predicted, max_step).await;
-        let Some(shared) = shared.upgrade() else { return };
+        let Some(alive) = shared.upgrade() else { return };
         // Chosen only now: the last miss counts.
-        let news = shared.speculator.lock().news;
-        let step = next_step(&shared, max_step);
-        {
-            let mut state = shared.speculator.lock();
-            match &step {
-                Some(step) => state.credit -= step.bytes as f64,
-                // Who came meanwhile found us running.
-                None if state.news != news => continue,
-                None => {
-                    state.running = false;
-                    return;
-                }
-            }
+        news.mark_unchanged();
+        if let Some(step) = next_step(&alive, max_step) {
+            alive.speculator.lock().credit -= step.bytes as f64;
+            slot.shrink(step.bytes);
+            alive.fetch_ahead(step.blob, &step.chunks, slot);
+            continue;
         }
-        let Some(step) = step else { continue };
-        slot.shrink(step.bytes);
-        shared.fetch_ahead(step.blob, &step.chunks, slot);
+        drop((slot, alive));
+        if timeout_at(term.min(Instant::now() + LINGER), news.changed()).await.is_ok_and(|told| told.is_ok())
+        {
+            continue;
+        }
+        let Some(alive) = shared.upgrade() else { return };
+        let mut state = alive.speculator.lock();
+        // Who came meanwhile found us running.
+        if !news.has_changed().unwrap_or(false) || Instant::now() >= term {
+            state.running = false;
+            return;
+        }
     }
 }
 
@@ -344,7 +357,6 @@ impl State {
         let seed = self.absorb(seed);
         self.seeds.push_front(seed);
         self.seeds.truncate(MAX_SEEDS);
-        self.news += 1;
     }
 
     /// Moves the seed that holds a chunk to the front, if there is one.
@@ -356,7 +368,6 @@ impl State {
         seed.proved += needed;
         let growth = if seed.ended && seed.begun { Growth::Ended } else { Growth::Open };
         self.seeds.push_front(seed);
-        self.news += 1;
         Some(growth)
     }
 
@@ -490,9 +501,9 @@ mod tests {
         time.not_told(7);
         assert_eq!(mood(&time), Mood::Free);
         // Before anything is known of the link, a miss is widened; where bytes count, on credit only.
-        assert!(time.widening(&link, true) > 0);
+        assert!(time.widening(&link) > 0);
         bytes.lock().credit = 0.0;
-        assert_eq!(bytes.widening(&link, true), 0);
+        assert_eq!(bytes.widening(&link), 0);
         // Whoever is this near is asked again.
         drop(link.answered(NEAR / 2, false));
         assert_eq!(mood(&time), Mood::Careful);

@@ -1,7 +1,7 @@
 //! Orders that are worked off ahead of readers.
 
 use super::*;
-use crate::cache::chunk_map::Duty;
+use crate::cache::duty::Duty;
 use crate::prefetch::{Class, Order, Prefer, PrefetchOptions, ReadAhead};
 
 const OPTIONS: PrefetchOptions = PrefetchOptions { class: Class::Preheat, bandwidth: None };
@@ -206,24 +206,74 @@ fn one_process_guesses_at_a_time() {
     let backend = sample.backend();
     // Another cache on the same files, as another process has it.
     let other = BlobCache::open(&engine, sample.config(&dir), sample.backend()).unwrap();
-    let theirs = || other.inner.files().unwrap().map.try_duty(Duty::Guess).unwrap();
+    let theirs = || other.inner.files().unwrap().map.duties.try_take(Duty::Guess).unwrap();
     let duty = theirs().unwrap();
     let reader = reading_ahead(&engine, &sample, &dir, &backend, ReadAhead::default());
     sample.read(&reader, 1).unwrap();
     settle(&reader);
     assert_eq!(backend.requests(), [sample.range(1)]);
     // Who has the duty shares it, and it ends with its last holder.
-    let ours = || reader.blobs()[0].inner.files().unwrap().map.try_duty(Duty::Guess).unwrap();
+    let ours = || reader.blobs()[0].inner.files().unwrap().map.duties.try_take(Duty::Guess).unwrap();
     let shared = theirs();
     drop(duty);
     assert!(ours().is_none());
     drop(shared);
     assert!(ours().is_some());
+    let began = std::time::Instant::now();
     sample.read(&reader, 300).unwrap();
-    // What is beyond one request comes because of it.
-    while backend.requests().len() < 3 {
+    assert!(backend.requests()[1].len() > sample.range(300).len());
+    // Whoever has guessed goes on with it, as long as its image is there.
+    assert!(theirs().is_none() || began.elapsed() >= speculate::LINGER);
+    drop(reader);
+    while theirs().is_none() {
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn nothing_is_guessed_from_what_another_process_is_at() {
+    let (engine, sample, dir) = (engine(), Sample::new(8), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let reader = reading_ahead(&engine, &sample, &dir, &backend, ReadAhead::default());
+    let other = sharing::leads_chunk_0(&dir);
+    let waiting = sharing::submit(&sample, &reader, 0);
+    while !reader.blobs()[0].inner.inflight.contains(&sample.extents[0]) {
+        std::thread::yield_now();
+    }
+    drop(other);
+    assert!(waiting.recv().unwrap().unwrap() == sample.bytes(0));
+    settle(&reader);
+    assert_eq!(backend.requests(), [sample.range(0)]);
+}
+
+#[test]
+fn small_gaps_are_filled_or_left_to_whoever_is_at_them() {
+    let (engine, sample, dir) = (engine(), Sample::new(8), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let read_ahead = ReadAhead { amplify: 0, prefer: Prefer::Time };
+    let reader = reading_ahead(&engine, &sample, &dir, &backend, read_ahead);
+    let read = |indexes: &[usize]| {
+        let (sender, answer) = std::sync::mpsc::channel();
+        let completion = Box::new(move |result| drop(sender.send(result)));
+        let slices = indexes.iter().map(|index| sample.slice(*index)).collect();
+        reader.submit(slices, crate::backend::Priority::OnDemand, completion);
+        answer.recv().unwrap().unwrap();
+        settle(&reader);
+    };
+    // What lies between comes, and is kept.
+    read(&[0, 2]);
+    let whole = ByteRange::new(0, sample.range(2).end()).unwrap();
+    assert_eq!(backend.requests(), [whole]);
+    assert!(sample.try_read(&reader, 1));
+    // What is there, or on its way to another process, is not fetched again.
+    read(&[4]);
+    let other = BlobCache::open(&engine, sample.config(&dir), sample.backend()).unwrap();
+    let wanted = (ChunkIndex(6), chunk_map::Record::of(&sample.extents[6]));
+    let _theirs = other.inner.files().unwrap().map.try_lock(&[wanted]).unwrap().unwrap();
+    read(&[3, 5, 7]);
+    let mut requests = backend.requests();
+    requests.sort_by_key(|range| range.start());
+    assert_eq!(requests[1..], [3, 4, 5, 7].map(|index| sample.range(index)));
 }
 
 #[test]

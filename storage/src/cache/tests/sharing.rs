@@ -8,7 +8,7 @@ use super::*;
 use crate::backend::Priority;
 
 /// Submits a read of one chunk and answers where its result arrives.
-fn submit(sample: &Sample, reader: &BlobSet, index: usize) -> mpsc::Receiver<Result<Vec<u8>>> {
+pub(super) fn submit(sample: &Sample, reader: &BlobSet, index: usize) -> mpsc::Receiver<Result<Vec<u8>>> {
     submit_as(Priority::OnDemand, sample, reader, index)
 }
 
@@ -74,7 +74,7 @@ fn two_processes_on_one_directory_fetch_each_chunk_once() {
 }
 
 /// What another process holds that leads chunk 0, until it is dropped.
-fn leads_chunk_0(dir: &TempDir) -> File {
+pub(super) fn leads_chunk_0(dir: &TempDir) -> File {
     let path = dir.path().join("sample.blob.data.chunk_map");
     let other = File::options().read(true).write(true).open(path).unwrap();
     let range = ByteRange::new(chunk_map::LOCK_BASE, 1).unwrap();
