@@ -1,4 +1,4 @@
-//! From what is wanted to chunks, one at a time: an order costs a window of it, however large
+//! From what is wanted to chunks, one at a time: an order takes memory for a window of it, however large
 //! the image.
 
 use std::ops::ControlFlow;
