@@ -234,9 +234,6 @@ impl Daemon {
         if let Some(mount) = &mount {
             self.fetch_hints(engine, mount);
         }
-        if let Some(source) = &args.shared_dir {
-            self.mount_shared(source)?;
-        }
         let fuse = self.mount_unless_stopping()?;
         self.serve(fuse)?
             .recv()
@@ -278,9 +275,8 @@ impl Daemon {
         if *stopping {
             bail!("stopped before the mount");
         }
-        let fuse = FuseMount::new(&self.args.mountpoint, self.args.writable)?;
+        let fuse = FuseMount::new(&self.args.mountpoint)?;
         let fuse = self.fuse.get_or_init(|| fuse);
-        self.adapter.serves_as(fuse.device());
         self.set_state(State::Ready);
         Ok(fuse)
     }
@@ -292,8 +288,7 @@ impl Daemon {
             fuse.abandon();
             bail!("stopped before the takeover");
         }
-        let fuse = self.fuse.get_or_init(|| fuse);
-        self.adapter.serves_as(fuse.device());
+        self.fuse.get_or_init(|| fuse);
         self.set_state(State::Ready);
         Ok(())
     }
@@ -319,7 +314,8 @@ impl Daemon {
         self.preheat.cancel_all();
         if let Some(fuse) = self.fuse.get() {
             if unmount {
-                if let Err(e) = fuse.unmount() {
+                let held = self.keeper().is_ok();
+                if let Err(e) = if held { fuse.unmount_held() } else { fuse.unmount() } {
                     tracing::error!("{e:#}");
                 }
             } else {

@@ -4,12 +4,12 @@
 //! is listed in `tests/README.md`; a test that is skipped prints why.
 
 mod api;
-mod backing;
 mod clients;
 mod conversions;
 mod corpus;
 mod ctl;
 mod digests;
+mod failover;
 mod faults;
 mod interrupts;
 mod judges;

@@ -32,6 +32,7 @@ pub mod registry;
 pub mod relay;
 pub mod s3;
 pub mod scene;
+pub mod successor;
 pub mod tree;
 
 /// The error of tests: any, with its story.

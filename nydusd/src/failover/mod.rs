@@ -88,7 +88,7 @@ impl Daemon {
     }
 
     /// Where descriptor and state are kept.
-    fn keeper(&self) -> Result<&Path, LifeError> {
+    pub(crate) fn keeper(&self) -> Result<&Path, LifeError> {
         let global = &self.args().global;
         global.supervisor.as_deref().or(global.holder.as_deref()).ok_or(LifeError::NoSupervisor)
     }

@@ -1,13 +1,9 @@
 //! Requests that a daemon took and did not answer before it was gone.
 
-use std::io;
-use std::path::Path;
+use std::io::Write as _;
 
 use crate::cli::FailoverPolicy;
 use crate::transport::fusedev::{FuseMount, Recovery};
-
-/// Where kernels have the requests of a connection in files.
-const CONNECTIONS: &str = "/sys/fs/fuse/connections";
 
 /// Does with them as `policy` says, as far as the kernel can; what it can not is logged. Call it
 /// before the mount is served.
@@ -19,14 +15,7 @@ pub(super) fn recover(fuse: &FuseMount, policy: FailoverPolicy) {
     };
     let Err(refused) = fuse.recover(recovery) else { return };
     // Some kernels before 6.9 have a file for it.
-    let wrote = fuse.number().map_err(io::Error::other).and_then(|number| {
-        let path = Path::new(CONNECTIONS).join(number.to_string()).join(file);
-        std::fs::OpenOptions::new()
-            .write(true)
-            .open(path)
-            .and_then(|mut file| io::Write::write_all(&mut file, b"1"))
-    });
-    if wrote.is_err() {
+    if fuse.connection_file(file).and_then(|mut file| file.write_all(b"1")).is_err() {
         tracing::warn!(
             "the kernel does not give out again what the daemon before this one took ({refused}); whoever \
              waits for that waits until killed"

@@ -3,7 +3,8 @@
 //! N threads each block in read(2) on the connection's descriptor and answer what they get, see
 //! [`super::worker`].
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -23,7 +24,6 @@ use super::init::Negotiated;
 use super::mounted::{self, MountIdentity};
 use super::worker::{Connection, Worker};
 use crate::adapter::Adapter;
-use crate::passthrough::Device;
 
 /// Source in the mount table (contract 1.8).
 pub(crate) const SOURCE: &str = "rafs";
@@ -33,6 +33,9 @@ const STACK_SIZE: usize = 256 << 10;
 
 /// What `umount -f` takes at most from the end of the connection to the end of the mount.
 const FORCED_UNMOUNT: Duration = Duration::from_millis(200);
+
+/// Where the kernel has a directory of files for each connection.
+const CONNECTIONS: &str = "/sys/fs/fuse/connections";
 
 /// Device number of `/dev/fuse`.
 const FUSE_DEVICE: u64 = nix::sys::stat::makedev(10, 229);
@@ -65,13 +68,13 @@ enum Session {
 }
 
 impl FuseMount {
-    /// Mounts on the directory `mountpoint`, read-only unless `writable`.
+    /// Mounts on the directory `mountpoint`, read-only.
     ///
     /// # Errors
     /// Not a usable directory, a dead mount in its place, or the kernel refuses.
-    pub fn new(mountpoint: &Path, writable: bool) -> anyhow::Result<Self> {
+    pub fn new(mountpoint: &Path) -> anyhow::Result<Self> {
         let mountpoint = usable_mountpoint(mountpoint)?;
-        let mut session = FuseSession::new(&mountpoint, SOURCE, "", !writable)?;
+        let mut session = FuseSession::new(&mountpoint, SOURCE, "", true)?;
         session.mount().with_context(|| format!("mount on {}", mountpoint.display()))?;
         let identity = MountIdentity::at(&mountpoint)
             .inspect_err(|e| tracing::warn!("the mount on {} has no identity: {e}", mountpoint.display()))
@@ -142,11 +145,6 @@ impl FuseMount {
         self.connection.resend()
     }
 
-    /// The device numbers of its files, if they are known.
-    pub fn device(&self) -> Option<Device> {
-        self.identity.as_ref().and_then(MountIdentity::device)
-    }
-
     /// The canonical mountpoint.
     pub fn mountpoint(&self) -> &Path {
         &self.mountpoint
@@ -212,6 +210,34 @@ impl FuseMount {
         }
         // The crate takes a connection that has ended for a mount that is gone.
         self.unmount_dead().with_context(context)
+    }
+
+    /// The same for a mount whose connection others hold: whoever still uses it would wait for ever, and
+    /// no signal would end that. So the connection is ended as it is when its last holder is gone.
+    ///
+    /// # Errors
+    /// The kernel refuses to unmount.
+    pub fn unmount_held(&self) -> anyhow::Result<()> {
+        let end = self.connection_file("abort");
+        self.unmount()?;
+        if let Err(e) = end.and_then(|mut file| file.write_all(b"1")) {
+            tracing::warn!("the connection of {} goes on: {e}", self.mountpoint.display());
+        }
+        Ok(())
+    }
+
+    /// Opens one of the kernel's files of this connection to be written, while the mount is there: the
+    /// number of one that is gone may be another's. What is open stays ours.
+    ///
+    /// # Errors
+    /// There is no such file, or no mount.
+    pub fn connection_file(&self, name: &str) -> io::Result<File> {
+        let number = self.number().map_err(io::Error::other)?;
+        let file = File::options().write(true).open(format!("{CONNECTIONS}/{number}/{name}"))?;
+        match &self.identity {
+            Some(ours) if !ours.wait_gone(Duration::ZERO)? => Ok(file),
+            _ => Err(io::Error::other("the mount is gone")),
+        }
     }
 
     /// Removes our mount and no other, as long as it is served.

@@ -105,10 +105,9 @@ pub struct SavedMount {
     pub index: u32,
     /// How many mounts had this index before.
     pub generation: u64,
-    /// SHA-256 of its bootstrap in hex: another one would give the kernel's nodes other meanings. Empty for a
-    /// directory of the host, whose files say themselves which nodes they are.
+    /// SHA-256 of its bootstrap in hex: another one would give the kernel's nodes other meanings.
     pub bootstrap: String,
-    /// Its cache directory, where `<bootstrap>.boot` is. Empty likewise.
+    /// Its cache directory, where `<bootstrap>.boot` is.
     pub work_dir: PathBuf,
 }
 

@@ -1,0 +1,295 @@
+//! nydus-snapshotter's sequences, step by step: it is the supervisor, and drives both daemons.
+
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use tests::journey::{Journey, within};
+use tests::mount::mounted;
+use tests::relay::Rule;
+use tests::successor::{Place, Process, Supervisor};
+use tests::{Context, Result, bail, ensure, needs_mounts, needs_programs, recipes};
+
+use super::{Noise, PATIENCE, READERS, Random, report, stalls};
+
+const EXIT: &str = "/api/v1/daemon/exit";
+const SENDFD: &str = "/api/v1/daemon/fuse/sendfd";
+const START: &str = "/api/v1/daemon/start";
+const TAKEOVER: &str = "/api/v1/daemon/fuse/takeover";
+
+const NO_START: &str =
+    r#"{"code":"UNDEFINED","message":"Configure(DaemonAbnormal(UnexpectedEvent(\"Start\")))"}"#;
+const NO_TAKEOVER: &str =
+    r#"{"code":"UNDEFINED","message":"Upgrade(DaemonAbnormal(UnexpectedEvent(\"Takeover\")))"}"#;
+const NOT_READY: &str = r#"{"code":"UNDEFINED","message":"Upgrade(DaemonAbnormal(NotReady))"}"#;
+const NO_SUPERVISOR: &str =
+    r#"{"code":"UNDEFINED","message":"Upgrade(DaemonAbnormal(UpgradeManager(\"MissingSupervisorPath\")))"}"#;
+
+/// Steps 2 to 8 of an upgrade: `old` is replaced by a daemon on `socket`; when it was told to end.
+fn upgrade(
+    place: &Place,
+    supervisor: &Supervisor,
+    mut old: Process,
+    socket: &str,
+) -> Result<(Process, Instant)> {
+    let mut new = place.start(socket, &["--upgrade"])?;
+    new.wait_state("INIT", &[])?;
+    let (status, body) = supervisor.restore(&new)?;
+    ensure!(status == 204, "takeover: {status} {body}");
+    ensure!(new.state().as_deref() == Some("READY"), "{:?} after the takeover", new.state());
+    let moment = Instant::now();
+    old.put(EXIT)?;
+    let status = old.wait()?;
+    ensure!(status.code() == Some(0), "the old daemon ended with {status}");
+    new.put(START)?;
+    new.wait_state("RUNNING", &["READY"])?;
+    Ok((new, moment))
+}
+
+/// Closes a file once, after which the kernel asks no daemon about that any more. A child of ours that
+/// becomes a daemon closes what our readers have open, and would have to wait for itself.
+fn settle(place: &Place) -> Result<()> {
+    drop(File::open(place.root().join("0"))?);
+    Ok(())
+}
+
+/// Has `daemon` end like a service does.
+fn terminate(place: &Place, mut daemon: Process) -> Result<()> {
+    daemon.signal(Signal::SIGTERM)?;
+    let status = daemon.wait()?;
+    ensure!(status.code() == Some(0) && !mounted(place.root()), "{status}: {}", place.log());
+    Ok(())
+}
+
+/// Shared mode: a daemon without an image of its own, whose mounts come through the API, is replaced
+/// by another one. All that a client may get wrong on the way changes nothing.
+#[test]
+fn a_shared_daemon_is_upgraded_step_by_step() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("python3");
+    let journey = Journey::start(&recipes::tiny())?;
+    let layout = journey.convert("nydus", &[])?;
+    layout.save_bootstrap(&journey.path("image.boot"))?;
+    // As the snapshotter writes it.
+    let config = json!({
+        "device": {
+            "id": "/1",
+            "backend": { "type": "localfs", "config": { "dir": layout.path().join("blobs/sha256") } },
+            "cache": { "type": "blobcache", "config": { "work_dir": journey.path("cache") } },
+        },
+        "mode": "direct", "digest_validate": false,
+    });
+    let mount = json!({
+        "fs_type": "rafs", "source": journey.path("image.boot"), "config": config.to_string(),
+    })
+    .to_string();
+    let scratch = tempfile::tempdir()?;
+    let supervisor = Supervisor::new(scratch.path().join("d1.sock"))?;
+    let place = Place::new(&supervisor.arguments())?;
+    let mut old = place.start("api.sock", &["--failover-policy", "resend"])?;
+    old.wait_state("RUNNING", &[])?;
+    let (_, info) = old.send("GET", "/api/v1/daemon", "")?;
+    ensure!(info.contains(r#""id":"d1""#) && info.contains("d1.sock"), "{info}");
+
+    // It saves as often as it is told to, before mounts and after each.
+    let empty = supervisor.save(&old)?;
+    for mountpoint in ["/1", "/2", "/deep/er/3"] {
+        old.expect("POST", &format!("/api/v1/mount?mountpoint={mountpoint}"), &mount, 204, "")?;
+    }
+    old.expect("DELETE", "/api/v1/mount?mountpoint=/2", "", 204, "")?;
+    let renewed = r#"{"registry_auth":"dXNlcjpyZW5ld2Vk"}"#;
+    old.expect("PUT", "/api/v1/config?id=/1", renewed, 204, "")?;
+    ensure!(supervisor.save(&old)? > empty, "the mounts are not in the state");
+    old.expect("PUT", START, "", 400, NO_START)?;
+    old.expect("PUT", TAKEOVER, "", 400, NO_TAKEOVER)?;
+    // Nobody listens: an error, and the daemon serves on.
+    let (status, body) = old.send("PUT", SENDFD, "")?;
+    ensure!(status == 500 && body.contains("Upgrade(DaemonAbnormal(UpgradeManager("), "{status} {body}");
+
+    let path = place.root().join("1/data/one-chunk");
+    let content = fs::read(&path)?;
+    let (held, root) = (File::open(&path)?, fs::metadata(place.root().join("1"))?);
+    let mut new = place.start("api1.sock", &["--upgrade"])?;
+    new.wait_state("INIT", &[])?;
+    new.expect("PUT", SENDFD, "", 503, NOT_READY)?;
+    new.expect("PUT", START, "", 400, NO_START)?;
+    // A mount that a client posts too early does not stand in the way of those to come.
+    let (status, body) = new.send("POST", "/api/v1/mount?mountpoint=/", &mount)?;
+    ensure!(status == 503, "mounted in INIT: {status} {body}");
+    let (status, body) = supervisor.offer(&new, b"no state at all", true)?;
+    ensure!(status == 500 && body.contains("no state of nydusd"), "{status} {body}");
+    let (status, body) = supervisor.offer(&new, b"no descriptor", false)?;
+    ensure!(status == 500 && body.contains("without a descriptor"), "{status} {body}");
+    ensure!(new.state().as_deref() == Some("INIT"), "{:?}", new.state());
+
+    ensure!(supervisor.restore(&new)? == (204, String::new()), "no takeover: {}", place.log());
+    ensure!(new.state().as_deref() == Some("READY"), "{:?} after the takeover", new.state());
+    new.expect("PUT", TAKEOVER, "", 400, NO_TAKEOVER)?;
+    // Until it is told to end the old daemon serves.
+    ensure!(fs::read_dir(place.root().join("deep/er/3"))?.count() > 0, "the old daemon shows nothing");
+    let (mut silent, mut old) = (old.watch()?, old);
+    old.put(EXIT)?;
+    ensure!(old.wait()?.code() == Some(0), "the old daemon failed: {}", place.log());
+    ensure!(silent.read(&mut [0])? == 0, "the silent connection does not tell of the end");
+    ensure!(mounted(place.root()) && !old.socket().exists(), "the mount went, or the socket stayed");
+    new.put(START)?;
+    ensure!(new.state().as_deref() == Some("RUNNING"), "{:?} after the start", new.state());
+    new.expect("PUT", START, "", 400, NO_START)?;
+
+    // What was open, known or set is so still.
+    let mut found = vec![0; content.len()];
+    held.read_exact_at(&mut found, 0)?;
+    ensure!(found == content, "wrong bytes through a file that was open all the time");
+    ensure!(fs::metadata(place.root().join("1"))?.ino() == root.ino(), "another inode");
+    ensure!(fs::read(place.root().join("deep/er/3/data/one-chunk"))? == content, "another file");
+    ensure!(!place.root().join("2").exists(), "what was unmounted is back");
+    new.expect("GET", "/api/v1/config?id=/1", "", 200, renewed)?;
+    // The snapshotter posts all mounts again, once: they are there. Anything else is refused.
+    let (one, other) = ("/api/v1/mount?mountpoint=/1", mount.replace("image.boot", "other.boot"));
+    let (status, body) = new.send("POST", one, &other)?;
+    ensure!(status == 500 && body.contains("already exists"), "{status} {body}");
+    new.expect("POST", one, &mount, 204, "")?;
+    let (status, body) = new.send("POST", one, &mount)?;
+    ensure!(status == 500 && body.contains("already exists"), "{status} {body}");
+    // Life goes on, for another successor, too.
+    drop(held);
+    new.expect("DELETE", one, "", 204, "")?;
+    ensure!(!place.root().join("1").exists(), "unmounted and still there");
+    new.expect("POST", "/api/v1/mount?mountpoint=/4", &mount, 204, "")?;
+    supervisor.save(&new)?;
+    let (last, _) = upgrade(&place, &supervisor, new, "api2.sock")?;
+    ensure!(fs::read(place.root().join("4/data/one-chunk"))? == content, "another file");
+    terminate(&place, last)
+}
+
+/// A daemon dies with a read under way. The one that is started like it finds that out by itself,
+/// takes over, and answers that read. With `flush` it fails it, with `none` it leaves it alone.
+#[test]
+fn a_crash_is_found_out_and_its_reads_are_answered() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("docker-registry", "python3");
+    let noise = Noise::set()?;
+    for (policy, answer) in [("resend", Some(true)), ("flush", Some(false)), ("none", None)] {
+        let scratch = tempfile::tempdir()?;
+        let supervisor = Supervisor::new(scratch.path().join("d1.sock"))?;
+        let place = noise.place(&format!("cache-{policy}"), Some(&supervisor))?;
+        noise.scene.relay.set(Rule::Pass);
+        let mut old = place.start("api.sock", &["--failover-policy", policy])?;
+        old.wait_state("RUNNING", &[])?;
+        supervisor.save(&old)?;
+        settle(&place)?;
+        noise.scene.relay.set(Rule::Stall);
+        let file = File::open(place.root().join("1"))?;
+        let reader = thread::spawn(move || {
+            let mut found = vec![0; 4096];
+            file.read_exact_at(&mut found, 0).map(|()| found)
+        });
+        noise.scene.relay.wait_stalled(1)?;
+        old.signal(Signal::SIGKILL)?;
+        old.wait()?;
+        ensure!(old.socket().exists() && mounted(place.root()), "nothing tells of the crash");
+        noise.scene.relay.set(Rule::Pass);
+
+        // Its successor may die as well: one save is good for any number of them.
+        let mut second = place.start("api.sock", &["--failover-policy", policy])?;
+        second.wait_state("INIT", &[])?;
+        ensure!(supervisor.restore(&second)?.0 == 204, "no takeover: {}", place.log());
+        second.signal(Signal::SIGKILL)?;
+        second.wait()?;
+        let mut new = place.start("api.sock", &["--failover-policy", policy])?;
+        new.wait_state("INIT", &[])?;
+        ensure!(supervisor.restore(&new)?.0 == 204, "no takeover: {}", place.log());
+        new.put(START)?;
+        let ended = |reader: thread::JoinHandle<_>| {
+            within(PATIENCE, "the read that the dead daemon took", move || {
+                Ok(reader.join().expect("the reader does not panic"))
+            })
+        };
+        match answer {
+            Some(right) => match ended(reader)? {
+                // The kernel may ask again for what it has read ahead.
+                Ok(found) => ensure!(found == noise.contents[1][..4096], "{policy}: wrong bytes"),
+                Err(e) => ensure!(!right && e.raw_os_error() == Some(libc::EIO), "{policy}: {e}"),
+            },
+            // Others are served all the same. The end of the mount ends the wait, although its
+            // descriptor is held.
+            None => {
+                ensure!(fs::read(place.root().join("2"))? == noise.contents[2], "file 2 differs");
+                ensure!(!reader.is_finished(), "nobody could have answered that");
+                terminate(&place, new)?;
+                match ended(reader)? {
+                    Ok(_) => bail!("nobody could have answered that"),
+                    Err(e) => eprintln!("a read that nobody repeats, after the end of the mount: {e}"),
+                }
+                continue;
+            }
+        }
+        terminate(&place, new)?;
+    }
+    Ok(())
+}
+
+/// Without a supervisor there is nothing to send to, and nothing to take over from.
+#[test]
+fn without_a_supervisor_the_steps_are_refused() -> Result<()> {
+    needs_mounts!();
+    let place = Place::new::<&str>(&[])?;
+    let mut daemon = place.start("api.sock", &[])?;
+    daemon.wait_state("RUNNING", &[])?;
+    daemon.expect("PUT", SENDFD, "", 500, NO_SUPERVISOR)?;
+    let mut waiting = place.start("api1.sock", &["--upgrade"])?;
+    waiting.wait_state("INIT", &[])?;
+    waiting.expect("PUT", SENDFD, "", 503, NOT_READY)?;
+    waiting.expect("PUT", TAKEOVER, "", 500, NO_SUPERVISOR)?;
+    waiting.put(EXIT)?;
+    ensure!(waiting.wait()?.code() == Some(0), "a waiting daemon does not end well: {}", place.log());
+    ensure!(daemon.state().as_deref() == Some("RUNNING") && mounted(place.root()), "the other one suffered");
+
+    // A dead mount that nobody holds is named as such.
+    daemon.signal(Signal::SIGKILL)?;
+    daemon.wait()?;
+    let mut next = place.start("api.sock", &[])?;
+    ensure!(next.wait()?.code() == Some(1) && place.log().contains("umount -l"), "{}", place.log());
+    Ok(())
+}
+
+/// Upgrades in a row under readers: none of them sees an error or a wrong byte.
+#[test]
+fn hot_upgrades_lose_no_request() -> Result<()> {
+    const UPGRADES: usize = 20;
+    needs_mounts!();
+    needs_programs!("docker-registry", "python3");
+    let noise = Noise::set()?;
+    let scratch = tempfile::tempdir()?;
+    let supervisor = Supervisor::new(scratch.path().join("d1.sock"))?;
+    let place = noise.place("cache", Some(&supervisor))?;
+    let mut first = place.start("api.sock", &[])?;
+    first.wait_state("RUNNING", &[])?;
+    supervisor.save(&first)?;
+    settle(&place)?;
+    // A registry at some distance, so that reads wait for it.
+    noise.scene.relay.set(Rule::Slow(Duration::from_millis(5)));
+    let (mut last, mut moments) = (None, Vec::new());
+    let answered = noise.under_readers(place.root(), &mut Random::new(7), |_, progress| {
+        let mut daemon = first;
+        for number in 1..=UPGRADES {
+            progress.wait(2 * READERS)?;
+            let (next, moment) = upgrade(&place, &supervisor, daemon, &format!("api{number}.sock"))
+                .with_context(|| format!("upgrade {number}"))?;
+            supervisor.save(&next)?;
+            moments.push(moment);
+            daemon = next;
+        }
+        // It serves until the readers are done.
+        last = Some(daemon);
+        Ok(())
+    });
+    let answered = answered.with_context(|| place.log())?;
+    let reads = answered.iter().map(Vec::len).sum();
+    report(&format!("{UPGRADES} upgrades"), reads, stalls(&answered, &moments));
+    terminate(&place, last.context("no daemon is left")?)
+}
