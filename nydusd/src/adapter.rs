@@ -18,14 +18,17 @@ use fuse_backend_rs::api::filesystem::{
 };
 use rafs::bootstrap::{Attr, Nid};
 use rafs::fs::SeekKind;
+use rustix::fs::{AtFlags, SeekFrom};
 use storage::read::ReadSlice;
 
 use crate::metrics::{Fop, Inflight};
 use crate::mount::Mount;
 use crate::node::NodeId;
+use crate::passthrough::{BELIEVED, HostMount, OwnDevice};
 use crate::vfs::{Node, Vfs};
 
 mod directory;
+mod hosts;
 mod names;
 
 /// How long the kernel may believe an answer: nothing changes, so for ever (contract 1.8).
@@ -44,6 +47,7 @@ pub struct Adapter {
     inflight: Arc<Inflight>,
     /// The kernel was told that there are no extended attributes, and will not ask again.
     refused_xattrs: AtomicBool,
+    own_device: OwnDevice,
 }
 
 /// The only place where an error becomes an errno. Whatever keeps file data from its reader
@@ -73,6 +77,15 @@ fn refuse(error: rafs::Error) -> io::Error {
     os_error(errno)
 }
 
+/// What a READ is for.
+#[derive(Debug)]
+pub enum Planned {
+    /// An image's file.
+    Chunks(ReadPlan),
+    /// A file of the host.
+    Host(Arc<HostMount>, Nid),
+}
+
 /// A READ that was resolved to chunks.
 #[derive(Debug)]
 pub struct ReadPlan {
@@ -95,7 +108,7 @@ impl Adapter {
         &self.inflight
     }
 
-    /// Resolves a READ of at most `size` bytes; the chunks go to `slices`.
+    /// Resolves a READ of at most `size` bytes; the chunks of an image go to `slices`.
     ///
     /// # Errors
     /// The errno for the reader.
@@ -105,15 +118,19 @@ impl Adapter {
         offset: u64,
         size: u32,
         slices: &mut Vec<ReadSlice>,
-    ) -> io::Result<ReadPlan> {
-        let (mount, nid) = self.resolve(node)?;
+    ) -> io::Result<Planned> {
+        let (mount, nid) = match self.node(node)? {
+            Node::Image { mount, nid, .. } => (mount, nid),
+            Node::Host { host, nid, .. } => return Ok(Planned::Host(host, nid)),
+            Node::Own(_) => return Err(os_error(libc::EISDIR)),
+        };
         let len = mount.rafs().read(nid, offset, size, slices).map_err(|error| {
             // It counts as a read that failed; looking it up took no time worth noting.
             mount.metrics().record_read(nid, None, Duration::ZERO);
             refuse(error)
         })?;
         mount.tracer().touch(slices);
-        Ok(ReadPlan { mount, nid, len })
+        Ok(Planned::Chunks(ReadPlan { mount, nid, len }))
     }
 
     /// What a node id stands for.
@@ -121,22 +138,15 @@ impl Adapter {
         self.table.resolve(node).ok_or_else(|| os_error(libc::ESTALE))
     }
 
-    /// Mount and inode of a node id; our own directories have no content.
-    fn resolve(&self, node: NodeId) -> io::Result<(Arc<Mount>, Nid)> {
-        match self.node(node)? {
-            Node::Image { mount, nid, .. } => Ok((mount, nid)),
-            Node::Own(_) => Err(os_error(libc::EISDIR)),
-        }
-    }
-
-    /// Resolves a node and runs one operation on it, which is counted where an image has it. For our own
-    /// directories there is `own`.
+    /// Resolves a node and runs one operation on it, which is counted where an image or the host has it. For
+    /// our own directories there is `own`.
     fn run<T>(
         &self,
         node: u64,
         fop: Fop,
         own: impl FnOnce(u64) -> io::Result<T>,
         operation: impl FnOnce(&Mount, Nid) -> io::Result<T>,
+        on_host: impl FnOnce(&HostMount, Nid) -> io::Result<T>,
     ) -> io::Result<T> {
         let started = Instant::now();
         match self.node(NodeId(node))? {
@@ -144,6 +154,11 @@ impl Adapter {
             Node::Image { mount, nid, .. } => {
                 let result = operation(&mount, nid);
                 mount.metrics().record_on(nid, fop, result.is_ok(), started.elapsed());
+                result
+            }
+            Node::Host { host, nid, .. } => {
+                let result = on_host(&host, nid);
+                host.metrics().record_on(nid, fop, result.is_ok(), started.elapsed());
                 result
             }
         }
@@ -225,16 +240,13 @@ fn fits(len: usize, size: u32) -> io::Result<Option<u32>> {
     }
 }
 
-/// Counts an operation where an image has it.
+/// Counts an operation where an image or the host has it.
 fn record(node: &Node, fop: Fop, ok: bool, started: Instant) {
-    if let Node::Image { mount, nid, .. } = node {
-        mount.metrics().record_on(*nid, fop, ok, started.elapsed());
+    match node {
+        Node::Image { mount, nid, .. } => mount.metrics().record_on(*nid, fop, ok, started.elapsed()),
+        Node::Host { host, nid, .. } => host.metrics().record_on(*nid, fop, ok, started.elapsed()),
+        Node::Own(_) => {}
     }
-}
-
-/// What every operation that would change something answers.
-fn read_only<T>() -> io::Result<T> {
-    Err(os_error(libc::EROFS))
 }
 
 impl FileSystem for Adapter {
@@ -252,10 +264,14 @@ impl FileSystem for Adapter {
             | FsOptions::ASYNC_DIO
             | FsOptions::ZERO_MESSAGE_OPEN
             | FsOptions::ZERO_MESSAGE_OPENDIR
-            | FsOptions::CACHE_SYMLINKS
-            | FsOptions::EXPLICIT_INVAL_DATA
             | FsOptions::EXPORT_SUPPORT
             | FsOptions::INIT_EXT;
+        wanted |= match self.table.is_dedicated() {
+            true => FsOptions::CACHE_SYMLINKS | FsOptions::EXPLICIT_INVAL_DATA,
+            // Directories of the host may come: their files change without us, and are made under umasks that
+            // default ACLs override. Of images the kernel still asks nothing twice, as their attributes hold.
+            false => FsOptions::CACHE_SYMLINKS | FsOptions::AUTO_INVAL_DATA | FsOptions::DONT_MASK,
+        };
         // Lets the kernel enforce the image's ACLs, and cache that most files have none.
         if self.shows_xattrs() {
             wanted |= FsOptions::POSIX_ACL;
@@ -266,12 +282,14 @@ impl FileSystem for Adapter {
     fn lookup(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
         let started = Instant::now();
         let parent = self.node(NodeId(parent))?;
-        let result = self.find(&parent, name.to_bytes()).and_then(|found| match found {
+        let result = self.find(&parent, name).and_then(|found| match found {
             Some(node) => {
                 let entry = self.entry(&node)?;
                 self.given(&node, &entry);
                 Ok(entry)
             }
+            // What is not there on the host may be there the next time.
+            None if matches!(parent, Node::Host { .. }) => Err(os_error(libc::ENOENT)),
             None => Ok(negative_entry()),
         });
         record(&parent, Fop::Lookup, result.is_ok(), started);
@@ -281,8 +299,10 @@ impl FileSystem for Adapter {
     fn forget(&self, _: &Context, node: u64, count: u64) {
         let started = Instant::now();
         // Before the mount may go with its last node.
-        if let Some(Node::Image { mount, .. }) = self.table.resolve(NodeId(node)) {
-            mount.metrics().record(Fop::Forget, true, started.elapsed());
+        match self.table.resolve(NodeId(node)) {
+            Some(Node::Image { mount, .. }) => mount.metrics().record(Fop::Forget, true, started.elapsed()),
+            Some(Node::Host { host, .. }) => host.metrics().record(Fop::Forget, true, started.elapsed()),
+            Some(Node::Own(_)) | None => {}
         }
         self.table.forget(NodeId(node), count);
     }
@@ -290,8 +310,12 @@ impl FileSystem for Adapter {
     fn batch_forget(&self, _: &Context, requests: Vec<(u64, u64)>) {
         let started = Instant::now();
         let first = requests.first().and_then(|(node, _)| self.table.resolve(NodeId(*node)));
-        if let Some(Node::Image { mount, .. }) = first {
-            mount.metrics().record(Fop::BatchForget, true, started.elapsed());
+        match first {
+            Some(Node::Image { mount, .. }) => {
+                mount.metrics().record(Fop::BatchForget, true, started.elapsed())
+            }
+            Some(Node::Host { host, .. }) => host.metrics().record(Fop::BatchForget, true, started.elapsed()),
+            Some(Node::Own(_)) | None => {}
         }
         for (node, count) in &requests {
             self.table.forget(NodeId(*node), *count);
@@ -300,17 +324,19 @@ impl FileSystem for Adapter {
 
     fn getattr(&self, _: &Context, node: u64, _: Option<u64>) -> io::Result<(stat64, Duration)> {
         let own = |number| Ok((directory::stat(&self.table, number)?, FOR_EVER));
-        self.run(node, Fop::Getattr, own, |mount, nid| {
+        let image = |mount: &Mount, nid| {
             let attr = mount.rafs().bootstrap().attr(nid).map_err(refuse)?;
             Ok((stat(mount, &attr), FOR_EVER))
-        })
+        };
+        self.run(node, Fop::Getattr, own, image, |host, nid| Ok((host.stat(nid)?, BELIEVED)))
     }
 
     fn readlink(&self, _: &Context, node: u64) -> io::Result<Vec<u8>> {
         let own = |_| Err(os_error(libc::EINVAL));
-        self.run(node, Fop::Readlink, own, |mount, nid| {
+        let image = |mount: &Mount, nid| {
             mount.rafs().bootstrap().read_link(nid).map(|target| target.into_owned()).map_err(refuse)
-        })
+        };
+        self.run(node, Fop::Readlink, own, image, HostMount::read_link)
     }
 
     fn open(
@@ -398,6 +424,7 @@ impl FileSystem for Adapter {
                     None => GetxattrReply::Value(value.to_owned()),
                 })
             },
+            |host, nid| host.getxattr(nid, name, size),
         )
     }
 
@@ -421,12 +448,13 @@ impl FileSystem for Adapter {
                     errno => Err(os_error(errno)),
                 }
             },
+            |host, nid| host.listxattr(nid, size),
         )
     }
 
     fn statfs(&self, _: &Context, node: u64) -> io::Result<statvfs64> {
         let own = |_| Ok(directory::statfs());
-        self.run(node, Fop::Statfs, own, |mount, _| {
+        let image = |mount: &Mount, _| {
             let numbers = mount.rafs().statfs();
             let mut st = crate::sys::zeroed_statvfs();
             st.f_bsize = numbers.block_size.into();
@@ -435,12 +463,16 @@ impl FileSystem for Adapter {
             st.f_files = numbers.files;
             st.f_namemax = numbers.name_max.into();
             Ok(st)
-        })
+        };
+        self.run(node, Fop::Statfs, own, image, HostMount::statfs)
     }
 
     fn access(&self, _: &Context, node: u64, mask: u32) -> io::Result<()> {
         // The kernel checks modes itself (default_permissions).
-        let answer = || if mask & libc::W_OK.cast_unsigned() != 0 { read_only() } else { Ok(()) };
+        let answer = || match mask & libc::W_OK.cast_unsigned() {
+            0 => Ok(()),
+            _ => Err(os_error(libc::EROFS)),
+        };
         self.run(
             node,
             Fop::Access,
@@ -449,94 +481,163 @@ impl FileSystem for Adapter {
                 mount.rafs().bootstrap().attr(nid).map_err(refuse)?;
                 answer()
             },
+            |host, nid| host.stat(nid).map(drop),
         )
     }
 
     fn lseek(&self, _: &Context, node: u64, _: u64, offset: u64, whence: u32) -> io::Result<u64> {
-        let kind = match whence.cast_signed() {
-            libc::SEEK_DATA => SeekKind::Data,
-            libc::SEEK_HOLE => SeekKind::Hole,
+        let (kind, to) = match whence.cast_signed() {
+            libc::SEEK_DATA => (SeekKind::Data, SeekFrom::Data(offset)),
+            libc::SEEK_HOLE => (SeekKind::Hole, SeekFrom::Hole(offset)),
             _ => return Err(os_error(libc::EINVAL)),
         };
-        let (mount, nid) = self.resolve(NodeId(node))?;
-        let found = mount.rafs().seek(nid, offset, kind).map_err(refuse)?;
-        found.ok_or_else(|| os_error(libc::ENXIO))
+        match self.node(NodeId(node))? {
+            Node::Image { mount, nid, .. } => {
+                let found = mount.rafs().seek(nid, offset, kind).map_err(refuse)?;
+                found.ok_or_else(|| os_error(libc::ENXIO))
+            }
+            Node::Host { host, nid, .. } => host.seek(nid, to),
+            Node::Own(_) => Err(os_error(libc::EISDIR)),
+        }
     }
 
     fn setattr(
         &self,
         _: &Context,
-        _: u64,
-        _: stat64,
+        node: u64,
+        attr: stat64,
         _: Option<u64>,
-        _: SetattrValid,
+        valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
-        read_only()
+        let (host, nid) = self.host(node)?;
+        Ok((host.set_attributes(nid, &attr, valid)?, BELIEVED))
     }
 
-    fn symlink(&self, _: &Context, _: &CStr, _: u64, _: &CStr) -> io::Result<Entry> {
-        read_only()
+    fn symlink(&self, context: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
+        let (host, dir) = self.changes(parent, name)?;
+        let held = host.symlink(context, target, dir, name)?;
+        self.made(&host, &held)
     }
 
-    fn mknod(&self, _: &Context, _: u64, _: &CStr, _: u32, _: u32, _: u32) -> io::Result<Entry> {
-        read_only()
+    fn mknod(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        mode: u32,
+        device: u32,
+        mask: u32,
+    ) -> io::Result<Entry> {
+        let (host, dir) = self.changes(parent, name)?;
+        let held = host.mknod(context, dir, name, (mode, mask), device)?;
+        self.made(&host, &held)
     }
 
-    fn mkdir(&self, _: &Context, _: u64, _: &CStr, _: u32, _: u32) -> io::Result<Entry> {
-        read_only()
+    fn mkdir(&self, context: &Context, parent: u64, name: &CStr, mode: u32, mask: u32) -> io::Result<Entry> {
+        let (host, dir) = self.changes(parent, name)?;
+        let held = host.mkdir(context, dir, name, mode, mask)?;
+        self.made(&host, &held)
     }
 
-    fn unlink(&self, _: &Context, _: u64, _: &CStr) -> io::Result<()> {
-        read_only()
+    fn unlink(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        let (host, dir) = self.changes(parent, name)?;
+        host.remove(dir, name, AtFlags::empty())
     }
 
-    fn rmdir(&self, _: &Context, _: u64, _: &CStr) -> io::Result<()> {
-        read_only()
+    fn rmdir(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        let (host, dir) = self.changes(parent, name)?;
+        host.remove(dir, name, AtFlags::REMOVEDIR)
     }
 
-    fn rename(&self, _: &Context, _: u64, _: &CStr, _: u64, _: &CStr, _: u32) -> io::Result<()> {
-        read_only()
+    fn rename(
+        &self,
+        _: &Context,
+        old_parent: u64,
+        old: &CStr,
+        new_parent: u64,
+        new: &CStr,
+        flags: u32,
+    ) -> io::Result<()> {
+        let (host, old_dir) = self.changes(old_parent, old)?;
+        let (other, new_dir) = self.changes(new_parent, new)?;
+        if !Arc::ptr_eq(&host, &other) {
+            return Err(os_error(libc::EXDEV));
+        }
+        host.rename((old_dir, old), (new_dir, new), flags)
     }
 
-    fn link(&self, _: &Context, _: u64, _: u64, _: &CStr) -> io::Result<Entry> {
-        read_only()
+    fn link(&self, _: &Context, node: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
+        let (host, dir) = self.changes(parent, name)?;
+        let (other, nid) = self.host(node)?;
+        if !Arc::ptr_eq(&host, &other) {
+            return Err(os_error(libc::EXDEV));
+        }
+        let held = host.link(nid, dir, name)?;
+        self.made(&host, &held)
     }
 
     fn create(
         &self,
         _: &Context,
-        _: u64,
-        _: &CStr,
+        parent: u64,
+        name: &CStr,
         _: CreateIn,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
-        read_only()
+        self.changes(parent, name)?;
+        // The kernel makes it with MKNOD then, and needs no handle.
+        Err(os_error(libc::ENOSYS))
     }
 
     fn write(
         &self,
         _: &Context,
+        node: u64,
         _: u64,
-        _: u64,
-        _: &mut dyn ZeroCopyReader,
-        _: u32,
-        _: u64,
+        data: &mut dyn ZeroCopyReader,
+        size: u32,
+        offset: u64,
         _: Option<u64>,
-        _: bool,
-        _: u32,
+        from_cache: bool,
+        flags: u32,
         _: u32,
     ) -> io::Result<usize> {
-        read_only()
+        let (host, nid) = self.host(node)?;
+        // What comes from the page cache has its place.
+        host.write(nid, data, size, offset, if from_cache { 0 } else { flags })
     }
 
-    fn fallocate(&self, _: &Context, _: u64, _: u64, _: u32, _: u64, _: u64) -> io::Result<()> {
-        read_only()
+    fn fsync(&self, _: &Context, node: u64, only_data: bool, _: u64) -> io::Result<()> {
+        match self.node(NodeId(node))? {
+            Node::Host { host, nid, .. } => host.sync(nid, only_data),
+            // Nothing was written.
+            Node::Own(_) | Node::Image { .. } => Ok(()),
+        }
     }
 
-    fn setxattr(&self, _: &Context, _: u64, _: &CStr, _: &[u8], _: u32) -> io::Result<()> {
-        read_only()
+    fn fsyncdir(&self, context: &Context, node: u64, only_data: bool, handle: u64) -> io::Result<()> {
+        self.fsync(context, node, only_data, handle)
     }
 
-    fn removexattr(&self, _: &Context, _: u64, _: &CStr) -> io::Result<()> {
-        read_only()
+    fn fallocate(
+        &self,
+        _: &Context,
+        node: u64,
+        _: u64,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        let (host, nid) = self.host(node)?;
+        host.allocate(nid, mode, offset, length)
+    }
+
+    fn setxattr(&self, _: &Context, node: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
+        let (host, nid) = self.host(node)?;
+        host.setxattr(nid, name, value, flags)
+    }
+
+    fn removexattr(&self, _: &Context, node: u64, name: &CStr) -> io::Result<()> {
+        let (host, nid) = self.host(node)?;
+        host.removexattr(nid, name)
     }
 }

@@ -211,11 +211,11 @@ pub struct FuseArgs {
     #[arg(long, value_name = "POLICY", default_value = "resend")]
     pub failover_policy: FailoverPolicy,
 
-    /// Mount writable (not built yet)
+    /// Let host directories be written to; images never are
     #[arg(long)]
     pub writable: bool,
 
-    /// Host directory to pass through (not built yet)
+    /// Host directory to show; what is written goes there, with --writable
     #[arg(short = 's', long, value_name = "DIR", conflicts_with_all = ["bootstrap", "image"])]
     pub shared_dir: Option<PathBuf>,
 
@@ -223,7 +223,7 @@ pub struct FuseArgs {
     #[arg(long, value_name = "FILE")]
     pub prefetch_files: Option<PathBuf>,
 
-    /// Where the image appears inside the mount
+    /// Where the image or directory appears inside the mount
     #[arg(short = 'm', long, value_name = "PATH", default_value = "/")]
     pub virtual_mountpoint: String,
 
@@ -467,11 +467,7 @@ impl GlobalArgs {
 
 impl FuseArgs {
     fn refuse_what_is_not_built(&self) -> Result<(), clap::Error> {
-        let refused = [
-            ("--shared-dir", self.shared_dir.is_some()),
-            ("--writable", self.writable),
-            ("--dedup-db", self.dedup_db.is_some()),
-        ];
+        let refused = [("--dedup-db", self.dedup_db.is_some())];
         match refused.iter().find(|(_, given)| *given) {
             Some((flag, _)) => Err(clap::Error::raw(
                 clap::error::ErrorKind::ArgumentConflict,

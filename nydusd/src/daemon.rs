@@ -234,6 +234,9 @@ impl Daemon {
         if let Some(mount) = &mount {
             self.fetch_hints(engine, mount);
         }
+        if let Some(source) = &args.shared_dir {
+            self.mount_shared(source)?;
+        }
         let fuse = self.mount_unless_stopping()?;
         self.serve(fuse)?
             .recv()
@@ -275,8 +278,9 @@ impl Daemon {
         if *stopping {
             bail!("stopped before the mount");
         }
-        let fuse = FuseMount::new(&self.args.mountpoint)?;
+        let fuse = FuseMount::new(&self.args.mountpoint, self.args.writable)?;
         let fuse = self.fuse.get_or_init(|| fuse);
+        self.adapter.serves_as(fuse.device());
         self.set_state(State::Ready);
         Ok(fuse)
     }
@@ -288,7 +292,8 @@ impl Daemon {
             fuse.abandon();
             bail!("stopped before the takeover");
         }
-        self.fuse.get_or_init(|| fuse);
+        let fuse = self.fuse.get_or_init(|| fuse);
+        self.adapter.serves_as(fuse.device());
         self.set_state(State::Ready);
         Ok(())
     }

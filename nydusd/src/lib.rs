@@ -27,6 +27,7 @@ pub mod mount;
 pub mod node;
 #[path = "../../misc/pages.rs"]
 pub mod pages;
+pub mod passthrough;
 pub mod preheat;
 pub mod trace;
 pub mod transport;

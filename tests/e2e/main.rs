@@ -4,6 +4,7 @@
 //! is listed in `tests/README.md`; a test that is skipped prints why.
 
 mod api;
+mod backing;
 mod clients;
 mod conversions;
 mod corpus;

@@ -314,7 +314,7 @@ fn refused_commands_leave_nothing_behind() -> Result<()> {
             500,
             "relative",
         ),
-        ("POST", "/m", good.replace("\"rafs\"", "\"passthrough_fs\""), 500, "pass-through"),
+        ("POST", "/m", good.replace("\"rafs\"", "\"passthrough_fs\""), 500, "Not a directory"),
         ("POST", "/m", r#"{"fs_type":"rafs","source":"/x"}"#.to_owned(), 400, "ParseBody"),
         ("POST", "/m", "{".to_owned(), 400, "ParseBody"),
         ("POST", "/m", String::new(), 400, "BadRequest"),

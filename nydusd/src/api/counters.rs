@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::reply::Reply;
-use super::routes::with_mount;
+use super::routes::{with_counters, with_mount};
 use super::types::{BackendCounters, BlobCache};
 use crate::daemon::Daemon;
 use crate::metrics;
@@ -11,15 +11,13 @@ use crate::mount::Mount;
 
 /// Operations of the file system.
 pub(super) fn global(daemon: &Daemon, id: Option<&str>) -> Reply {
-    with_mount(daemon, id, "GlobalMetrics", |mount| {
-        Reply::json(&mount.metrics().snapshot(mount.mountpoint()))
-    })
+    with_counters(daemon, id, "GlobalMetrics", |at, metrics| Reply::json(&metrics.snapshot(at)))
 }
 
 /// The same by file, or the files read since somebody last asked. Empty if the configuration
 /// does not ask for it.
 pub(super) fn files(daemon: &Daemon, id: Option<&str>, latest: bool) -> Reply {
-    with_mount(daemon, id, "FsFilesMetrics", |mount| match mount.metrics().files() {
+    with_counters(daemon, id, "FsFilesMetrics", |_, metrics| match metrics.files() {
         files if latest => Reply::json(&files.take_latest()),
         files => Reply::json(&files.counters()),
     })
@@ -27,7 +25,7 @@ pub(super) fn files(daemon: &Daemon, id: Option<&str>, latest: bool) -> Reply {
 
 /// First accesses. Empty if the configuration does not ask for it.
 pub(super) fn pattern(daemon: &Daemon, id: Option<&str>) -> Reply {
-    with_mount(daemon, id, "Pattern", |mount| Reply::json(&mount.metrics().files().pattern()))
+    with_counters(daemon, id, "Pattern", |_, metrics| Reply::json(&metrics.files().pattern()))
 }
 
 /// Requests to the source of blobs.

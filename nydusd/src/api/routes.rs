@@ -19,8 +19,10 @@ use super::{counters, hot, superblock};
 use crate::cli::LogLevel;
 use crate::daemon::Daemon;
 use crate::failover::LifeError;
+use crate::metrics::FsMetrics;
 use crate::mount::Mount;
 use crate::trace::files::Optimize;
+use crate::vfs::mounted::Mounted;
 use crate::why;
 
 /// The API's own description.
@@ -198,8 +200,8 @@ async fn keep(daemon: &Arc<Daemon>) {
 
 fn info(daemon: &Daemon, with_backends: bool) -> Reply {
     let backends = || {
-        let mounts = daemon.adapter().table().mounts();
-        mounts.iter().map(|mount| (mount.mountpoint().to_owned(), backend(mount))).collect()
+        let mounts = daemon.adapter().table().all();
+        mounts.iter().map(|mounted| (mounted.mountpoint().to_owned(), backend(mounted))).collect()
     };
     Reply::json(&Info {
         version: crate::version::BUILD,
@@ -210,15 +212,28 @@ fn info(daemon: &Daemon, with_backends: bool) -> Reply {
     })
 }
 
-fn backend(mount: &Mount) -> Backend {
-    let time: chrono::DateTime<chrono::Local> = SystemTime::into(mount.mounted_at());
-    Backend {
-        backend_type: "Rafs",
-        mountpoint: mount.mountpoint().to_owned(),
-        mounted_time: time.to_rfc3339(),
-        config: mount.config().public_json(),
-        bootstrap: format!("sha256:{}", mount.bootstrap_digest()),
-        verified: !mount.rafs().is_unverified(),
+fn backend(mounted: &Mounted) -> Backend {
+    let time = |at: SystemTime| chrono::DateTime::<chrono::Local>::from(at).to_rfc3339();
+    let mountpoint = mounted.mountpoint().to_owned();
+    match mounted {
+        Mounted::Image(mount) => Backend {
+            backend_type: "Rafs",
+            mountpoint,
+            mounted_time: time(mount.mounted_at()),
+            config: mount.config().public_json(),
+            bootstrap: Some(format!("sha256:{}", mount.bootstrap_digest())),
+            verified: Some(!mount.rafs().is_unverified()),
+            source: None,
+        },
+        Mounted::Host(host) => Backend {
+            backend_type: "PassthroughFs",
+            mountpoint,
+            mounted_time: time(host.mounted_at()),
+            config: serde_json::Value::Null,
+            bootstrap: None,
+            verified: None,
+            source: Some(host.source().to_string_lossy().into_owned()),
+        },
     }
 }
 
@@ -286,6 +301,25 @@ pub(super) fn find_mount(daemon: &Daemon, id: Option<&str>) -> Option<Arc<Mount>
         }
         (None, [only]) => Some(Arc::clone(only)),
         (None, _) => None,
+    }
+}
+
+/// The counters of what `id` names, or of all that is mounted if that is one: with their mountpoint.
+pub(super) fn with_counters(
+    daemon: &Daemon,
+    id: Option<&str>,
+    wrapper: &str,
+    answer: impl FnOnce(&str, &FsMetrics) -> Reply,
+) -> Reply {
+    let all = daemon.adapter().table().all();
+    let host = match (id, all.as_slice()) {
+        (Some(id), all) => all.iter().find(|mounted| mounted.mountpoint() == id),
+        (None, [only]) => Some(only),
+        (None, _) => return Reply::no_counter(wrapper),
+    };
+    match host.and_then(Mounted::host) {
+        Some(host) => answer(host.mountpoint(), host.metrics()),
+        None => with_mount(daemon, id, wrapper, |mount| answer(mount.mountpoint(), mount.metrics())),
     }
 }
 

@@ -24,8 +24,13 @@ pub(super) struct Backend {
     pub mounted_time: String,
     pub config: serde_json::Value,
     /// Beyond the contract: what is mounted, and whether every byte of it is verified.
-    pub bootstrap: String,
-    pub verified: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bootstrap: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verified: Option<bool>,
+    /// Beyond the contract: the directory, of a pass-through mount.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
 }
 
 /// Body of `PUT /api/v1/daemon`.

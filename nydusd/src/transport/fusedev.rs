@@ -24,6 +24,7 @@ use super::init::Negotiated;
 use super::mounted::{self, MountIdentity};
 use super::worker::{Connection, Worker};
 use crate::adapter::Adapter;
+use crate::passthrough::Device;
 
 /// Source in the mount table (contract 1.8).
 pub(crate) const SOURCE: &str = "rafs";
@@ -68,13 +69,13 @@ enum Session {
 }
 
 impl FuseMount {
-    /// Mounts on the directory `mountpoint`, read-only.
+    /// Mounts on the directory `mountpoint`, read-only unless `writable`.
     ///
     /// # Errors
     /// Not a usable directory, a dead mount in its place, or the kernel refuses.
-    pub fn new(mountpoint: &Path) -> anyhow::Result<Self> {
+    pub fn new(mountpoint: &Path, writable: bool) -> anyhow::Result<Self> {
         let mountpoint = usable_mountpoint(mountpoint)?;
-        let mut session = FuseSession::new(&mountpoint, SOURCE, "", true)?;
+        let mut session = FuseSession::new(&mountpoint, SOURCE, "", !writable)?;
         session.mount().with_context(|| format!("mount on {}", mountpoint.display()))?;
         let identity = MountIdentity::at(&mountpoint)
             .inspect_err(|e| tracing::warn!("the mount on {} has no identity: {e}", mountpoint.display()))
@@ -143,6 +144,11 @@ impl FuseMount {
     pub fn recover(&self, recovery: Recovery) -> io::Result<()> {
         self.connection.flush.store(recovery == Recovery::Refuse, Ordering::Relaxed);
         self.connection.resend()
+    }
+
+    /// The device numbers of its files, if they are known.
+    pub fn device(&self) -> Option<Device> {
+        self.identity.as_ref().and_then(MountIdentity::device)
     }
 
     /// The canonical mountpoint.

@@ -12,6 +12,8 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::passthrough::Device;
+
 /// The mounts that this process sees; see proc_pid_mountinfo(5).
 const TABLE: &str = "/proc/self/mountinfo";
 
@@ -43,6 +45,12 @@ impl MountIdentity {
             .find(|(row, _)| *row == id)
             .ok_or_else(|| io::Error::other("the mount is not in the mount table"))?;
         Ok(Self { id: id.to_vec(), device: device.to_vec() })
+    }
+
+    /// Major and minor number.
+    pub fn device(&self) -> Option<Device> {
+        let (major, minor) = std::str::from_utf8(&self.device).ok()?.split_once(':')?;
+        Some(Device(major.parse().ok()?, minor.parse().ok()?))
     }
 
     /// True if a mount begins at the directory `path`, and is a FUSE mount of `source`.

@@ -109,7 +109,7 @@ fn stalled_reads_hold_nobody_up() {
     }
     let (adapter, source) = scene();
     let dir = tempfile::tempdir().unwrap();
-    let fuse = FuseMount::new(dir.path()).unwrap();
+    let fuse = FuseMount::new(dir.path(), false).unwrap();
     let (ended, ends) = channel();
     let (threads, _) =
         fuse.serve(Arc::clone(&adapter), 4, move |result| ended.send(result).unwrap()).unwrap();
@@ -183,7 +183,7 @@ fn a_successor_answers_what_its_predecessor_has_taken() {
     }
     let (adapter, _) = scene();
     let dir = tempfile::tempdir().unwrap();
-    let predecessor = FuseMount::new(dir.path()).unwrap();
+    let predecessor = FuseMount::new(dir.path(), false).unwrap();
     assert_eq!(predecessor.negotiated(), None);
     let held = predecessor.descriptor().try_clone_to_owned().unwrap();
 

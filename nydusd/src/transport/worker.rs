@@ -28,7 +28,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::init::{self, Answer, Negotiated};
 use super::message::{self, InHeader, OUT_HEADER_LEN, OutHeader, ReadIn};
-use crate::adapter::{Adapter, ReadPlan};
+use crate::adapter::{Adapter, Planned, ReadPlan};
 use crate::failures::Failure;
 use crate::metrics::InflightGuard;
 use crate::why::Wait;
@@ -278,7 +278,14 @@ impl Worker {
         let size = read.size.min((BUFFER_SIZE - OUT_HEADER_LEN) as u32);
         self.slices.clear();
         let plan = match self.adapter.plan_read(node, read.offset, size, &mut self.slices) {
-            Ok(plan) => plan,
+            Ok(Planned::Chunks(plan)) => plan,
+            Ok(Planned::Host(host, nid)) => {
+                match host.read(nid, read.offset, &mut reply[..size as usize]) {
+                    Ok(len) => self.connection.answer(header.unique, &reply[..len]),
+                    Err(e) => refuse(e.raw_os_error().unwrap_or(libc::EIO)),
+                }
+                return;
+            }
             Err(e) => return refuse(e.raw_os_error().unwrap_or(libc::EIO)),
         };
         let out = OutHeader::data(header.unique, plan.len);

@@ -105,9 +105,10 @@ pub struct SavedMount {
     pub index: u32,
     /// How many mounts had this index before.
     pub generation: u64,
-    /// SHA-256 of its bootstrap in hex: another one would give the kernel's nodes other meanings.
+    /// SHA-256 of its bootstrap in hex: another one would give the kernel's nodes other meanings. Empty for a
+    /// directory of the host, whose files say themselves which nodes they are.
     pub bootstrap: String,
-    /// Its cache directory, where `<bootstrap>.boot` is.
+    /// Its cache directory, where `<bootstrap>.boot` is. Empty likewise.
     pub work_dir: PathBuf,
 }
 

@@ -1,5 +1,6 @@
 //! Mount, remount and unmount while the daemon serves.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -7,12 +8,14 @@ use storage::engine::Engine;
 
 use super::command::{FsType, MountCommand};
 use super::error::{MountError, MountErrorKind};
+use super::mounted::{Mounted, Opened};
 use super::path::VfsPath;
 use super::stale::Stale;
 use super::{AttachError, Replaced};
 use crate::daemon::{Daemon, State};
 use crate::image::{self, Plan};
-use crate::mount::{self, Mount, Opened};
+use crate::mount::{self, Mount};
+use crate::passthrough::{self, HostSpec};
 use crate::{preheat, trace};
 
 impl Daemon {
@@ -31,12 +34,12 @@ impl Daemon {
         let opened = self.open(engine, command)?;
         let change = self.turns().change();
         let attached = self.adapter().table().attach(&path, |place| opened.at(place));
-        let (mount, stale) = attached.map_err(|e| refused(e, &path))?;
+        let (mounted, stale) = attached.map_err(|e| refused(e, &path))?;
         self.keep_state();
         self.invalidate(&stale);
         drop(change);
-        self.shown(engine, &mount);
-        tracing::info!("mounted bootstrap sha256:{} at {path}", mount.bootstrap_digest());
+        self.shown(engine, &mounted);
+        tracing::info!("mounted {mounted} at {path}");
         Ok(())
     }
 
@@ -55,12 +58,12 @@ impl Daemon {
         let opened = self.open(engine, command)?;
         let change = self.turns().change();
         let replaced = self.adapter().table().replace(&path, |place| opened.at(place));
-        let (Replaced { new: mount, old }, stale) = replaced.map_err(|e| refused(e, &path))?;
+        let (Replaced { new, old }, stale) = replaced.map_err(|e| refused(e, &path))?;
         self.keep_state();
         self.invalidate(&stale);
         drop(change);
-        self.shown(engine, &mount);
-        tracing::info!("mounted bootstrap sha256:{} at {path} in place of another", mount.bootstrap_digest());
+        self.shown(engine, &new);
+        tracing::info!("mounted {new} at {path} in place of {old}");
         self.retire(engine, old);
         Ok(())
     }
@@ -75,13 +78,13 @@ impl Daemon {
         let engine = self.serving()?;
         let _turn = self.turns().take(&path).ok_or_else(|| busy(&path))?;
         let change = self.turns().change();
-        let (mount, stale) = self.adapter().table().detach(&path).map_err(|e| refused(e, &path))?;
-        self.hot().forget(mount.mountpoint());
+        let (mounted, stale) = self.adapter().table().detach(&path).map_err(|e| refused(e, &path))?;
+        self.hot().forget(mounted.mountpoint());
         self.keep_state();
         self.invalidate(&stale);
         drop(change);
         tracing::info!("unmounted {path}");
-        self.retire(engine, mount);
+        self.retire(engine, mounted);
         Ok(())
     }
 
@@ -94,23 +97,43 @@ impl Daemon {
     }
 
     fn open(&self, engine: &Arc<Engine>, command: MountCommand) -> Result<Opened, MountError> {
-        if command.fs_type == FsType::Passthrough {
-            return Err(MountError::new(
-                MountErrorKind::Unsupported,
-                "invalid argument: pass-through mounts are not supported yet; bind-mount the directory instead",
-            ));
-        }
         let open = || {
+            if command.fs_type == FsType::Passthrough {
+                return self.open_host(command.mountpoint.clone(), command.source.clone(), Some(command));
+            }
             let mountpoint = command.mountpoint.clone();
             let spec = image::commanded(command, |config| self.hot().amend(&mountpoint, config))?;
             warn_of(&spec.config.warnings);
-            mount::open(engine, spec, self.known())
+            Ok(Opened::Image(Box::new(mount::open(engine, spec, self.known())?)))
         };
         open().map_err(|e| MountError::image(&e))
     }
 
+    /// Opens a directory of the host.
+    pub(super) fn open_host(
+        &self,
+        mountpoint: String,
+        source: PathBuf,
+        command: Option<MountCommand>,
+    ) -> anyhow::Result<Opened> {
+        let spec = HostSpec { mountpoint, command, source };
+        Ok(Opened::Host(passthrough::open(spec, self.adapter().own_device())?))
+    }
+
     /// Warns of what a new mount does not show, and fetches what it wants to be fetched.
-    fn shown(&self, engine: &Arc<Engine>, mount: &Arc<Mount>) {
+    fn shown(&self, engine: &Arc<Engine>, mounted: &Mounted) {
+        let mount = match mounted {
+            Mounted::Image(mount) => mount,
+            Mounted::Host(host) if self.adapter().table().is_dedicated() => {
+                tracing::warn!(
+                    "the kernel was told that nothing changes here: what others change in {} may not be seen; \
+                     serve it with a daemon that is started without an image",
+                    host.source().display()
+                );
+                return;
+            }
+            Mounted::Host(_) => return,
+        };
         if mount.has_xattrs() && self.adapter().has_refused_xattrs() {
             tracing::warn!(
                 "{} has extended attributes, but the kernel was told that there are none: they are not shown",
@@ -136,7 +159,12 @@ impl Daemon {
     }
 
     /// Ends what goes on behind a mount that is out of the tree, beside whoever took it out.
-    fn retire(&self, engine: &Arc<Engine>, mount: Arc<Mount>) {
+    fn retire(&self, engine: &Arc<Engine>, mounted: Mounted) {
+        let Mounted::Image(mount) = mounted else {
+            drop(mounted);
+            self.adapter().table().sweep();
+            return;
+        };
         self.preheat().cancel_of(&mount);
         mount.orders().iter().for_each(storage::prefetch::Prefetch::cancel);
         let (handle, adapter) = (engine.handle().clone(), Arc::clone(self.adapter()));
@@ -154,7 +182,7 @@ impl Daemon {
 
     /// Mounts the command line's image.
     pub(crate) fn mount_planned(&self, engine: &Arc<Engine>, mut plan: Plan) -> anyhow::Result<Arc<Mount>> {
-        let path = VfsPath::parse(&self.args().virtual_mountpoint).context("--virtual-mountpoint")?;
+        let path = self.virtual_mountpoint()?;
         image::apply_fuse_arguments(plan.config_mut(), self.args())?;
         let spec = image::resolve(engine, plan, path.to_string())?;
         warn_of(&spec.config.warnings);
@@ -163,8 +191,21 @@ impl Daemon {
         }
         let opened = mount::open(engine, spec, self.known())?;
         let attached = self.adapter().table().attach(&path, |place| opened.at(place));
-        let (mount, _) = attached.map_err(|e| refused(e, &path))?;
-        Ok(mount)
+        let (mounted, _) = attached.map_err(|e| refused(e, &path))?;
+        mounted.image().cloned().context("an image was mounted")
+    }
+
+    /// Mounts the command line's directory.
+    pub(crate) fn mount_shared(&self, source: &Path) -> anyhow::Result<()> {
+        let path = self.virtual_mountpoint()?;
+        let source = source.canonicalize().with_context(|| format!("--shared-dir {}", source.display()))?;
+        let opened = self.open_host(path.to_string(), source, None)?;
+        self.adapter().table().attach(&path, |place| opened.at(place)).map_err(|e| refused(e, &path))?;
+        Ok(())
+    }
+
+    fn virtual_mountpoint(&self) -> anyhow::Result<VfsPath> {
+        VfsPath::parse(&self.args().virtual_mountpoint).context("--virtual-mountpoint")
     }
 
     /// Fetches what earlier starts of the image read, or what the image hints at.

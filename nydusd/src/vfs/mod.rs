@@ -8,7 +8,8 @@
 //! - [`command`]: what to mount, as clients say it and as saved state keeps it.
 //! - [`control`]: mount, remount and unmount while the daemon serves.
 //! - [`known`]: images that this process has validated.
-//! - [`tree`]: which image, or which directory of the daemon's own, is where.
+//! - [`mounted`]: what can be mounted: an image, or a directory of the host.
+//! - [`tree`]: which of them, or which directory of the daemon's own, is where.
 //!
 //! An index is a part of every node id the kernel holds, so it is free again only when its
 //! mount is out of the tree *and* the kernel has forgotten every node of it; then its generation
@@ -18,6 +19,7 @@ pub mod command;
 mod control;
 pub mod error;
 pub mod known;
+pub mod mounted;
 pub mod path;
 pub mod place;
 mod restore;
@@ -33,12 +35,14 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rafs::bootstrap::Nid;
 
+use self::mounted::Mounted;
 use self::path::VfsPath;
 use self::place::Place;
 use self::stale::Stale;
 use self::tree::State;
 use crate::mount::Mount;
 use crate::node::{MountIndex, NodeId};
+use crate::passthrough::{Held, HostMount};
 
 /// Above all cursors of images' directories, and all inode numbers of images.
 pub(crate) const FIRST_DIRECTORY: u64 = tree::FIRST_DIRECTORY;
@@ -57,6 +61,34 @@ pub enum Node {
         /// Our directory at the same place, if it is in the tree and on the way to a mountpoint.
         own: Option<u64>,
     },
+    /// A file of the host.
+    Host {
+        /// The directory that it is in.
+        host: Arc<HostMount>,
+        /// Its number there.
+        nid: Nid,
+        /// Our directory at the same place, if it is in the tree and on the way to a mountpoint.
+        own: Option<u64>,
+        /// Keeps it known until the kernel holds it.
+        held: Option<Arc<Held>>,
+    },
+}
+
+impl Node {
+    fn of(mounted: &Mounted, nid: Nid, own: Option<u64>) -> Self {
+        match mounted {
+            Mounted::Image(mount) => Self::Image { mount: Arc::clone(mount), nid, own },
+            Mounted::Host(host) => Self::Host { host: Arc::clone(host), nid, own, held: None },
+        }
+    }
+
+    /// Our directory that this is, or that is at the same place.
+    pub fn own(&self) -> Option<u64> {
+        match self {
+            Self::Own(number) => Some(*number),
+            Self::Image { own, .. } | Self::Host { own, .. } => *own,
+        }
+    }
 }
 
 /// An entry of a directory of ours.
@@ -74,9 +106,9 @@ pub struct Child {
 #[derive(Debug)]
 pub struct Replaced {
     /// What is mounted now.
-    pub new: Arc<Mount>,
+    pub new: Mounted,
     /// What was.
-    pub old: Arc<Mount>,
+    pub old: Mounted,
 }
 
 /// Why nothing could be attached.
@@ -134,18 +166,18 @@ impl Vfs {
     ///
     /// # Errors
     /// `Occupied`, `Full`.
-    pub fn attach(
+    pub fn attach<T: Into<Mounted>>(
         &self,
         path: &VfsPath,
-        build: impl FnOnce(Place) -> Mount,
-    ) -> Result<(Arc<Mount>, Vec<Stale>), AttachError> {
+        build: impl FnOnce(Place) -> T,
+    ) -> Result<(Mounted, Vec<Stale>), AttachError> {
         self.change(path, |state| {
             if state.mounted(path).is_some() {
                 return Err(AttachError::Occupied);
             }
-            let mount = Arc::new(build(state.reserve().ok_or(AttachError::Full)?));
+            let mount: Mounted = build(state.reserve().ok_or(AttachError::Full)?).into();
             let number = state.make(path);
-            state.put(number, Arc::clone(&mount));
+            state.put(number, mount.clone());
             Ok(mount)
         })
     }
@@ -154,18 +186,18 @@ impl Vfs {
     ///
     /// # Errors
     /// `Vacant`, `Full`.
-    pub fn replace(
+    pub fn replace<T: Into<Mounted>>(
         &self,
         path: &VfsPath,
-        build: impl FnOnce(Place) -> Mount,
+        build: impl FnOnce(Place) -> T,
     ) -> Result<(Replaced, Vec<Stale>), AttachError> {
         self.change(path, |state| {
             if state.mounted(path).is_none() {
                 return Err(AttachError::Vacant);
             }
-            let new = Arc::new(build(state.reserve().ok_or(AttachError::Full)?));
+            let new: Mounted = build(state.reserve().ok_or(AttachError::Full)?).into();
             let (number, old) = state.take(path).ok_or(AttachError::Vacant)?;
-            state.put(number, Arc::clone(&new));
+            state.put(number, new.clone());
             Ok(Replaced { new, old })
         })
     }
@@ -174,7 +206,7 @@ impl Vfs {
     ///
     /// # Errors
     /// `Vacant`.
-    pub fn detach(&self, path: &VfsPath) -> Result<(Arc<Mount>, Vec<Stale>), AttachError> {
+    pub fn detach(&self, path: &VfsPath) -> Result<(Mounted, Vec<Stale>), AttachError> {
         self.change(path, |state| {
             let (number, mount) = state.take(path).ok_or(AttachError::Vacant)?;
             state.prune(number);
@@ -183,15 +215,20 @@ impl Vfs {
     }
 
     /// What is mounted at `path`.
-    pub fn mounted(&self, path: &VfsPath) -> Option<Arc<Mount>> {
+    pub fn mounted(&self, path: &VfsPath) -> Option<Mounted> {
         let state = self.read();
         state.mount(state.mounted(path)?).cloned()
     }
 
     /// All mounts of the tree, in the order of their indexes.
-    pub fn mounts(&self) -> Vec<Arc<Mount>> {
+    pub fn all(&self) -> Vec<Mounted> {
         let state = self.read();
         state.slots.iter().filter(|slot| slot.attached).filter_map(|slot| slot.mount.clone()).collect()
+    }
+
+    /// The images among them.
+    pub fn mounts(&self) -> Vec<Arc<Mount>> {
+        self.all().iter().filter_map(Mounted::image).cloned().collect()
     }
 
     /// What `node` stands for; `None` if it is gone.
@@ -202,9 +239,7 @@ impl Vfs {
                 let number = node.0;
                 let directory = state.directories.get(&number)?;
                 match directory.shows.filter(|_| node == NodeId::ROOT) {
-                    Some((index, nid)) => {
-                        Some(Node::Image { mount: Arc::clone(state.mount(index)?), nid, own: Some(number) })
-                    }
+                    Some((index, nid)) => Some(Node::of(state.mount(index)?, nid, Some(number))),
                     None => Some(Node::Own(number)),
                 }
             }
@@ -212,7 +247,7 @@ impl Vfs {
                 let slot = state.slot(index)?;
                 let nid = node.nid();
                 let own = slot.covers.get(&nid).copied();
-                Some(Node::Image { mount: Arc::clone(slot.mount.as_ref()?), nid, own })
+                Some(Node::of(slot.mount.as_ref()?, nid, own))
             }
         }
     }
@@ -249,12 +284,15 @@ impl Vfs {
 
     /// The kernel gave back `count` references to `node`.
     pub fn forget(&self, node: NodeId, count: u64) {
-        let last = {
+        let (last, host) = {
             let state = self.read();
             let Some(slot) = state.slot(node.index()) else { return };
             slot.lookups.give_back(count);
-            slot.is_over()
+            (slot.is_over(), slot.mount.as_ref().and_then(Mounted::host).cloned())
         };
+        if let Some(host) = host {
+            host.forget(node.nid(), count);
+        }
         if last {
             self.sweep();
         }
@@ -280,8 +318,7 @@ impl Vfs {
 /// What is shown for directory `number`, which there is.
 fn show(state: &State, number: u64) -> Child {
     let directory = &state.directories[&number];
-    let image = directory.shows.and_then(|(index, nid)| {
-        Some(Node::Image { mount: Arc::clone(state.mount(index)?), nid, own: Some(number) })
-    });
-    Child { number, name: directory.name.clone(), node: image.unwrap_or(Node::Own(number)) }
+    let shown =
+        directory.shows.and_then(|(index, nid)| Some(Node::of(state.mount(index)?, nid, Some(number))));
+    Child { number, name: directory.name.clone(), node: shown.unwrap_or(Node::Own(number)) }
 }

@@ -1,20 +1,21 @@
 //! The tree in saved state: the same nodes for a kernel that goes on using them.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
 use storage::engine::Engine;
 
 use super::Vfs;
-use super::command::{SavedMount, SavedVfs};
+use super::command::{FsType, SavedMount, SavedVfs};
+use super::mounted::{Mounted, Opened};
 use super::path::VfsPath;
 use super::place::Place;
 use super::tree::{FIRST_DIRECTORY, ROOT};
 use crate::daemon::Daemon;
 use crate::image;
-use crate::mount::{self, Mount, MountSpec};
+use crate::mount::{self, MountSpec};
 use crate::node::{MAX_INDEX, MountIndex};
 
 /// Mounts that the kernel may come to know after a save and before the next one. Their indexes are
@@ -99,11 +100,11 @@ impl Vfs {
     ///
     /// # Errors
     /// The state is damaged.
-    pub fn restore_mount(
+    pub fn restore_mount<T: Into<Mounted>>(
         &self,
         saved: &SavedMount,
-        build: impl FnOnce(Place) -> Mount,
-    ) -> anyhow::Result<Arc<Mount>> {
+        build: impl FnOnce(Place) -> T,
+    ) -> anyhow::Result<Mounted> {
         let path = VfsPath::parse(&saved.mountpoint)?;
         let mut state = self.write();
         let index = MountIndex(saved.index);
@@ -114,10 +115,10 @@ impl Vfs {
         let Some(slot) = state.slot_mut(index) else { bail!("damaged state: mount index {}", saved.index) };
         slot.generation = saved.generation;
         let place = Place { index, generation: saved.generation, lookups: Arc::clone(&slot.lookups) };
-        let mount = Arc::new(build(place));
+        let mount: Mounted = build(place).into();
         mount.set_restored();
         let number = state.make(&path);
-        state.put(number, Arc::clone(&mount));
+        state.put(number, mount.clone());
         Ok(mount)
     }
 }
@@ -131,8 +132,11 @@ impl Daemon {
     pub fn restore_mounts(&self, engine: &Arc<Engine>, saved: &SavedVfs) -> anyhow::Result<()> {
         let vfs = self.adapter().table();
         let open = |one: &SavedMount| {
+            if let Some(source) = self.saved_directory(one) {
+                return self.open_host(one.mountpoint.clone(), source, one.command.clone());
+            }
             let spec = self.saved_spec(engine, one)?;
-            mount::open(engine, spec, self.known())
+            Ok(Opened::Image(Box::new(mount::open(engine, spec, self.known())?)))
         };
         let context = |one: &SavedMount| format!("restore the mount at {}", one.mountpoint);
         let opened = saved
@@ -148,17 +152,26 @@ impl Daemon {
         };
         // All of it or nothing.
         let mounts = attach().inspect_err(|_| vfs.clear())?;
-        for mount in mounts {
+        for mount in mounts.iter().filter_map(Mounted::image) {
             if mount.command().is_none() {
-                self.hot().log_in(&mount);
+                self.hot().log_in(mount);
                 if mount.mountpoint() == "/" {
                     vfs.dedicate();
                 }
             }
-            self.fetch_hints(engine, &mount);
-            self.fetch_configured(engine, &mount);
+            self.fetch_hints(engine, mount);
+            self.fetch_configured(engine, mount);
         }
         Ok(())
+    }
+
+    /// The host directory that a mount shows, if it is one.
+    fn saved_directory(&self, saved: &SavedMount) -> Option<PathBuf> {
+        match &saved.command {
+            Some(command) if command.fs_type == FsType::Passthrough => Some(command.source.clone()),
+            Some(_) => None,
+            None => self.args().shared_dir.clone(),
+        }
     }
 
     fn saved_spec(&self, engine: &Arc<Engine>, saved: &SavedMount) -> anyhow::Result<MountSpec> {

@@ -36,20 +36,17 @@ fn build(at: &str, image: &Arc<Rafs>) -> impl FnOnce(Place) -> Mount {
 }
 
 fn attach(vfs: &Vfs, at: &str, image: &Arc<Rafs>) -> (Arc<Mount>, Vec<Stale>) {
-    vfs.attach(&path(at), build(at, image)).unwrap()
+    let (mounted, stale) = vfs.attach(&path(at), build(at, image)).unwrap();
+    (Arc::clone(mounted.image().unwrap()), stale)
 }
 
 /// What is shown at `at`, from name to name.
 fn walk(vfs: &Vfs, at: &str) -> Option<Node> {
     let mut node = vfs.resolve(NodeId::ROOT)?;
     for name in path(at).names() {
-        let own = match &node {
-            Node::Own(number) => Some(*number),
-            Node::Image { own, .. } => *own,
-        };
-        node = match (own.and_then(|number| vfs.child(number, name.as_bytes())), node) {
+        node = match (node.own().and_then(|number| vfs.child(number, name.as_bytes())), node) {
             (Some(child), _) => child.node,
-            (None, Node::Own(_)) => return None,
+            (None, Node::Own(_) | Node::Host { .. }) => return None,
             (None, Node::Image { mount, nid, .. }) => {
                 let nid = mount.rafs().bootstrap().lookup(nid, name.as_bytes()).unwrap()?.nid;
                 Node::Image { mount, nid, own: None }
@@ -138,7 +135,7 @@ fn the_kernel_is_told_of_the_topmost_change() {
     );
     // Another image in the middle.
     let (replaced, stale) = vfs.replace(&path("/a"), build("/a", &empty)).unwrap();
-    assert!(Arc::ptr_eq(&replaced.old, &outer));
+    assert!(Arc::ptr_eq(replaced.old.image().unwrap(), &outer));
     assert_eq!(stale, [entry(NodeId::ROOT, "a"), Stale::Node(NodeId::ROOT)]);
     assert!(matches!(walk(&vfs, &format!("/a/{dir}")), Some(Node::Own(_))));
     assert!(shows(&vfs, &below, &inner));
@@ -221,6 +218,7 @@ fn saved_trees_keep_their_nodes() {
         let node = |vfs: &Vfs| match walk(vfs, at).unwrap() {
             Node::Own(number) => NodeId(number),
             Node::Image { mount, nid, .. } => mount.node(nid).unwrap(),
+            Node::Host { .. } => panic!("nothing of the host is mounted"),
         };
         assert_eq!(node(&vfs), node(&successor), "{at}");
     }

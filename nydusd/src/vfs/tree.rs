@@ -5,22 +5,22 @@
 //!
 //! | there | shown |
 //! |---|---|
-//! | a mountpoint | the image's root |
+//! | a mountpoint | the root of what is mounted |
 //! | below an image that has a directory of that name | that directory, our names added to its own |
-//! | else | an empty directory of ours |
+//! | else, also below a directory of the host | an empty directory of ours |
 //!
 //! FUSE's root keeps its node id 1 whatever is mounted there.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use rafs::bootstrap::{FileType, Nid};
 
+use super::mounted::{Mounted, WeakMounted};
 use super::path::VfsPath;
 use super::place::{LookupCount, Place};
 use super::stale::Stale;
-use crate::mount::Mount;
 use crate::node::{MAX_INDEX, MountIndex, NodeId};
 
 /// Number of the daemon's root directory.
@@ -53,9 +53,9 @@ impl Directory {
 pub(super) struct Slot {
     /// What nodes of this index belong to, also after it was taken out of the tree, while the kernel
     /// holds some.
-    pub mount: Option<Arc<Mount>>,
+    pub mount: Option<Mounted>,
     /// The last one that was here; others may be at work on it.
-    last: Weak<Mount>,
+    last: Option<WeakMounted>,
     /// It is in the tree.
     pub attached: bool,
     pub generation: u64,
@@ -70,7 +70,7 @@ impl Slot {
     fn new() -> Self {
         Self {
             mount: None,
-            last: Weak::new(),
+            last: None,
             attached: false,
             generation: 0,
             lookups: Arc::default(),
@@ -86,7 +86,7 @@ impl Slot {
 
     /// Nor is anybody about to give the kernel a node of this index: that takes the mount.
     fn is_free(&self) -> bool {
-        let unused = self.mount.is_none() && self.last.strong_count() == 0;
+        let unused = self.mount.is_none() && !self.last.as_ref().is_some_and(WeakMounted::is_held);
         unused && self.counted && self.lookups.held() == 0
     }
 }
@@ -119,7 +119,7 @@ impl State {
         self.slots.get_mut((index.0 as usize).checked_sub(1)?)
     }
 
-    pub fn mount(&self, index: MountIndex) -> Option<&Arc<Mount>> {
+    pub fn mount(&self, index: MountIndex) -> Option<&Mounted> {
         self.slot(index)?.mount.as_ref()
     }
 
@@ -202,11 +202,11 @@ impl State {
     }
 
     /// Makes `mount` what is mounted on directory `number`.
-    pub fn put(&mut self, number: u64, mount: Arc<Mount>) {
+    pub fn put(&mut self, number: u64, mount: Mounted) {
         let index = mount.place().index;
         if let Some(slot) = self.slot_mut(index) {
             slot.attached = true;
-            slot.last = Arc::downgrade(&mount);
+            slot.last = Some(mount.downgrade());
             slot.mount = Some(mount);
         }
         if let Some(directory) = self.directories.get_mut(&number) {
@@ -217,7 +217,7 @@ impl State {
 
     /// Takes out of the tree what is mounted at `path`: its directory and the mount, which answers for
     /// its nodes until the kernel has forgotten them. [`State::put`] or [`State::prune`] comes next.
-    pub fn take(&mut self, path: &VfsPath) -> Option<(u64, Arc<Mount>)> {
+    pub fn take(&mut self, path: &VfsPath) -> Option<(u64, Mounted)> {
         let number = self.find(path)?;
         let index = self.directories.get_mut(&number)?.mount.take()?;
         let slot = self.slot_mut(index)?;
@@ -226,7 +226,7 @@ impl State {
     }
 
     /// Takes what is over; to be dropped without the lock.
-    pub fn sweep(&mut self) -> Vec<Arc<Mount>> {
+    pub fn sweep(&mut self) -> Vec<Mounted> {
         let over = self.slots.iter_mut().filter(|slot| slot.is_over());
         over.filter_map(|slot| slot.mount.take()).collect()
     }
@@ -237,7 +237,7 @@ impl State {
         let mut pending = vec![(ROOT, None)];
         while let Some((number, below)) = pending.pop() {
             let Some(directory) = self.directories.get(&number) else { continue };
-            let root = |index| Some((index, self.mount(index)?.rafs().bootstrap().root()));
+            let root = |index| Some((index, self.mount(index)?.root()));
             let shows = directory.mount.map_or(below, root);
             for (name, child) in &directory.children {
                 let below = shows.and_then(|(index, dir)| {
@@ -257,9 +257,10 @@ impl State {
         }
     }
 
-    /// The entry of an image's own directory.
+    /// The entry of an image's own directory. Directories of the host are not asked: names on the way to
+    /// mountpoints below one cover what it has under them.
     fn look(&self, index: MountIndex, dir: Nid, name: &str) -> Option<(Nid, FileType)> {
-        let found = self.mount(index)?.rafs().bootstrap().lookup(dir, name.as_bytes()).ok()??;
+        let found = self.mount(index)?.image()?.rafs().bootstrap().lookup(dir, name.as_bytes()).ok()??;
         Some((found.nid, found.file_type))
     }
 
@@ -293,12 +294,13 @@ impl State {
         chain
     }
 
-    /// All that the kernel may be shown in the root directory; what it can not know is left out.
+    /// All that the kernel may be shown in the root directory; what it can not know, or does not believe, is
+    /// left out.
     pub fn root_names(&self) -> BTreeMap<Vec<u8>, NodeId> {
         let root = &self.directories[&ROOT];
         let mut names = BTreeMap::new();
         if let Some((index, dir)) = root.shows
-            && let Some(mount) = self.mount(index)
+            && let Some(Mounted::Image(mount)) = self.mount(index)
         {
             // What can not be listed was never shown.
             let _ = mount.rafs().bootstrap().children(dir, 0, &mut |child| {

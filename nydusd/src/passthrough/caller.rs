@@ -1,0 +1,68 @@
+//! Files are made as whoever asked for them: their owner, their group (or that of the directory, where it
+//! is set so), and their umask, which a default ACL of the directory overrides.
+
+use std::cell::Cell;
+use std::io;
+
+use fuse_backend_rs::api::filesystem::Context;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Gid, Uid, geteuid, setfsgid, setfsuid};
+use rustix::thread::{CapabilitiesSecureBits, capabilities_secure_bits, set_capabilities_secure_bits};
+
+thread_local! {
+    /// This thread has an umask of its own, and keeps its capabilities with another owner for new files.
+    static PREPARED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Has this thread's umask and file system ids concern nobody else.
+fn prepare() -> io::Result<()> {
+    if PREPARED.get() {
+        return Ok(());
+    }
+    unshare(CloneFlags::CLONE_FS)?;
+    if geteuid().is_root() {
+        // The kernel has checked what the caller may do; the host must not check again without
+        // knowing all of the caller's groups.
+        set_capabilities_secure_bits(capabilities_secure_bits()? | CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
+    }
+    PREPARED.set(true);
+    Ok(())
+}
+
+/// Runs `make`, which makes a file, as the caller.
+pub(super) fn acting_as<T>(
+    context: &Context,
+    mask: u32,
+    make: impl FnOnce() -> io::Result<T>,
+) -> io::Result<T> {
+    prepare()?;
+    let _guard = Acting::new(context, mask);
+    make()
+}
+
+/// Gives the thread back what it had, also if what it does panics.
+struct Acting {
+    uid: Uid,
+    gid: Gid,
+    mask: Mode,
+}
+
+impl Acting {
+    /// A daemon that is not root makes everything as itself: the kernel refuses other ids silently.
+    fn new(context: &Context, mask: u32) -> Self {
+        Self {
+            gid: setfsgid(Gid::from_raw(context.gid)),
+            uid: setfsuid(Uid::from_raw(context.uid)),
+            mask: umask(Mode::from_bits_truncate(mask)),
+        }
+    }
+}
+
+impl Drop for Acting {
+    fn drop(&mut self) {
+        setfsuid(self.uid);
+        setfsgid(self.gid);
+        umask(self.mask);
+    }
+}
