@@ -1,13 +1,14 @@
 //! TLS: whom to trust, and what to show who asks.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{DigitallySignedStruct, SignatureScheme};
+use rustls::{DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use super::HttpOptions;
 use crate::{Error, ErrorKind, Result};
@@ -41,11 +42,30 @@ pub(super) fn config(options: &HttpOptions) -> Result<rustls::ClientConfig> {
     Ok(config)
 }
 
-fn roots(ca_files: &[PathBuf]) -> Result<rustls::RootCertStore> {
-    let mut roots = rustls::RootCertStore::empty();
+/// How long the system's roots hold once they were read. They are a file or two for each authority, which is
+/// milliseconds for every image that is mounted; and who changes them does not wait long.
+const ROOTS_HOLD: Duration = Duration::from_secs(60);
+
+/// The system's roots, and when they were read. Held while they are read, so that one does it for all.
+static SYSTEM_ROOTS: Mutex<Option<(Instant, RootCertStore)>> = Mutex::new(None);
+
+fn system_roots() -> RootCertStore {
+    let mut kept = SYSTEM_ROOTS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((read, roots)) = &*kept
+        && read.elapsed() < ROOTS_HOLD
+    {
+        return roots.clone();
+    }
+    let mut roots = RootCertStore::empty();
     // A machine without system roots still reaches plain http and private CAs; what is
     // missing shows as an untrusted certificate.
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    *kept = Some((Instant::now(), roots.clone()));
+    roots
+}
+
+fn roots(ca_files: &[PathBuf]) -> Result<RootCertStore> {
+    let mut roots = system_roots();
     for path in ca_files {
         let what = || format!("CA file {}", path.display());
         let pem = std::fs::read(path).map_err(|e| Error::io(what(), e))?;
