@@ -31,7 +31,7 @@ pub struct Found {
 /// The named one can not be reached, or none runs.
 pub fn all(named: Option<&Path>) -> anyhow::Result<Vec<Found>> {
     let found = match named {
-        Some(socket) => vec![reach(socket).with_context(|| format!("connect to {}", socket.display()))?],
+        Some(socket) => vec![reach(socket).with_context(|| format!("connect to {}", socket.display()))?.0],
         None => running(),
     };
     if found.is_empty() {
@@ -72,6 +72,8 @@ fn running() -> Vec<Found> {
         .filter(|entry| entry.file_name().as_bytes().iter().all(u8::is_ascii_digit))
         .filter_map(|entry| socket_of(&entry.path()))
         .filter_map(|socket| reach(&socket).ok())
+        .filter(|(_, user)| is_trusted(*user))
+        .map(|(found, _)| found)
         .collect();
     found.sort_by_key(|found| found.pid);
     // One that supervises another has the same command line: who answers counts.
@@ -81,8 +83,7 @@ fn running() -> Vec<Found> {
 
 /// The API socket of a process, if it is a daemon of ours or of root's that has one.
 fn socket_of(process: &Path) -> Option<PathBuf> {
-    let owner = process.metadata().ok()?.uid();
-    if owner != 0 && owner != nix::unistd::geteuid().as_raw() {
+    if !is_trusted(process.metadata().ok()?.uid()) {
         return None;
     }
     // First by its short name: a command line lies in the memory of the process, and one that stands in a
@@ -107,11 +108,16 @@ fn socket_of(process: &Path) -> Option<PathBuf> {
         .find(|path| path.metadata().is_ok_and(|m| m.file_type().is_socket()))
 }
 
-/// Who answers at `socket`.
-fn reach(socket: &Path) -> std::io::Result<Found> {
+/// True for this user and root.
+fn is_trusted(user: u32) -> bool {
+    user == 0 || user == nix::unistd::geteuid().as_raw()
+}
+
+/// Who answers at `socket`, and as which user: a daemon may be gone, and its socket be somebody else's.
+fn reach(socket: &Path) -> std::io::Result<(Found, u32)> {
     let stream = UnixStream::connect(socket)?;
-    let peer = getsockopt(&stream, PeerCredentials)?.pid();
-    let pid = u32::try_from(peer).unwrap_or(0);
+    let peer = getsockopt(&stream, PeerCredentials)?;
+    let pid = u32::try_from(peer.pid()).unwrap_or(0);
     let process = PathBuf::from(format!("/proc/{pid}"));
     let mountpoint = value(&arguments(&process), "--mountpoint", Some('M')).and_then(|path| {
         if path.is_absolute() {
@@ -120,7 +126,7 @@ fn reach(socket: &Path) -> std::io::Result<Found> {
             process.join("cwd").read_link().ok().map(|cwd| cwd.join(path))
         }
     });
-    Ok(Found { pid, socket: socket.to_owned(), mountpoint })
+    Ok((Found { pid, socket: socket.to_owned(), mountpoint }, peer.uid()))
 }
 
 fn arguments(process: &Path) -> Vec<OsString> {
@@ -178,5 +184,8 @@ mod tests {
         assert!(all(Some(&socket)).unwrap_err().to_string().contains("connect to"));
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         assert_eq!(all(Some(&socket)).unwrap()[0].pid, std::process::id());
+        let own = nix::unistd::geteuid().as_raw();
+        assert_eq!(reach(&socket).unwrap().1, own);
+        assert!(is_trusted(own) && is_trusted(0) && !is_trusted(own + 4711));
     }
 }

@@ -45,7 +45,7 @@ impl Stock {
         let dir = dir.canonicalize().with_context(|| format!("cache directory {}", dir.display()))?;
         // In this order: who opens something in between is seen.
         let items = stock::list(&dir)?;
-        let users = Users::of(&dir);
+        let users = Users::of(&dir, &items);
         Ok(Self { dir, items, users })
     }
 
@@ -53,6 +53,7 @@ impl Stock {
     fn usage(&self, item: &Item) -> Usage {
         match (item.kind, self.users.of_item(item).is_empty()) {
             (_, false) => Usage::InUse,
+            (Kind::Bootstrap, true) if self.users.may_be_more() => Usage::Unknown,
             (Kind::Bootstrap, true) => Usage::Free,
             (Kind::Blob, true) => item.usage,
         }
@@ -143,6 +144,9 @@ impl Stock {
 
     fn why_kept(&self, item: &Item, usage: Usage) -> String {
         match usage {
+            Usage::Unknown if item.kind == Kind::Bootstrap => {
+                "a daemon runs whose files this user may not see; ask as its user, or as root".to_owned()
+            }
             Usage::Unknown => "its lock can not be asked for here, so nobody knows who uses it".to_owned(),
             Usage::Free | Usage::InUse => match self.used_by(item).as_str() {
                 "-" => "in use by somebody who came just now".to_owned(),
