@@ -32,13 +32,13 @@ struct Stamp {
 }
 
 impl Stamp {
-    /// `None` if the file was changed a moment ago, or can not be looked at.
-    fn of(path: &Path) -> Option<Self> {
+    /// `None` if the file was changed less than `settled` ago, or can not be looked at.
+    fn of(path: &Path, settled: Duration) -> Option<Self> {
         let meta = path.metadata().ok().filter(std::fs::Metadata::is_file)?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok()?;
         let changed = Duration::from_secs(u64::try_from(meta.ctime()).ok()?);
-        let settled = now.checked_sub(changed).is_some_and(|age| age > SETTLED);
-        settled.then_some(Self {
+        let tells = now.checked_sub(changed).is_some_and(|age| age >= settled);
+        tells.then_some(Self {
             device: meta.dev(),
             inode: meta.ino(),
             size: meta.size(),
@@ -60,11 +60,19 @@ struct Image {
 }
 
 /// The images, and the cache directories that were tidied.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Known {
     /// The last used first. Held for look-ups only.
     images: Mutex<VecDeque<Image>>,
     tidied: Mutex<HashSet<PathBuf>>,
+    /// See [`SETTLED`].
+    settled: Duration,
+}
+
+impl Default for Known {
+    fn default() -> Self {
+        Self { images: Mutex::default(), tidied: Mutex::default(), settled: SETTLED }
+    }
 }
 
 impl Known {
@@ -77,7 +85,7 @@ impl Known {
         allow_unverified: bool,
     ) -> Option<(Arc<Rafs>, Digest)> {
         let fits = |image: &Image| image.work_dir == work_dir && image.allow_unverified == allow_unverified;
-        let stamp = Stamp::of(source);
+        let stamp = Stamp::of(source, self.settled);
         let by_stamp =
             stamp.and_then(|stamp| self.take(|image| fits(image) && image.stamps.contains(&stamp)));
         let found = match by_stamp {
@@ -89,7 +97,7 @@ impl Known {
                 let digest = rafs::bootstrap::digest(source).ok()?;
                 let found = self.take(|image| fits(image) && image.digest == digest)?;
                 // Only if it is still the file that was read.
-                if let Some(stamp) = stamp.filter(|stamp| Stamp::of(source) == Some(*stamp)) {
+                if let Some(stamp) = stamp.filter(|stamp| Stamp::of(source, self.settled) == Some(*stamp)) {
                     self.note(digest, work_dir, stamp);
                 }
                 found
@@ -153,18 +161,20 @@ mod tests {
 
     use super::*;
 
+    fn golden(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name).join("image.boot")
+    }
+
+    fn open(path: &Path) -> (Arc<Rafs>, Digest) {
+        let bytes = std::fs::read(path).unwrap();
+        let digest = rafs::bootstrap::digest(path).unwrap();
+        let bootstrap: Arc<dyn Bootstrap> =
+            Arc::from(rafs::bootstrap::from_bytes(bytes, &OpenOptions::default()).unwrap());
+        (Arc::new(Rafs::new(bootstrap, Vec::new(), RafsOptions::default()).unwrap()), digest)
+    }
+
     #[test]
     fn an_image_is_known_by_its_bytes() {
-        let golden = |name: &str| {
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name).join("image.boot")
-        };
-        let open = |path: &Path| {
-            let bytes = std::fs::read(path).unwrap();
-            let digest = rafs::bootstrap::digest(path).unwrap();
-            let bootstrap: Arc<dyn Bootstrap> =
-                Arc::from(rafs::bootstrap::from_bytes(bytes, &OpenOptions::default()).unwrap());
-            (Arc::new(Rafs::new(bootstrap, Vec::new(), RafsOptions::default()).unwrap()), digest)
-        };
         let dir = tempfile::tempdir().unwrap();
         let (source, work_dir) = (dir.path().join("source"), dir.path());
         std::fs::copy(golden("empty"), &source).unwrap();
@@ -182,5 +192,29 @@ mod tests {
         std::fs::copy(golden("none-4k"), &source).unwrap();
         assert!(known.find(&source, work_dir, false).is_none());
         assert!(known.is_untidied(work_dir) && !known.is_untidied(work_dir));
+    }
+
+    #[test]
+    fn an_image_is_known_by_its_file_without_a_look_at_its_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, work_dir) = (dir.path().join("source"), dir.path());
+        std::fs::copy(golden("empty"), &source).unwrap();
+        let (rafs, digest) = open(&source);
+        // Bytes that nobody finds the image by: what knows it now knows it by its numbers.
+        let other = Digest([7; 32]);
+        for (settled, is_known) in [(Duration::ZERO, true), (Duration::from_secs(3600), false)] {
+            let known = Known { settled, ..Known::default() };
+            known.remember(&rafs, digest, work_dir, false);
+            std::fs::copy(&source, work_dir.join(format!("{digest}.boot"))).unwrap();
+            assert!(known.find(&source, work_dir, false).is_some(), "by its bytes");
+            known.lock()[0].digest = other;
+            std::fs::copy(&source, work_dir.join(format!("{other}.boot"))).unwrap();
+            assert_eq!(known.find(&source, work_dir, false).is_some(), is_known, "{settled:?}");
+            // The same bytes, but what they were when they were read is over.
+            let bytes = std::fs::read(&source).unwrap();
+            std::fs::remove_file(&source).unwrap();
+            std::fs::write(&source, bytes).unwrap();
+            assert!(known.find(&source, work_dir, false).is_none());
+        }
     }
 }
