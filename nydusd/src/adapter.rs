@@ -8,7 +8,6 @@
 use std::ffi::CStr;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, stat64, statvfs64};
@@ -21,6 +20,7 @@ use rafs::fs::SeekKind;
 use rustix::fs::{AtFlags, SeekFrom};
 use storage::read::ReadSlice;
 
+use crate::failures::Failures;
 use crate::metrics::{Fop, Inflight};
 use crate::mount::Mount;
 use crate::node::NodeId;
@@ -45,9 +45,8 @@ const STAT_BLOCK: u64 = 512;
 pub struct Adapter {
     table: Vfs,
     inflight: Arc<Inflight>,
-    /// The kernel was told that there are no extended attributes, and will not ask again.
-    refused_xattrs: AtomicBool,
     own_device: OwnDevice,
+    failures: Arc<Failures>,
 }
 
 /// The only place where an error becomes an errno. Whatever keeps file data from its reader
@@ -106,6 +105,11 @@ impl Adapter {
     /// Reads that wait for their source.
     pub fn inflight(&self) -> &Arc<Inflight> {
         &self.inflight
+    }
+
+    /// Where failed reads are reported.
+    pub fn failures(&self) -> &Arc<Failures> {
+        &self.failures
     }
 
     /// Resolves a READ of at most `size` bytes; the chunks of an image go to `slices`.
@@ -169,19 +173,10 @@ impl Adapter {
         !self.table.is_dedicated() || self.table.mounts().iter().any(|mount| mount.has_xattrs())
     }
 
-    /// True if the kernel was told that there are no extended attributes: it asks no more.
-    pub fn has_refused_xattrs(&self) -> bool {
-        self.refused_xattrs.load(Ordering::Relaxed)
-    }
-
-    /// For an image without any extended attributes: where it is the only one for good, the kernel need
-    /// not ask again.
+    /// For an image without any extended attributes: where it is the only one, the kernel need not ask
+    /// again.
     fn no_xattrs(&self) -> i32 {
-        if !self.table.is_dedicated() {
-            return libc::ENODATA;
-        }
-        self.refused_xattrs.store(true, Ordering::Relaxed);
-        libc::ENOSYS
+        if self.table.refuse_xattrs() { libc::ENOSYS } else { libc::ENODATA }
     }
 }
 
@@ -215,9 +210,11 @@ fn stat(mount: &Mount, attr: &Attr) -> stat64 {
 fn entry(mount: &Mount, nid: Nid) -> io::Result<Entry> {
     let attr = mount.rafs().bootstrap().attr(nid).map_err(refuse)?;
     let node = mount.node(nid).ok_or_else(|| os_error(libc::EOVERFLOW))?;
+    // The root is no mount's, and never another inode.
+    let generation = if node == NodeId::ROOT { 0 } else { mount.place().generation };
     Ok(Entry {
         inode: node.0,
-        generation: mount.place().generation,
+        generation,
         attr: stat(mount, &attr),
         attr_flags: 0,
         attr_timeout: FOR_EVER,

@@ -1,13 +1,13 @@
 //! One error line for each failed read, naming blob, chunk, file and cause.
 //!
-//! The image keeps no path of an inode, so naming the file means walking the tree. That is
+//! An image keeps no path of an inode, so naming the file means walking the tree. That is
 //! done on a thread of its own, with the last answers remembered: neither the reader nor the
-//! engine waits for it.
+//! engine waits for it. There is one for all mounts.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use rafs::bootstrap::{Bootstrap, Nid, Step, Walk};
 use rafs::fs::Rafs;
@@ -23,6 +23,10 @@ const REMEMBERED: usize = 64;
 /// One failed read.
 #[derive(Debug)]
 pub struct Failure {
+    /// The image.
+    pub rafs: Arc<Rafs>,
+    /// Where it is mounted.
+    pub mountpoint: String,
     /// The file.
     pub nid: Nid,
     /// First byte asked for.
@@ -35,28 +39,22 @@ pub struct Failure {
     pub cause: String,
 }
 
-/// Where failed reads of one mount are reported.
+/// Where failed reads are reported.
+#[derive(Debug, Default)]
 pub struct Failures {
-    rafs: Arc<Rafs>,
     /// Made by the first failure.
     queue: OnceLock<SyncSender<Failure>>,
 }
 
 impl Failures {
-    /// For the files of `rafs`.
-    pub fn new(rafs: Arc<Rafs>) -> Self {
-        Self { rafs, queue: OnceLock::new() }
-    }
-
     /// Logs `failure`. Returns at once.
     pub fn report(&self, failure: Failure) {
         let queue = self.queue.get_or_init(|| {
             let (sender, receiver) = sync_channel(QUEUE);
-            let rafs = Arc::clone(&self.rafs);
             let thread = std::thread::Builder::new()
                 .name("failures".to_owned())
                 .stack_size(256 << 10)
-                .spawn(move || name_and_log(&rafs, &receiver));
+                .spawn(move || name_and_log(&receiver));
             if let Err(e) = thread {
                 tracing::warn!("failed reads are logged without the file's path: {e}");
             }
@@ -65,23 +63,38 @@ impl Failures {
         if let Err(TrySendError::Full(failure) | TrySendError::Disconnected(failure)) =
             queue.try_send(failure)
         {
-            log(&self.rafs, &failure, None);
+            log(&failure, None);
         }
     }
 }
 
-fn name_and_log(rafs: &Rafs, queue: &Receiver<Failure>) {
-    let mut remembered: VecDeque<(Nid, Option<Vec<u8>>)> = VecDeque::new();
+/// A path that was found, or that there is none.
+struct Named {
+    /// The image, which may be gone.
+    rafs: Weak<Rafs>,
+    nid: Nid,
+    path: Option<Vec<u8>>,
+}
+
+impl Named {
+    fn is_of(&self, failure: &Failure) -> bool {
+        self.nid == failure.nid && self.rafs.upgrade().is_some_and(|rafs| Arc::ptr_eq(&rafs, &failure.rafs))
+    }
+}
+
+fn name_and_log(queue: &Receiver<Failure>) {
+    let mut remembered: VecDeque<Named> = VecDeque::new();
     while let Ok(failure) = queue.recv() {
-        if !remembered.iter().any(|(nid, _)| *nid == failure.nid) {
-            if remembered.len() == REMEMBERED {
-                remembered.pop_front();
-            }
-            remembered.push_back((failure.nid, path_of(&**rafs.bootstrap(), failure.nid)));
+        if !remembered.iter().any(|named| named.is_of(&failure)) {
+            remembered.truncate(REMEMBERED - 1);
+            remembered.push_front(Named {
+                rafs: Arc::downgrade(&failure.rafs),
+                nid: failure.nid,
+                path: path_of(&**failure.rafs.bootstrap(), failure.nid),
+            });
         }
-        let path =
-            remembered.iter().find(|(nid, _)| *nid == failure.nid).and_then(|(_, path)| path.as_deref());
-        log(rafs, &failure, path);
+        let named = remembered.iter().find(|named| named.is_of(&failure));
+        log(&failure, named.and_then(|named| named.path.as_deref()));
     }
 }
 
@@ -98,11 +111,13 @@ pub fn path_of(bootstrap: &dyn Bootstrap, nid: Nid) -> Option<Vec<u8>> {
     None
 }
 
-fn log(rafs: &Rafs, failure: &Failure, path: Option<&[u8]>) {
-    let Failure { nid, offset, len, slices, cause } = failure;
-    let file = match path {
-        Some(path) => format!("/{}", path.escape_ascii()),
-        None => format!("inode {nid}"),
+fn log(failure: &Failure, path: Option<&[u8]>) {
+    let Failure { mountpoint, rafs, nid, offset, len, slices, cause } = failure;
+    let file = match (path, mountpoint.as_str()) {
+        (Some(path), "/") => format!("/{}", path.escape_ascii()),
+        (Some(path), at) => format!("{at}/{}", path.escape_ascii()),
+        (None, "/") => format!("inode {nid}"),
+        (None, at) => format!("inode {nid} of {at}"),
     };
     tracing::error!("read of {file}, {len} bytes at {offset}, failed ({}): {cause}", chunks(rafs, slices));
 }

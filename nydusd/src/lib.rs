@@ -28,6 +28,7 @@ pub mod node;
 #[path = "../../misc/pages.rs"]
 pub mod pages;
 pub mod passthrough;
+pub mod pending;
 pub mod preheat;
 pub mod trace;
 pub mod transport;

@@ -22,9 +22,9 @@ pub(crate) use self::open::make_cache_dir;
 pub use self::open::{MountSpec, Opened, open};
 use crate::config::Config;
 use crate::echo::Echoes;
-use crate::failures::Failures;
 use crate::metrics::{FetchMetrics, FsMetrics};
 use crate::node::NodeId;
+use crate::pending::Pending;
 use crate::trace::{Trace, Tracer};
 use crate::vfs::command::{MountCommand, SavedMount};
 use crate::vfs::place::Place;
@@ -57,11 +57,20 @@ pub struct Mount {
     cached_at_mount: u64,
     cache_metrics: Arc<CacheMetrics>,
     backend_metrics: Arc<BackendMetrics>,
-    failures: Failures,
+    pending: Arc<Pending>,
     echoes: Echoes,
-    /// Orders that were being worked off when last looked at.
-    orders: Mutex<Vec<Prefetch>>,
+    /// Held for a few moves, and to begin an order.
+    orders: Mutex<Orders>,
     tracer: Tracer,
+}
+
+/// What is fetched ahead for a mount.
+#[derive(Default)]
+struct Orders {
+    /// Those that were being worked off when last looked at.
+    under_way: Vec<Prefetch>,
+    /// There are no more.
+    over: bool,
 }
 
 impl std::fmt::Debug for Mount {
@@ -93,7 +102,7 @@ impl Mount {
             mountpoint: mountpoint.to_owned(),
             command: None,
             restored: AtomicBool::new(false),
-            failures: Failures::new(Arc::clone(&rafs)),
+            pending: Arc::default(),
             echoes: Echoes::default(),
             tracer: Tracer::off(Arc::clone(&rafs)),
             rafs,
@@ -112,6 +121,35 @@ impl Mount {
             cache_metrics: Arc::default(),
             backend_metrics: Arc::default(),
         }
+    }
+
+    /// The same without data, as configured.
+    #[cfg(test)]
+    pub(crate) fn for_tests_from(
+        mountpoint: &str,
+        place: Place,
+        rafs: Arc<Rafs>,
+        config: Config,
+        source: Arc<dyn BlobSource>,
+    ) -> Self {
+        struct NoData;
+
+        impl Reader for NoData {
+            fn try_read(&self, _: &[storage::read::ReadSlice], _: &mut [u8]) -> storage::Result<bool> {
+                Ok(false)
+            }
+
+            fn submit(
+                &self,
+                _: Vec<storage::read::ReadSlice>,
+                _: storage::backend::Priority,
+                _: storage::read::Completion,
+            ) {
+            }
+        }
+
+        let mount = Self::for_tests_at(mountpoint, place, rafs, Arc::new(NoData));
+        Self { config, source: Some(source), ..mount }
     }
 
     /// Where it appears inside the daemon.
@@ -139,11 +177,15 @@ impl Mount {
         &self.reader
     }
 
-    /// Starts fetching `order` ahead of readers.
+    /// Starts fetching `order` ahead of readers; `None` once the mount is retired.
     pub fn prefetch(&self, order: Order, options: PrefetchOptions) -> Option<Prefetch> {
-        let prefetch = self.blobs.as_ref().map(|blobs| blobs.prefetch(order, options));
-        self.orders().extend(prefetch.clone());
-        prefetch
+        let mut orders = self.orders();
+        if orders.over {
+            return None;
+        }
+        let prefetch = self.blobs.as_ref()?.prefetch(order, options);
+        orders.under_way.push(prefetch.clone());
+        Some(prefetch)
     }
 
     /// Bytes that its daemon's fetches hold in memory now.
@@ -151,11 +193,22 @@ impl Mount {
         self.blobs.as_ref().map_or(0, |blobs| blobs.buffered())
     }
 
-    /// Orders that are being worked off.
-    pub fn orders(&self) -> MutexGuard<'_, Vec<Prefetch>> {
+    fn orders(&self) -> MutexGuard<'_, Orders> {
         let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
-        orders.retain(|order| !order.progress().finished);
+        orders.under_way.retain(|order| !order.progress().finished);
         orders
+    }
+
+    /// How many orders are being worked off.
+    pub fn order_count(&self) -> usize {
+        self.orders().under_way.len()
+    }
+
+    /// Ends all that is fetched ahead, for good.
+    pub fn stop_fetching(&self) {
+        let mut orders = self.orders();
+        orders.over = true;
+        orders.under_way.drain(..).for_each(|order| order.cancel());
     }
 
     /// Starts fetching what earlier starts of the image read; false if that is not known here.
@@ -266,9 +319,9 @@ impl Mount {
         &self.echoes
     }
 
-    /// Where failed reads are reported.
-    pub fn failures(&self) -> &Failures {
-        &self.failures
+    /// Reads that wait for its source.
+    pub fn pending(&self) -> &Arc<Pending> {
+        &self.pending
     }
 
     /// True if extended attributes are shown at all.
@@ -323,7 +376,7 @@ impl Mount {
     /// Ends what goes on behind the mount: nothing more is fetched ahead or recorded. What was fetched
     /// becomes durable. Waits for the disk.
     pub fn finish(&self) {
-        self.orders().iter().for_each(Prefetch::cancel);
+        self.stop_fetching();
         self.tracer.finish();
         for cache in &self.caches {
             if let Err(e) = cache.flush() {

@@ -1,7 +1,7 @@
 //! Names: what a directory has under one, across the borders of mounts.
 
 use std::collections::BTreeSet;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use super::{Adapter, directory, hosts, os_error, refuse};
 use crate::mount::Mount;
 use crate::node::NodeId;
 use crate::passthrough::{Held, HostMount};
+use crate::vfs::stale::Stale;
 use crate::vfs::{FIRST_DIRECTORY, Node};
 
 /// Cursors of `.` and `..`; those of an image's entries follow, then those of directories of ours.
@@ -71,6 +72,14 @@ impl Adapter {
             }
             Node::Host { host, nid, .. } => Ok(host.lookup(*nid, name)?.map(|held| below(host, held))),
         }
+    }
+
+    /// True for a name that is nobody's, in a directory that there is.
+    pub fn is_vacant(&self, stale: &Stale) -> bool {
+        let Stale::Entry { parent, name } = stale else { return false };
+        // No other name has a NUL in it.
+        let Ok(name) = CString::new(name.as_slice()) else { return true };
+        self.node(*parent).is_ok_and(|dir| matches!(self.find(&dir, &name), Ok(None)))
     }
 
     /// What a directory is in, across the borders of mounts; FUSE's root is in itself.

@@ -67,7 +67,7 @@ fn cache_document(mount: &Mount) -> BlobCache {
         store_path: mount.config().work_dir.to_string_lossy().into_owned(),
         counters: mount.cache_metrics().snapshot(),
         entries_count,
-        prefetch_workers: mount.orders().len() as u64,
+        prefetch_workers: mount.order_count() as u64,
         prefetch_cumulative_time_millis: millis(ahead.busy),
         prefetch_begin_time_secs: ahead.began.as_secs(),
         prefetch_begin_time_millis: ahead.began.subsec_millis().into(),

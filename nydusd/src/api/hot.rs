@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use storage::oci::auth::Credentials;
@@ -100,24 +100,32 @@ impl HotConfig {
         *self.lock() = settings;
     }
 
-    /// Has a mount of the command line, made again by a successor, log in as was said since.
-    pub fn log_in(&self, mount: &Mount) {
-        let own = self.get(Some(mount.mountpoint()));
-        let auth = own
-            .get(REGISTRY_AUTH)
-            .cloned()
-            .or_else(|| self.get(Some(&mount.config().id)).remove(REGISTRY_AUTH));
-        // What the first daemon refused was never set.
-        if let Some(Ok(credentials)) = auth.map(|auth| Credentials::from_base64(&auth)) {
-            mount.set_credentials(credentials);
+    /// What was set for `mountpoint`, or else for the configuration's own `id`.
+    fn of(&self, mountpoint: &str, id: &str) -> Values {
+        let mut values = if id.is_empty() { Values::new() } else { self.get(Some(id)) };
+        values.extend(self.get(Some(mountpoint)));
+        values
+    }
+
+    /// Has a mount that can be found by now log in as was said since its configuration was made.
+    pub fn renew(&self, mount: &Mount) {
+        let BackendConfig::Registry(registry) = &mount.config().backend else { return };
+        let mut values = self.of(mount.mountpoint(), &mount.config().id);
+        let Some(auth) = values.remove(REGISTRY_AUTH) else { return };
+        let logs_in_so = auth == registry.auth.as_deref().unwrap_or_default();
+        if logs_in_so && registry.registry_token.is_none() {
+            return;
+        }
+        match Credentials::from_base64(&auth) {
+            Ok(credentials) => drop(mount.set_credentials(credentials)),
+            Err(e) => tracing::warn!("{}: {REGISTRY_AUTH}: {e}", mount.mountpoint()),
         }
     }
 
     /// Puts what was set for `mountpoint`, or for the document's own id, in the place of what
     /// `config` says.
     pub fn amend(&self, mountpoint: &str, config: &mut Config) {
-        let mut values = if config.id.is_empty() { Values::new() } else { self.get(Some(&config.id)) };
-        values.extend(self.get(Some(mountpoint)));
+        let mut values = self.of(mountpoint, &config.id);
         let BackendConfig::Registry(registry) = &mut config.backend else { return };
         if let Some(auth) = values.remove(REGISTRY_AUTH) {
             registry.auth = Some(auth).filter(|auth| !auth.is_empty());
@@ -151,20 +159,24 @@ pub(super) fn put(daemon: &Daemon, id: Option<&str>, body: &[u8]) -> Reply {
         return invalid(&format!("a value is longer than {MAX_VALUE} bytes"));
     }
     let id = id.unwrap_or(DEFAULT_ID);
-    let mounts = daemon.adapter().table().mounts();
-    let named = || mounts.iter().filter(|mount| mount.mountpoint() == id || mount.config().id == id);
+    let named = || {
+        let mut mounts = daemon.adapter().table().mounts();
+        mounts.retain(|mount| mount.mountpoint() == id || mount.config().id == id);
+        mounts
+    };
     // Read before anything is changed, and only where it means something: others may name
     // images that have no login.
-    let mut logins = named().filter(|mount| matches!(mount.config().backend, BackendConfig::Registry(_)));
+    let is_login = |mount: &Arc<Mount>| matches!(mount.config().backend, BackendConfig::Registry(_));
     let credentials = match values.get(REGISTRY_AUTH).map(|auth| Credentials::from_base64(auth)) {
         Some(Ok(credentials)) => Some(credentials),
-        Some(Err(e)) if logins.next().is_some() => return invalid(&format!("{REGISTRY_AUTH}: {e}")),
+        Some(Err(e)) if named().iter().any(is_login) => return invalid(&format!("{REGISTRY_AUTH}: {e}")),
         _ => None,
     };
     if !daemon.hot().set(id, values) {
         return invalid(&format!("values are kept for {MAX_IDS} ids at most"));
     }
     if let Some(credentials) = credentials {
+        // Looked for only now: a mount that comes later reads what was set.
         for mount in named() {
             if mount.set_credentials(credentials.clone()) {
                 tracing::info!("the image at {} has a new registry login", mount.mountpoint());
@@ -176,4 +188,70 @@ pub(super) fn put(daemon: &Daemon, id: Option<&str>, body: &[u8]) -> Reply {
 
 fn invalid(why: &str) -> Reply {
     Reply::error(500, &format!("Configure(InvalidArguments({why:?}))"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use rafs::bootstrap::{Bootstrap, OpenOptions};
+    use rafs::fs::{Rafs, RafsOptions};
+    use storage::backend::{Backend, BlobSource};
+    use storage::ids::BlobId;
+
+    use super::*;
+    use crate::config::RegistryConfig;
+    use crate::vfs::place::Place;
+
+    /// Counts logins.
+    #[derive(Debug, Default)]
+    struct Source(AtomicU32);
+
+    impl BlobSource for Source {
+        fn kind(&self) -> &'static str {
+            "registry"
+        }
+
+        fn blob(&self, _: &BlobId) -> storage::Result<Arc<dyn Backend>> {
+            Err(storage::Error::new(storage::ErrorKind::NotFound, "nothing is here"))
+        }
+
+        fn set_credentials(&self, _: Credentials) -> bool {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            true
+        }
+    }
+
+    /// A login that was set while an image was opened, with the configuration read already, is used by it.
+    #[test]
+    fn a_login_set_during_a_mount_is_not_lost() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/empty/image.boot");
+        let bytes = std::fs::read(path).unwrap();
+        let bootstrap: Arc<dyn Bootstrap> =
+            Arc::from(rafs::bootstrap::from_bytes(bytes, &OpenOptions::default()).unwrap());
+        let rafs = Arc::new(Rafs::new(bootstrap, Vec::new(), RafsOptions::default()).unwrap());
+        let (old, new) = ("b2xkOm9sZA==", "bmV3Om5ldw==");
+        for (id, set, logins) in [
+            ("/m", new, 1),
+            ("/m", old, 0),
+            ("/m", "", 1),
+            ("/other", new, 0),
+            ("/id", new, 1),
+            ("/m", "?", 0),
+        ] {
+            let hot = HotConfig::default();
+            let mut registry = RegistryConfig::new("host", "repo");
+            registry.auth = Some(old.to_owned());
+            let mut config = Config::new(BackendConfig::Registry(registry), "/nonexistent".into());
+            config.id = "/id".to_owned();
+            hot.amend("/m", &mut config);
+            assert!(hot.set(id, Values::from([(REGISTRY_AUTH.to_owned(), set.to_owned())])));
+            let source = Arc::<Source>::default();
+            let mount =
+                Mount::for_tests_from("/m", Place::unseen(), Arc::clone(&rafs), config, source.clone());
+            hot.renew(&mount);
+            assert_eq!(source.0.load(Ordering::Relaxed), logins, "{id} {set}");
+        }
+    }
 }

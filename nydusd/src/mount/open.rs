@@ -8,7 +8,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, bail};
 use rafs::blob_context::{BlobContext, stored_range};
@@ -29,7 +29,6 @@ use storage::read::Reader;
 use super::Mount;
 use crate::config::Config;
 use crate::echo::Echoes;
-use crate::failures::Failures;
 use crate::metrics::{FetchMetrics, FsMetrics};
 use crate::trace::share::Share;
 use crate::trace::{Tracer, TracerSpec};
@@ -37,6 +36,9 @@ use crate::vfs::command::MountCommand;
 use crate::vfs::known::Known;
 use crate::vfs::place::Place;
 use crate::why::Recorder;
+
+/// What a mount that a client asked for may wait for its source at most: clients wait 30 seconds.
+const COMMAND_PATIENCE: Duration = Duration::from_secs(20);
 
 /// What is needed to mount an image.
 #[derive(Debug)]
@@ -106,7 +108,12 @@ pub fn open(engine: &Engine, mut spec: MountSpec, known: &Known) -> anyhow::Resu
     let rafs = match found {
         Some((rafs, _)) => rafs,
         None => {
-            let rafs = Arc::new(join_contexts(engine, config, &bootstrap, &backends)?);
+            // What the command line says may wait for its source as long as readers may.
+            let deadline = match &spec.command {
+                Some(_) => Instant::now().checked_add(config.read_timeout.min(COMMAND_PATIENCE)),
+                None => config.outage_policy().deadline(),
+            };
+            let rafs = Arc::new(join_contexts(engine, config, &bootstrap, &backends, deadline)?);
             known.remember(&rafs, digest, work_dir, config.allow_unverified);
             rafs
         }
@@ -178,7 +185,7 @@ impl Opened {
             mountpoint,
             command,
             restored: AtomicBool::new(false),
-            failures: Failures::new(Arc::clone(&self.rafs)),
+            pending: Arc::default(),
             rafs: self.rafs,
             reader: Arc::clone(&self.blobs) as Arc<dyn Reader>,
             blobs: Some(self.blobs),
@@ -203,6 +210,11 @@ impl Opened {
     pub fn digest(&self) -> Digest {
         self.digest
     }
+
+    /// True if it has extended attributes, and they are to be shown.
+    pub fn has_xattrs(&self) -> bool {
+        self.spec.config.enable_xattr && self.rafs.bootstrap().summary().has_xattrs
+    }
 }
 
 /// Fetches the contexts that reads depend on.
@@ -211,6 +223,7 @@ fn join_contexts(
     config: &Config,
     bootstrap: &Arc<dyn Bootstrap>,
     backends: &[Arc<dyn Backend>],
+    deadline: Option<Instant>,
 ) -> anyhow::Result<Rafs> {
     let needed = Rafs::needs_context(&**bootstrap);
     let contexts = bootstrap
@@ -219,7 +232,7 @@ fn join_contexts(
         .zip(backends)
         .zip(needed)
         .map(|((blob, backend), needed)| match needed {
-            true => load_context(engine, config, blob, &**backend).map(Some),
+            true => load_context(engine, config, blob, &**backend, deadline).map(Some),
             false => Ok(None),
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
@@ -304,6 +317,7 @@ fn load_context(
     config: &Config,
     blob: &Blob,
     backend: &dyn Backend,
+    deadline: Option<Instant>,
 ) -> anyhow::Result<BlobContext> {
     let path = config.work_dir.join(format!("{}.blob.meta", blob.id));
     match std::fs::read(&path) {
@@ -314,7 +328,7 @@ fn load_context(
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) => tracing::warn!("{} can not be read and is fetched: {e}", path.display()),
     }
-    let context = ReadContext::on_demand(config.outage_policy().deadline());
+    let context = ReadContext::on_demand(deadline);
     let stored = engine
         .fetch(backend, stored_range(blob)?, &context)
         .with_context(|| format!("fetch the context of blob {}", blob.id))?;

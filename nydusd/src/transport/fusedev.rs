@@ -22,6 +22,7 @@ use nix::mount::{MntFlags, umount2};
 
 use super::init::Negotiated;
 use super::mounted::{self, MountIdentity};
+use super::notify::Notices;
 use super::worker::{Connection, Worker};
 use crate::adapter::Adapter;
 use crate::passthrough::Device;
@@ -58,6 +59,7 @@ pub struct FuseMount {
     /// Taken to unmount.
     session: Mutex<Option<Session>>,
     connection: Arc<Connection>,
+    pub(super) notices: Notices,
 }
 
 /// Who mounted.
@@ -83,7 +85,8 @@ impl FuseMount {
         let file = session.get_fuse_file().context("the FUSE session has no descriptor")?;
         let fd = OwnedFd::from(file.try_clone().context("duplicate the FUSE descriptor")?);
         let connection = Arc::new(Connection::new(fd, None).context("set up the FUSE descriptor")?);
-        Ok(Self { mountpoint, identity, session: Mutex::new(Some(Session::Ours(session))), connection })
+        let session = Mutex::new(Some(Session::Ours(session)));
+        Ok(Self { mountpoint, identity, session, connection, notices: Notices::default() })
     }
 
     /// Goes on with a mount on `mountpoint`: a predecessor mounted it and agreed with the kernel on
@@ -114,7 +117,8 @@ impl FuseMount {
         let connection =
             Connection::new(descriptor, Some(negotiated)).context("set up the FUSE descriptor")?;
         let session = Mutex::new(Some(Session::Inherited));
-        Ok(Self { mountpoint, identity: Some(identity), session, connection: Arc::new(connection) })
+        let (identity, connection) = (Some(identity), Arc::new(connection));
+        Ok(Self { mountpoint, identity, session, connection, notices: Notices::default() })
     }
 
     /// The kernel's number of the connection.
@@ -209,6 +213,9 @@ impl FuseMount {
     pub fn unmount(&self) -> anyhow::Result<()> {
         let session = self.session.lock().unwrap_or_else(PoisonError::into_inner).take();
         let context = || format!("unmount {}", self.mountpoint.display());
+        if session.is_some() && !self.end_notices() {
+            self.abort();
+        }
         match session {
             None => return Ok(()),
             Some(Session::Ours(mut session)) => session.umount().with_context(context)?,
@@ -243,6 +250,17 @@ impl FuseMount {
         match &self.identity {
             Some(ours) if !ours.wait_gone(Duration::ZERO)? => Ok(file),
             _ => Err(io::Error::other("the mount is gone")),
+        }
+    }
+
+    /// Ends the connection, and with it whatever waits for its answers: this process could not end while
+    /// a thread of its own does.
+    fn abort(&self) {
+        tracing::warn!("{}: the kernel waits for reads; they end now", self.mountpoint.display());
+        let ours = self.identity.as_ref().zip(MountIdentity::at(&self.mountpoint).ok());
+        if ours.is_some_and(|(ours, there)| *ours == there) {
+            // A mount that is gone already has no connection to end.
+            let _ = umount2(&self.mountpoint, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
         }
     }
 
@@ -289,6 +307,9 @@ impl FuseMount {
     /// Leaves the mount to a successor: it stays in place when this value is dropped, and requests that
     /// fail from here on are left unanswered for it.
     pub fn abandon(&self) {
+        if !self.end_notices() {
+            tracing::warn!("the kernel is still being told of a change, and this process ends only then");
+        }
         self.connection.left.store(true, Ordering::Release);
         let session = self.session.lock().unwrap_or_else(PoisonError::into_inner).take();
         std::mem::forget(session);

@@ -21,6 +21,8 @@ const MINOR: u32 = 45;
 /// Its oldest revision that is served (Linux 3.15): the answer had another size before.
 const OLDEST_MINOR: u32 = 23;
 
+/// `FUSE_HAS_EXPIRE_ONLY`: names can be made to be asked for again without being dropped (Linux 6.2).
+const HAS_EXPIRE_ONLY: u64 = 1 << 35;
 /// `FUSE_HAS_RESEND`: requests that a dead daemon had taken can be asked for again.
 const HAS_RESEND: u64 = 1 << 39;
 /// `FUSE_ALLOW_IDMAP`: the mount may be seen through id-mapped mounts.
@@ -57,6 +59,11 @@ pub(super) enum Answer {
 }
 
 impl Negotiated {
+    /// True if a name can be made to be asked for again without being dropped.
+    pub fn expires(&self) -> bool {
+        self.flags & HAS_EXPIRE_ONLY != 0
+    }
+
     /// True if the kernel repeats requests that were taken and not answered.
     pub fn resends(&self) -> bool {
         self.flags & HAS_RESEND != 0
@@ -83,7 +90,8 @@ pub(super) fn answer(adapter: &Adapter, body: &[u8]) -> io::Result<Answer> {
         let (more, _) = InitIn2::read_from_prefix(rest).map_err(|_| malformed())?;
         offered |= u64::from(more.flags2) << 32;
     }
-    let wanted = adapter.init(FsOptions::from_bits_truncate(offered))?.bits() | HAS_RESEND | ALLOW_IDMAP;
+    let wanted = adapter.init(FsOptions::from_bits_truncate(offered))?.bits();
+    let wanted = wanted | HAS_EXPIRE_ONLY | HAS_RESEND | ALLOW_IDMAP;
     let flags = offered & wanted;
     let large = flags & FsOptions::MAX_PAGES.bits() != 0;
     let negotiated = Negotiated {
@@ -129,7 +137,7 @@ mod tests {
         let adapter = Adapter::default();
         let all = request(7, 45, 0x7fd_73ff_fffb);
         let Answer::Agreed(agreed, out) = answer(&adapter, &all).unwrap() else { panic!("asked again") };
-        assert!(agreed.resends());
+        assert!(agreed.resends() && agreed.expires());
         assert_eq!((out.flags2 >> 7) & 3, 3, "resend and id-mapped mounts");
         assert_eq!(u64::from(out.flags) | u64::from(out.flags2) << 32, agreed.flags);
         assert_eq!((agreed.max_pages, agreed.max_write, agreed.max_readahead), (256, 1 << 20, 128 << 10));
@@ -148,7 +156,7 @@ mod tests {
             panic!("asked again")
         };
         assert_eq!((agreed.flags, out.flags, agreed.max_pages, agreed.minor), (0, 0, 32, 26));
-        assert!(!agreed.resends());
+        assert!(!agreed.resends() && !agreed.expires());
     }
 
     #[test]

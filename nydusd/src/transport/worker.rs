@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use anyhow::Context as _;
@@ -29,8 +29,9 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 use super::init::{self, Answer, Negotiated};
 use super::message::{self, InHeader, OUT_HEADER_LEN, OutHeader, ReadIn};
 use crate::adapter::{Adapter, Planned, ReadPlan};
-use crate::failures::Failure;
+use crate::failures::{Failure, Failures};
 use crate::metrics::InflightGuard;
+use crate::pending::{Abandon, PendingGuard};
 use crate::why::Wait;
 
 /// A whole request or reply: 1 MiB of data and a page for its head. The kernel demands that
@@ -92,26 +93,51 @@ impl Connection {
     }
 }
 
+/// The answer to a READ: given once, by who comes first.
+struct Reply {
+    connection: Arc<Connection>,
+    unique: u64,
+    answered: AtomicBool,
+    /// Ends with the answer. Held to take it.
+    inflight: Mutex<Option<InflightGuard>>,
+}
+
+impl Reply {
+    /// Answers, unless that is done.
+    fn give(&self, header: OutHeader, data: &[u8]) {
+        if self.answered.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        // Who has the answer must not find the request waiting.
+        drop(self.inflight.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.connection.reply(header, data);
+    }
+}
+
+impl Abandon for Reply {
+    fn abandon(&self) {
+        self.give(OutHeader::refusal(self.unique, libc::EIO), &[]);
+    }
+}
+
 /// A READ on its way. Answers EIO if it is dropped unanswered, so that no reader waits for
 /// an answer that nobody will give.
 struct PendingRead {
-    connection: Arc<Connection>,
-    unique: u64,
+    reply: Arc<Reply>,
     plan: ReadPlan,
     offset: u64,
     slices: Vec<ReadSlice>,
     started: Instant,
-    answered: bool,
+    /// Where its failure would be reported.
+    failures: Arc<Failures>,
     /// Recorded, if that is wanted.
     wait: Option<Wait>,
-    /// Ends with the answer.
-    inflight: Option<InflightGuard>,
+    /// Goes behind the answer.
+    _pending: PendingGuard,
 }
 
 impl PendingRead {
     fn finish(mut self, result: storage::Result<Vec<u8>>) {
-        // Who has the answer must not find the request waiting.
-        drop(self.inflight.take());
         let len = self.plan.len;
         let result = result.and_then(|data| match data.len() == len as usize {
             true => Ok(data),
@@ -121,15 +147,19 @@ impl PendingRead {
             )),
         });
         let metrics = self.plan.mount.metrics();
+        let unique = self.reply.unique;
         match result {
+            // Its reader has an error, and nobody waits.
+            _ if self.reply.answered.load(Ordering::Relaxed) => {
+                metrics.record_wait(self.plan.nid, None, self.started.elapsed());
+            }
             Ok(data) => {
                 metrics.record_wait(self.plan.nid, Some(len), self.started.elapsed());
                 // Its reader may ask at once why it waited.
                 if let Some(mut wait) = self.wait.take() {
                     wait.succeed();
                 }
-                self.connection.reply(OutHeader::data(self.unique, len), &data);
-                self.answered = true;
+                self.reply.give(OutHeader::data(unique, len), &data);
             }
             Err(error) => {
                 metrics.record_wait(self.plan.nid, None, self.started.elapsed());
@@ -137,10 +167,9 @@ impl PendingRead {
                 if error.kind() == storage::ErrorKind::TimedOut {
                     self.plan.mount.echoes().timed_out(self.plan.nid, self.offset, len, self.started);
                 }
-                self.connection.reply(OutHeader::refusal(self.unique, libc::EIO), &[]);
-                self.answered = true;
+                self.reply.abandon();
                 let slices = std::mem::take(&mut self.slices);
-                report(&self.plan, self.offset, slices, &error);
+                report(&self.failures, &self.plan, self.offset, slices, &error);
             }
         }
     }
@@ -148,15 +177,20 @@ impl PendingRead {
 
 impl Drop for PendingRead {
     fn drop(&mut self) {
-        if !self.answered {
-            self.connection.reply(OutHeader::refusal(self.unique, libc::EIO), &[]);
-        }
+        self.reply.abandon();
     }
 }
 
-fn report(plan: &ReadPlan, offset: u64, slices: Vec<ReadSlice>, error: &storage::Error) {
-    let cause = crate::logging::chain(error);
-    plan.mount.failures().report(Failure { nid: plan.nid, offset, len: plan.len, slices, cause });
+fn report(failures: &Failures, plan: &ReadPlan, offset: u64, slices: Vec<ReadSlice>, error: &storage::Error) {
+    failures.report(Failure {
+        rafs: Arc::clone(plan.mount.rafs_shared()),
+        mountpoint: plan.mount.mountpoint().to_owned(),
+        nid: plan.nid,
+        offset,
+        len: plan.len,
+        slices,
+        cause: crate::logging::chain(error),
+    });
 }
 
 /// One serving thread.
@@ -307,7 +341,7 @@ impl Worker {
             Err(error) => {
                 plan.mount.metrics().record_read(plan.nid, None, started.elapsed());
                 refuse(libc::EIO);
-                report(&plan, read.offset, self.slices.clone(), &error);
+                report(self.adapter.failures(), &plan, read.offset, self.slices.clone(), &error);
             }
         }
     }
@@ -320,16 +354,21 @@ impl Worker {
             .mount
             .recorder()
             .map(|recorder| recorder.wait(plan.nid, offset, plan.len, header.pid, started));
-        let pending = PendingRead {
+        let reply = Arc::new(Reply {
             connection: Arc::clone(&self.connection),
             unique: header.unique,
+            answered: AtomicBool::new(false),
+            inflight: Mutex::new(Some(inflight)),
+        });
+        let pending = PendingRead {
+            _pending: plan.mount.pending().enter(Arc::<Reply>::clone(&reply)),
+            reply,
             plan,
             offset,
             slices: self.slices.clone(),
             started,
-            answered: false,
+            failures: Arc::clone(self.adapter.failures()),
             wait,
-            inflight: Some(inflight),
         };
         reader.submit(
             self.slices.clone(),

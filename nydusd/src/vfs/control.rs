@@ -24,7 +24,7 @@ impl Daemon {
     ///
     /// # Errors
     /// Any [`MountErrorKind`] but `NotFound`; nothing is left behind.
-    pub fn mount(&self, command: MountCommand) -> Result<(), MountError> {
+    pub fn mount(self: &Arc<Self>, command: MountCommand) -> Result<(), MountError> {
         let path = VfsPath::parse(&command.mountpoint)?;
         let engine = self.serving()?;
         let _turn = self.turns().take(&path).ok_or_else(|| busy(&path))?;
@@ -32,11 +32,12 @@ impl Daemon {
             return if there.repeats(&command) { Ok(()) } else { Err(occupied(&path)) };
         }
         let opened = self.open(engine, command)?;
+        self.share(&opened)?;
         let change = self.turns().change();
         let attached = self.adapter().table().attach(&path, |place| opened.at(place));
         let (mounted, stale) = attached.map_err(|e| refused(e, &path))?;
         self.keep_state();
-        self.invalidate(&stale);
+        self.tell(&stale, None);
         drop(change);
         self.shown(engine, &mounted);
         tracing::info!("mounted {mounted} at {path}");
@@ -48,7 +49,7 @@ impl Daemon {
     ///
     /// # Errors
     /// Any [`MountErrorKind`] but `AlreadyExists`; the old mount serves on.
-    pub fn remount(&self, command: MountCommand) -> Result<(), MountError> {
+    pub fn remount(self: &Arc<Self>, command: MountCommand) -> Result<(), MountError> {
         let path = VfsPath::parse(&command.mountpoint)?;
         let engine = self.serving()?;
         let _turn = self.turns().take(&path).ok_or_else(|| busy(&path))?;
@@ -56,15 +57,16 @@ impl Daemon {
             return Err(vacant(&path));
         }
         let opened = self.open(engine, command)?;
+        self.share(&opened)?;
         let change = self.turns().change();
         let replaced = self.adapter().table().replace(&path, |place| opened.at(place));
         let (Replaced { new, old }, stale) = replaced.map_err(|e| refused(e, &path))?;
         self.keep_state();
-        self.invalidate(&stale);
+        self.tell(&stale, Some(&old));
         drop(change);
         self.shown(engine, &new);
         tracing::info!("mounted {new} at {path} in place of {old}");
-        self.retire(engine, old);
+        self.retire(engine, old, Vec::new());
         Ok(())
     }
 
@@ -73,7 +75,7 @@ impl Daemon {
     ///
     /// # Errors
     /// `NotFound`, `InvalidArgument`, `Busy`, `NotReady`.
-    pub fn umount(&self, mountpoint: &str) -> Result<(), MountError> {
+    pub fn umount(self: &Arc<Self>, mountpoint: &str) -> Result<(), MountError> {
         let path = VfsPath::parse(mountpoint)?;
         let engine = self.serving()?;
         let _turn = self.turns().take(&path).ok_or_else(|| busy(&path))?;
@@ -81,16 +83,16 @@ impl Daemon {
         let (mounted, stale) = self.adapter().table().detach(&path).map_err(|e| refused(e, &path))?;
         self.hot().forget(mounted.mountpoint());
         self.keep_state();
-        self.invalidate(&stale);
+        self.tell(&stale, Some(&mounted));
         drop(change);
         tracing::info!("unmounted {path}");
-        self.retire(engine, mounted);
+        self.retire(engine, mounted, stale);
         Ok(())
     }
 
     fn serving(&self) -> Result<&Arc<Engine>, MountError> {
-        let serves = matches!(self.state(), State::Ready | State::Running);
-        self.engine().filter(|_| serves).ok_or_else(|| {
+        // A successor that is READY shows what its predecessor still serves: there is nothing to change yet.
+        self.engine().filter(|_| self.state() == State::Running).ok_or_else(|| {
             let message = format!("the daemon is in state {}; mount when it is RUNNING", self.state().name());
             MountError::new(MountErrorKind::NotReady, message)
         })
@@ -120,7 +122,25 @@ impl Daemon {
         Ok(Opened::Host(passthrough::open(spec, self.adapter().own_device())?))
     }
 
-    /// Warns of what a new mount does not show, and fetches what it wants to be fetched.
+    /// Prepares for one more mount, or for another.
+    fn share(&self, opened: &Opened) -> Result<(), MountError> {
+        let has_xattrs = match opened {
+            Opened::Image(opened) => opened.has_xattrs(),
+            Opened::Host(_) => false,
+        };
+        if self.adapter().table().share() || !has_xattrs {
+            return Ok(());
+        }
+        Err(MountError::new(
+            MountErrorKind::Unsupported,
+            "the image has extended attributes, but this daemon began with an image that has none and told the \
+             kernel so, for good: mount it in a daemon that is started without an image, or set \
+             `enable_xattr` to false",
+        ))
+    }
+
+    /// Warns of what a new mount does not show, has it use a login that was set while it was opened, and
+    /// fetches what it wants to be fetched.
     fn shown(&self, engine: &Arc<Engine>, mounted: &Mounted) {
         let mount = match mounted {
             Mounted::Image(mount) => mount,
@@ -134,21 +154,19 @@ impl Daemon {
             }
             Mounted::Host(_) => return,
         };
-        if mount.has_xattrs() && self.adapter().has_refused_xattrs() {
-            tracing::warn!(
-                "{} has extended attributes, but the kernel was told that there are none: they are not shown",
-                mount.mountpoint()
-            );
-        }
+        self.hot().renew(mount);
         self.fetch_hints(engine, mount);
         self.fetch_configured(engine, mount);
     }
 
-    /// Tells the kernel. Waits for requests that are being answered; so no lock is held here.
-    fn invalidate(&self, stale: &[Stale]) {
-        if let Some(fuse) = self.fuse() {
-            fuse.invalidate(stale);
+    /// Has the kernel ask again for what has changed. `gone` is out of the tree.
+    fn tell(&self, stale: &[Stale], gone: Option<&Mounted>) {
+        let Some(fuse) = self.fuse() else { return };
+        if let Some(gone) = gone.and_then(Mounted::image).filter(|_| !fuse.expires()) {
+            // Such a kernel waits for them, and holds up everybody who works in the directory meanwhile.
+            gone.pending().abandon();
         }
+        fuse.expire(stale);
     }
 
     /// Has `nydusd supervise` know of a change, before the kernel or the client hears of it.
@@ -158,26 +176,60 @@ impl Daemon {
         }
     }
 
-    /// Ends what goes on behind a mount that is out of the tree, beside whoever took it out.
-    fn retire(&self, engine: &Arc<Engine>, mounted: Mounted) {
-        let Mounted::Image(mount) = mounted else {
-            drop(mounted);
-            self.adapter().table().sweep();
-            return;
-        };
-        self.preheat().cancel_of(&mount);
-        mount.orders().iter().for_each(storage::prefetch::Prefetch::cancel);
-        let (handle, adapter) = (engine.handle().clone(), Arc::clone(self.adapter()));
+    /// Ends what goes on behind a mount that is out of the tree, beside whoever took it out, and has the
+    /// kernel drop the names that went with it.
+    fn retire(self: &Arc<Self>, engine: &Arc<Engine>, mounted: Mounted, stale: Vec<Stale>) {
+        if let Mounted::Image(mount) = &mounted {
+            self.preheat().cancel_of(mount);
+            mount.stop_fetching();
+        }
+        let (handle, daemon) = (engine.handle().clone(), Arc::clone(self));
         engine.spawn(async move {
-            // A failure is the end of the engine.
+            if let Mounted::Image(mount) = &mounted {
+                let gone = Arc::clone(mount);
+                // A failure here and below is the end of the engine.
+                let _ = handle.blocking(move || gone.finish()).await;
+            }
+            if !stale.is_empty() {
+                daemon.settle(mounted.image()).await;
+            }
+            drop(mounted);
             let _ = handle
                 .blocking(move || {
-                    mount.finish();
-                    drop(mount);
-                    adapter.table().sweep();
+                    daemon.forget(stale);
+                    daemon.adapter().table().sweep();
                 })
                 .await;
         });
+    }
+
+    /// Waits until nothing is read of images that are out of the tree, which the kernel would wait for if
+    /// it dropped their names. Reads of `mount` that wait for ever end after its read timeout: it is not
+    /// mounted any more. What is open of it, and what is in the cache, is served on.
+    async fn settle(&self, mount: Option<&Arc<Mount>>) {
+        if let Some(mount) = mount
+            && tokio::time::timeout(mount.config().read_timeout, mount.pending().settle()).await.is_err()
+        {
+            mount.pending().abandon();
+        }
+        loop {
+            let mut retired = self.adapter().table().retired();
+            retired.retain(|mount| !mount.pending().is_empty());
+            if retired.is_empty() {
+                return;
+            }
+            for mount in retired {
+                mount.pending().settle().await;
+            }
+        }
+    }
+
+    /// Has the kernel drop those names that are still nobody's.
+    fn forget(&self, mut stale: Vec<Stale>) {
+        let Some(fuse) = self.fuse().filter(|fuse| fuse.expires()) else { return };
+        let _change = self.turns().change();
+        stale.retain(|one| self.adapter().is_vacant(one));
+        fuse.forget(&stale);
     }
 
     /// Mounts the command line's image.

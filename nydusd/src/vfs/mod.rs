@@ -30,7 +30,7 @@ mod tree;
 pub mod turns;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rafs::bootstrap::Nid;
@@ -128,9 +128,19 @@ pub struct Vfs {
     /// Written only by attach and detach; readers hold it for a look-up, never while anything is waited
     /// for. Mounts are dropped without it.
     state: RwLock<State>,
-    /// One image for good, so that what it lacks may be refused once for all (extended attributes).
+    /// The command line's image is at the root.
     dedicated: AtomicBool,
+    /// See [`SHARED`], [`ALONE`], [`TOLD`].
+    xattrs: AtomicU8,
 }
+
+/// Images come and go: each is asked for its extended attributes.
+const SHARED: u8 = 0;
+/// There is one image, the command line's: if it has none, the kernel may be told that there are none at
+/// all, which it believes for the connection's life.
+const ALONE: u8 = 1;
+/// The kernel was told.
+const TOLD: u8 = 2;
 
 impl Vfs {
     fn read(&self) -> RwLockReadGuard<'_, State> {
@@ -231,6 +241,13 @@ impl Vfs {
         self.all().iter().filter_map(Mounted::image).cloned().collect()
     }
 
+    /// Images that are out of the tree, and that the kernel has nodes of.
+    pub fn retired(&self) -> Vec<Arc<Mount>> {
+        let state = self.read();
+        let retired = state.slots.iter().filter(|slot| !slot.attached);
+        retired.filter_map(|slot| slot.mount.as_ref()?.image().cloned()).collect()
+    }
+
     /// What `node` stands for; `None` if it is gone.
     pub fn resolve(&self, node: NodeId) -> Option<Node> {
         let state = self.read();
@@ -304,14 +321,29 @@ impl Vfs {
         drop(over);
     }
 
-    /// Says that one image will be mounted for good.
+    /// Says that one image is what this daemon is for.
     pub fn dedicate(&self) {
         self.dedicated.store(true, Ordering::Relaxed);
+        self.xattrs.store(ALONE, Ordering::Relaxed);
     }
 
-    /// True if one image is mounted for good.
+    /// True if one image is what this daemon is for. Others may come all the same.
     pub fn is_dedicated(&self) -> bool {
         self.dedicated.load(Ordering::Relaxed)
+    }
+
+    /// Says that images will come and go; false if the kernel was told before that there are no extended
+    /// attributes.
+    pub fn share(&self) -> bool {
+        let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
+        self.xattrs.compare_exchange(ALONE, SHARED, set, fetch) != Err(TOLD)
+    }
+
+    /// True if the kernel is to be told that there are no extended attributes, as it is from then on.
+    /// For images that have none.
+    pub fn refuse_xattrs(&self) -> bool {
+        let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
+        self.xattrs.compare_exchange(ALONE, TOLD, set, fetch) != Err(SHARED)
     }
 }
 

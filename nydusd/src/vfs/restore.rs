@@ -154,7 +154,7 @@ impl Daemon {
         let mounts = attach().inspect_err(|_| vfs.clear())?;
         for mount in mounts.iter().filter_map(Mounted::image) {
             if mount.command().is_none() {
-                self.hot().log_in(mount);
+                self.hot().renew(mount);
                 if mount.mountpoint() == "/" {
                     vfs.dedicate();
                 }

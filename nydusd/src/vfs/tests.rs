@@ -241,3 +241,40 @@ fn saved_trees_keep_their_nodes() {
     assert!(damaged(&|s| s.directories.push(("/b".to_owned(), s.directories[0].1))));
     assert!(damaged(&|s| s.next_directory = u64::MAX));
 }
+
+/// The root's inode is the kernel's for the connection's life, whoever is mounted there; an answer with
+/// another generation would make the kernel take it for a bad one.
+#[test]
+fn the_root_is_the_same_inode_for_every_mount() {
+    use fuse_backend_rs::api::filesystem::{Context, FileSystem as _};
+    let (adapter, tree) = (crate::adapter::Adapter::default(), image("none-4k"));
+    let (dir, dir_nid) = some_directory(&tree);
+    let name = std::ffi::CString::new(dir).unwrap();
+    for generation in 0..3 {
+        let (mount, _) = attach(adapter.table(), "/", &tree);
+        assert_eq!((mount.place().index, mount.place().generation), (MountIndex(1), generation));
+        let context = Context::default();
+        let entry = adapter.lookup(&context, NodeId::ROOT.0, &name).unwrap();
+        assert_eq!((entry.inode, entry.generation), (mount.node(dir_nid).unwrap().0, generation));
+        let up = adapter.lookup(&context, entry.inode, c"..").unwrap();
+        assert_eq!((up.inode, up.generation), (NodeId::ROOT.0, 0));
+        adapter.forget(&context, entry.inode, 1);
+        adapter.table().detach(&path("/")).unwrap();
+        drop(mount);
+        adapter.table().sweep();
+    }
+}
+
+/// The kernel is told that there are no extended attributes only while one image is all there is.
+#[test]
+fn extended_attributes_are_refused_for_good_only_where_nothing_comes_later() {
+    let shared = Vfs::default();
+    assert!(!shared.is_dedicated() && !shared.refuse_xattrs() && shared.share());
+    let early = Vfs::default();
+    early.dedicate();
+    assert!(early.is_dedicated() && early.share() && !early.refuse_xattrs());
+    let late = Vfs::default();
+    late.dedicate();
+    assert!(late.refuse_xattrs() && late.refuse_xattrs(), "it is told again to who asks at once");
+    assert!(!late.share() && late.refuse_xattrs(), "what the kernel was told holds");
+}
