@@ -18,6 +18,7 @@ use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 
 use super::counters;
+use super::routes::beside;
 use crate::daemon::Daemon;
 
 /// Connections at once; more wait.
@@ -73,8 +74,8 @@ async fn accept(listener: TcpListener, daemon: Arc<Daemon>) {
 
 async fn converse(stream: TcpStream, daemon: Arc<Daemon>) -> Result<(), hyper::Error> {
     let service = service_fn(move |request| {
-        let reply = answer(&daemon, &request);
-        async move { Ok::<_, Infallible>(reply) }
+        let daemon = Arc::clone(&daemon);
+        async move { Ok::<_, Infallible>(answer(&daemon, &request).await) }
     });
     hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -84,13 +85,13 @@ async fn converse(stream: TcpStream, daemon: Arc<Daemon>) -> Result<(), hyper::E
         .await
 }
 
-fn answer<B>(daemon: &Daemon, request: &Request<B>) -> Response<Full<Bytes>> {
+async fn answer<B>(daemon: &Arc<Daemon>, request: &Request<B>) -> Response<Full<Bytes>> {
     if request.uri().path() != "/metrics" || request.method() != Method::GET {
         let mut response = Response::new(Full::new(Bytes::from_static(b"see /metrics\n")));
         *response.status_mut() = StatusCode::NOT_FOUND;
         return response;
     }
-    let reply = counters::exposition(daemon);
+    let reply = beside(daemon, None, |daemon, _| counters::exposition(daemon)).await;
     let mut response = Response::new(Full::new(reply.body.unwrap_or_default().into()));
     *response.status_mut() = reply.status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(reply.content_type));

@@ -4,7 +4,7 @@
 //!  server.rs      moves bytes within limits; who may connect
 //!  routes.rs      which request gets which answer
 //!  counters.rs hot.rs mounts.rs prefetch.rs superblock.rs     the answers of one family each
-//!  reply.rs query.rs types.rs                       answers and errors, parameters, documents
+//!  reply.rs refusals.rs query.rs types.rs                       answers and errors, parameters, documents
 //!  exporter.rs    the counters on a TCP address
 //! ```
 
@@ -14,6 +14,7 @@ mod hot;
 mod mounts;
 mod prefetch;
 mod query;
+mod refusals;
 mod reply;
 mod routes;
 mod server;

@@ -14,7 +14,6 @@ use serde::Deserialize;
 use serde_json::json;
 use storage::prefetch::Class;
 
-use super::query::parameter;
 use super::reply::Reply;
 use super::routes::find_mount;
 use crate::daemon::Daemon;
@@ -38,8 +37,8 @@ struct Body {
 }
 
 /// Answers one request to `/api/v1/prefetch`.
-pub(super) fn answer(daemon: &Daemon, method: &Method, query: &str, body: &[u8]) -> Reply {
-    let id = parameter(query, "id").map(|text| text.parse::<u64>().map_err(|_| text));
+pub(super) fn answer(daemon: &Daemon, method: &Method, id: Option<&str>, body: &[u8]) -> Reply {
+    let id = id.map(|text| text.parse::<u64>().map_err(|_| text));
     if let Some(Err(text)) = &id {
         return refuse(400, format!("id {text:?} is not a number"));
     }

@@ -1,15 +1,25 @@
 //! Query strings: `name=value`, percent-encoded or not, `+` for a space (contract 3.1).
 
-/// The decoded value of `name` in a query string.
-pub(super) fn parameter(query: &str, name: &str) -> Option<String> {
-    query
-        .split('&')
-        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-        .find(|(key, _)| *key == name)
-        .map(|(_, value)| decode(value))
+/// The parameters of a request, decoded.
+pub(super) struct Query(Vec<(String, String)>);
+
+impl Query {
+    /// `None` if a value is not UTF-8: two mountpoints must not become one.
+    pub fn parse(query: &str) -> Option<Self> {
+        let pairs = query.split('&').map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            Some((name.to_owned(), decode(value)?))
+        });
+        Some(Self(pairs.collect::<Option<_>>()?))
+    }
+
+    /// The first value of `name`.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
+    }
 }
 
-fn decode(text: &str) -> String {
+fn decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let [first, tail @ ..] = rest {
@@ -26,7 +36,7 @@ fn decode(text: &str) -> String {
         };
         bytes.push(byte);
     }
-    String::from_utf8_lossy(&bytes).into_owned()
+    String::from_utf8(bytes).ok()
 }
 
 #[cfg(test)]
@@ -39,12 +49,16 @@ mod tests {
             ("mountpoint=%2Fabc", Some("/abc")),
             ("a=b&mountpoint=/x+y", Some("/x y")),
             ("mountpoint=%zz%2", Some("%zz%2")),
-            ("mountpoint=%C3%A4%FF", Some("ä\u{fffd}")),
+            ("mountpoint=%C3%A4", Some("ä")),
             ("mountpoint", Some("")),
+            ("mountpoint=/a&mountpoint=/b", Some("/a")),
             ("mountpoints=/a", None),
             ("", None),
         ] {
-            assert_eq!(parameter(query, "mountpoint").as_deref(), value, "{query}");
+            assert_eq!(Query::parse(query).unwrap().get("mountpoint"), value, "{query}");
+        }
+        for query in ["mountpoint=%FF", "mountpoint=/a&id=%C3"] {
+            assert!(Query::parse(query).is_none(), "{query}");
         }
     }
 }

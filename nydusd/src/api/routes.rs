@@ -12,7 +12,7 @@ use clap::ValueEnum as _;
 use hyper::Method;
 use serde_json::json;
 
-use super::query::parameter;
+use super::query::Query;
 use super::reply::Reply;
 use super::types::{Backend, Configure, Info};
 use super::{counters, hot, superblock};
@@ -96,8 +96,8 @@ pub(super) async fn answer(
         return refusal;
     }
     let get = method == Method::GET;
-    let id = parameter(query, "id").filter(|id| !id.is_empty());
-    let id = id.as_deref();
+    let Some(query) = Query::parse(query) else { return Reply::bad_query("want UTF-8 behind the %") };
+    let id = query.get("id").filter(|id| !id.is_empty());
     match path {
         "/api/v1/daemon" | "/api/v2/daemon" if get => info(daemon, path.starts_with("/api/v1")),
         "/api/v1/daemon" | "/api/v2/daemon" => configure(body),
@@ -108,13 +108,13 @@ pub(super) async fn answer(
         }
         "/api/v1/daemon/fuse/sendfd" => step("Upgrade", daemon, Daemon::save_state).await,
         "/api/v1/daemon/fuse/takeover" => step("Upgrade", daemon, Daemon::take_over).await,
-        "/api/v1/mount" => match parameter(query, "mountpoint") {
-            Some(mountpoint) => super::mounts::answer(daemon, method, mountpoint, body).await,
+        "/api/v1/mount" => match query.get("mountpoint") {
+            Some(mountpoint) => super::mounts::answer(daemon, method, mountpoint.to_owned(), body).await,
             None => Reply::bad_query("mountpoint should be specified in query string"),
         },
         "/api/v1/daemon/events" => Reply::json(&crate::metrics::events::snapshot()),
-        "/api/v1/daemon/backend" => match parameter(query, "mountpoint") {
-            Some(mountpoint) => superblock::answer(daemon, &mountpoint),
+        "/api/v1/daemon/backend" => match query.get("mountpoint") {
+            Some(mountpoint) => superblock::answer(daemon, mountpoint),
             None => Reply::bad_query("mountpoint should be specified in query string"),
         },
         "/api/v1/config" if get => hot::get(daemon, id),
@@ -124,35 +124,45 @@ pub(super) async fn answer(
             reply
         }
         "/api/v1/metrics" => counters::global(daemon, id),
-        "/api/v1/metrics/files" => {
-            counters::files(daemon, id, parameter(query, "latest").as_deref() == Some("true"))
-        }
+        "/api/v1/metrics/files" => counters::files(daemon, id, query.get("latest") == Some("true")),
         "/api/v1/metrics/pattern" => counters::pattern(daemon, id),
         "/api/v1/metrics/backend" => counters::backend(daemon, id),
-        "/api/v1/metrics/blobcache" => counters::blob_cache(daemon, id),
+        "/api/v1/metrics/blobcache" => beside(daemon, id, counters::blob_cache).await,
         "/api/v1/metrics/inflight" => counters::inflight(daemon),
-        "/metrics" => counters::exposition(daemon),
+        "/metrics" => beside(daemon, id, |daemon, _| counters::exposition(daemon)).await,
         "/api/v1/openapi" => Reply::json_text(OPENAPI),
-        "/api/v1/why" => with_mount(daemon, id, "Why", |mount| match mount.recorder() {
-            Some(recorder) => Reply::json(&why::build(mount, recorder)),
-            None => Reply::error(404, "Why(\"nothing is recorded: `why` is false in the configuration\")"),
-        }),
+        "/api/v1/why" => beside(daemon, id, explain).await,
         "/api/v1/trace/push" => push_trace(daemon, id).await,
-        "/api/v1/trace" => {
-            let format = parameter(query, "format");
-            with_mount(daemon, id, "Trace", |mount| trace(mount, format.as_deref()))
-        }
-        "/api/v1/prefetch" => super::prefetch::answer(daemon, method, query, body),
-        "/api/v2/blobs" => blobs(method, query, body),
+        "/api/v1/trace" => with_mount(daemon, id, "Trace", |mount| trace(mount, query.get("format"))),
+        "/api/v1/prefetch" => super::prefetch::answer(daemon, method, query.get("id"), body),
+        "/api/v2/blobs" => blobs(method, &query, body),
         // What the table knows has an arm above.
         _ => Reply::error(404, "NoRoute"),
     }
 }
 
+/// Makes an answer beside the control plane: to count what is in a cache is to read its disk.
+pub(super) async fn beside(
+    daemon: &Arc<Daemon>,
+    id: Option<&str>,
+    answer: impl FnOnce(&Daemon, Option<&str>) -> Reply + Send + 'static,
+) -> Reply {
+    let (daemon, id) = (Arc::clone(daemon), id.map(str::to_owned));
+    let answered = tokio::task::spawn_blocking(move || answer(&daemon, id.as_deref())).await;
+    answered.unwrap_or_else(|_| Reply::error(500, "BadRequest(\"the answer could not be made\")"))
+}
+
+fn explain(daemon: &Daemon, id: Option<&str>) -> Reply {
+    with_mount(daemon, id, "Why", |mount| match mount.recorder() {
+        Some(recorder) => Reply::json(&why::build(mount, recorder)),
+        None => Reply::error(404, "Why(\"nothing is recorded: `why` is false in the configuration\")"),
+    })
+}
+
 /// Blobs belong to fscache, which this kind of daemon is not; only to drop its file of a blob is
 /// done already.
-fn blobs(method: &Method, query: &str, body: &[u8]) -> Reply {
-    let has = |name| parameter(query, name).is_some();
+fn blobs(method: &Method, query: &Query, body: &[u8]) -> Reply {
+    let has = |name| query.get(name).is_some();
     match *method {
         Method::PUT => match serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(body) {
             Ok(_) => Reply::unsupported("CreateBlobObject"),

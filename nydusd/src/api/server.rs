@@ -30,6 +30,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use super::refusals::Refusals;
 use super::reply::{Reply, error_document};
 use super::routes;
 use crate::daemon::Daemon;
@@ -206,7 +207,7 @@ async fn converse(stream: UnixStream, session: Session, mut closing: watch::Rece
         .keep_alive(true)
         .header_read_timeout(None)
         .max_buf_size(MAX_HEAD)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(TokioIo::new(Refusals::new(stream)), service);
     tokio::pin!(connection);
     tokio::select! {
         // A client that breaks off or speaks no HTTP is its own affair.

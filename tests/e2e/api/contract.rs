@@ -69,6 +69,9 @@ fn errors_have_their_status_and_text() -> Result<()> {
         ("PUT", "/api/v1/config?id=/", "", 400, "BadRequest"),
         ("PUT", "/api/v2/blobs", "", 400, "BadRequest"),
         ("DELETE", "/api/v1/mount", "", 400, "QueryString("),
+        // Bytes that are no text, which would make two mountpoints one.
+        ("DELETE", "/api/v1/mount?mountpoint=%FF", "", 400, "QueryString("),
+        ("GET", "/api/v1/metrics?id=/a%C3", "", 400, "QueryString("),
         ("POST", "/api/v1/mount", "{}", 400, "QueryString("),
         ("GET", "/api/v1/daemon/backend", "", 400, "QueryString("),
         ("PUT", "/api/v1/daemon", "{", 400, "ParseBody("),
@@ -116,6 +119,31 @@ fn errors_have_their_status_and_text() -> Result<()> {
             if is_whole { found == message } else { found.starts_with(message) },
             "{method} {path}: {found}"
         );
+    }
+    Ok(())
+}
+
+/// What is no HTTP is told so in the shape of all errors, and let go.
+#[test]
+fn what_is_no_http_is_an_error_like_others() -> Result<()> {
+    needs_mounts!();
+    let site = Site::new()?;
+    let daemon = site.options().start()?;
+    let long = format!("GET /{} HTTP/1.1\r\nHost: x\r\n\r\n", "x".repeat(70_000));
+    for (request, status) in [
+        (&b"GET\r\n\r\n"[..], 400),
+        (b"GET /api/v1/daemon HTTP/1.1\r\nHost x\r\n\r\n", 400),
+        (b"PUT /api/v1/daemon HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n", 400),
+        (long.as_bytes(), 0),
+    ] {
+        let mut wire = Wire::open(daemon.socket())?;
+        // A server that has seen enough may not take all of it.
+        let _ = wire.send(request);
+        let answer = wire.answer()?;
+        ensure!((400..500).contains(&answer.status) && [0, answer.status].contains(&status), "{answer:?}");
+        ensure!(answer.message()? == "BadRequest", "{answer:?}");
+        ensure!(header(&answer.head, "content-type") == Some("application/json"), "{answer:?}");
+        wire.wait_closed()?;
     }
     Ok(())
 }
