@@ -209,13 +209,18 @@ fn a_read_in_flight_is_told_while_it_is() -> Result<()> {
     ensure!(ask(&daemon, "GET", "/api/v1/metrics/inflight", "")?.status == 204, "still in flight");
 
     let name = format!("http://{}", scene.relay.address());
-    let backend = get(&daemon, "/api/v1/metrics/backend")?;
-    let origin = backend["origins"].as_array().into_iter().flatten().find(|o| o["origin"] == name.as_str());
-    let origin = origin.with_context(|| format!("{name}: {backend}"))?;
-    let requests = origin["requests"].as_u64().context("no number")?;
-    ensure!(requests > 0 && origin["bytes"].as_u64() > Some(0), "{backend}");
-    let text = String::from_utf8(ask(&daemon, "GET", "/metrics", "")?.body)?;
-    let sample = format!("nydus_origin_requests_total{{mount=\"/\",origin=\"{name}\"}} {requests}");
-    ensure!(text.lines().any(|line| line.starts_with(&sample)), "{sample}:\n{text}");
+    // What is guessed at may still be on its way between two looks.
+    daemon.wait_until("both tell the same", |daemon| {
+        let backend = get(daemon, "/api/v1/metrics/backend")?;
+        let origins = backend["origins"].as_array().into_iter().flatten();
+        let origin = origins.clone().find(|origin| origin["origin"] == name.as_str());
+        let origin = origin.with_context(|| format!("{name}: {backend}"))?;
+        let requests = origin["requests"].as_u64().context("no number")?;
+        ensure!(requests > 0 && origin["bytes"].as_u64() > Some(0), "{backend}");
+        let text = String::from_utf8(ask(daemon, "GET", "/metrics", "")?.body)?;
+        let sample = format!("nydus_origin_requests_total{{mount=\"/\",origin=\"{name}\"}} ");
+        let line = text.lines().find_map(|line| line.strip_prefix(&sample)).context("no sample")?;
+        Ok((line.parse::<f64>()? == requests as f64).then_some(()))
+    })?;
     Ok(())
 }
