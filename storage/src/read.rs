@@ -58,6 +58,10 @@ pub trait Reader: Send + Sync {
     /// where only verified ones are served.
     fn try_read(&self, slices: &[ReadSlice], dst: &mut [u8]) -> Result<bool>;
 
+    /// Reads slices, as far as they are local, from the disk into the page cache, in the background. Only a
+    /// hint: whatever is wrong with it, the read that follows says so.
+    fn will_need(&self, _slices: &[ReadSlice]) {}
+
     /// Fetches what is missing and hands all bytes to `completion`, on success, failure,
     /// panic and deadline alike. Returns at once.
     fn submit(&self, slices: Vec<ReadSlice>, priority: Priority, completion: Completion);

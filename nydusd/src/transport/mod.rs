@@ -5,6 +5,7 @@ mod init;
 mod message;
 pub(crate) mod mounted;
 mod notify;
+mod streams;
 mod worker;
 
 pub use init::Negotiated;

@@ -10,6 +10,7 @@
 //! page cache, and whoever waits for a page may be killed without an answer from us.
 
 use std::io::{self, IoSlice};
+use std::ops::Range;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +29,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::init::{self, Answer, Negotiated};
 use super::message::{self, InHeader, OUT_HEADER_LEN, OutHeader, ReadIn};
+use super::streams::Streams;
 use crate::adapter::{Adapter, Planned, ReadPlan};
 use crate::failures::{Failure, Failures};
 use crate::metrics::InflightGuard;
@@ -53,6 +55,8 @@ pub(super) struct Connection {
     pub flush: AtomicBool,
     /// A successor answers what can not be answered any more.
     pub left: AtomicBool,
+    /// What is read from front to back.
+    streams: Streams,
 }
 
 impl Connection {
@@ -61,7 +65,7 @@ impl Connection {
         // Whoever had it before may not have wanted to wait in read(2).
         fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_RDWR))?;
         let negotiated = negotiated.map_or_else(OnceLock::new, OnceLock::from);
-        Ok(Self { fd, negotiated, flush: false.into(), left: false.into() })
+        Ok(Self { fd, negotiated, flush: false.into(), left: false.into(), streams: Streams::default() })
     }
 
     /// Asks the kernel for every request again that was taken and not answered.
@@ -332,6 +336,9 @@ impl Worker {
                     recorder.hit(plan.nid, read.offset, plan.len, header.pid, elapsed);
                 }
                 self.connection.reply(out, data);
+                if let Some(ahead) = self.connection.streams.follow(node, read.offset, plan.len) {
+                    self.read_ahead(&plan, ahead);
+                }
             }
             Ok(false) if plan.mount.echoes().is_echo(plan.nid, read.offset, plan.len) => {
                 plan.mount.metrics().record_read(plan.nid, None, started.elapsed());
@@ -343,6 +350,16 @@ impl Worker {
                 refuse(libc::EIO);
                 report(self.adapter.failures(), &plan, read.offset, self.slices.clone(), &error);
             }
+        }
+    }
+
+    /// Has what is local of these bytes of a file read into the page cache.
+    fn read_ahead(&mut self, plan: &ReadPlan, ahead: Range<u64>) {
+        self.slices.clear();
+        let len = u32::try_from(ahead.end - ahead.start).unwrap_or(u32::MAX);
+        // Who reads there meets the error.
+        if plan.mount.rafs().read(plan.nid, ahead.start, len, &mut self.slices).is_ok() {
+            plan.mount.reader().will_need(&self.slices);
         }
     }
 

@@ -6,12 +6,16 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
 use crate::{Error, ErrorKind, Result};
 
 /// Positioned access to one file. Tests record, cut and fail through it.
 pub(super) trait Storage: Send + Sync + 'static {
     /// Fills `buffer`; the end of the file is an error.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+    /// Has the system read ahead, if it can.
+    fn will_need(&self, _offset: u64, _len: u64) {}
     /// Writes all of `bytes`.
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     /// Returns once all earlier writes would survive a power cut.
@@ -21,6 +25,12 @@ pub(super) trait Storage: Send + Sync + 'static {
 impl Storage for File {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.read_exact_at(buffer, offset)
+    }
+
+    fn will_need(&self, offset: u64, len: u64) {
+        let advice = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+        // Without it, reads are slower.
+        let _ = posix_fadvise(self, offset.cast_signed(), len.cast_signed(), advice);
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {

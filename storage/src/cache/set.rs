@@ -114,6 +114,16 @@ impl Reader for BlobSet {
         Ok(true)
     }
 
+    fn will_need(&self, slices: &[ReadSlice]) {
+        let local = |slice: &ReadSlice| self.shared.check(slice).is_ok() && self.shared.is_ready(slice);
+        let ready = slices.iter().take_while(|slice| local(slice)).count();
+        for run in runs(&slices[..ready]) {
+            if let Some(files) = self.shared.blobs[run[0].blob as usize].inner.files() {
+                files.data.will_need(place(&run[0]), run.iter().map(|slice| u64::from(slice.len)).sum());
+            }
+        }
+    }
+
     fn submit(&self, slices: Vec<ReadSlice>, priority: Priority, completion: Completion) {
         let answer = Answer(Some(completion));
         let context = ReadContext {
@@ -252,10 +262,8 @@ impl Shared {
     /// Copies ready slices, which fill `dst`, with one read for each run of bytes that lie
     /// together in a data file. False if a file can not be read.
     fn copy_stored(&self, slices: &[ReadSlice], dst: &mut [u8]) -> bool {
-        let place = |s: &ReadSlice| (s.blob, s.extent.decoded_offset + u64::from(s.offset));
-        let behind = |s: &ReadSlice| (s.blob, place(s).1 + u64::from(s.len));
         let mut rest = dst;
-        slices.chunk_by(|a, b| behind(a) == place(b)).all(|run| {
+        runs(slices).all(|run| {
             let len = run.iter().map(|slice| slice.len as usize).sum();
             let (part, others) = std::mem::take(&mut rest).split_at_mut(len);
             rest = others;
@@ -263,6 +271,16 @@ impl Shared {
             blob.inner.read_stored(&run[0].extent, run[0].offset, part)
         })
     }
+}
+
+/// Slices that lie together in a data file.
+fn runs(slices: &[ReadSlice]) -> impl Iterator<Item = &[ReadSlice]> {
+    slices.chunk_by(|a, b| (a.blob, place(a) + u64::from(a.len)) == (b.blob, place(b)))
+}
+
+/// First byte of a slice in the data file.
+fn place(slice: &ReadSlice) -> u64 {
+    slice.extent.decoded_offset + u64::from(slice.offset)
 }
 
 /// Notes that a reader has a chunk: reading ahead may have been right.

@@ -1,6 +1,8 @@
 //! What is found in a cache directory, and what of it is trusted.
 
+use std::io;
 use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Mutex;
 
 use super::*;
 
@@ -296,4 +298,56 @@ fn the_context_file_is_kept_once() {
     drop(engine);
     let kept = std::fs::read(dir.path().join("sample.blob.meta")).unwrap();
     assert_eq!(kept, sample.stored[3..12].to_ascii_uppercase());
+}
+
+/// A file that notes what it is to read ahead.
+struct Advised {
+    file: File,
+    advice: Arc<Mutex<Vec<(u64, u64)>>>,
+}
+
+impl Storage for Advised {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_at(buffer, offset)
+    }
+
+    fn will_need(&self, offset: u64, len: u64) {
+        self.advice.lock().unwrap().push((offset, len));
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+}
+
+#[test]
+fn only_what_is_local_is_read_ahead_from_the_disk() {
+    let (engine, sample, dir) = (engine(), Sample::new(6), TempDir::new().unwrap());
+    let advice = Arc::new(Mutex::new(Vec::new()));
+    let through = |_, file| Ok(Arc::new(Advised { file, advice: Arc::clone(&advice) }) as Arc<dyn Storage>);
+    let cache = BlobCache::open_through(&engine, sample.config(&dir), sample.backend(), through).unwrap();
+    let reader = BlobSet::new(&engine, vec![cache], PATIENT);
+    for index in [0, 1, 2, 4] {
+        sample.read(&reader, index).unwrap();
+    }
+    settle(&reader);
+    flush(&reader);
+    let slices: Vec<_> = (0..6).map(|index| sample.slice(index)).collect();
+    reader.will_need(&slices);
+    // Up to the first gap, of which there is one behind each chunk here.
+    let at = |index: usize| (sample.extents[index].decoded_offset, u64::from(LEN));
+    assert_eq!(*advice.lock().unwrap(), [at(0), at(1), at(2)]);
+    // Two halves of a chunk are one piece.
+    let (mut first, mut second) = (sample.slice(4), sample.slice(4));
+    (first.len, second.offset, second.len) = (1000, 1000, 3000);
+    reader.will_need(&[first, second]);
+    assert_eq!(advice.lock().unwrap().last(), Some(&at(4)));
+    // Nonsense is no advice.
+    second.len += 1;
+    reader.will_need(&[second]);
+    assert_eq!(advice.lock().unwrap().len(), 4);
 }
