@@ -5,7 +5,7 @@
 #   BIN     directory of the binaries (target/release)
 #   RUNS    repetitions (5)
 #   IMAGE   image of misc/images/make-images to measure with (node: tens of thousands of files)
-#   ONLY    one of create convert mount fetch fuse coldstart (all); fuse.py and coldstart.py have knobs of their own
+#   ONLY    one of create convert mount fetch fuse mounts coldstart (all); the three .py have knobs of their own
 set -euo pipefail
 here=$(cd "$(dirname "$0")/../.." && pwd)
 bin=${BIN:-$here/target/release}
@@ -15,7 +15,7 @@ images=$here/misc/.cache/images
 fail() { echo "bench: $*" >&2; exit 1; }
 [ "$(id -u)" = 0 ] || fail "mounting needs root"
 export BIN=$bin RUNS=$runs
-case "${ONLY:-}" in fuse | coldstart) exec "$here/misc/bench/$ONLY.py" ;; esac
+case "${ONLY:-}" in fuse | mounts | coldstart) exec "$here/misc/bench/$ONLY.py" ;; esac
 
 "$here/misc/images/make-images" "$images" "$name"
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/nydus-bench.XXXXXX")
@@ -113,4 +113,4 @@ if wanted fetch; then
   median "read every file, cold cache" ms <"$work/ours"
 fi
 
-[ -n "${ONLY:-}" ] || { "$here/misc/bench/fuse.py"; "$here/misc/bench/coldstart.py"; }
+[ -n "${ONLY:-}" ] || { "$here/misc/bench/fuse.py"; "$here/misc/bench/mounts.py"; "$here/misc/bench/coldstart.py"; }
