@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use storage::engine::{Engine, EngineConfig};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::adapter::Adapter;
@@ -395,11 +396,33 @@ pub fn run(args: FuseArgs) -> i32 {
     }
 }
 
+/// Signals that end a daemon.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    /// Only where `nydusd supervise` has another daemon take over.
+    hangup: Option<Signal>,
+}
+
+/// Waits for a signal, for ever where there is none to wait for.
+async fn told(signal: &mut Option<Signal>) {
+    match signal {
+        Some(signal) => {
+            signal.recv().await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
 /// The control plane: waits for the start, serves the API, waits for the end.
 async fn control(daemon: &Arc<Daemon>, mut ends: mpsc::UnboundedReceiver<End>) -> anyhow::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate()).context("catch SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("catch SIGINT")?;
+    let supervised = daemon.args.global.holder.is_some();
+    let hangup = supervised.then(|| signal(SignalKind::hangup())).transpose().context("catch SIGHUP")?;
+    let mut signals = Signals {
+        terminate: signal(SignalKind::terminate()).context("catch SIGTERM")?,
+        interrupt: signal(SignalKind::interrupt()).context("catch SIGINT")?,
+        hangup,
+    };
     let (started, start) = oneshot::channel();
     let starter = Arc::clone(daemon);
     std::thread::Builder::new()
@@ -412,14 +435,14 @@ async fn control(daemon: &Arc<Daemon>, mut ends: mpsc::UnboundedReceiver<End>) -
 
     let unmount = tokio::select! {
         biased;
-        _ = terminate.recv() => true,
-        _ = interrupt.recv() => true,
+        _ = signals.terminate.recv() => true,
+        _ = signals.interrupt.recv() => true,
         result = start => {
             if let Err(e) = result.context("the start thread panicked").flatten() {
                 daemon.stop(true);
                 return Err(e);
             }
-            return serve(daemon, &mut ends, terminate, interrupt).await;
+            return serve(daemon, &mut ends, signals).await;
         }
     };
     daemon.stop(unmount);
@@ -430,8 +453,7 @@ async fn control(daemon: &Arc<Daemon>, mut ends: mpsc::UnboundedReceiver<End>) -
 async fn serve(
     daemon: &Arc<Daemon>,
     ends: &mut mpsc::UnboundedReceiver<End>,
-    mut terminate: tokio::signal::unix::Signal,
-    mut interrupt: tokio::signal::unix::Signal,
+    mut signals: Signals,
 ) -> anyhow::Result<()> {
     let socket: Option<PathBuf> = daemon.args.global.apisock.clone();
     let server = match &socket {
@@ -455,8 +477,9 @@ async fn serve(
         None => None,
     };
     let result = tokio::select! {
-        _ = terminate.recv() => Ok(true),
-        _ = interrupt.recv() => Ok(true),
+        _ = signals.terminate.recv() => Ok(true),
+        _ = signals.interrupt.recv() => Ok(true),
+        () = told(&mut signals.hangup) => Ok(false),
         end = ends.recv() => match end {
             Some(End::Exit) => Ok(false),
             Some(End::Fuse(result)) => result.and_then(|()| daemon.unmounted()).map(|()| true),

@@ -3,8 +3,7 @@
 //! It starts the daemon as its child and keeps what that saves: the descriptor of the FUSE
 //! connection, and the state. Should the child be gone while the mount is not, whatever the reason,
 //! another one is started at once and takes the mount over: readers wait for some tens of
-//! milliseconds. So a daemon is upgraded by replacing the program's file and telling the daemon to
-//! exit through its API.
+//! milliseconds. So a daemon is upgraded by replacing the program's file and sending SIGHUP.
 //!
 //! ```text
 //!  supervise ── starts, listens ──▶ nydusd fuse … --holder SOCKET [--upgrade]
@@ -91,6 +90,7 @@ struct Signals {
     terminate: Signal,
     interrupt: Signal,
     child: Signal,
+    hangup: Signal,
 }
 
 impl Holder {
@@ -133,6 +133,7 @@ impl Holder {
             terminate: signal(SignalKind::terminate()).context("catch SIGTERM")?,
             interrupt: signal(SignalKind::interrupt()).context("catch SIGINT")?,
             child: signal(SignalKind::child()).context("catch SIGCHLD")?,
+            hangup: signal(SignalKind::hangup()).context("catch SIGHUP")?,
         };
         let mut pause = FIRST_PAUSE;
         loop {
@@ -188,8 +189,9 @@ impl Holder {
                     Err(e) => tracing::warn!("accept: {e}"),
                 },
                 _ = signals.child.recv() => {}
-                _ = signals.terminate.recv() => deadline = deadline.or_else(|| tell(pid)),
-                _ = signals.interrupt.recv() => deadline = deadline.or_else(|| tell(pid)),
+                _ = signals.terminate.recv() => deadline = deadline.or_else(|| end(pid)),
+                _ = signals.interrupt.recv() => deadline = deadline.or_else(|| end(pid)),
+                _ = signals.hangup.recv() => tell(pid, SignalNumber::SIGHUP),
                 () = limit => {
                     tracing::error!("nydusd does not end within {END_LIMIT:?} and is killed");
                     child.kill().context("kill nydusd")?;
@@ -264,11 +266,15 @@ impl Holder {
     }
 }
 
-/// Tells the child to end; until when it may take.
-fn tell(child: Pid) -> Option<tokio::time::Instant> {
-    // It is not waited for yet, so the number is still its own.
-    if let Err(e) = kill(child, SignalNumber::SIGTERM) {
-        tracing::warn!("SIGTERM to nydusd: {e}");
-    }
+/// Tells the child to unmount and end; until when it may take.
+fn end(child: Pid) -> Option<tokio::time::Instant> {
+    tell(child, SignalNumber::SIGTERM);
     Some(tokio::time::Instant::now() + END_LIMIT)
+}
+
+/// Sends the child a signal. It is not waited for yet, so the number is still its own.
+fn tell(child: Pid, signal: SignalNumber) {
+    if let Err(e) = kill(child, signal) {
+        tracing::warn!("{signal} to nydusd: {e}");
+    }
 }

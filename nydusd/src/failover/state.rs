@@ -26,7 +26,7 @@ use storage::digest::{Digest, DigestAlgorithm};
 use crate::api::Settings;
 use crate::node::MAX_INDEX;
 use crate::transport::Negotiated;
-use crate::vfs::command::{SavedMount, SavedVfs};
+use crate::vfs::command::{FsType, SavedMount, SavedVfs};
 use crate::vfs::path::VfsPath;
 
 /// Version of the encoding.
@@ -103,12 +103,15 @@ impl SavedState {
         let SavedVfs { mounts, next_index, directories, .. } = &self.vfs;
         ensure!(*next_index <= MAX_INDEX + 1, "{next_index} is no mount index");
         let (mut indexes, mut mountpoints) = (HashSet::new(), HashSet::new());
-        for SavedMount { index, mountpoint, bootstrap, .. } in mounts {
+        for SavedMount { index, mountpoint, bootstrap, command, .. } in mounts {
             ensure!((1..*next_index).contains(index), "{index} is no index of a mount");
             ensure!(indexes.insert(index), "two mounts have index {index}");
             VfsPath::parse(mountpoint)?;
             ensure!(mountpoints.insert(mountpoint), "two mounts are at {mountpoint}");
-            Digest::from_hex(bootstrap).with_context(|| format!("the bootstrap of {mountpoint}"))?;
+            // Directories of the host have none.
+            if !bootstrap.is_empty() || command.as_ref().is_some_and(|one| one.fs_type == FsType::Rafs) {
+                Digest::from_hex(bootstrap).with_context(|| format!("the bootstrap of {mountpoint}"))?;
+            }
         }
         let mut numbers = HashSet::new();
         for (path, number) in directories {
@@ -124,7 +127,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::vfs::command::{FsType, MountCommand};
+    use crate::vfs::command::MountCommand;
 
     fn state() -> SavedState {
         let mount = |index, generation, mountpoint: &str, command, digest: &str| SavedMount {
@@ -171,6 +174,19 @@ mod tests {
     fn what_is_saved_comes_back() {
         assert_eq!(SavedState::decode(&state().encode().unwrap()).unwrap(), state());
         assert!(!format!("{:?}", state()).contains("bm9ib2R5"), "a secret is shown");
+    }
+
+    #[test]
+    fn directories_of_the_host_come_back() {
+        let mut state = state();
+        let host =
+            SavedMount { bootstrap: String::new(), work_dir: "".into(), ..state.vfs.mounts[1].clone() };
+        state.vfs.mounts[1] = host.clone();
+        let error = SavedState::decode(&state.encode().unwrap()).unwrap_err();
+        assert!(format!("{error:#}").contains("the bootstrap of /images"), "{error:#}");
+        let command = host.command.map(|command| MountCommand { fs_type: FsType::Passthrough, ..command });
+        state.vfs.mounts[1].command = command;
+        assert_eq!(SavedState::decode(&state.encode().unwrap()).unwrap(), state);
     }
 
     /// `tests/golden/state/N` was written by release N and is never changed.

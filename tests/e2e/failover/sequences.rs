@@ -103,6 +103,10 @@ fn a_shared_daemon_is_upgraded_step_by_step() -> Result<()> {
     old.expect("DELETE", "/api/v1/mount?mountpoint=/2", "", 204, "")?;
     let renewed = r#"{"registry_auth":"dXNlcjpyZW5ld2Vk"}"#;
     old.expect("PUT", "/api/v1/config?id=/1", renewed, 204, "")?;
+    // A directory of the host is no image, and comes along.
+    fs::write(scratch.path().join("file"), "of the host")?;
+    let host = json!({ "fs_type": "passthroughfs", "source": scratch.path(), "config": "" }).to_string();
+    old.expect("POST", "/api/v1/mount?mountpoint=/host", &host, 204, "")?;
     ensure!(supervisor.save(&old)? > empty, "the mounts are not in the state");
     old.expect("PUT", START, "", 400, NO_START)?;
     old.expect("PUT", TAKEOVER, "", 400, NO_TAKEOVER)?;
@@ -147,6 +151,7 @@ fn a_shared_daemon_is_upgraded_step_by_step() -> Result<()> {
     ensure!(fs::metadata(place.root().join("1"))?.ino() == root.ino(), "another inode");
     ensure!(fs::read(place.root().join("deep/er/3/data/one-chunk"))? == content, "another file");
     ensure!(!place.root().join("2").exists(), "what was unmounted is back");
+    ensure!(fs::read(place.root().join("host/file"))? == b"of the host", "another directory");
     new.expect("GET", "/api/v1/config?id=/1", "", 200, renewed)?;
     // The snapshotter posts all mounts again, once: they are there. Anything else is refused.
     let (one, other) = ("/api/v1/mount?mountpoint=/1", mount.replace("image.boot", "other.boot"));

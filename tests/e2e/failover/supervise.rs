@@ -86,8 +86,13 @@ fn supervise_ends_with_the_mount() -> Result<()> {
     holder.wait_state("RUNNING", &["INIT"])?;
     // An exit leaves the mount, so another daemon takes it over: that is an upgrade.
     holder.put("/api/v1/daemon/exit")?;
-    let child = place.wait_child(2)?;
+    place.wait_child(2)?;
     noise.read_one(place.root(), &mut Random::new(3))?;
+    holder.wait_state("RUNNING", &["INIT", "READY", "STOPPED"])?;
+    // So is a signal, which needs no client.
+    holder.signal(Signal::SIGHUP)?;
+    let child = place.wait_child(3)?;
+    noise.read_one(place.root(), &mut Random::new(5))?;
     holder.wait_state("RUNNING", &["INIT", "READY", "STOPPED"])?;
     // A child that is told to end unmounts; its parent has nothing left to do.
     kill(child, Signal::SIGTERM)?;
