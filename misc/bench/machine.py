@@ -123,6 +123,7 @@ def read_all(root, limit=LIMIT):
     """tar of the whole tree; not straight to /dev/null, where GNU tar would read nothing."""
     with process(["tar", "-C", root, "--one-file-system", "-cf", "-", "."], stdout=subprocess.PIPE) as child:
         timer = threading.Timer(limit, child.kill)
+        timer.daemon = True
         timer.start()
         while child.stdout.read(MIB):
             pass

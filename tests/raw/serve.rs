@@ -111,7 +111,7 @@ impl Worker {
                 let backing_id = match node.backing.get() {
                     Some(id) => *id,
                     None => {
-                        let id = sys::register(&self.device, node.file().map_err(|_| Errno::EIO)?)?;
+                        let id = sys::register(&self.device, &*tree.file(node).map_err(|_| Errno::EIO)?)?;
                         *node.backing.get_or_init(|| id)
                     }
                 };
@@ -156,10 +156,10 @@ impl Worker {
     fn read(&self, header: &InHeader, body: &[u8], node: &Node, data: &mut [u8]) -> Result<()> {
         let (read, _) = ReadIn::read_from_prefix(body).ok().context("a short READ")?;
         let len = u64::from(read.size.min(MAX_TRANSFER)).min(node.attr.size.saturating_sub(read.offset));
-        let file = node.file()?;
+        let file = self.server.tree.file(node)?;
         match self.server.data {
             Data::Splice | Data::Move if len as usize <= SPLICED => {
-                self.splice(header.unique, file, read.offset, len as usize)
+                self.splice(header.unique, &file, read.offset, len as usize)
             }
             _ => {
                 file.read_exact_at(&mut data[..len as usize], read.offset)?;

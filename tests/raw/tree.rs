@@ -1,12 +1,15 @@
-//! A directory as it was when the server started; files are opened when they are first read.
+//! A directory as it was when the server started; files are opened when they are first read, and stay open as far
+//! as the limit on descriptors allows.
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tests::{Context, Result};
 use zerocopy::IntoBytes as _;
 
@@ -22,13 +25,17 @@ pub struct Node {
     /// In the order of their names.
     children: Vec<(Vec<u8>, usize)>,
     by_name: HashMap<Vec<u8>, usize>,
-    file: OnceLock<File>,
+    file: OnceLock<Arc<File>>,
     /// What passthrough knows the file by.
     pub backing: OnceLock<i32>,
 }
 
-/// Place 0 is the root, and FUSE's node 1.
-pub struct Tree(Vec<Node>);
+pub struct Tree {
+    /// Place 0 is the root, and FUSE's node 1.
+    nodes: Vec<Node>,
+    /// How many more files may stay open.
+    open: AtomicU64,
+}
 
 impl Tree {
     pub fn read(root: &Path) -> Result<Self> {
@@ -51,11 +58,13 @@ impl Tree {
             }
             next += 1;
         }
-        Ok(Self(nodes))
+        let (_, limit) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, limit, limit)?;
+        Ok(Self { nodes, open: AtomicU64::new(limit / 2) })
     }
 
     pub fn node(&self, id: u64) -> Option<&Node> {
-        self.0.get(usize::try_from(id).ok()?.checked_sub(1)?)
+        self.nodes.get(usize::try_from(id).ok()?.checked_sub(1)?)
     }
 
     fn entry(&self, place: usize) -> EntryOut {
@@ -64,7 +73,7 @@ impl Tree {
             nodeid: node,
             entry_valid: FOR_EVER,
             attr_valid: FOR_EVER,
-            attr: self.0[place].attr,
+            attr: self.nodes[place].attr,
             ..EntryOut::default()
         }
     }
@@ -76,6 +85,19 @@ impl Tree {
         Some(found.map_or(none, |place| self.entry(*place)))
     }
 
+    /// The file of a node.
+    pub fn file(&self, node: &Node) -> std::io::Result<Arc<File>> {
+        if let Some(file) = node.file.get() {
+            return Ok(Arc::clone(file));
+        }
+        let file = Arc::new(File::open(&node.path)?);
+        if self.open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |open| open.checked_sub(1)).is_ok() {
+            // Another thread may have been faster.
+            return Ok(Arc::clone(node.file.get_or_init(|| file)));
+        }
+        Ok(file)
+    }
+
     /// Entries from `offset` on that fit `size` bytes, with attributes if `plus`.
     pub fn list(&self, id: u64, offset: u64, size: usize, plus: bool, out: &mut Vec<u8>) -> Option<()> {
         let node = self.node(id)?;
@@ -84,7 +106,7 @@ impl Tree {
         let names = node.children.iter().map(|(name, place)| (name.as_slice(), *place));
         let all = dots.into_iter().chain(names).enumerate();
         for (number, (name, place)) in all.skip(usize::try_from(offset).ok()?) {
-            let attr = &self.0[place].attr;
+            let attr = &self.nodes[place].attr;
             let before = out.len();
             if plus {
                 let entry = if number < 2 { EntryOut::default() } else { self.entry(place) };
@@ -131,13 +153,5 @@ impl Node {
 
     pub fn link(&self) -> std::io::Result<Vec<u8>> {
         Ok(std::fs::read_link(&self.path)?.as_os_str().as_bytes().to_owned())
-    }
-
-    pub fn file(&self) -> std::io::Result<&File> {
-        if let Some(file) = self.file.get() {
-            return Ok(file);
-        }
-        let file = File::open(&self.path)?;
-        Ok(self.file.get_or_init(|| file))
     }
 }
