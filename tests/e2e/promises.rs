@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tests::daemon::DaemonOptions;
+use tests::image::{Entry, Image};
 use tests::journey::Journey;
 use tests::layout::Layout;
 use tests::mount::{Mount, mounted};
@@ -25,9 +26,9 @@ struct World {
 }
 
 impl World {
-    fn new(flags: &[&str]) -> Result<Self> {
-        let journey = Journey::start(&recipes::tiny())?;
-        let nydus = journey.convert("nydus", flags)?;
+    fn new(image: &Image) -> Result<Self> {
+        let journey = Journey::start(image)?;
+        let nydus = journey.convert("nydus", &[])?;
         nydus.save_bootstrap(&journey.path("image.boot"))?;
         Ok(Self { journey, nydus })
     }
@@ -70,7 +71,7 @@ fn row_of(mountpoint: &Path) -> Result<String> {
 #[test]
 fn the_socket_appears_last() -> Result<()> {
     needs_mounts!();
-    let world = World::new(&[])?;
+    let world = World::new(&recipes::tiny())?;
     let config = world.config(json!({}))?;
     let (root, socket) = (world.journey.path("mnt"), world.journey.path("api.sock"));
     fs::create_dir(&root)?;
@@ -132,7 +133,7 @@ fn a_configuration_without_a_bootstrap_is_not_opened() -> Result<()> {
 #[test]
 fn exit_leaves_the_mount() -> Result<()> {
     needs_mounts!();
-    let world = World::new(&[])?;
+    let world = World::new(&recipes::tiny())?;
     let config = world.config(json!({}))?;
     let mut daemon = DaemonOptions::bootstrap(&world.journey.path("image.boot"), &config).start()?;
     let row = row_of(daemon.root())?;
@@ -150,7 +151,7 @@ fn exit_leaves_the_mount() -> Result<()> {
 #[test]
 fn members_that_mean_nothing_are_passed_over() -> Result<()> {
     needs_mounts!();
-    let world = World::new(&[])?;
+    let world = World::new(&recipes::tiny())?;
     let blobs = world.nydus.path().join("blobs/sha256");
     let config = world.config(json!({
         // nydus-snapshotter, the smoke suite, and files that were written years ago.
@@ -185,7 +186,7 @@ fn names(dir: &Path) -> Result<BTreeSet<String>> {
 fn cache_files_are_called_as_clients_know_them() -> Result<()> {
     needs_mounts!();
     needs_programs!("umoci");
-    let world = World::new(&[])?;
+    let world = World::new(&recipes::tiny())?;
     let (config, cache) = (world.config(json!({}))?, world.journey.path("deep/cache"));
     let daemon = DaemonOptions::bootstrap(&world.journey.path("image.boot"), &config).start()?;
     tree::assert_same(&world.journey.reference()?, daemon.root(), Overlook::default())?;
@@ -282,16 +283,12 @@ impl Drop for UserNamespace {
 fn ids_are_mapped_for_user_namespaces() -> Result<()> {
     needs_mounts!();
     needs_programs!("unshare", "nsenter", "setpriv");
-    let image = tests::image::Image::new(vec![vec![
-        tests::image::Entry::dir("./").mode(0o755),
-        tests::image::Entry::file("roots", "root only").mode(0o600),
-        tests::image::Entry::file("users", "users only").mode(0o600).owner(1000, 1001),
-        tests::image::Entry::file("nobodys", "outside").mode(0o644).owner(70_000, 70_000),
-    ]]);
-    let journey = Journey::start(&image)?;
-    let nydus = journey.convert("nydus", &[])?;
-    nydus.save_bootstrap(&journey.path("image.boot"))?;
-    let world = World { journey, nydus };
+    let world = World::new(&Image::new(vec![vec![
+        Entry::dir("./").mode(0o755),
+        Entry::file("roots", "root only").mode(0o600),
+        Entry::file("users", "users only").mode(0o600).owner(1000, 1001),
+        Entry::file("nobodys", "outside").mode(0o644).owner(70_000, 70_000),
+    ]]))?;
     let config = world.config(json!({ "id_mapping": [0, 100_000, 65_536] }))?;
     let daemon = DaemonOptions::bootstrap(&world.journey.path("image.boot"), &config).start()?;
     let ids = |name: &str| fs::metadata(daemon.root().join(name)).map(|meta| (meta.uid(), meta.gid()));
@@ -326,5 +323,40 @@ fn ids_are_mapped_for_user_namespaces() -> Result<()> {
     )?;
     let wanted = "roots 0 0\nusers 1000 1001\nnobodys 65534 65534\nroot onlyusers only";
     ensure!(seen.code == Some(0) && seen.stdout == wanted, "{seen:?}");
+    Ok(())
+}
+
+/// Where the kernel was told that there are no extended attributes, an image that has some is refused; it is
+/// mounted, and they are shown, where nobody has asked before.
+#[test]
+fn extended_attributes_are_shown_or_the_mount_is_refused() -> Result<()> {
+    needs_mounts!();
+    let plain = World::new(&Image::new(vec![vec![Entry::dir("./"), Entry::file("file", "plain")]]))?;
+    let other = World::new(&Image::new(vec![vec![
+        Entry::dir("./"),
+        Entry::file("file", "other").xattr("user.word", "value"),
+    ]]))?;
+    let bootstrap = other.journey.path("image.boot");
+    let config = fs::read_to_string(other.config(json!({}))?)?;
+    let command = json!({ "fs_type": "rafs", "source": bootstrap, "config": config });
+    for is_told in [true, false] {
+        let options = DaemonOptions::bootstrap(&plain.journey.path("image.boot"), &plain.config(json!({}))?);
+        let daemon = options.start()?;
+        if is_told {
+            let none = xattr::get(daemon.root().join("file"), "user.word");
+            ensure!(!matches!(none, Ok(Some(_))), "{none:?}");
+        }
+        let (status, answer) = daemon.request("POST", "/api/v1/mount?mountpoint=/other", &command)?;
+        if is_told {
+            ensure!(status == 500 && answer.to_string().contains("extended attributes"), "{answer}");
+            ensure!(!daemon.root().join("other").exists(), "mounted all the same");
+        } else {
+            ensure!(status == 204, "{answer}");
+            let found = xattr::get(daemon.root().join("other/file"), "user.word")?;
+            ensure!(found.as_deref() == Some(b"value"), "{found:?}");
+            let none = xattr::get(daemon.root().join("file"), "user.word")?;
+            ensure!(none.is_none(), "{none:?}");
+        }
+    }
     Ok(())
 }
