@@ -4,6 +4,7 @@ import base64
 import contextlib
 import http.server
 import json
+import math
 import ssl
 import subprocess
 import threading
@@ -14,6 +15,7 @@ import urllib.request
 from machine import BIN, Failed, process, run
 
 USER, PASSWORD = "reader", "correct horse"
+LIFETIME = 600  # of a token, seconds
 
 
 @contextlib.contextmanager
@@ -72,20 +74,34 @@ class Tokens(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     work = None
+    tokens = None  # by scope: a real server signs faster than a process starts
 
     def do_GET(self):  # pylint: disable=invalid-name
-        """Answers a request for a token."""
+        """Answers a request for a token with a login in its head."""
         login = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-        if self.headers.get("Authorization") != f"Basic {login}":
+        known = self.headers.get("Authorization") == f"Basic {login}"
+        self.answer(known, urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query))
+
+    def do_POST(self):  # pylint: disable=invalid-name
+        """Answers a request for a token in the form of OAuth2, as public registries do."""
+        form = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        self.answer((form.get("username"), form.get("password")) == ([USER], [PASSWORD]), form)
+
+    def answer(self, known, asked):
+        """A token for the scope that is asked for, to those who are known."""
+        if not known:
             self.send_response(401)
             self.send_header("WWW-Authenticate", 'Basic realm="bench"')
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
-        kind, name, actions = query["scope"][0].split(":")
-        token = self.token({"type": kind, "name": name, "actions": actions.split(",")})
-        body = json.dumps({"token": token, "expires_in": 300}).encode()
+        scope = asked["scope"][0]
+        made, token = self.tokens.get(scope, (-math.inf, None))
+        if time.monotonic() - made > LIFETIME / 2:
+            kind, name, actions = scope.split(":")
+            token = self.token({"type": kind, "name": name, "actions": actions.split(",")})
+            self.tokens[scope] = (time.monotonic(), token)
+        body = json.dumps({"token": token, "expires_in": LIFETIME // 2}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -101,7 +117,7 @@ class Tokens(http.server.BaseHTTPRequestHandler):
             certificate = "".join(file.read().split("-----")[2].split())
         head = {"typ": "JWT", "alg": "RS256", "x5c": [certificate]}
         now = int(time.time())
-        claims = {"iss": "bench", "sub": USER, "aud": "bench", "nbf": now - 10, "iat": now, "exp": now + 300}
+        claims = {"iss": "bench", "sub": USER, "aud": "bench", "nbf": now - 10, "iat": now, "exp": now + LIFETIME}
         claims |= {"jti": str(now), "access": [access]}
         signed = b".".join(encoded(json.dumps(part).encode()) for part in (head, claims))
         command = ["openssl", "dgst", "-sha256", "-sign", f"{self.work}/tls.key"]
@@ -124,7 +140,7 @@ def guarded_registry(work, round_trip, rate):
         run("openssl", *command.split(), cwd=work)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(f"{work}/tls.crt", f"{work}/tls.key")
-    handler = type("TokensOf", (Tokens,), {"work": work})
+    handler = type("TokensOf", (Tokens,), {"work": work, "tokens": {}})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -37,7 +37,8 @@ pub const MAX_REDIRECTS: usize = 5;
 /// Whether a registry is spoken to with TLS.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Scheme {
-    /// TLS; on this machine plain http, and TLS if the server asks for it.
+    /// TLS; on this machine plain http, and TLS if the server asks for it, or the other way round
+    /// if an authority is named, which nobody needs without TLS.
     #[default]
     Auto,
     /// TLS.
@@ -141,7 +142,7 @@ enum Switch {
     Never,
     /// Loopback: a server that answers plain http with 400 may want TLS.
     ToSecure,
-    /// `skip_verify`: a server that does not speak TLS is accepted without.
+    /// Loopback, `skip_verify`: a server that does not speak TLS is accepted without.
     ToPlain,
 }
 
@@ -155,7 +156,8 @@ impl RegistryClient {
         let loopback = is_loopback(host);
         let (plain, switch) = match options.scheme {
             Scheme::Http => (true, Switch::Never),
-            Scheme::Auto if loopback => (true, Switch::ToSecure),
+            Scheme::Auto if loopback && options.http.ca_files.is_empty() => (true, Switch::ToSecure),
+            Scheme::Auto if loopback => (false, Switch::ToPlain),
             Scheme::Auto | Scheme::Https if options.http.skip_verify => (false, Switch::ToPlain),
             Scheme::Auto | Scheme::Https => (false, Switch::Never),
         };

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! The bootstrap gets its name only after the layer's digest and diff_id have been
-//! compared, so a file of that name is whole and right.
+//! compared, so a file of that name is whole and right. It is not synced, which a start would wait
+//! for: whoever keeps it longer than that looks at its digest again.
 
 use std::io::{self, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -91,15 +92,18 @@ impl NydusImage {
             let (document, manifest) = image.manifest(&options.platform, Flavor::Nydus, context).await?;
             let layer = bootstrap_layer(&manifest)?;
             let root_digest = root_digest(&manifest, layer)?;
-            let config = image.read_blob(manifest.config(), MAX_CONFIG_SIZE, context).await?;
-            let diff_id = bootstrap_diff_id(&config, manifest.layers().len())?;
             let packing = Packing::of(layer)?;
             if layer.size() > MAX_LAYER_SIZE {
                 let (digest, size) = (layer.digest(), layer.size());
                 let why = format!("layer {digest}: {size} bytes, at most {MAX_LAYER_SIZE} are accepted");
                 return Err(Error::new(ErrorKind::Invalid, why));
             }
-            let stream = image.open_blob(layer, context).await?;
+            // The layer first: it is the longer one, and there may be one connection.
+            let (stream, config) = tokio::try_join!(
+                image.open_blob(layer, context),
+                image.read_blob(manifest.config(), MAX_CONFIG_SIZE, context),
+            )?;
+            let diff_id = bootstrap_diff_id(&config, manifest.layers().len())?;
             let reader = BlockingReader::new(Handle::current(), stream);
             let target = options.bootstrap.clone();
             let unpacked =
@@ -293,7 +297,6 @@ fn unpack(layer: impl Read, packing: Packing, diff_id: TaggedDigest, target: &Pa
         )));
     }
     let digest = digest.ok_or_else(|| corrupt("no image/image.boot in it"))?;
-    file.as_file().sync_all().map_err(|e| Error::io(format!("sync a file in {}", dir.display()), e))?;
     file.persist(target).map_err(|e| Error::io(format!("name {}", target.display()), e.error))?;
     Ok(Unpacked { digest, root_json })
 }
