@@ -73,6 +73,7 @@ class Tokens(http.server.BaseHTTPRequestHandler):
     """The token server: whoever logs in gets a token for what they ask for, signed by the key in `work`."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes: the second would wait for a late ACK
     work = None
     tokens = None  # by scope: a real server signs faster than a process starts
 
