@@ -14,6 +14,7 @@ use storage::prefetch::Prefer;
 use crate::config::{OnOutage, parse_prefer};
 use crate::preheat;
 use crate::trace::{self, Document, MAX_DOCUMENT};
+use crate::writable::OverlayArgs;
 
 /// Services that clients know of and this build does not have, with what to use instead.
 const NO_SERVICE: [(&str, &str); 4] = [
@@ -62,6 +63,9 @@ pub enum Command {
         #[arg(value_name = "DIR")]
         directory: PathBuf,
     },
+    /// Cover a mount of this program with an overlay and end
+    #[command(hide = true)]
+    Overlay(OverlayArgs),
     /// Run `fuse` in a child, and go on with the same mount in another one should it die
     Supervise(SuperviseArgs),
 }
@@ -211,7 +215,7 @@ pub struct FuseArgs {
     #[arg(long, value_name = "POLICY", default_value = "resend")]
     pub failover_policy: FailoverPolicy,
 
-    /// Let host directories be written to; images never are
+    /// Let host directories be written to, and an image that is configured with an `overlay`
     #[arg(long)]
     pub writable: bool,
 
@@ -417,7 +421,8 @@ impl Cli {
     pub fn parse_arguments(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let mut arguments: Vec<OsString> = arguments.into_iter().collect();
         let first = arguments.get(1).and_then(|a| a.to_str()).unwrap_or_default();
-        let top_level = ["fuse", "prefetch", "supervise", "pages", "-h", "--help", "-V", "--version"];
+        let top_level =
+            ["fuse", "prefetch", "supervise", "overlay", "pages", "-h", "--help", "-V", "--version"];
         if arguments.len() > 1 && !top_level.contains(&first) {
             arguments.insert(1, "fuse".into());
         }

@@ -22,10 +22,12 @@ use tokio::sync::{mpsc, oneshot};
 use crate::adapter::Adapter;
 use crate::cli::FuseArgs;
 use crate::failover::{Beginning, LifeError};
+use crate::mount::Mount;
 use crate::preheat::jobs::Jobs;
 use crate::transport::fusedev::{FuseMount, usable_mountpoint};
 use crate::vfs::known::Known;
 use crate::vfs::turns::Turns;
+use crate::writable::UpperLock;
 use crate::{api, image};
 
 /// Longest wait for the disk at an orderly end: whoever stops us waits a second in all.
@@ -87,6 +89,8 @@ pub struct Daemon {
     /// Mountpoints that a command works on.
     turns: Turns,
     fuse: OnceLock<FuseMount>,
+    /// Set if the image is writable.
+    upper: OnceLock<UpperLock>,
     /// Held while mounting and while stopping begins: a mount that nobody would take away
     /// again must not appear. True once stopping has begun.
     stopping: Mutex<bool>,
@@ -110,6 +114,7 @@ impl Daemon {
             known: Known::default(),
             turns: Turns::default(),
             fuse: OnceLock::new(),
+            upper: OnceLock::new(),
             stopping: Mutex::new(false),
             steps: Mutex::new(()),
             beginning: OnceLock::new(),
@@ -242,6 +247,9 @@ impl Daemon {
         self.serve(fuse)?
             .recv()
             .with_context(|| format!("the new mount {} ended at once", fuse.mountpoint().display()))?;
+        if let Some(mount) = &mount {
+            self.make_writable(mount, fuse)?;
+        }
         self.tell_holder()?;
         self.set_state(State::Running);
         match mount {
@@ -255,6 +263,19 @@ impl Daemon {
             }
             None => tracing::info!("serving {} for mounts of the API", fuse.mountpoint().display()),
         }
+        Ok(())
+    }
+
+    /// Covers the mount with an overlay, if its configuration says so.
+    fn make_writable(&self, mount: &Mount, fuse: &FuseMount) -> anyhow::Result<()> {
+        let Some(overlay) = &mount.config().overlay else { return Ok(()) };
+        let bootstrap = mount.rafs().bootstrap();
+        let lock = overlay.prepare(&bootstrap.attr(bootstrap.root())?)?;
+        // It is kept as long as this process lives.
+        let _ = self.upper.set(lock);
+        overlay.cover(fuse.mountpoint(), &fuse.covered_source()?)?;
+        fuse.covered()?;
+        tracing::info!("changes go to {}", overlay.upper_dir.display());
         Ok(())
     }
 

@@ -169,6 +169,12 @@ fn apply_pull_auth(config: &mut Config) -> anyhow::Result<()> {
 /// Its configuration or its list of files is refused.
 pub fn commanded(command: MountCommand, amend: impl FnOnce(&mut Config)) -> anyhow::Result<MountSpec> {
     let mut config = Config::parse(&command.config).context("the mount's `config`")?;
+    if config.overlay.is_some() {
+        bail!(
+            "`overlay` is for the image that a daemon is started with; start one for this image, or mount an \
+             overlay over it"
+        );
+    }
     amend(&mut config);
     if let Some(files) = &command.prefetch_files {
         let files = files.iter().map(|path| path.clone().into_bytes()).collect::<Vec<_>>();

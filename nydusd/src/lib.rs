@@ -35,6 +35,7 @@ pub mod transport;
 pub mod version;
 pub mod vfs;
 pub mod why;
+pub mod writable;
 
 #[expect(
     unsafe_code,

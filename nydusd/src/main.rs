@@ -5,7 +5,7 @@ use std::path::Path;
 use clap::CommandFactory as _;
 use nydusd::cli::{self, Cli, Command, GlobalArgs};
 use nydusd::failover::holder;
-use nydusd::{daemon, limits, logging, pages, preheat};
+use nydusd::{daemon, limits, logging, pages, preheat, writable};
 
 fn main() {
     let arguments: Vec<_> = std::env::args_os().collect();
@@ -25,6 +25,7 @@ fn main() {
             preheat::standalone::run(*args)
         }
         Command::Supervise(args) => holder::run(&args),
+        Command::Overlay(args) => writable::run(&args),
         Command::Pages { directory } => write_pages(&directory),
     });
 }

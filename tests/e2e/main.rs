@@ -29,3 +29,4 @@ mod stores;
 mod tampering;
 mod traces;
 mod why;
+mod writable;

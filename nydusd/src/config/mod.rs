@@ -42,6 +42,7 @@ use storage::read::OutagePolicy;
 
 use crate::metrics::FileOptions;
 use crate::trace;
+use crate::writable::OverlayConfig;
 
 pub(crate) use backend::check_basic_auth;
 pub use backend::{BackendConfig, HttpProxyConfig, LocalDiskConfig, LocalFsConfig, RegistryConfig};
@@ -142,6 +143,8 @@ pub struct Config {
     pub trace_limits: trace::Limits,
     /// Push what was recorded to the image's repository.
     pub push_trace: bool,
+    /// Where changes go, if the image is to be written to.
+    pub overlay: Option<OverlayConfig>,
     /// What the document said that has no effect here; to be logged once.
     pub warnings: Vec<String>,
 }
@@ -171,6 +174,7 @@ impl Config {
             trace: trace::Mode::default(),
             trace_limits: trace::Limits::default(),
             push_trace: false,
+            overlay: None,
             warnings: Vec::new(),
         }
     }
@@ -234,7 +238,7 @@ impl Config {
     /// The configuration in v2 form with secrets left out, for daemon info.
     pub fn public_json(&self) -> Value {
         let kind = self.backend.kind();
-        json!({
+        let mut document = json!({
             "version": 2,
             "id": self.id,
             "backend": { "type": kind, kind: self.backend.public_json() },
@@ -256,7 +260,11 @@ impl Config {
                 "trace": self.trace.name(),
                 "trace_seconds": self.trace_limits.longest.as_secs_f64(),
             },
-        })
+        });
+        if let Some(overlay) = &self.overlay {
+            document["overlay"] = json!({ "upper_dir": overlay.upper_dir, "work_dir": overlay.work_dir });
+        }
+        document
     }
 
     /// Reads the keys that both formats share, from v1's top level or v2's `rafs`.

@@ -43,6 +43,30 @@ fn every_sample_configuration_loads() {
 }
 
 #[test]
+fn an_overlay_names_two_directories() {
+    let v2 = |overlay: &str| {
+        format!(
+            r#"{{"version":2,"backend":{{"type":"localfs","localfs":{{"dir":"/b"}}}},"cache":{{"type":"filecache"}},
+                "overlay":{overlay}}}"#
+        )
+    };
+    let config = Config::parse(&v2(r#"{"upper_dir":"/u","work_dir":"/w","upperdir":1}"#)).unwrap();
+    let overlay = config.overlay.clone().unwrap();
+    assert_eq!((overlay.upper_dir.as_path(), overlay.work_dir.as_path()), (Path::new("/u"), Path::new("/w")));
+    assert_eq!(config.public_json()["overlay"]["work_dir"], "/w");
+    assert_eq!(config.warnings, ["unknown key `overlay.upperdir` is ignored; did you mean `upper_dir`?"]);
+    assert!(Config::parse(&v2("null")).unwrap().overlay.is_none());
+    for (bad, text) in [
+        (r#"{"upper_dir":"/u"}"#, "`overlay.work_dir` is required"),
+        (r#"{"upper_dir":"","work_dir":"/w"}"#, "`overlay.upper_dir`"),
+        (r#"{"upper_dir":"u","work_dir":"/w"}"#, "`overlay.upper_dir`: \"u\": want an absolute path"),
+    ] {
+        let error = Config::parse(&v2(bad)).unwrap_err().to_string();
+        assert!(error.contains(text), "{error}");
+    }
+}
+
+#[test]
 fn v1_is_read_with_its_defaults() {
     let config = Config::parse(&v1("")).unwrap();
     assert!(config.enable_xattr, "absent means true");

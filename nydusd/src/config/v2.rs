@@ -1,10 +1,13 @@
 //! v2: TOML or JSON with `version = 2`.
 
+use std::path::PathBuf;
+
 use serde_json::Value;
 
 use super::backend::KINDS;
 use super::section::Section;
 use super::{BackendConfig, Config, ConfigError, PrefetchConfig, prefetch};
+use crate::writable::OverlayConfig;
 
 /// Parses a v2 document.
 pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
@@ -29,7 +32,7 @@ pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
     }
     backend.finish(&mut warnings);
     root.refuse("external_backends")?;
-    root.refuse("overlay")?;
+    let overlay = read_overlay(root.take_section("overlay")?, &mut warnings)?;
 
     let mut cache = root.require_section("cache")?;
     let kind_name = cache.name("type");
@@ -42,6 +45,7 @@ pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
     cache.finish(&mut warnings);
 
     let mut config = Config::new(backend_config, work_dir);
+    config.overlay = overlay;
     config.warnings = warnings;
     config.id = root.take_string("id")?.unwrap_or_default();
     if let Some(mut rafs) = root.take_section("rafs")? {
@@ -55,4 +59,22 @@ pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {
     config.prefetch = config.prefetch.join(cache_prefetch);
     root.finish(&mut config.warnings);
     Ok(config)
+}
+
+/// Where changes go, if the image is to be written to.
+fn read_overlay(
+    section: Option<Section>,
+    warnings: &mut Vec<String>,
+) -> Result<Option<OverlayConfig>, ConfigError> {
+    let Some(mut section) = section else { return Ok(None) };
+    let mut directory = |key| {
+        let path = PathBuf::from(section.require_string(key)?);
+        match path.is_absolute() {
+            true => Ok(path),
+            false => Err(ConfigError::new(format!("`overlay.{key}`: {path:?}: want an absolute path"))),
+        }
+    };
+    let overlay = OverlayConfig { upper_dir: directory("upper_dir")?, work_dir: directory("work_dir")? };
+    section.finish(warnings);
+    Ok(Some(overlay))
 }

@@ -14,6 +14,13 @@ use super::{OwnDevice, ROOT};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Device(pub u32, pub u32);
 
+impl Device {
+    /// From the kernel's number of a mount: major << 20 | minor.
+    pub(crate) fn of(number: u64) -> Self {
+        Self((number >> 20) as u32, (number & 0xf_ffff) as u32)
+    }
+}
+
 /// What tells a file from all others that there are now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct FileId {

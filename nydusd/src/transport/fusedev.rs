@@ -55,7 +55,7 @@ pub enum Recovery {
 pub struct FuseMount {
     mountpoint: PathBuf,
     /// Unknown without a proc file system.
-    identity: Option<MountIdentity>,
+    identity: Mutex<Option<MountIdentity>>,
     /// Taken to unmount.
     session: Mutex<Option<Session>>,
     connection: Arc<Connection>,
@@ -86,6 +86,7 @@ impl FuseMount {
         let fd = OwnedFd::from(file.try_clone().context("duplicate the FUSE descriptor")?);
         let connection = Arc::new(Connection::new(fd, None).context("set up the FUSE descriptor")?);
         let session = Mutex::new(Some(Session::Ours(session)));
+        let identity = Mutex::new(identity);
         Ok(Self { mountpoint, identity, session, connection, notices: Notices::default() })
     }
 
@@ -117,7 +118,7 @@ impl FuseMount {
         let connection =
             Connection::new(descriptor, Some(negotiated)).context("set up the FUSE descriptor")?;
         let session = Mutex::new(Some(Session::Inherited));
-        let (identity, connection) = (Some(identity), Arc::new(connection));
+        let (identity, connection) = (Mutex::new(Some(identity)), Arc::new(connection));
         Ok(Self { mountpoint, identity, session, connection, notices: Notices::default() })
     }
 
@@ -126,7 +127,7 @@ impl FuseMount {
     /// # Errors
     /// Unknown without a proc file system.
     pub fn number(&self) -> anyhow::Result<u64> {
-        let number = self.identity.as_ref().and_then(MountIdentity::connection);
+        let number = self.identity().as_ref().and_then(MountIdentity::connection);
         number.with_context(|| format!("the mount on {} has no identity", self.mountpoint.display()))
     }
 
@@ -152,7 +153,36 @@ impl FuseMount {
 
     /// The device numbers of its files, if they are known.
     pub fn device(&self) -> Option<Device> {
-        self.identity.as_ref().and_then(MountIdentity::device)
+        // The device of an overlay is another one.
+        self.number().ok().map(Device::of)
+    }
+
+    fn identity(&self) -> Option<MountIdentity> {
+        self.identity.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What an overlay that covers this mount has to be called in the mount table, to be known for it.
+    ///
+    /// # Errors
+    /// As [`FuseMount::number`].
+    pub fn covered_source(&self) -> anyhow::Result<String> {
+        Ok(mounted::covering(SOURCE, self.number()?))
+    }
+
+    /// Says that such an overlay is in its place.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn covered(&self) -> anyhow::Result<()> {
+        let there = MountIdentity::at(&self.mountpoint).context("look for the overlay")?;
+        if !there.is_cover() || there.connection() != Some(self.number()?) {
+            bail!(
+                "the overlay is not on {}; something else was mounted meanwhile",
+                self.mountpoint.display()
+            );
+        }
+        *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = Some(there);
+        Ok(())
     }
 
     /// The canonical mountpoint.
@@ -267,7 +297,7 @@ impl FuseMount {
     /// Removes our mount and no other, as long as it is served.
     fn unmount_inherited(&self) -> anyhow::Result<()> {
         let path = &self.mountpoint;
-        match &self.identity {
+        match &self.identity() {
             Some(ours) if ours.wait_gone(Duration::ZERO)? => return Ok(()),
             Some(ours) if MountIdentity::at(path)? != *ours => {
                 bail!("another mount covers it; unmount both by hand")
@@ -284,18 +314,21 @@ impl FuseMount {
     /// For an ended connection: true if its mount is still there, so that somebody aborted it.
     pub fn is_aborted(&self) -> bool {
         let gone = |identity: &MountIdentity| identity.wait_gone(FORCED_UNMOUNT).unwrap_or(true);
-        self.identity.as_ref().is_some_and(|identity| !gone(identity))
+        self.identity().is_some_and(|identity| !gone(&identity))
     }
 
     /// Removes the mount of an ended connection, and no other.
     fn unmount_dead(&self) -> anyhow::Result<()> {
         let path = &self.mountpoint;
-        let Some(ours) = &self.identity else { return Ok(()) };
+        let Some(ours) = self.identity() else { return Ok(()) };
         if ours.wait_gone(Duration::ZERO)? {
             return Ok(());
         }
-        if MountIdentity::at(path)? != *ours {
+        if MountIdentity::at(path)? != ours {
             bail!("another mount covers the dead one; unmount both by hand");
+        }
+        if ours.is_cover() {
+            return Ok(umount2(path, MntFlags::MNT_DETACH)?);
         }
         // The numbers of a mount that is gone may be a successor's: that one answers.
         if nix::sys::statvfs::statvfs(path) != Err(Errno::ENOTCONN) {

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::passthrough::Device;
+use super::fusedev::SOURCE;
 
 /// The mounts that this process sees; see proc_pid_mountinfo(5).
 const TABLE: &str = "/proc/self/mountinfo";
@@ -24,6 +24,33 @@ pub(crate) struct MountIdentity {
     id: Vec<u8>,
     /// Of what is mounted, `major:minor`.
     device: Vec<u8>,
+    /// Of the FUSE connection that an overlay of ours covers.
+    covers: Option<u64>,
+}
+
+/// Source in the mount table of an overlay that covers FUSE connection `number` of `source`.
+pub(super) fn covering(source: &str, number: u64) -> String {
+    format!("{source}:{number}")
+}
+
+/// Behind the optional fields of a row and a dash: type and source.
+fn kind_of(row: &[u8]) -> Option<(&[u8], &[u8])> {
+    let mut fields = row.split(|byte| *byte == b' ').skip_while(|field| *field != b"-").skip(1);
+    Some((fields.next()?, fields.next()?))
+}
+
+/// The connection that an overlay of ours covers.
+fn covered(row: &[u8], source: &str) -> Option<u64> {
+    let (kind, name) = kind_of(row)?;
+    let number = name.strip_prefix(source.as_bytes())?.strip_prefix(b":").filter(|_| kind == b"overlay")?;
+    std::str::from_utf8(number).ok()?.parse().ok()
+}
+
+/// True if a row is a FUSE mount of `source`, or covers one.
+fn is_mount_of(row: &[u8], source: &str) -> bool {
+    let fuse =
+        kind_of(row).is_some_and(|(kind, name)| kind.starts_with(b"fuse") && name == source.as_bytes());
+    fuse || covered(row, source).is_some()
 }
 
 impl MountIdentity {
@@ -41,16 +68,16 @@ impl MountIdentity {
             .ok_or_else(|| io::Error::other("no mount id in fdinfo"))?
             .trim_ascii();
         let table = std::fs::read(TABLE)?;
-        let (_, device) = rows(&table)
-            .find(|(row, _)| *row == id)
+        let row = table.split(|byte| *byte == b'\n').find(|line| rows(line).any(|(row, _)| row == id));
+        let (row, (_, device)) = row
+            .and_then(|row| Some((row, rows(row).next()?)))
             .ok_or_else(|| io::Error::other("the mount is not in the mount table"))?;
-        Ok(Self { id: id.to_vec(), device: device.to_vec() })
+        Ok(Self { id: id.to_vec(), device: device.to_vec(), covers: covered(row, SOURCE) })
     }
 
-    /// Major and minor number.
-    pub fn device(&self) -> Option<Device> {
-        let (major, minor) = std::str::from_utf8(&self.device).ok()?.split_once(':')?;
-        Some(Device(major.parse().ok()?, minor.parse().ok()?))
+    /// True if it is an overlay that covers a FUSE mount.
+    pub fn is_cover(&self) -> bool {
+        self.covers.is_some()
     }
 
     /// True if a mount begins at the directory `path`, and is a FUSE mount of `source`.
@@ -64,16 +91,15 @@ impl MountIdentity {
         }
         let table = std::fs::read(TABLE)?;
         let row = table.split(|byte| *byte == b'\n').find(|line| rows(line).any(|(id, _)| id == here.id));
-        // Behind the optional fields and a dash: type, source.
-        let fields = row.unwrap_or_default().split(|byte| *byte == b' ');
-        let mut kind = fields.skip_while(|field| *field != b"-").skip(1);
-        let fuse = kind.next().is_some_and(|kind| kind.starts_with(b"fuse"));
-        Ok(fuse && kind.next() == Some(source.as_bytes()))
+        Ok(row.is_some_and(|row| is_mount_of(row, source)))
     }
 
     /// The kernel's number of what is mounted, major << 20 | minor; of a FUSE mount it names the
-    /// connection.
+    /// connection. Of an overlay that covers one of ours, the number of that.
     pub fn connection(&self) -> Option<u64> {
+        if self.covers.is_some() {
+            return self.covers;
+        }
         let (major, minor) = std::str::from_utf8(&self.device).ok()?.split_once(':')?;
         Some(major.parse::<u64>().ok()? << 20 | minor.parse::<u64>().ok()?)
     }
@@ -131,11 +157,8 @@ pub(crate) fn is_listed(path: &Path, source: &str) -> io::Result<bool> {
     let path = escaped(&resolve(path)?);
     let table = std::fs::read(TABLE)?;
     Ok(table.split(|byte| *byte == b'\n').any(|line| {
-        let mut fields = line.split(|byte| *byte == b' ');
-        let here = fields.nth(4) == Some(&path[..]);
-        let mut kind = fields.skip_while(|field| *field != b"-").skip(1);
-        let fuse = kind.next().is_some_and(|kind| kind.starts_with(b"fuse"));
-        here && fuse && kind.next() == Some(source.as_bytes())
+        let here = line.split(|byte| *byte == b' ').nth(4) == Some(&path[..]);
+        here && is_mount_of(line, source)
     }))
 }
 
@@ -190,6 +213,20 @@ mod tests {
             assert_eq!(resolve(&real.join(path)).unwrap(), real.join("a b"), "{path}");
         }
         assert_eq!(escaped(Path::new("/a b\\")), br"/a\040b\134");
+    }
+
+    #[test]
+    fn an_overlay_of_ours_is_told_from_others() {
+        let row =
+            |kind: &str| format!("36 25 0:52 / /m rw,noatime shared:1 - {kind} rw,lowerdir=/proc/self/fd/3");
+        let ours = covering("rafs", (1 << 20) + 52);
+        assert_eq!(covered(row(&format!("overlay {ours}")).as_bytes(), "rafs"), Some((1 << 20) + 52));
+        for other in ["overlay overlay", "overlay rafs", "overlay rafs:", "overlay rafs:1x", "fuse rafs:5"] {
+            assert_eq!(covered(row(other).as_bytes(), "rafs"), None, "{other}");
+        }
+        assert!(is_mount_of(row("fuse rafs").as_bytes(), "rafs"));
+        assert!(is_mount_of(row("overlay rafs:7").as_bytes(), "rafs"));
+        assert!(!is_mount_of(row("fuse other").as_bytes(), "rafs") && !is_mount_of(b"", "rafs"));
     }
 
     #[test]

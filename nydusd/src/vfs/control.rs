@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use storage::engine::Engine;
 
 use super::command::{FsType, MountCommand};
@@ -27,6 +27,7 @@ impl Daemon {
     pub fn mount(self: &Arc<Self>, command: MountCommand) -> Result<(), MountError> {
         let path = VfsPath::parse(&command.mountpoint)?;
         let engine = self.serving()?;
+        self.changeable()?;
         let _turn = self.turns().take(&path).ok_or_else(|| busy(&path))?;
         if let Some(there) = self.adapter().table().mounted(&path) {
             return if there.repeats(&command) { Ok(()) } else { Err(occupied(&path)) };
@@ -52,6 +53,7 @@ impl Daemon {
     pub fn remount(self: &Arc<Self>, command: MountCommand) -> Result<(), MountError> {
         let path = VfsPath::parse(&command.mountpoint)?;
         let engine = self.serving()?;
+        self.changeable()?;
         let _turn = self.turns().take(&path).ok_or_else(|| busy(&path))?;
         if self.adapter().table().mounted(&path).is_none() {
             return Err(vacant(&path));
@@ -78,6 +80,7 @@ impl Daemon {
     pub fn umount(self: &Arc<Self>, mountpoint: &str) -> Result<(), MountError> {
         let path = VfsPath::parse(mountpoint)?;
         let engine = self.serving()?;
+        self.changeable()?;
         let _turn = self.turns().take(&path).ok_or_else(|| busy(&path))?;
         let change = self.turns().change();
         let (mounted, stale) = self.adapter().table().detach(&path).map_err(|e| refused(e, &path))?;
@@ -96,6 +99,20 @@ impl Daemon {
             let message = format!("the daemon is in state {}; mount when it is RUNNING", self.state().name());
             MountError::new(MountErrorKind::NotReady, message)
         })
+    }
+
+    /// Below an overlay nothing may change.
+    fn changeable(&self) -> Result<(), MountError> {
+        let root = VfsPath::parse("/").ok().and_then(|root| self.adapter().table().mounted(&root));
+        let covered = root.and_then(|root| Some(root.image()?.config().overlay.is_some()));
+        match covered {
+            Some(true) => Err(MountError::new(
+                MountErrorKind::Unsupported,
+                "the image at / is writable: an overlay covers it, below which nothing can be mounted or unmounted; \
+                 use another daemon",
+            )),
+            Some(false) | None => Ok(()),
+        }
     }
 
     fn open(&self, engine: &Arc<Engine>, command: MountCommand) -> Result<Opened, MountError> {
@@ -236,6 +253,13 @@ impl Daemon {
     pub(crate) fn mount_planned(&self, engine: &Arc<Engine>, mut plan: Plan) -> anyhow::Result<Arc<Mount>> {
         let path = self.virtual_mountpoint()?;
         image::apply_fuse_arguments(plan.config_mut(), self.args())?;
+        if plan.config_mut().overlay.is_some() {
+            ensure!(self.args().writable, "the configuration has an `overlay`, which needs --writable");
+            ensure!(
+                path.names().is_empty(),
+                "an `overlay` needs --virtual-mountpoint /, which is the default"
+            );
+        }
         let spec = image::resolve(engine, plan, path.to_string())?;
         warn_of(&spec.config.warnings);
         if path.names().is_empty() {

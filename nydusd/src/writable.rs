@@ -1,0 +1,191 @@
+//! An image that can be written to: the kernel's own overlayfs above it.
+//!
+//! ```text
+//!   before:  mountpoint ── FUSE mount           after:  mountpoint ── overlay
+//!                                                                    ├ upper_dir, work_dir
+//!                                                                    └ FUSE mount, seen by the overlay only
+//! ```
+//!
+//! What is changed goes to `upper_dir`, which is a common overlayfs upper directory: another mount goes on with it,
+//! and tools that make a layer of one read it. The image below stays as it is, and nothing that is written passes
+//! through this daemon.
+//!
+//! The FUSE mount is taken out of the tree when the overlay is there. It lasts as long as the overlay does, so that
+//! whoever unmounts the overlay ends the daemon. Another process mounts it: a thread of the daemon that waited for
+//! an answer of the daemon would make it unkillable.
+
+use std::fs::{DirBuilder, File, TryLockError};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail};
+use nix::mount::{MntFlags, umount2};
+use rafs::bootstrap::Attr;
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_string, fsmount,
+    fsopen, move_mount,
+};
+
+/// Where changes go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OverlayConfig {
+    /// Absolute path of the directory that holds them.
+    pub upper_dir: PathBuf,
+    /// Absolute path of a directory on the same file system, for overlayfs itself.
+    pub work_dir: PathBuf,
+}
+
+/// Settings of the overlay. The upper directory has to be a layer that others understand: nothing in it refers
+/// to names or contents below.
+const SETTINGS: [(&str, &str); 3] = [("redirect_dir", "off"), ("metacopy", "off"), ("index", "off")];
+
+/// What `nydusd overlay` is told.
+#[derive(clap::Args, Clone, Debug)]
+pub struct OverlayArgs {
+    /// The FUSE mount to be covered.
+    #[arg(long)]
+    at: PathBuf,
+    /// Directory for changes.
+    #[arg(long)]
+    upper: PathBuf,
+    /// Directory for overlayfs.
+    #[arg(long)]
+    work: PathBuf,
+    /// What the mount table names as source.
+    #[arg(long)]
+    source: String,
+}
+
+/// Keeps other daemons from the upper directory while it lives.
+#[derive(Debug)]
+pub struct UpperLock {
+    _directory: File,
+}
+
+impl OverlayConfig {
+    /// Makes the directories, if need be, the upper one with owner and mode of the image's `root`, which it will
+    /// stand for; and keeps others from using it.
+    ///
+    /// # Errors
+    /// They can not be made, or somebody uses them.
+    pub fn prepare(&self, root: &Attr) -> anyhow::Result<UpperLock> {
+        let upper = &self.upper_dir;
+        let context = || format!("`overlay.upper_dir` {}", upper.display());
+        if !upper.exists() {
+            DirBuilder::new().recursive(true).mode(0o755).create(upper).with_context(context)?;
+            std::os::unix::fs::chown(upper, Some(root.uid), Some(root.gid)).with_context(context)?;
+            let mode = std::fs::Permissions::from_mode(root.mode & 0o7777);
+            std::fs::set_permissions(upper, mode).with_context(context)?;
+        }
+        let work = &self.work_dir;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(work);
+        made.with_context(|| format!("`overlay.work_dir` {}", work.display()))?;
+        let directory = File::open(upper).with_context(context)?;
+        match directory.try_lock() {
+            Ok(()) => Ok(UpperLock { _directory: directory }),
+            Err(TryLockError::WouldBlock) => bail!(
+                "`overlay.upper_dir` {} is in use by another daemon; give each its own",
+                upper.display()
+            ),
+            Err(TryLockError::Error(e)) => Err(e).with_context(context),
+        }
+    }
+
+    /// Puts the overlay in the place of the FUSE mount at `mountpoint`, which must be served.
+    ///
+    /// # Errors
+    /// The kernel refuses; the mount may be gone then.
+    pub fn cover(&self, mountpoint: &Path, source: &str) -> anyhow::Result<()> {
+        let program = std::env::current_exe().context("find this program")?;
+        let output = Command::new(program)
+            .arg("overlay")
+            .arg("--at")
+            .arg(mountpoint)
+            .arg("--upper")
+            .arg(&self.upper_dir)
+            .arg("--work")
+            .arg(&self.work_dir)
+            .args(["--source", source])
+            .stdin(Stdio::null())
+            .output()
+            .context("start the process that mounts the overlay")?;
+        if !output.status.success() {
+            let why = String::from_utf8_lossy(&output.stderr);
+            bail!("the image can not be made writable: {}", why.trim().trim_start_matches("Error: "));
+        }
+        Ok(())
+    }
+}
+
+/// `nydusd overlay`: mounts it and ends. Answers the exit code.
+pub fn run(args: &OverlayArgs) -> i32 {
+    match mount(args) {
+        Ok(()) => 0,
+        Err(e) => {
+            eprintln!("Error: {e:#}");
+            1
+        }
+    }
+}
+
+fn mount(args: &OverlayArgs) -> anyhow::Result<()> {
+    let open = |path: &Path| {
+        rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .with_context(|| path.display().to_string())
+    };
+    let (lower, upper, work) = (open(&args.at)?, open(&args.upper)?, open(&args.work)?);
+    let overlay = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
+        .context("this kernel has no overlayfs for us; `modprobe overlay`, and start nydusd as root")?;
+    let made = configure(&overlay, &args.source, [&lower, &upper, &work].map(OwnedFd::as_fd));
+    let made = made.with_context(|| {
+        format!(
+            "overlayfs over {} with changes in {} refused{}; both directories have to be on one file system, and not \
+             on an overlay",
+            args.at.display(),
+            args.upper.display(),
+            complaints(&overlay)
+        )
+    })?;
+    umount2(&args.at, MntFlags::MNT_DETACH).with_context(|| format!("uncover {}", args.at.display()))?;
+    move_mount(&made, "", CWD, &args.at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .with_context(|| format!("mount on {}", args.at.display()))?;
+    Ok(())
+}
+
+/// The overlay as a mount that is nowhere yet. Directories are named by descriptors, so that no name needs escaping
+/// and nobody puts other ones in their place.
+fn configure(
+    overlay: &OwnedFd,
+    source: &str,
+    [lower, upper, work]: [BorrowedFd<'_>; 3],
+) -> io::Result<OwnedFd> {
+    fsconfig_set_string(overlay, "source", source)?;
+    for (key, directory) in [("lowerdir", lower), ("upperdir", upper), ("workdir", work)] {
+        fsconfig_set_string(overlay, key, format!("/proc/self/fd/{}", directory.as_raw_fd()))?;
+    }
+    for (key, value) in SETTINGS {
+        fsconfig_set_string(overlay, key, value)?;
+    }
+    fsconfig_create(overlay)?;
+    // As the FUSE mount has them (contract 1.8).
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOATIME;
+    Ok(fsmount(overlay, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
+}
+
+/// What the kernel says of it.
+fn complaints(overlay: &OwnedFd) -> String {
+    let mut text = String::new();
+    let mut line = [0; 1024];
+    while let Ok(len @ 1..) = rustix::io::read(overlay, &mut line) {
+        // Its severity comes first: "e ".
+        let words = String::from_utf8_lossy(&line[..len]);
+        text = format!("{text}: {}", words.get(2..).unwrap_or_default().trim());
+    }
+    text
+}
