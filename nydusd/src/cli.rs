@@ -231,7 +231,7 @@ pub struct FuseArgs {
     #[arg(short = 'm', long, value_name = "PATH", default_value = "/")]
     pub virtual_mountpoint: String,
 
-    /// Database for de-duplication across images (not built yet)
+    /// Sent by some clients; no effect yet: what images share is fetched once where they share a cache directory
     #[arg(long, value_name = "FILE")]
     pub dedup_db: Option<PathBuf>,
 
@@ -428,10 +428,8 @@ impl Cli {
         }
         let cli = Self::try_parse_from(arguments)?;
         match &cli.command {
-            Command::Fuse(fuse) => fuse.refuse_what_is_not_built()?,
             Command::Prefetch(prefetch) => prefetch.global.refuse_what_daemons_have()?,
-            Command::Pages { .. } => {}
-            Command::Supervise(_) => {}
+            Command::Fuse(_) | Command::Overlay(_) | Command::Pages { .. } | Command::Supervise(_) => {}
         }
         Ok(cli)
     }
@@ -464,19 +462,6 @@ impl GlobalArgs {
             Some((flag, _)) => Err(clap::Error::raw(
                 clap::error::ErrorKind::ArgumentConflict,
                 format!("{flag} is for daemons; `prefetch` ends by itself\n"),
-            )),
-            None => Ok(()),
-        }
-    }
-}
-
-impl FuseArgs {
-    fn refuse_what_is_not_built(&self) -> Result<(), clap::Error> {
-        let refused = [("--dedup-db", self.dedup_db.is_some())];
-        match refused.iter().find(|(_, given)| *given) {
-            Some((flag, _)) => Err(clap::Error::raw(
-                clap::error::ErrorKind::ArgumentConflict,
-                format!("{flag} is not built yet; start nydusd without it\n"),
             )),
             None => Ok(()),
         }
@@ -519,6 +504,14 @@ mod tests {
     }
 
     #[test]
+    fn what_clients_send_without_effect_is_accepted() {
+        let args = parse(&["--mountpoint", "/m", "--dedup-db", "/d", "--backend-source", "u"]).unwrap();
+        assert_eq!(args.dedup_db.as_deref(), Some(std::path::Path::new("/d")));
+        let args = parse(&["--mountpoint", "/m", "-s", "/d", "--writable"]).unwrap();
+        assert!(args.writable && args.shared_dir.is_some());
+    }
+
+    #[test]
     fn rates_have_units() {
         for (text, rate) in [("1", 1), ("10MiB", 10 << 20), ("1.5 KiB", 1536), ("2GB", 2_000_000_000)] {
             assert_eq!(parse_rate(text).map(std::num::NonZeroU64::get), Ok(rate), "{text}");
@@ -536,9 +529,6 @@ mod tests {
             ("--mountpoint /m --supervisor /s", "--id"),
             ("supervise", "<ARGUMENT>"),
             ("supervise --mountpoint /m", "--mountpoint"),
-            ("--mountpoint /m --writable", "--writable is not built yet"),
-            ("--mountpoint /m -s /d", "--shared-dir is not built yet"),
-            ("--mountpoint /m --dedup-db /d", "--dedup-db is not built yet"),
             ("--mountpoint /m -B /b -s /d", "--shared-dir"),
             ("--mountpoint /m -C /b -D /d", "--localfs-dir"),
             ("--mountpoint /m --log-level loud", "loud"),

@@ -232,6 +232,11 @@ impl Daemon {
     /// Mounts and serves. Blocks until the mount has answered.
     fn mount_and_serve(&self) -> anyhow::Result<()> {
         let args = &self.args;
+        if args.dedup_db.is_some() {
+            tracing::warn!(
+                "--dedup-db has no effect yet: chunks are shared by blobs in one cache directory, not between blobs"
+            );
+        }
         // Before anything is fetched for a mount that can not be.
         usable_mountpoint(&args.mountpoint)?;
         let plan = image::plan(&args.image, args.global.config.as_deref())?;
