@@ -286,7 +286,7 @@ impl FileSystem for Adapter {
                 Ok(entry)
             }
             // What is not there on the host may be there the next time.
-            None if matches!(parent, Node::Host { .. }) => Err(os_error(libc::ENOENT)),
+            None if matches!(parent, Node::Host { .. }) => Ok(Entry::default()),
             None => Ok(negative_entry()),
         });
         record(&parent, Fop::Lookup, result.is_ok(), started);
