@@ -287,8 +287,8 @@ impl FuseMount {
     /// a thread of its own does.
     fn abort(&self) {
         tracing::warn!("{}: the kernel waits for reads; they end now", self.mountpoint.display());
-        let ours = self.identity.as_ref().zip(MountIdentity::at(&self.mountpoint).ok());
-        if ours.is_some_and(|(ours, there)| *ours == there) {
+        let ours = self.identity().zip(MountIdentity::at(&self.mountpoint).ok());
+        if ours.is_some_and(|(ours, there)| ours == there) {
             // A mount that is gone already has no connection to end.
             let _ = umount2(&self.mountpoint, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
         }
