@@ -277,7 +277,7 @@ impl FuseMount {
     pub fn connection_file(&self, name: &str) -> io::Result<File> {
         let number = self.number().map_err(io::Error::other)?;
         let file = File::options().write(true).open(format!("{CONNECTIONS}/{number}/{name}"))?;
-        match &self.identity {
+        match self.identity() {
             Some(ours) if !ours.wait_gone(Duration::ZERO)? => Ok(file),
             _ => Err(io::Error::other("the mount is gone")),
         }
@@ -297,9 +297,9 @@ impl FuseMount {
     /// Removes our mount and no other, as long as it is served.
     fn unmount_inherited(&self) -> anyhow::Result<()> {
         let path = &self.mountpoint;
-        match &self.identity() {
+        match self.identity() {
             Some(ours) if ours.wait_gone(Duration::ZERO)? => return Ok(()),
-            Some(ours) if MountIdentity::at(path)? != *ours => {
+            Some(ours) if MountIdentity::at(path)? != ours => {
                 bail!("another mount covers it; unmount both by hand")
             }
             _ => {}
