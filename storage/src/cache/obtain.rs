@@ -104,11 +104,16 @@ impl Inner {
         places.sort_by_key(|extent| extent.index);
         let mut missing = Vec::new();
         for pair in places.windows(2) {
-            let gap = pair[1].unit.compressed.start().checked_sub(pair[0].unit.compressed.end());
+            let (from, to) = (pair[0].unit.compressed.end(), pair[1].unit.compressed.start());
+            let gap = to.checked_sub(from);
             let between = pair[0].index.0.saturating_add(1)..pair[1].index.0;
             if gap.is_some_and(|gap| (1..=MAX_GAP).contains(&gap)) && between.len() <= MAX_BETWEEN {
                 let known = between.filter_map(|index| table(ChunkIndex(index)));
-                missing.extend(known.filter(|extent| self.check(extent).is_ok() && !self.is_ready(extent)));
+                // An image may say that others lie there, too.
+                let inside = known.filter(|extent| {
+                    extent.unit.compressed.start() >= from && extent.unit.compressed.end() <= to
+                });
+                missing.extend(inside.filter(|extent| self.check(extent).is_ok() && !self.is_ready(extent)));
             }
         }
         missing

@@ -285,8 +285,15 @@ async fn run(shared: Weak<Shared>, _duty: HeldDuty) {
         let link = Arc::clone(alive.engine.link());
         let max_step = alive.speculator.max_step(&link);
         drop(alive);
-        let slot = link.admit(Class::Predicted, max_step).await;
+        let admitted = timeout_at(term, link.admit(Class::Predicted, max_step)).await;
         let Some(alive) = shared.upgrade() else { return };
+        let slot = match admitted {
+            Ok(slot) if Instant::now() < term => slot,
+            _ => {
+                alive.speculator.lock().running = false;
+                return;
+            }
+        };
         // Chosen only now: the last miss counts.
         news.mark_unchanged();
         if let Some(step) = next_step(&alive, max_step) {
