@@ -37,7 +37,7 @@ pub(super) fn acting_as<T>(
     make: impl FnOnce() -> io::Result<T>,
 ) -> io::Result<T> {
     prepare()?;
-    let _guard = Acting::new(context, mask);
+    let _guard = Acting::new(context, mask)?;
     make()
 }
 
@@ -49,13 +49,17 @@ struct Acting {
 }
 
 impl Acting {
-    /// A daemon that is not root makes everything as itself: the kernel refuses other ids silently.
-    fn new(context: &Context, mask: u32) -> Self {
-        Self {
-            gid: setfsgid(Gid::from_raw(context.gid)),
-            uid: setfsuid(Uid::from_raw(context.uid)),
-            mask: umask(Mode::from_bits_truncate(mask)),
+    /// EPERM: this daemon may not act as the caller.
+    fn new(context: &Context, mask: u32) -> io::Result<Self> {
+        let (uid, gid) = (Uid::from_raw(context.uid), Gid::from_raw(context.gid));
+        let acting =
+            Self { gid: setfsgid(gid), uid: setfsuid(uid), mask: umask(Mode::from_bits_truncate(mask)) };
+        // The kernel refuses silently. Nobody has the last id, and asking for it tells the present one.
+        let present = (setfsuid(Uid::from_raw(u32::MAX)), setfsgid(Gid::from_raw(u32::MAX)));
+        if present != (uid, gid) {
+            return Err(io::Error::from_raw_os_error(libc::EPERM));
         }
+        Ok(acting)
     }
 }
 

@@ -211,7 +211,7 @@ impl HostMount {
 
     /// The kernel was given a reference to a node that `held` stands for.
     pub(crate) fn give(&self, held: &Held) {
-        held.node.hold(1);
+        held.node.give();
         self.place.lookups.take(1);
     }
 
@@ -260,7 +260,7 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.host.forget(self.nid, 1);
+        drop(self.host.nodes.release(self.nid));
     }
 }
 

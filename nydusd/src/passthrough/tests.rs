@@ -21,6 +21,13 @@ fn name(text: &str) -> CString {
     CString::new(text).unwrap()
 }
 
+/// Whoever runs this: others need root.
+fn me() -> fuse_backend_rs::api::filesystem::Context {
+    let mut me = fuse_backend_rs::api::filesystem::Context::default();
+    (me.uid, me.gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+    me
+}
+
 fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
     result.unwrap_err().raw_os_error().unwrap()
 }
@@ -37,7 +44,7 @@ fn nothing_outside_is_reached() {
     let host = serve(&inside, "/");
     for bad in ["..", ".", "", "d/link", "../outside", "/", "/etc"] {
         assert_eq!(errno(host.lookup(ROOT, &name(bad))), libc::EINVAL, "{bad:?}");
-        let made = host.mkdir(&Default::default(), ROOT, &name(bad), 0o755, 0);
+        let made = host.mkdir(&me(), ROOT, &name(bad), 0o755, 0);
         assert_eq!(errno(made), libc::EINVAL, "{bad:?}");
         assert_eq!(errno(host.remove(ROOT, &name(bad), rustix::fs::AtFlags::empty())), libc::EINVAL);
         assert_eq!(errno(host.rename((ROOT, c"d"), (ROOT, &name(bad)), 0)), libc::EINVAL);
@@ -53,7 +60,7 @@ fn nothing_outside_is_reached() {
         assert_eq!(errno(host.list(link.nid(), 0, &BTreeSet::new(), &mut |_| Ok(true))), libc::ENOTDIR);
     }
     // A pipe is never opened: there may be nobody at its other end.
-    let pipe = host.mknod(&Default::default(), ROOT, c"pipe", (libc::S_IFIFO | 0o600, 0), 0).unwrap();
+    let pipe = host.mknod(&me(), ROOT, c"pipe", (libc::S_IFIFO | 0o600, 0), 0).unwrap();
     assert_eq!(errno(host.read(pipe.nid(), 0, &mut [0; 9])), libc::EINVAL);
 }
 
@@ -100,6 +107,7 @@ fn a_file_keeps_its_number_also_in_a_successor() {
     let third = serve(dir.path(), "/x");
     third.set_restored();
     assert_eq!(errno(third.stat(nid)), libc::ESTALE, "removed");
+    assert_eq!(errno(third.stat(nid)), libc::ESTALE, "once and for all");
     fs::write(dir.path().join("moved/b/file"), "another file").unwrap();
     assert_ne!(find(&third, "moved/b/file").nid(), nid);
     assert!(host.saved().command.is_none() && host.saved().bootstrap.is_empty());
@@ -138,6 +146,20 @@ fn a_listing_goes_on_where_it_stopped() {
     assert_eq!((seen.len(), seen.values().filter(|dot| **dot).count()), (501, 2));
     assert!(!seen.contains_key(b"file 7".as_slice()));
     assert_eq!(host.nodes.len(), 1, "what was only looked at is not kept");
+}
+
+#[test]
+fn nothing_is_made_for_whom_it_can_not_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = serve(dir.path(), "/");
+    // Nobody can be made the last id, not even by root.
+    let (mut no_user, mut no_group) = (me(), me());
+    (no_user.uid, no_group.gid) = (u32::MAX, u32::MAX);
+    for caller in [no_user, no_group] {
+        assert_eq!(errno(host.mkdir(&caller, ROOT, c"dir", 0o777, 0)), libc::EPERM);
+        assert!(!dir.path().join("dir").exists());
+    }
+    drop(host.mkdir(&me(), ROOT, c"dir", 0o777, 0).unwrap());
 }
 
 #[test]
