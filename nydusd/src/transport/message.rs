@@ -3,6 +3,8 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+/// FUSE_WRITE. Its body begins as [`ReadIn`] does.
+pub(super) const OP_WRITE: u32 = 16;
 /// FUSE_READ.
 pub(super) const OP_READ: u32 = 15;
 /// FUSE_INIT, the first request of a connection.
@@ -124,8 +126,39 @@ impl OutHeader {
     }
 }
 
+/// Has a write that appends go to where the kernel's idea of the end was. For one that is asked for again: what was
+/// written may be there already, and would be appended once more.
+pub(super) fn place_write(request: &mut [u8]) {
+    let Some(body) = request.get_mut(size_of::<InHeader>()..) else { return };
+    if let Ok((write, _)) = ReadIn::mut_from_prefix(body) {
+        write.flags &= !libc::O_APPEND.cast_unsigned();
+    }
+}
+
 /// Head and body of a request, as far as they are there.
 pub(super) fn parse(request: &[u8]) -> Option<(InHeader, &[u8])> {
     let (header, body) = InHeader::read_from_prefix(request).ok()?;
     Some((header, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_repeated_append_has_its_place() {
+        let flags = (libc::O_WRONLY | libc::O_APPEND | libc::O_SYNC).cast_unsigned();
+        let write = ReadIn { fh: 1, offset: 2, size: 3, read_flags: 4, lock_owner: 5, flags, padding: 0 };
+        // The kernel's own alignment.
+        let mut words = [0_u64; 16];
+        let request = &mut words.as_mut_bytes()[..83];
+        request[40..80].copy_from_slice(write.as_bytes());
+        request[80..].copy_from_slice(b"abc");
+        place_write(request);
+        let placed = ReadIn { flags: (libc::O_WRONLY | libc::O_SYNC).cast_unsigned(), ..write };
+        assert_eq!((&request[40..80], &request[80..]), (placed.as_bytes(), &b"abc"[..]));
+        // Cut off: left to whoever decodes it.
+        place_write(&mut request[..79]);
+        place_write(&mut request[..7]);
+    }
 }

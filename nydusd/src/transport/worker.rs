@@ -243,6 +243,9 @@ impl Worker {
             return;
         };
         let flushed = header.unique & message::RESENT != 0 && self.connection.flush.load(Ordering::Relaxed);
+        if header.opcode == message::OP_WRITE && header.unique & message::RESENT != 0 {
+            message::place_write(request);
+        }
         let outcome = catch_unwind(AssertUnwindSafe(|| match header.opcode {
             _ if flushed => false,
             message::OP_READ => {
