@@ -275,11 +275,17 @@ impl Daemon {
     fn make_writable(&self, mount: &Mount, fuse: &FuseMount) -> anyhow::Result<()> {
         let Some(overlay) = &mount.config().overlay else { return Ok(()) };
         let bootstrap = mount.rafs().bootstrap();
-        let lock = overlay.prepare(&bootstrap.attr(bootstrap.root())?)?;
+        let lock = overlay.prepare(&bootstrap.attr(bootstrap.root())?, mount.config().id_mapping)?;
         // It is kept as long as this process lives.
         let _ = self.upper.set(lock);
+        // Whoever stops unmounts what is there: not while another process changes it.
+        let stopping = self.stopping.lock().unwrap_or_else(PoisonError::into_inner);
+        if *stopping {
+            bail!("stopped before the overlay");
+        }
         overlay.cover(fuse.mountpoint(), &fuse.covered_source()?)?;
         fuse.covered()?;
+        drop(stopping);
         tracing::info!("changes go to {}", overlay.upper_dir.display());
         Ok(())
     }

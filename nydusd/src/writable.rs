@@ -17,18 +17,21 @@
 use std::fs::{DirBuilder, File, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
 use nix::mount::{MntFlags, umount2};
 use rafs::bootstrap::Attr;
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, Mode, OFlags, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_string, fsmount,
     fsopen, move_mount,
 };
+
+use crate::config::IdMapping;
 
 /// Where changes go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,19 +70,18 @@ pub struct UpperLock {
 }
 
 impl OverlayConfig {
-    /// Makes the directories, if need be, the upper one with owner and mode of the image's `root`, which it will
-    /// stand for; and keeps others from using it.
+    /// Makes the directories, if need be, the upper one with mode and owner of the image's `root`, which it will
+    /// stand for, the owner as `mapping` has it; and keeps others from using it.
     ///
     /// # Errors
     /// They can not be made, or somebody uses them.
-    pub fn prepare(&self, root: &Attr) -> anyhow::Result<UpperLock> {
+    pub fn prepare(&self, root: &Attr, mapping: Option<IdMapping>) -> anyhow::Result<UpperLock> {
         let upper = &self.upper_dir;
         let context = || format!("`overlay.upper_dir` {}", upper.display());
         if !upper.exists() {
-            DirBuilder::new().recursive(true).mode(0o755).create(upper).with_context(context)?;
-            std::os::unix::fs::chown(upper, Some(root.uid), Some(root.gid)).with_context(context)?;
-            let mode = std::fs::Permissions::from_mode(root.mode & 0o7777);
-            std::fs::set_permissions(upper, mode).with_context(context)?;
+            let shown = |id: u32| mapping.map_or(id, |mapping| mapping.shown(id));
+            make_owned(upper, (shown(root.uid), shown(root.gid)), root.mode & 0o7777)
+                .with_context(context)?;
         }
         let work = &self.work_dir;
         let made = DirBuilder::new().recursive(true).mode(0o700).create(work);
@@ -118,6 +120,27 @@ impl OverlayConfig {
             bail!("the image can not be made writable: {}", why.trim().trim_start_matches("Error: "));
         }
         Ok(())
+    }
+}
+
+/// Makes a directory, and those it is in. It is there with its owner and mode or not at all: an end in between
+/// leaves an empty directory beside it, which nobody takes for it.
+fn make_owned(path: &Path, (uid, gid): (u32, u32), mode: u32) -> io::Result<()> {
+    let parent = path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::AlreadyExists))?;
+    DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+    let made = tempfile::Builder::new().prefix(".nydusd-upper-").tempdir_in(parent)?;
+    chown(made.path(), Some(uid), Some(gid))?;
+    // After the owner, whose change takes set-id bits away.
+    std::fs::set_permissions(made.path(), std::fs::Permissions::from_mode(mode))?;
+    match renameat_with(CWD, made.path(), CWD, path, RenameFlags::NOREPLACE) {
+        Ok(()) => {
+            // There is nothing to remove under the other name.
+            let _ = made.keep();
+            Ok(())
+        }
+        // Another daemon was faster.
+        Err(Errno::EXIST) => Ok(()),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -188,4 +211,37 @@ fn complaints(overlay: &OwnedFd) -> String {
         text = format!("{text}: {}", words.get(2..).unwrap_or_default().trim());
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::*;
+
+    #[test]
+    fn an_upper_directory_is_whole_or_not_there() {
+        let scratch = tempfile::tempdir().unwrap();
+        let config = OverlayConfig {
+            upper_dir: scratch.path().join("a/upper"),
+            work_dir: scratch.path().join("work"),
+        };
+        let own = std::fs::metadata(scratch.path()).unwrap();
+        // Ids that anybody may give away: one's own, as others of the image.
+        let mapping = IdMapping { internal: 7, external: own.uid(), count: 1 };
+        make_owned(&config.upper_dir, (mapping.shown(7), own.gid()), 0o2751).unwrap();
+        let made = std::fs::metadata(&config.upper_dir).unwrap();
+        assert_eq!((made.uid(), made.gid(), made.mode() & 0o7777), (own.uid(), own.gid(), 0o2751));
+        // What is there stays as it is.
+        std::fs::write(config.upper_dir.join("kept"), "").unwrap();
+        make_owned(&config.upper_dir, (own.uid(), own.gid()), 0o700).unwrap();
+        let kept = std::fs::metadata(&config.upper_dir).unwrap();
+        assert_eq!((kept.ino(), kept.mode() & 0o7777), (made.ino(), 0o2751));
+        assert!(config.upper_dir.join("kept").exists());
+        assert_eq!(
+            std::fs::read_dir(scratch.path().join("a")).unwrap().count(),
+            1,
+            "nothing is left beside it"
+        );
+    }
 }
