@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use storage::engine::{Engine, EngineConfig};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -345,6 +346,30 @@ impl Daemon {
         }
     }
 
+    /// True if the mount is a predecessor's: what fails here is no reason to take it away.
+    fn is_inherited(&self) -> bool {
+        self.beginning_was() != Beginning::Mount && !self.is_over()
+    }
+
+    /// True if another daemon can serve the mount when this one can not.
+    fn is_survived(&self) -> bool {
+        self.keeper().is_ok() && !self.is_over()
+    }
+
+    /// True if the connection has ended, so that nobody can serve it.
+    fn is_over(&self) -> bool {
+        self.fuse.get().is_some_and(|fuse| {
+            let mut ended = [PollFd::new(fuse.descriptor(), PollFlags::empty())];
+            poll(&mut ended, PollTimeout::ZERO).is_ok()
+                && ended[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR))
+        })
+    }
+
+    /// True if the daemon unmounts when it is told to end: not what somebody else still serves.
+    fn unmounts(&self) -> bool {
+        self.state() == State::Running || !self.is_inherited()
+    }
+
     /// Unmounts, whoever still uses the mount, and makes the cache durable.
     fn stop(&self, unmount: bool) {
         *self.stopping.lock().unwrap_or_else(PoisonError::into_inner) = true;
@@ -467,11 +492,11 @@ async fn control(daemon: &Arc<Daemon>, mut ends: mpsc::UnboundedReceiver<End>) -
 
     let unmount = tokio::select! {
         biased;
-        _ = signals.terminate.recv() => true,
-        _ = signals.interrupt.recv() => true,
+        _ = signals.terminate.recv() => daemon.unmounts(),
+        _ = signals.interrupt.recv() => daemon.unmounts(),
         result = start => {
             if let Err(e) = result.context("the start thread panicked").flatten() {
-                daemon.stop(true);
+                daemon.stop(!daemon.is_inherited());
                 return Err(e);
             }
             return serve(daemon, &mut ends, signals).await;
@@ -492,7 +517,7 @@ async fn serve(
         Some(path) => match api::Server::bind(path, Arc::clone(daemon)) {
             Ok(server) => Some(server),
             Err(e) => {
-                daemon.stop(true);
+                daemon.stop(!daemon.is_inherited());
                 return Err(e);
             }
         },
@@ -502,15 +527,15 @@ async fn serve(
         Some(address) => match api::Exporter::bind(address, Arc::clone(daemon)).await {
             Ok(exporter) => Some(exporter),
             Err(e) => {
-                daemon.stop(true);
+                daemon.stop(!daemon.is_inherited());
                 return Err(e);
             }
         },
         None => None,
     };
     let result = tokio::select! {
-        _ = signals.terminate.recv() => Ok(true),
-        _ = signals.interrupt.recv() => Ok(true),
+        _ = signals.terminate.recv() => Ok(daemon.unmounts()),
+        _ = signals.interrupt.recv() => Ok(daemon.unmounts()),
         () = told(&mut signals.hangup) => Ok(false),
         end = ends.recv() => match end {
             Some(End::Exit) => Ok(false),
@@ -522,6 +547,6 @@ async fn serve(
     if let Some(server) = server {
         server.close().await;
     }
-    daemon.stop(*result.as_ref().unwrap_or(&true));
+    daemon.stop(*result.as_ref().unwrap_or(&!daemon.is_survived()));
     result.map(|_| ())
 }

@@ -30,7 +30,7 @@ use nix::unistd::Pid;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::supervisor;
+use super::{state, supervisor};
 use crate::cli::{GlobalArgs, SuperviseArgs};
 use crate::logging;
 use crate::transport::mounted::{self, MountIdentity};
@@ -39,6 +39,8 @@ use crate::transport::mounted::{self, MountIdentity};
 const SHORT_LIFE: Duration = Duration::from_secs(2);
 /// Longest wait before another child is started.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// The same where the last one did not fail by itself: somebody killed it, or told it to end.
+const LONGEST_PAUSE_KILLED: Duration = Duration::from_millis(250);
 /// First such wait; each is twice the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// How long a child that was told to end may take. It needs less than a second.
@@ -83,6 +85,8 @@ struct Holder {
     saved: Option<Saved>,
     /// The next connection of the child is for taking, not for saving.
     takes: bool,
+    /// The child has taken or saved, so it handles signals.
+    met: bool,
 }
 
 /// Signals that concern the holder.
@@ -112,6 +116,7 @@ impl Holder {
             _directory: directory,
             saved: None,
             takes: false,
+            met: false,
         })
     }
 
@@ -119,6 +124,7 @@ impl Holder {
         let mut command = Command::new(&self.program);
         command.args(&self.arguments).arg("--holder").arg(&self.socket).stdin(Stdio::null());
         self.takes = self.saved.is_some();
+        self.met = false;
         if self.takes {
             command.arg("--upgrade");
         }
@@ -136,8 +142,11 @@ impl Holder {
             hangup: signal(SignalKind::hangup()).context("catch SIGHUP")?,
         };
         let mut pause = FIRST_PAUSE;
+        // The last child was replaced without a pause although it did not live long.
+        let mut spared = false;
         loop {
             let began = Instant::now();
+            let mut longest = LONGEST_PAUSE;
             let ended = match self.start() {
                 Ok(child) => Some(self.watch(child, &mut signals).await?),
                 // The file may be about to be replaced.
@@ -153,19 +162,26 @@ impl Holder {
                     return self.end(status, told);
                 }
                 tracing::warn!("nydusd ended ({status}) and its mount did not; another one takes over");
-                // Somebody else's doing, and no sign that the next one will fare no better.
+                // Somebody else's doing, and no sign that the next one will fare no better; unless it is done
+                // again, by a limit of memory perhaps.
                 let killed = status.signal() == Some(libc::SIGKILL) || status.success();
-                if killed || began.elapsed() >= SHORT_LIFE {
+                let lasted = began.elapsed() >= SHORT_LIFE;
+                if lasted || (killed && !spared) {
+                    spared = !lasted;
                     pause = FIRST_PAUSE;
                     continue;
                 }
+                if killed {
+                    longest = LONGEST_PAUSE_KILLED;
+                }
             }
+            pause = pause.min(longest);
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 _ = signals.terminate.recv() => return self.unmount().map(|()| 0),
                 _ = signals.interrupt.recv() => return self.unmount().map(|()| 0),
             }
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            pause *= 2;
         }
     }
 
@@ -173,7 +189,13 @@ impl Holder {
     async fn watch(&mut self, mut child: Child, signals: &mut Signals) -> anyhow::Result<(ExitStatus, bool)> {
         let pid = Pid::from_raw(child.id().cast_signed());
         let mut deadline = None;
+        let mut hangs_up = false;
         loop {
+            // Before its first exchange it need not handle the signal, which would kill it.
+            if hangs_up && self.met {
+                hangs_up = false;
+                tell(pid, SignalNumber::SIGHUP);
+            }
             if let Some(status) = child.try_wait().context("wait for nydusd")? {
                 return Ok((status, deadline.is_some()));
             }
@@ -191,7 +213,7 @@ impl Holder {
                 _ = signals.child.recv() => {}
                 _ = signals.terminate.recv() => deadline = deadline.or_else(|| end(pid)),
                 _ = signals.interrupt.recv() => deadline = deadline.or_else(|| end(pid)),
-                _ = signals.hangup.recv() => tell(pid, SignalNumber::SIGHUP),
+                _ = signals.hangup.recv() => hangs_up = true,
                 () = limit => {
                     tracing::error!("nydusd does not end within {END_LIMIT:?} and is killed");
                     child.kill().context("kill nydusd")?;
@@ -218,14 +240,19 @@ impl Holder {
     fn give(&mut self, stream: std::os::unix::net::UnixStream) -> anyhow::Result<()> {
         self.takes = false;
         let Some(saved) = &self.saved else { bail!("nothing was saved") };
-        supervisor::send(stream, &saved.state, saved.descriptor.as_fd())
+        supervisor::send(stream, &saved.state, saved.descriptor.as_fd())?;
+        self.met = true;
+        Ok(())
     }
 
     fn take(&mut self, stream: std::os::unix::net::UnixStream) -> anyhow::Result<()> {
         let (state, descriptor) = supervisor::receive(stream)?;
+        // A child that is killed meanwhile sends a part, which is worth less than what is there.
+        state::verify(&state).context("what was saved before is kept")?;
         let mount = MountIdentity::at(&self.mountpoint)?;
         tracing::debug!("holding {} bytes of state", state.len());
         self.saved = Some(Saved { state, descriptor, mount });
+        self.met = true;
         Ok(())
     }
 
@@ -276,5 +303,47 @@ fn end(child: Pid) -> Option<tokio::time::Instant> {
 fn tell(child: Pid, signal: SignalNumber) {
     if let Err(e) = kill(child, signal) {
         tracing::warn!("{signal} to nydusd: {e}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsRawFd as _;
+
+    use storage::digest::DigestAlgorithm;
+
+    use super::*;
+
+    fn state(body: &str) -> Vec<u8> {
+        format!("nydusd-state 9 {}\n{body}", DigestAlgorithm::Sha256.digest(body.as_bytes())).into_bytes()
+    }
+
+    #[tokio::test]
+    async fn a_part_of_a_state_does_not_replace_a_whole_one() {
+        let mut holder = Holder::new(Vec::new(), "/".into()).unwrap();
+        let mut save = |bytes: &[u8], of: &str| {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(&file, of).unwrap();
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+            let (bytes, fd) = (bytes.to_vec(), File::open(&file).unwrap());
+            let child = std::thread::spawn(move || supervisor::send(theirs, &bytes, fd.as_fd()).unwrap());
+            let taken = holder.take(ours);
+            child.join().unwrap();
+            let saved = holder.saved.as_ref().map(|saved| {
+                let file = File::open(format!("/proc/self/fd/{}", saved.descriptor.as_raw_fd())).unwrap();
+                (saved.state.clone(), std::io::read_to_string(file).unwrap())
+            });
+            (taken.is_ok(), saved)
+        };
+        // Longer than what travels with the descriptor.
+        let (first, second) = (state(&"first ".repeat(20_000)), state("second"));
+        assert_eq!(save(&first[..40_000], "part"), (false, None));
+        let kept = Some((first.clone(), "one".to_owned()));
+        assert_eq!(save(&first, "one"), (true, kept.clone()));
+        for part in [&second[..second.len() - 1], &first[..32 << 10], b"x"] {
+            assert_eq!(save(part, "part"), (false, kept.clone()));
+        }
+        assert_eq!(save(&second, "two"), (true, Some((second.clone(), "two".to_owned()))));
     }
 }

@@ -74,26 +74,16 @@ impl SavedState {
     /// # Errors
     /// Not a state, one of a later release, damaged, or one that can not be.
     pub fn decode(bytes: &[u8]) -> anyhow::Result<Self> {
-        let head = bytes.iter().take(MAX_HEAD).position(|byte| *byte == b'\n');
-        let head = head.and_then(|end| std::str::from_utf8(&bytes[..end]).ok());
-        let mut words = head.unwrap_or_default().split(' ');
-        let (Some(MAGIC), Some(version), digest) = (words.next(), words.next(), words.next()) else {
-            bail!("the supervisor holds {} bytes that are no state of nydusd", bytes.len());
-        };
+        let parts = Parts::of(bytes).context("what the supervisor holds")?;
+        let version = parts.version;
         ensure!(
             version.parse() == Ok(VERSION),
             "the saved state has version {version}, this nydusd ({}) reads {VERSION}; start the release \
              that saved it, or a later one",
             crate::version::DESCRIBE
         );
-        let body = &bytes[head.unwrap_or_default().len() + 1..];
-        let found = DigestAlgorithm::Sha256.digest(body).to_string();
-        ensure!(
-            digest == Some(found.as_str()) && words.next().is_none(),
-            "the saved state is damaged: {} bytes with digest {found} came back",
-            body.len()
-        );
-        let state: Self = serde_json::from_slice(body).context("the saved state")?;
+        parts.verify()?;
+        let state: Self = serde_json::from_slice(parts.body).context("the saved state")?;
         state.check().context("the saved state")?;
         Ok(state)
     }
@@ -106,7 +96,7 @@ impl SavedState {
         for SavedMount { index, mountpoint, bootstrap, command, .. } in mounts {
             ensure!((1..*next_index).contains(index), "{index} is no index of a mount");
             ensure!(indexes.insert(index), "two mounts have index {index}");
-            VfsPath::parse(mountpoint)?;
+            check_path(mountpoint)?;
             ensure!(mountpoints.insert(mountpoint), "two mounts are at {mountpoint}");
             // Directories of the host have none.
             if !bootstrap.is_empty() || command.as_ref().is_some_and(|one| one.fs_type == FsType::Rafs) {
@@ -115,11 +105,56 @@ impl SavedState {
         }
         let mut numbers = HashSet::new();
         for (path, number) in directories {
-            VfsPath::parse(path)?;
+            check_path(path)?;
             ensure!(numbers.insert(number), "two directories have number {number}");
         }
         Ok(())
     }
+}
+
+/// Checks that `bytes` are a state of some release, whole and undamaged. What is in it is not looked at.
+///
+/// # Errors
+/// They are none, or not all of one.
+pub(super) fn verify(bytes: &[u8]) -> anyhow::Result<()> {
+    Parts::of(bytes)?.verify()
+}
+
+/// What every release agrees on.
+struct Parts<'a> {
+    version: &'a str,
+    /// In hex.
+    digest: &'a str,
+    body: &'a [u8],
+}
+
+impl<'a> Parts<'a> {
+    fn of(bytes: &'a [u8]) -> anyhow::Result<Self> {
+        let head = bytes.iter().take(MAX_HEAD).position(|byte| *byte == b'\n');
+        let (head, body) = head.map_or((bytes, &[][..]), |end| (&bytes[..end], &bytes[end + 1..]));
+        let words: Vec<&str> = std::str::from_utf8(head).unwrap_or_default().splitn(3, ' ').collect();
+        let [MAGIC, version, digest] = words[..] else {
+            bail!("{} bytes that are no state of nydusd", bytes.len());
+        };
+        Ok(Self { version, digest, body })
+    }
+
+    fn verify(&self) -> anyhow::Result<()> {
+        let found = DigestAlgorithm::Sha256.digest(self.body).to_string();
+        ensure!(
+            self.digest == found,
+            "the saved state is damaged: {} bytes with digest {found} came",
+            self.body.len()
+        );
+        Ok(())
+    }
+}
+
+/// Paths are saved as they are shown, and others would not be found again.
+fn check_path(text: &str) -> anyhow::Result<()> {
+    let path = VfsPath::parse(text)?;
+    ensure!(path.to_string() == text, "{text:?} is not how {path} is written");
+    Ok(())
 }
 
 #[cfg(test)]
@@ -237,9 +272,24 @@ mod tests {
             (with(&|vfs| vfs.next_index = MAX_INDEX + 2), "no mount index"),
             (with(&|vfs| vfs.directories.push(("/b".to_owned(), 1 << 39))), "two directories have number"),
             (with(&|vfs| vfs.directories[0].0 = "images".to_owned()), "absolute"),
+            // As a path they are right.
+            (with(&|vfs| vfs.directories[0].0 = "/é//".to_owned()), "is not how /é is written"),
+            (with(&|vfs| vfs.mounts[0].mountpoint = "//".to_owned()), "is not how / is written"),
         ] {
             let error = format!("{:#}", SavedState::decode(&bytes).unwrap_err());
             assert!(error.contains(text), "{text}: {error}");
+        }
+    }
+
+    /// Whoever holds states need not understand them, and tells whole ones from others.
+    #[test]
+    fn states_of_any_release_are_known_to_be_whole() {
+        let good = state().encode().unwrap();
+        verify(&good).unwrap();
+        let later = String::from_utf8(signed("not even JSON")).unwrap().replacen(" 1 ", " 2 ", 1);
+        verify(later.as_bytes()).unwrap();
+        for len in 0..good.len() {
+            assert!(verify(&good[..len]).is_err(), "{len} of {} bytes", good.len());
         }
     }
 
