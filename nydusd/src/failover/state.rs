@@ -90,7 +90,10 @@ impl SavedState {
 
     /// What the types do not say.
     fn check(&self) -> anyhow::Result<()> {
-        let SavedVfs { mounts, next_index, directories, .. } = &self.vfs;
+        let SavedVfs { mounts, next_index, directories, shared_dir, .. } = &self.vfs;
+        if let Some(source) = shared_dir {
+            ensure!(source.is_absolute(), "the directory {} is not absolute", source.display());
+        }
         ensure!(*next_index <= MAX_INDEX + 1, "{next_index} is no mount index");
         let (mut indexes, mut mountpoints) = (HashSet::new(), HashSet::new());
         for SavedMount { index, mountpoint, bootstrap, command, .. } in mounts {
@@ -195,6 +198,7 @@ mod tests {
                 next_index: 4,
                 directories: vec![("/images".to_owned(), 1 << 39)],
                 next_directory: (1 << 39) + 2,
+                shared_dir: None,
             },
             settings: serde_json::from_str(r#"{"/":{"registry_auth":"bm9ib2R5OnNlY3JldA=="}}"#).unwrap(),
         }
@@ -269,6 +273,7 @@ mod tests {
                 with(&|vfs| vfs.mounts[1].bootstrap = "../../etc/passwd".to_owned()),
                 "the bootstrap of /images",
             ),
+            (with(&|vfs| vfs.shared_dir = Some("data".into())), "data is not absolute"),
             (with(&|vfs| vfs.next_index = MAX_INDEX + 2), "no mount index"),
             (with(&|vfs| vfs.directories.push(("/b".to_owned(), 1 << 39))), "two directories have number"),
             (with(&|vfs| vfs.directories[0].0 = "images".to_owned()), "absolute"),

@@ -124,6 +124,9 @@ pub struct SavedVfs {
     pub directories: Vec<(String, u64)>,
     /// Numbers from this on were never used.
     pub next_directory: u64,
+    /// What `--shared-dir` meant when the first daemon began: an absolute path without symbolic links.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared_dir: Option<PathBuf>,
 }
 
 #[cfg(test)]

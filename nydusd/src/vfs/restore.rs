@@ -43,6 +43,9 @@ impl Vfs {
             state.directories.keys().filter(|number| **number != ROOT).map(|n| (path(*n), *n)).collect();
         directories.sort_unstable();
         let attached = state.slots.iter().filter(|slot| slot.attached);
+        // The command line's directory of the host has no command.
+        let shared = attached.clone().filter_map(|slot| slot.mount.as_ref()?.host());
+        let shared_dir = shared.filter(|host| host.saved().command.is_none()).map(|host| host.source());
         // There are no more slots than indexes, which have 24 bits.
         let next_index = state.slots.len() as u32 + 1 + UNSAVED_INDEXES;
         SavedVfs {
@@ -50,6 +53,7 @@ impl Vfs {
             next_index: next_index.min(MAX_INDEX + 1),
             directories,
             next_directory: state.next_directory + UNSAVED_DIRECTORIES,
+            shared_dir: shared_dir.map(Path::to_owned).next(),
         }
     }
 
@@ -78,16 +82,24 @@ impl Vfs {
         for (path, number) in directories {
             let checked = VfsPath::parse(path).map_err(anyhow::Error::from)?;
             let context = || format!("damaged state: the directory {path}");
-            let (name, _) = checked.names().split_last().with_context(context)?;
-            let parent = &path[..path.len() - name.len() - 1];
-            let parent = *numbers.get(parent).with_context(context)?;
+            let (name, parents) = checked.names().split_last().with_context(context)?;
+            let parent: String = parents.iter().map(|name| format!("/{name}")).collect();
+            let parent = *numbers.get(&parent).with_context(context)?;
             let range = FIRST_DIRECTORY..saved.next_directory;
             ensure!(range.contains(number) && !numbers.values().any(|n| n == number), context());
-            ensure!(numbers.insert(path.clone(), *number).is_none(), context());
+            ensure!(numbers.insert(checked.to_string(), *number).is_none(), context());
             state.add(*number, parent, name);
         }
         state.next_directory = saved.next_directory.max(FIRST_DIRECTORY);
         Ok(())
+    }
+
+    /// Takes away what leads to no mount, after all mounts that there are were restored: nobody is shown an
+    /// empty directory for what could not be.
+    fn tidy(&self) {
+        let mut state = self.write();
+        let leaves: Vec<u64> = state.directories.keys().copied().collect();
+        leaves.into_iter().for_each(|number| state.prune(number));
     }
 
     /// Takes everything out of the tree. For a tree that no kernel has seen.
@@ -125,25 +137,35 @@ impl Vfs {
 
 impl Daemon {
     /// Mounts everything of a predecessor's state, each image as it was then. Nothing is told to the
-    /// kernel, for which nothing has changed.
+    /// kernel, for which nothing has changed. What can not be restored is left out with an error in the log: its
+    /// nodes are stale from then on, and the others are served.
     ///
     /// # Errors
-    /// The state is damaged, or an image is gone or changed; nothing is mounted then.
+    /// The state is damaged, or of all its images each is gone or changed; nothing is mounted then.
     pub fn restore_mounts(&self, engine: &Arc<Engine>, saved: &SavedVfs) -> anyhow::Result<()> {
         let vfs = self.adapter().table();
         let open = |one: &SavedMount| {
-            if let Some(source) = self.saved_directory(one) {
+            if let Some(source) = self.saved_directory(one, saved)? {
                 return self.open_host(one.mountpoint.clone(), source, one.command.clone());
             }
             let spec = self.saved_spec(engine, one)?;
             Ok(Opened::Image(Box::new(mount::open(engine, spec, self.known())?)))
         };
-        let context = |one: &SavedMount| format!("restore the mount at {}", one.mountpoint);
-        let opened = saved
-            .mounts
-            .iter()
-            .map(|one| Ok((one, open(one).with_context(|| context(one))?)))
-            .collect::<anyhow::Result<Vec<_>>>()?;
+        let mut opened = Vec::new();
+        let mut last_error = None;
+        for one in &saved.mounts {
+            match open(one).with_context(|| format!("restore the mount at {}", one.mountpoint)) {
+                Ok(mount) => opened.push((one, mount)),
+                Err(e) => {
+                    tracing::error!("{e:#}; what is open there fails from now on");
+                    last_error = Some(e);
+                }
+            }
+        }
+        // Another successor may fare better, and this one would serve nothing.
+        if let Some(e) = last_error.filter(|_| opened.is_empty()) {
+            return Err(e);
+        }
         let attach = || {
             vfs.restore(saved)?;
             let attached =
@@ -152,6 +174,7 @@ impl Daemon {
         };
         // All of it or nothing.
         let mounts = attach().inspect_err(|_| vfs.clear())?;
+        vfs.tidy();
         for mount in mounts.iter().filter_map(Mounted::image) {
             if mount.command().is_none() {
                 self.hot().renew(mount);
@@ -166,12 +189,16 @@ impl Daemon {
     }
 
     /// The host directory that a mount shows, if it is one.
-    fn saved_directory(&self, saved: &SavedMount) -> Option<PathBuf> {
-        match &saved.command {
-            Some(command) if command.fs_type == FsType::Passthrough => Some(command.source.clone()),
-            Some(_) => None,
-            None => self.args().shared_dir.clone(),
-        }
+    fn saved_directory(&self, one: &SavedMount, saved: &SavedVfs) -> anyhow::Result<Option<PathBuf>> {
+        Ok(match (&one.command, &self.args().shared_dir) {
+            (Some(command), _) if command.fs_type == FsType::Passthrough => Some(command.source.clone()),
+            (Some(_), _) | (None, None) => None,
+            // Whatever its name means now, and from here: the kernel knows files of this one.
+            (None, Some(_)) if saved.shared_dir.is_some() => saved.shared_dir.clone(),
+            (None, Some(source)) => {
+                Some(source.canonicalize().with_context(|| format!("--shared-dir {}", source.display()))?)
+            }
+        })
     }
 
     fn saved_spec(&self, engine: &Arc<Engine>, saved: &SavedMount) -> anyhow::Result<MountSpec> {

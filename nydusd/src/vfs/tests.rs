@@ -234,6 +234,16 @@ fn saved_trees_keep_their_nodes() {
         edit(&mut other);
         Vfs::default().restore(&other).is_err()
     };
+    // Whatever is in a path, nothing panics.
+    assert!(!damaged(&|s| s.directories.push(("/é//".to_owned(), FIRST_DIRECTORY))));
+    // The predecessor's references are not known: what is open of this mount is served after its end.
+    let (gone, _) = successor.detach(&path("/x")).unwrap();
+    let node = NodeId::new(gone.place().index, Nid(77)).unwrap();
+    drop(gone);
+    successor.sweep();
+    successor.forget(node, 1);
+    attach(&successor, "/another", &empty);
+    assert!(successor.resolve(node).is_some(), "an open file of /x is lost");
     assert!(damaged(&|s| s.next_index = 0));
     assert!(damaged(&|s| s.directories.retain(|(path, _)| path != "/a")));
     assert!(damaged(&|s| s.directories[0].1 = 7));

@@ -79,9 +79,10 @@ impl Slot {
         }
     }
 
-    /// Nobody can come upon its mount any more.
+    /// Nobody can come upon its mount any more. Of what a predecessor has handed out that is never known: such a
+    /// mount stays, as there are no more of them than were taken over.
     pub fn is_over(&self) -> bool {
-        !self.attached && self.mount.is_some() && (!self.counted || self.lookups.held() == 0)
+        !self.attached && self.mount.is_some() && self.counted && self.lookups.held() == 0
     }
 
     /// Nor is anybody about to give the kernel a node of this index: that takes the mount.

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::signal::Signal;
 use serde_json::json;
 use tests::journey::{Journey, within};
@@ -107,6 +108,11 @@ fn a_shared_daemon_is_upgraded_step_by_step() -> Result<()> {
     fs::write(scratch.path().join("file"), "of the host")?;
     let host = json!({ "fs_type": "passthroughfs", "source": scratch.path(), "config": "" }).to_string();
     old.expect("POST", "/api/v1/mount?mountpoint=/host", &host, 204, "")?;
+    // This one will be gone when a successor looks for it.
+    let lost = tempfile::tempdir()?;
+    fs::write(lost.path().join("file"), "never read")?;
+    let host = json!({ "fs_type": "passthroughfs", "source": lost.path(), "config": "" }).to_string();
+    old.expect("POST", "/api/v1/mount?mountpoint=/lost", &host, 204, "")?;
     ensure!(supervisor.save(&old)? > empty, "the mounts are not in the state");
     old.expect("PUT", START, "", 400, NO_START)?;
     old.expect("PUT", TAKEOVER, "", 400, NO_TAKEOVER)?;
@@ -116,6 +122,8 @@ fn a_shared_daemon_is_upgraded_step_by_step() -> Result<()> {
 
     let path = place.root().join("1/data/one-chunk");
     let content = fs::read(&path)?;
+    let of_lost = File::open(place.root().join("lost/file"))?;
+    lost.close()?;
     let (held, root) = (File::open(&path)?, fs::metadata(place.root().join("1"))?);
     let mut new = place.start("api1.sock", &["--upgrade"])?;
     new.wait_state("INIT", &[])?;
@@ -152,6 +160,11 @@ fn a_shared_daemon_is_upgraded_step_by_step() -> Result<()> {
     ensure!(fs::read(place.root().join("deep/er/3/data/one-chunk"))? == content, "another file");
     ensure!(!place.root().join("2").exists(), "what was unmounted is back");
     ensure!(fs::read(place.root().join("host/file"))? == b"of the host", "another directory");
+    // One that can not be restored keeps no other one away, and what was open of it fails. The kernel may
+    // know its name for a while.
+    ensure!(place.log().contains("restore the mount at /lost"), "{}", place.log());
+    let error = of_lost.read_exact_at(&mut [0], 0).expect_err("the file is gone");
+    ensure!(error.raw_os_error() == Some(libc::ESTALE), "{error}");
     new.expect("GET", "/api/v1/config?id=/1", "", 200, renewed)?;
     // The snapshotter posts all mounts again, once: they are there. Anything else is refused.
     let (one, other) = ("/api/v1/mount?mountpoint=/1", mount.replace("image.boot", "other.boot"));
@@ -161,14 +174,48 @@ fn a_shared_daemon_is_upgraded_step_by_step() -> Result<()> {
     let (status, body) = new.send("POST", one, &mount)?;
     ensure!(status == 500 && body.contains("already exists"), "{status} {body}");
     // Life goes on, for another successor, too.
-    drop(held);
     new.expect("DELETE", one, "", 204, "")?;
     ensure!(!place.root().join("1").exists(), "unmounted and still there");
+    // What is open of it is served on, by the daemon and not out of the kernel's memory.
+    posix_fadvise(&held, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+    found.fill(0);
+    held.read_exact_at(&mut found, 0)?;
+    ensure!(found == content, "wrong bytes through a file that is open across the end of its mount");
+    drop(held);
     new.expect("POST", "/api/v1/mount?mountpoint=/4", &mount, 204, "")?;
     supervisor.save(&new)?;
     let (last, _) = upgrade(&place, &supervisor, new, "api2.sock")?;
     ensure!(fs::read(place.root().join("4/data/one-chunk"))? == content, "another file");
     terminate(&place, last)
+}
+
+/// A directory of the host comes along, named from wherever, and is the same one whatever its name means since.
+#[test]
+fn the_shared_directory_is_the_one_that_was() -> Result<()> {
+    needs_mounts!();
+    let scratch = tempfile::tempdir()?;
+    let supervisor = Supervisor::new(scratch.path().join("d1.sock"))?;
+    for name in ["one", "two"] {
+        fs::create_dir(scratch.path().join(name))?;
+        fs::write(scratch.path().join(name).join("file"), name)?;
+    }
+    let link = scratch.path().join("link");
+    std::os::unix::fs::symlink("one", &link)?;
+    // Relative to where the daemons start, which is where we are.
+    let here = std::env::current_dir()?;
+    let up = "../".repeat(here.components().count() - 1);
+    let relative = format!("{up}{}", link.strip_prefix("/")?.display());
+    let mut arguments = supervisor.arguments().to_vec();
+    arguments.extend(["--shared-dir".to_owned(), relative]);
+    let place = Place::new(&arguments)?;
+    let mut old = place.start("api.sock", &[])?;
+    old.wait_state("RUNNING", &[])?;
+    supervisor.save(&old)?;
+    fs::remove_file(&link)?;
+    std::os::unix::fs::symlink("two", &link)?;
+    let (new, _) = upgrade(&place, &supervisor, old, "api1.sock")?;
+    ensure!(fs::read(place.root().join("file"))? == b"one", "another directory");
+    terminate(&place, new)
 }
 
 /// A daemon dies with a read under way. The one that is started like it finds that out by itself,
