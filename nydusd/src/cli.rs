@@ -137,7 +137,7 @@ pub struct ImageArgs {
     #[arg(long, value_name = "FILE", requires = "image")]
     pub ca_cert: Vec<PathBuf>,
 
-    /// Speak plain http to the registry of --image [default: only on loopback]
+    /// Speak plain http to the registry of --image [default: on loopback, unless it speaks https]
     #[arg(long, requires = "image")]
     pub plain_http: bool,
 

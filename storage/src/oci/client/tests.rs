@@ -299,6 +299,23 @@ async fn only_the_careless_are_served_without_tls() {
     assert_eq!((server.asked().len(), server.connections()), (2, 3 + 1 + 1));
 }
 
+#[tokio::test]
+async fn this_machine_is_asked_for_tls_first_by_those_who_name_an_authority() {
+    let server = FaultServer::start(|_| Reply::new(200, MANIFEST)).await;
+    let authority = concat!(env!("CARGO_MANIFEST_DIR"), "/src/oci/client/authority.pem");
+    for (ca_files, in_vain) in [(Vec::new(), 0), (vec![authority.into()], 1)] {
+        let before = (server.asked().len(), server.connections());
+        let http = HttpOptions { ca_files, ..HttpOptions::default() };
+        let login = Login::Fixed(Credentials::Anonymous);
+        let options = RegistryOptions { http, login, retry: quick(), ..RegistryOptions::default() };
+        let client = RegistryClient::new(server.host(), options).unwrap();
+        get(&client, &server).await.unwrap();
+        get(&client, &server).await.unwrap();
+        let after = (server.asked().len(), server.connections());
+        assert_eq!((after.0 - before.0, after.1 - before.1), (2, 1 + in_vain));
+    }
+}
+
 #[test]
 fn tls_is_not_left_by_a_redirect() {
     let url = |text| Url::parse(text).unwrap();
