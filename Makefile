@@ -43,7 +43,7 @@ build: ## Release binaries, their man pages and shell completions
 bench: setup ## Medians of whole scenarios on this machine (release build, root), then criterion
 	@cargo build --release --workspace --bins
 	@BIN=$(TARGET)/release misc/bench/bench.sh
-	@cargo bench --workspace --benches
+	@cargo bench --workspace --features storage/testing --benches
 
 doc: ## rustdoc of the workspace; a warning is an error
 	@RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items

@@ -213,3 +213,23 @@ fn the_root_digest_ignores_compressor_and_threads() {
     }
     assert_eq!(roots.len(), 1);
 }
+
+#[test]
+fn more_files_than_are_hashed_at_once_have_the_same_root() {
+    let tree = tempfile::tempdir().unwrap();
+    std::fs::write(tree.path().join("0"), "first").unwrap();
+    for dir in 0..5 {
+        let dir = tree.path().join(format!("d{dir}"));
+        std::fs::create_dir(&dir).unwrap();
+        for file in 0..2000 {
+            let path = dir.join(format!("{file}"));
+            if file % 10 == 0 {
+                std::fs::hard_link(tree.path().join("0"), path).unwrap();
+            } else {
+                std::fs::write(path, format!("{}", file % 7)).unwrap();
+            }
+        }
+    }
+    // Compares the root digest of the tree with that of the bootstrap.
+    build(LayerSource::Directory(tree.path()), &options(Codec::None, 0x1000));
+}

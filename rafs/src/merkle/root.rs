@@ -1,6 +1,7 @@
 //! The root digest and proofs, computed from a bootstrap alone.
 
 use std::ops::ControlFlow;
+use std::thread;
 
 use storage::digest::{Digest, TaggedDigest};
 
@@ -10,10 +11,16 @@ use crate::bootstrap::{Attr, Bootstrap, DirEntry, FileType, Nid, Step, Walk};
 use crate::format::limits::MAX_LINK_PATH_BYTES;
 use crate::{Error, ErrorKind, Result};
 
+/// Steps of the walk whose leaves are hashed together: half a MiB with their digests.
+const STEPS_AT_ONCE: usize = 8192;
+
+/// Fewer leaves are hashed faster (a µs each) than another thread starts.
+const LEAVES_PER_THREAD: usize = 512;
+
 /// The image root digest of `bootstrap`.
 ///
 /// Three walks at most: two to find hard-link groups and their names, one to hash. Memory:
-/// 8 bytes for each name, the paths of hard-linked inodes, and a hasher per level.
+/// 8 bytes for each name, the paths of hard-linked inodes, a hasher per level, and 1 MiB.
 ///
 /// # Errors
 /// `Unsupported`: a chunk has no digest record, or one of another algorithm than the
@@ -73,11 +80,15 @@ struct Group {
     names: u32,
     links: Digest,
     node: Option<Digest>,
+    /// Hashed with its first name, however many there are.
+    met: bool,
 }
 
 struct Tree<'a> {
     bootstrap: &'a dyn Bootstrap,
     merkle: Merkle,
+    /// Of an inode without xattrs, as nearly all are.
+    no_xattrs: Digest,
     /// Hard-link groups, sorted by nid.
     groups: Vec<Group>,
 }
@@ -94,14 +105,22 @@ impl<'a> Tree<'a> {
                 ),
             ));
         }
-        let mut tree = Self { bootstrap, merkle: Merkle(summary.digester), groups: Vec::new() };
+        let merkle = Merkle(summary.digester);
+        let no_xattrs = merkle.xattrs::<&[u8], &[u8]>(&[]);
+        let mut tree = Self { bootstrap, merkle, no_xattrs, groups: Vec::new() };
         let mut names = tree.link_names()?;
         names.sort_unstable();
         for group in names.chunk_by(|a, b| a.0 == b.0) {
             let paths: Vec<&[u8]> = group.iter().map(|(_, path)| &**path).collect();
             // Fewer than 2^32 names fit in a bootstrap.
             let names = paths.len() as u32;
-            tree.groups.push(Group { nid: group[0].0, names, links: tree.merkle.links(&paths), node: None });
+            tree.groups.push(Group {
+                nid: group[0].0,
+                names,
+                links: tree.merkle.links(&paths),
+                node: None,
+                met: false,
+            });
         }
         Ok(tree)
     }
@@ -145,6 +164,9 @@ impl<'a> Tree<'a> {
     }
 
     /// Hashes the tree; `on_child` sees (directory, name, node digest) of every entry.
+    ///
+    /// Leaves are most of the work and need nobody's digest but their own: they are hashed on
+    /// all cores, as many of the walk's steps at a time as memory is given to.
     fn digest(&mut self, on_child: &mut dyn FnMut(Nid, &[u8], Digest)) -> Result<Digest> {
         struct Level<'a> {
             nid: Nid,
@@ -154,46 +176,111 @@ impl<'a> Tree<'a> {
         }
         let mut levels: Vec<Level<'a>> = Vec::new();
         let mut walk = Walk::new(self.bootstrap, self.bootstrap.root());
-        while let Some(step) = walk.step()? {
-            let (name, node) = match step {
-                Step::Enter(entry) => {
-                    // "." and the name, and ".." of every directory inside.
-                    let (mut count, mut links) = (0u32, 2u32);
-                    self.bootstrap.children(entry.nid, 0, &mut |child| {
-                        count += 1;
-                        links += u32::from(child.file_type == FileType::Directory);
-                        ControlFlow::Continue(())
-                    })?;
-                    let digest = self.merkle.directory(count);
-                    levels.push(Level { nid: entry.nid, name: entry.name, links, digest });
-                    continue;
+        let mut steps = Vec::with_capacity(STEPS_AT_ONCE);
+        loop {
+            steps.clear();
+            while steps.len() < STEPS_AT_ONCE
+                && let Some(step) = walk.step()?
+            {
+                steps.push(step);
+            }
+            if steps.is_empty() {
+                return Err(Error::corrupt("the walk ended before its root"));
+            }
+            let mut leaves = self.leaves(&steps)?.into_iter();
+            for step in &steps {
+                let (name, node) = match *step {
+                    Step::Enter(entry) => {
+                        // "." and the name, and ".." of every directory inside.
+                        let (mut count, mut links) = (0u32, 2u32);
+                        self.bootstrap.children(entry.nid, 0, &mut |child| {
+                            count += 1;
+                            links += u32::from(child.file_type == FileType::Directory);
+                            ControlFlow::Continue(())
+                        })?;
+                        let digest = self.merkle.directory(count);
+                        levels.push(Level { nid: entry.nid, name: entry.name, links, digest });
+                        continue;
+                    }
+                    Step::Leaf(entry) => {
+                        let node = leaves.next().ok_or_else(|| Error::corrupt("a leaf was not hashed"))?;
+                        (entry.name, node)
+                    }
+                    Step::Leave(nid) => {
+                        let Some(level) = levels.pop() else { continue };
+                        let attr = self.bootstrap.attr(nid)?;
+                        check_links(&attr, level.links)?;
+                        let fields = self.fields(&attr, NO_LINKS, level.digest.finish())?;
+                        (level.name, self.merkle.node(&fields))
+                    }
+                };
+                match levels.last_mut() {
+                    Some(parent) => {
+                        on_child(parent.nid, name, node);
+                        parent.digest.push(name, node);
+                    }
+                    None => return Ok(node),
                 }
-                Step::Leaf(entry) => (entry.name, self.leaf(entry.nid)?),
-                Step::Leave(nid) => {
-                    let Some(level) = levels.pop() else { continue };
-                    check_links(&self.bootstrap.attr(nid)?, level.links)?;
-                    let fields = self.fields(nid, NO_LINKS, level.digest.finish())?;
-                    (level.name, self.merkle.node(&fields))
-                }
-            };
-            match levels.last_mut() {
-                Some(parent) => {
-                    on_child(parent.nid, name, node);
-                    parent.digest.push(name, node);
-                }
-                None => return Ok(node),
             }
         }
-        Err(Error::corrupt("the walk ended before its root"))
+    }
+
+    /// Node digests of the leaves among `steps`, in their order.
+    fn leaves(&mut self, steps: &[Step<'a>]) -> Result<Vec<Digest>> {
+        let mut unknown = Vec::with_capacity(steps.len());
+        for nid in steps.iter().filter_map(leaf_of) {
+            let met = self.group(nid).is_some_and(|at| std::mem::replace(&mut self.groups[at].met, true));
+            if !met {
+                unknown.push(nid);
+            }
+        }
+        let hashed = self.hash(&unknown)?;
+        for (&nid, &node) in unknown.iter().zip(&hashed) {
+            if let Some(at) = self.group(nid) {
+                self.groups[at].node = Some(node);
+            }
+        }
+        let mut hashed = unknown.into_iter().zip(hashed).peekable();
+        let node_of = |nid| {
+            let next = hashed.next_if(|&(unknown, _)| unknown == nid).map(|(_, node)| node);
+            next.or_else(|| self.group(nid).and_then(|at| self.groups[at].node))
+        };
+        let nodes: Option<Vec<Digest>> = steps.iter().filter_map(leaf_of).map(node_of).collect();
+        nodes.ok_or_else(|| Error::corrupt("a leaf was not hashed"))
+    }
+
+    /// Node digests of these leaves.
+    fn hash(&self, nids: &[Nid]) -> Result<Vec<Digest>> {
+        let hash = |nids: &[Nid]| nids.iter().map(|&nid| self.leaf(nid)).collect::<Result<Vec<_>>>();
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        let share = nids.len().div_ceil(threads).max(LEAVES_PER_THREAD);
+        let (own, others) = nids.split_at(share.min(nids.len()));
+        thread::scope(|scope| {
+            let others: Vec<_> = others
+                .chunks(share)
+                .map(|nids| (nids, thread::Builder::new().spawn_scoped(scope, move || hash(nids))))
+                .collect();
+            let mut nodes = hash(own)?;
+            for (nids, thread) in others {
+                nodes.extend(match thread.map(thread::ScopedJoinHandle::join) {
+                    Ok(Ok(hashed)) => hashed?,
+                    Ok(Err(panic)) => std::panic::resume_unwind(panic),
+                    // No more threads: it is only slower.
+                    Err(_) => hash(nids)?,
+                });
+            }
+            Ok(nodes)
+        })
+    }
+
+    fn group(&self, nid: Nid) -> Option<usize> {
+        self.groups.binary_search_by_key(&nid, |group| group.nid).ok()
     }
 
     /// Node digest of an inode that is not a directory.
-    fn leaf(&mut self, nid: Nid) -> Result<Digest> {
-        let group = self.groups.binary_search_by_key(&nid, |group| group.nid).ok();
-        if let Some(node) = group.and_then(|at| self.groups[at].node) {
-            return Ok(node);
-        }
-        let (names, links) = group.map_or((1, NO_LINKS), |at| (self.groups[at].names, self.groups[at].links));
+    fn leaf(&self, nid: Nid) -> Result<Digest> {
+        let group = self.group(nid).map(|at| &self.groups[at]);
+        let (names, links) = group.map_or((1, NO_LINKS), |group| (group.names, group.links));
         let attr = self.bootstrap.attr(nid)?;
         check_links(&attr, names)?;
         let data = match attr.file_type {
@@ -206,22 +293,17 @@ impl<'a> Tree<'a> {
             FileType::Fifo | FileType::Socket => self.merkle.special(),
             FileType::Directory => return Err(Error::corrupt(format!("inode {nid} is a directory"))),
         };
-        let node = self.merkle.node(&self.fields(nid, links, data)?);
-        if let Some(at) = group {
-            self.groups[at].node = Some(node);
-        }
-        Ok(node)
+        Ok(self.merkle.node(&self.fields(&attr, links, data)?))
     }
 
-    fn fields(&self, nid: Nid, links: Digest, data: Digest) -> Result<NodeFields> {
-        let attr = self.bootstrap.attr(nid)?;
+    fn fields(&self, attr: &Attr, links: Digest, data: Digest) -> Result<NodeFields> {
         Ok(NodeFields {
             mode: attr.mode,
             uid: attr.uid,
             gid: attr.gid,
             mtime: attr.mtime,
             mtime_nsec: attr.mtime_nsec,
-            xattrs: self.xattrs(nid)?,
+            xattrs: self.xattrs(attr.nid)?,
             links,
             data,
         })
@@ -256,7 +338,8 @@ impl<'a> Tree<'a> {
     }
 
     fn xattrs(&self, nid: Nid) -> Result<Digest> {
-        Ok(self.merkle.xattrs(&self.sorted_xattrs(nid)?))
+        let xattrs = self.sorted_xattrs(nid)?;
+        Ok(if xattrs.is_empty() { self.no_xattrs } else { self.merkle.xattrs(&xattrs) })
     }
 
     /// Everything about the entry that a proof is for.
@@ -285,6 +368,13 @@ impl<'a> Tree<'a> {
             links: links.iter().map(|(_, path)| super::proof::encode(path)).collect(),
             data,
         })
+    }
+}
+
+fn leaf_of(step: &Step<'_>) -> Option<Nid> {
+    match step {
+        Step::Leaf(entry) => Some(entry.nid),
+        _ => None,
     }
 }
 
