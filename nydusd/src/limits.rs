@@ -12,8 +12,13 @@ const RESERVED: u64 = 16_384;
 const MOST: u64 = 1_000_000;
 /// Fetched bytes between two looks at what the heap can give back, which take about a millisecond.
 const TRIM_EVERY: u64 = 4 << 20;
-/// Least time between them.
+/// Least time between them while an image starts, when somebody waits for the processor.
 const TRIM_PAUSE: Duration = Duration::from_millis(50);
+/// Least time between them once [`STREAMED`] bytes went by: whole images are being read, and what
+/// the heap holds without need grows with what comes in between.
+const TRIM_PAUSE_STREAMING: Duration = Duration::from_millis(25);
+/// More than nearly all starts read.
+const STREAMED: u64 = 64 << 20;
 
 /// Keeps memory that was freed from staying with the process. To be called before threads are
 /// started.
@@ -28,13 +33,16 @@ pub fn keep_heap_small() {
 /// heap were free.
 pub fn passed_through(bytes: u64) {
     static SINCE: AtomicU64 = AtomicU64::new(0);
+    static ALL: AtomicU64 = AtomicU64::new(0);
     static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let streams = ALL.fetch_add(bytes, Relaxed) >= STREAMED;
     if SINCE.fetch_add(bytes, Relaxed) + bytes < TRIM_EVERY {
         return;
     }
+    let pause = if streams { TRIM_PAUSE_STREAMING } else { TRIM_PAUSE };
     // Whoever finds it taken leaves it to the holder.
     if let Ok(mut last) = LAST.try_lock()
-        && last.is_none_or(|last| last.elapsed() >= TRIM_PAUSE)
+        && last.is_none_or(|last| last.elapsed() >= pause)
     {
         SINCE.store(0, Relaxed);
         crate::sys::trim_heap();

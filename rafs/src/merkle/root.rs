@@ -12,7 +12,7 @@ use crate::format::limits::MAX_LINK_PATH_BYTES;
 use crate::{Error, ErrorKind, Result};
 
 /// Steps of the walk whose leaves are hashed together: half a MiB with their digests.
-const STEPS_AT_ONCE: usize = 8192;
+const STEPS_AT_ONCE: usize = 4096;
 
 /// Fewer leaves are hashed faster (a µs each) than another thread starts.
 const LEAVES_PER_THREAD: usize = 512;
@@ -20,7 +20,7 @@ const LEAVES_PER_THREAD: usize = 512;
 /// The image root digest of `bootstrap`.
 ///
 /// Three walks at most: two to find hard-link groups and their names, one to hash. Memory:
-/// 8 bytes for each name, the paths of hard-linked inodes, a hasher per level, and 1 MiB.
+/// 8 bytes for each name, the paths of hard-linked inodes, a hasher per level, and half a MiB.
 ///
 /// # Errors
 /// `Unsupported`: a chunk has no digest record, or one of another algorithm than the

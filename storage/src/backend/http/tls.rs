@@ -1,14 +1,15 @@
 //! TLS: whom to trust, and what to show who asks.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{CertificateError, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use super::HttpOptions;
 use crate::{Error, ErrorKind, Result};
@@ -22,7 +23,15 @@ pub(super) fn config(options: &HttpOptions) -> Result<rustls::ClientConfig> {
     let builder = if options.skip_verify {
         builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
     } else {
-        builder.with_root_certificates(roots(&options.ca_files)?)
+        let private = private_roots(&options.ca_files)?;
+        // The answer to the first handshake is two round trips away: they are read by then. Should there
+        // be no thread for it, whoever verifies first reads them.
+        let _ = std::thread::Builder::new().name("tls-roots".to_owned()).spawn(system_roots);
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(Trusted {
+            private,
+            provider,
+            verifier: OnceLock::new(),
+        }))
     };
     let mut config = match &options.client_certificate {
         None => builder.with_no_client_auth(),
@@ -64,8 +73,8 @@ fn system_roots() -> RootCertStore {
     roots
 }
 
-fn roots(ca_files: &[PathBuf]) -> Result<RootCertStore> {
-    let mut roots = system_roots();
+fn private_roots(ca_files: &[PathBuf]) -> Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
     for path in ca_files {
         let what = || format!("CA file {}", path.display());
         let pem = std::fs::read(path).map_err(|e| Error::io(what(), e))?;
@@ -81,6 +90,63 @@ fn roots(ca_files: &[PathBuf]) -> Result<RootCertStore> {
         }
     }
     Ok(roots)
+}
+
+/// Certificates of the private authorities and of the system's, which are asked for when a server
+/// shows its own.
+#[derive(Debug)]
+struct Trusted {
+    private: RootCertStore,
+    provider: Arc<CryptoProvider>,
+    verifier: OnceLock<Arc<WebPkiServerVerifier>>,
+}
+
+impl ServerCertVerifier for Trusted {
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> std::result::Result<ServerCertVerified, rustls::Error> {
+        let verifier = match self.verifier.get() {
+            Some(verifier) => verifier,
+            None => {
+                let mut roots = system_roots();
+                roots.roots.extend(self.private.roots.iter().cloned());
+                let made =
+                    WebPkiServerVerifier::builder_with_provider(roots.into(), Arc::clone(&self.provider))
+                        .build()
+                        // There are no roots at all.
+                        .map_err(|_| rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer))?;
+                self.verifier.get_or_init(|| made)
+            }
+        };
+        verifier.verify_server_cert(certificate, intermediates, name, ocsp, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
 }
 
 /// `skip_verify`: any certificate will do; handshake signatures are still checked.
