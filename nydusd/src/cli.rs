@@ -211,6 +211,10 @@ pub struct FuseArgs {
     )]
     pub fuse_threads: u16,
 
+    /// Take requests through io_uring where the kernel offers that: faster for many readers, and without failover
+    #[arg(long)]
+    pub fuse_io_uring: bool,
+
     /// What to do with unanswered requests after a takeover
     #[arg(long, value_name = "POLICY", default_value = "resend")]
     pub failover_policy: FailoverPolicy,
@@ -429,10 +433,30 @@ impl Cli {
         let cli = Self::try_parse_from(arguments)?;
         match &cli.command {
             Command::Prefetch(prefetch) => prefetch.global.refuse_what_daemons_have()?,
-            Command::Fuse(_) | Command::Overlay(_) | Command::Pages { .. } | Command::Supervise(_) => {}
+            Command::Fuse(fuse) => fuse.refuse_lost_requests()?,
+            Command::Overlay(_) | Command::Pages { .. } | Command::Supervise(_) => {}
         }
         Ok(cli)
     }
+}
+
+impl FuseArgs {
+    /// A supervisor is there so that no reader notices the daemon's end, and with rings all who wait do.
+    fn refuse_lost_requests(&self) -> Result<(), clap::Error> {
+        let held = self.global.supervisor.is_some() || self.global.holder.is_some() || self.global.upgrade;
+        if self.fuse_io_uring && held {
+            return Err(conflict(LOST_REQUESTS));
+        }
+        Ok(())
+    }
+}
+
+/// Why rings and supervisors exclude one another.
+const LOST_REQUESTS: &str = "--fuse-io-uring can not be used with a supervisor: requests that are in a ring when the daemon \
+     dies fail, and no successor gets them; leave one of the two out";
+
+fn conflict(why: &str) -> clap::Error {
+    clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, format!("{why}\n"))
 }
 
 impl SuperviseArgs {
@@ -441,15 +465,14 @@ impl SuperviseArgs {
     /// # Errors
     /// As [`Cli::parse_arguments`]; another service than `fuse`, or what only a supervisor says.
     pub fn child(&self) -> Result<Box<FuseArgs>, clap::Error> {
-        let refuse =
-            |why: &str| clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, format!("{why}\n"));
         let name = OsString::from("nydusd");
         match Cli::parse_arguments(std::iter::once(name).chain(self.arguments.iter().cloned()))?.command {
             Command::Fuse(args) if args.global.upgrade || args.global.holder.is_some() => {
-                Err(refuse("`supervise` itself decides when a daemon takes over; leave --upgrade out"))
+                Err(conflict("`supervise` itself decides when a daemon takes over; leave --upgrade out"))
             }
+            Command::Fuse(args) if args.fuse_io_uring => Err(conflict(LOST_REQUESTS)),
             Command::Fuse(args) => Ok(args),
-            _ => Err(refuse("`supervise` runs the service `fuse` and no other")),
+            _ => Err(conflict("`supervise` runs the service `fuse` and no other")),
         }
     }
 }
@@ -459,10 +482,7 @@ impl GlobalArgs {
         let given =
             [("--apisock", self.apisock.is_some()), ("--id", self.id.is_some()), ("--upgrade", self.upgrade)];
         match given.iter().find(|(_, given)| *given) {
-            Some((flag, _)) => Err(clap::Error::raw(
-                clap::error::ErrorKind::ArgumentConflict,
-                format!("{flag} is for daemons; `prefetch` ends by itself\n"),
-            )),
+            Some((flag, _)) => Err(conflict(&format!("{flag} is for daemons; `prefetch` ends by itself"))),
             None => Ok(()),
         }
     }
@@ -527,6 +547,8 @@ mod tests {
             ("--mountpoint /m --no-such-flag", "--no-such-flag"),
             ("--mountpoint /m --id x", "--supervisor"),
             ("--mountpoint /m --supervisor /s", "--id"),
+            ("--mountpoint /m --fuse-io-uring --supervisor /s --id x", "supervisor"),
+            ("--mountpoint /m --fuse-io-uring --upgrade", "supervisor"),
             ("supervise", "<ARGUMENT>"),
             ("supervise --mountpoint /m", "--mountpoint"),
             ("--mountpoint /m -B /b -s /d", "--shared-dir"),

@@ -26,6 +26,7 @@ use crate::failover::{Beginning, LifeError};
 use crate::mount::Mount;
 use crate::preheat::jobs::Jobs;
 use crate::transport::fusedev::{FuseMount, usable_mountpoint};
+use crate::transport::uring::Plan;
 use crate::vfs::known::Known;
 use crate::vfs::turns::Turns;
 use crate::writable::UpperLock;
@@ -90,6 +91,8 @@ pub struct Daemon {
     /// Mountpoints that a command works on.
     turns: Turns,
     fuse: OnceLock<FuseMount>,
+    /// Taken when the mount is served.
+    rings: Mutex<Option<Plan>>,
     /// Set if the image is writable.
     upper: OnceLock<UpperLock>,
     /// Held while mounting and while stopping begins: a mount that nobody would take away
@@ -106,8 +109,10 @@ pub struct Daemon {
 
 impl Daemon {
     fn new(args: FuseArgs, ends: mpsc::UnboundedSender<End>) -> Self {
+        let rings = if args.fuse_io_uring { Plan::new() } else { None };
         Self {
             args,
+            rings: Mutex::new(rings),
             state: AtomicU8::new(State::Init as u8),
             adapter: Arc::default(),
             preheat: Jobs::default(),
@@ -298,7 +303,8 @@ impl Daemon {
             // The receiver goes away only when the daemon is ending anyway.
             let _ = ends.send(End::Fuse(result));
         };
-        let (_, initialized) = fuse.serve(Arc::clone(&self.adapter), self.args.fuse_threads, ended)?;
+        let rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (_, initialized) = fuse.serve(Arc::clone(&self.adapter), self.args.fuse_threads, rings, ended)?;
         Ok(initialized)
     }
 

@@ -44,12 +44,12 @@ fn external_unmount_ends_the_daemon() -> Result<()> {
 }
 
 /// The kernel's number of the daemon's FUSE connection.
-fn connection(daemon: &Daemon) -> Result<u64> {
+pub fn connection(daemon: &Daemon) -> Result<u64> {
     Ok(nix::sys::stat::minor(fs::metadata(daemon.root())?.dev()))
 }
 
 /// Aborts a FUSE connection, as an operator can.
-fn abort(connection: u64) -> Result<()> {
+pub fn abort(connection: u64) -> Result<()> {
     let control = tempfile::tempdir()?;
     mount(None::<&str>, control.path(), Some("fusectl"), MsFlags::empty(), None::<&str>)?;
     let _control = Mount::guard(control.path());

@@ -24,6 +24,7 @@ mod preheat;
 mod promises;
 mod registries;
 mod retirement;
+mod rings;
 mod sharing;
 mod stores;
 mod tampering;

@@ -18,19 +18,19 @@ use tests::scene::Scene;
 use tests::{Context, Result, ensure, needs_mounts, needs_programs};
 
 /// Readers that hang in the test of a stalled registry.
-const READERS: u64 = 64;
+pub const READERS: u64 = 64;
 
 /// Chunks that reading another file may have fetched ahead.
-const BROUGHT_ALONG: u64 = 8;
+pub const BROUGHT_ALONG: u64 = 8;
 
 /// The part of the file that each of them reads: one chunk.
-const CHUNK: u64 = 64 << 10;
+pub const CHUNK: u64 = 64 << 10;
 /// What `ls`, stat and cached reads may take on a loaded machine with two cores. Behind a stalled
 /// registry they would take the read timeout, 60 seconds.
-const AT_ONCE: Duration = Duration::from_secs(3);
+pub const AT_ONCE: Duration = Duration::from_secs(3);
 
 /// An image of one layer, in chunks of 64 KiB.
-fn scene(entries: Vec<Entry>) -> Result<Scene> {
+pub fn scene(entries: Vec<Entry>) -> Result<Scene> {
     Scene::set(&Image::new(vec![entries]), &["--chunk-size", "0x10000"])
 }
 
@@ -104,7 +104,7 @@ fn sigterm_ends_readers_that_wait() -> Result<()> {
 }
 
 /// One reader a chunk of `d/big`, which holds `bytes`.
-fn spawn_readers(root: &Path, bytes: &Arc<Vec<u8>>) -> Vec<thread::JoinHandle<Result<()>>> {
+pub fn spawn_readers(root: &Path, bytes: &Arc<Vec<u8>>) -> Vec<thread::JoinHandle<Result<()>>> {
     (0..READERS)
         .map(|number| {
             let (path, bytes) = (root.join("d/big"), Arc::clone(bytes));
@@ -123,7 +123,7 @@ fn spawn_readers(root: &Path, bytes: &Arc<Vec<u8>>) -> Vec<thread::JoinHandle<Re
 }
 
 /// Waits until the kernel has `count` requests waiting for the daemon of this mount.
-fn wait_for_requests(root: &Path, count: u64) -> Result<()> {
+pub fn wait_for_requests(root: &Path, count: u64) -> Result<()> {
     use std::os::unix::fs::MetadataExt;
     // The connection is named by the minor number of the mount's anonymous device.
     let minor = nix::sys::stat::minor(fs::metadata(root)?.dev());

@@ -23,6 +23,7 @@ use nix::mount::{MntFlags, umount2};
 use super::init::Negotiated;
 use super::mounted::{self, MountIdentity};
 use super::notify::Notices;
+use super::uring::{Plan, Rings};
 use super::worker::{Connection, Worker};
 use crate::adapter::Adapter;
 use crate::passthrough::Device;
@@ -31,7 +32,7 @@ use crate::passthrough::Device;
 pub(crate) const SOURCE: &str = "rafs";
 
 /// Stack of a serving thread: frames here are small, buffers are on the heap.
-const STACK_SIZE: usize = 256 << 10;
+pub(super) const STACK_SIZE: usize = 256 << 10;
 
 /// What `umount -f` takes at most from the end of the connection to the end of the mount.
 const FORCED_UNMOUNT: Duration = Duration::from_millis(200);
@@ -105,6 +106,9 @@ impl FuseMount {
         let context = || format!("take over the mount on {}", mountpoint.display());
         if nix::sys::stat::fstat(&descriptor).with_context(context)?.st_rdev != FUSE_DEVICE {
             bail!("the supervisor's descriptor is no FUSE connection");
+        }
+        if negotiated.rings() {
+            bail!("the mount was served through io_uring, which nobody can go on with; mount it anew");
         }
         let mountpoint = mounted::resolve(mountpoint).with_context(context)?;
         let identity = MountIdentity::at(&mountpoint).with_context(context)?;
@@ -195,6 +199,8 @@ impl FuseMount {
     /// kernel's FUSE_INIT was answered, or at once if a predecessor did that: from then on the
     /// mount answers whoever asks.
     ///
+    /// With `rings`, requests come through them if the kernel agrees, and the threads serve the rest.
+    ///
     /// This process must not ask its own mount: if it ended with such a request under way, the
     /// asking thread would wait for an answer and keep open the descriptor whose closing ends
     /// the wait. Nothing kills a process in that state.
@@ -205,6 +211,7 @@ impl FuseMount {
         &self,
         adapter: Arc<Adapter>,
         count: u16,
+        rings: Option<Plan>,
         ended: impl Fn(anyhow::Result<()>) + Clone + Send + 'static,
     ) -> anyhow::Result<(Vec<JoinHandle<()>>, Receiver<()>)> {
         let (initialized, answers) = channel();
@@ -213,6 +220,10 @@ impl FuseMount {
             let _ = initialized.send(());
         }
         let server = Arc::new(Server::new(Arc::clone(&adapter)));
+        let ring_threads = match rings.filter(|_| self.negotiated().is_none()) {
+            Some(plan) => self.prepare_rings(plan, &adapter, &server, ended.clone()),
+            None => Vec::new(),
+        };
         let threads = (0..count)
             .map(|number| {
                 let mut worker = Worker::new(
@@ -231,8 +242,29 @@ impl FuseMount {
                     })
                     .context("start a FUSE thread")
             })
+            .chain(ring_threads.into_iter().map(Ok))
             .collect::<anyhow::Result<Vec<_>>>()?;
         Ok((threads, answers))
+    }
+
+    /// Makes rings that the kernel is told of when it asks; their threads. None with a warning.
+    fn prepare_rings(
+        &self,
+        plan: Plan,
+        adapter: &Arc<Adapter>,
+        server: &Arc<Server<Arc<Adapter>>>,
+        ended: impl Fn(anyhow::Result<()>) + Clone + Send + 'static,
+    ) -> Vec<JoinHandle<()>> {
+        match Rings::prepare(plan, Arc::clone(adapter), Arc::clone(server), ended) {
+            Ok((rings, threads)) => {
+                *self.connection.rings.lock().unwrap_or_else(PoisonError::into_inner) = Some(rings);
+                threads
+            }
+            Err(e) => {
+                tracing::warn!("no FUSE over io_uring: {e:#}; requests come through /dev/fuse");
+                Vec::new()
+            }
+        }
     }
 
     /// Takes the mount out of the tree at once, whoever still uses it. Repeated calls and a

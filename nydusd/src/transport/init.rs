@@ -27,6 +27,8 @@ const HAS_EXPIRE_ONLY: u64 = 1 << 35;
 const HAS_RESEND: u64 = 1 << 39;
 /// `FUSE_ALLOW_IDMAP`: the mount may be seen through id-mapped mounts.
 const ALLOW_IDMAP: u64 = 1 << 40;
+/// `FUSE_OVER_IO_URING`: requests come through rings (Linux 6.14).
+const OVER_IO_URING: u64 = 1 << 41;
 
 /// Bytes of the largest read: 256 pages.
 const MAX_TRANSFER: u32 = 1 << 20;
@@ -68,13 +70,18 @@ impl Negotiated {
     pub fn resends(&self) -> bool {
         self.flags & HAS_RESEND != 0
     }
+
+    /// True if requests come through rings. The kernel holds them all back until there are rings.
+    pub fn rings(&self) -> bool {
+        self.flags & OVER_IO_URING != 0
+    }
 }
 
-/// The answer to the body of FUSE_INIT.
+/// The answer to the body of FUSE_INIT. Rings are asked for only if `rings` are prepared.
 ///
 /// # Errors
 /// A kernel that is too old, or a message that is none.
-pub(super) fn answer(adapter: &Adapter, body: &[u8]) -> io::Result<Answer> {
+pub(super) fn answer(adapter: &Adapter, body: &[u8], rings: bool) -> io::Result<Answer> {
     let malformed = || io::Error::other("a FUSE_INIT of the wrong size");
     let (init, rest) = InitIn::read_from_prefix(body).map_err(|_| malformed())?;
     if init.major > MAJOR {
@@ -91,7 +98,10 @@ pub(super) fn answer(adapter: &Adapter, body: &[u8]) -> io::Result<Answer> {
         offered |= u64::from(more.flags2) << 32;
     }
     let wanted = adapter.init(FsOptions::from_bits_truncate(offered))?.bits();
-    let wanted = wanted | HAS_EXPIRE_ONLY | HAS_RESEND | ALLOW_IDMAP;
+    let mut wanted = wanted | HAS_EXPIRE_ONLY | HAS_RESEND | ALLOW_IDMAP;
+    if rings {
+        wanted |= OVER_IO_URING;
+    }
     let flags = offered & wanted;
     let large = flags & FsOptions::MAX_PAGES.bits() != 0;
     let negotiated = Negotiated {
@@ -136,7 +146,9 @@ mod tests {
     fn only_what_is_offered_is_agreed() {
         let adapter = Adapter::default();
         let all = request(7, 45, 0x7fd_73ff_fffb);
-        let Answer::Agreed(agreed, out) = answer(&adapter, &all).unwrap() else { panic!("asked again") };
+        let Answer::Agreed(agreed, out) = answer(&adapter, &all, false).unwrap() else {
+            panic!("asked again")
+        };
         assert!(agreed.resends() && agreed.expires());
         assert_eq!((out.flags2 >> 7) & 3, 3, "resend and id-mapped mounts");
         assert_eq!(u64::from(out.flags) | u64::from(out.flags2) << 32, agreed.flags);
@@ -145,29 +157,35 @@ mod tests {
         for bit in [1, 10, 16, 37, 41, 42] {
             assert_eq!(agreed.flags >> bit & 1, 0, "flag {bit}");
         }
+        let Answer::Agreed(agreed, out) = answer(&adapter, &all, true).unwrap() else {
+            panic!("asked again")
+        };
+        assert!(agreed.rings() && out.flags2 & 1 << 9 != 0, "they are taken where they are offered");
         // Directories of the host may come, unless one image is all there will be.
         let changes_of = |flags: u64| ((flags >> 6) & 1, (flags >> 12) & 1, (flags >> 25) & 1);
         assert_eq!(changes_of(agreed.flags), (1, 1, 0), "masks left to us, changed files looked at");
         adapter.table().dedicate();
-        let Answer::Agreed(agreed, _) = answer(&adapter, &all).unwrap() else { panic!("asked again") };
+        let Answer::Agreed(agreed, _) = answer(&adapter, &all, false).unwrap() else { panic!("asked again") };
         assert_eq!(changes_of(agreed.flags), (0, 0, 1), "nothing changes unless the kernel is told");
 
-        let Answer::Agreed(agreed, out) = answer(&adapter, &request(7, 26, 0)).unwrap() else {
+        let Answer::Agreed(agreed, out) = answer(&adapter, &request(7, 26, 0), true).unwrap() else {
             panic!("asked again")
         };
         assert_eq!((agreed.flags, out.flags, agreed.max_pages, agreed.minor), (0, 0, 32, 26));
-        assert!(!agreed.resends() && !agreed.expires());
+        assert!(!agreed.resends() && !agreed.expires() && !agreed.rings());
     }
 
     #[test]
     fn other_versions_and_short_messages_are_refused() {
         let adapter = Adapter::default();
-        assert!(matches!(answer(&adapter, &request(8, 0, 0)), Ok(Answer::Retry(out)) if out.major == 7));
-        assert!(answer(&adapter, &request(7, 22, 0)).unwrap_err().to_string().contains("7.22"));
-        assert!(answer(&adapter, &request(6, 50, 0)).is_err());
-        assert!(answer(&adapter, &[0; 15]).is_err());
+        assert!(
+            matches!(answer(&adapter, &request(8, 0, 0), false), Ok(Answer::Retry(out)) if out.major == 7)
+        );
+        assert!(answer(&adapter, &request(7, 22, 0), false).unwrap_err().to_string().contains("7.22"));
+        assert!(answer(&adapter, &request(6, 50, 0), false).is_err());
+        assert!(answer(&adapter, &[0; 15], false).is_err());
         let extended = request(7, 45, 1 << 30);
-        assert!(answer(&adapter, &extended[..20]).is_err());
+        assert!(answer(&adapter, &extended[..20], false).is_err());
     }
 
     #[test]

@@ -13,6 +13,8 @@ pub(super) const OP_INIT: u32 = 26;
 pub(super) const OP_FORGET: u32 = 2;
 /// FUSE_INTERRUPT, without reply.
 pub(super) const OP_INTERRUPT: u32 = 36;
+/// FUSE_NOTIFY_REPLY, which the kernel wants no answer to.
+pub(super) const OP_NOTIFY_REPLY: u32 = 41;
 /// FUSE_BATCH_FORGET, without reply.
 pub(super) const OP_BATCH_FORGET: u32 = 42;
 /// Highest opcode that fuse-backend-rs 0.14 knows (FUSE_REMOVEMAPPING).

@@ -5,7 +5,9 @@ mod init;
 mod message;
 pub(crate) mod mounted;
 mod notify;
+mod reads;
 mod streams;
+pub mod uring;
 mod worker;
 
 pub use init::Negotiated;

@@ -112,7 +112,7 @@ fn stalled_reads_hold_nobody_up() {
     let fuse = FuseMount::new(dir.path(), false).unwrap();
     let (ended, ends) = channel();
     let (threads, _) =
-        fuse.serve(Arc::clone(&adapter), 4, move |result| ended.send(result).unwrap()).unwrap();
+        fuse.serve(Arc::clone(&adapter), 4, None, move |result| ended.send(result).unwrap()).unwrap();
 
     let root = dir.path().to_owned();
     let big = root.join("files/exact_1m");
@@ -196,7 +196,7 @@ fn a_successor_answers_what_its_predecessor_has_taken() {
     };
     let (header, body) = take();
     assert_eq!(header.opcode, message::OP_INIT);
-    let Answer::Agreed(negotiated, out) = init::answer(&adapter, &body).unwrap() else {
+    let Answer::Agreed(negotiated, out) = init::answer(&adapter, &body, false).unwrap() else {
         panic!("this kernel speaks another protocol")
     };
     if !negotiated.resends() {
@@ -222,7 +222,7 @@ fn a_successor_answers_what_its_predecessor_has_taken() {
     assert!(FuseMount::inherit(dir.path(), copy, number + 1, negotiated).is_err());
     let successor = FuseMount::inherit(dir.path(), held, number, negotiated).unwrap();
     successor.recover(Recovery::Answer).unwrap();
-    let (threads, ready) = successor.serve(adapter, 2, |result| result.unwrap()).unwrap();
+    let (threads, ready) = successor.serve(adapter, 2, None, |result| result.unwrap()).unwrap();
     ready.recv_timeout(PROMPT).expect("an inherited mount has been initialized");
     assert_eq!(successor.negotiated(), Some(negotiated));
     assert_eq!(promptly(move || reader.join().unwrap()), b"c");
