@@ -5,7 +5,7 @@
 #   BIN     directory of the binaries (target/release)
 #   RUNS    repetitions (5)
 #   IMAGE   image of misc/images/make-images to measure with (node: tens of thousands of files)
-#   ONLY    one of create convert mount fetch fuse mounts coldstart (all); the three .py have knobs of their own
+#   ONLY    one of create convert mount fetch fuse variants mounts coldstart (all); the three .py have knobs of their own
 set -euo pipefail
 here=$(cd "$(dirname "$0")/../.." && pwd)
 bin=${BIN:-$here/target/release}
@@ -15,7 +15,15 @@ images=$here/misc/.cache/images
 fail() { echo "bench: $*" >&2; exit 1; }
 [ "$(id -u)" = 0 ] || fail "mounting needs root"
 export BIN=$bin RUNS=$runs
-case "${ONLY:-}" in fuse | mounts | coldstart) exec "$here/misc/bench/$ONLY.py" ;; esac
+# The ways that the kernel offers a server, side by side.
+variants() {
+  export VARIANTS=${VARIANTS:-all} ROWS=${ROWS:-stat,stat-2,readdir,tar-warm,tar-cold,sequential,sequential-4,random,random-2}
+  RUNS=$((runs < 3 ? runs : 3)) "$here/misc/bench/fuse.py"
+}
+case "${ONLY:-}" in
+  fuse | mounts | coldstart) exec "$here/misc/bench/$ONLY.py" ;;
+  variants) variants; exit ;;
+esac
 
 "$here/misc/images/make-images" "$images" "$name"
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/nydus-bench.XXXXXX")
@@ -113,4 +121,4 @@ if wanted fetch; then
   median "read every file, cold cache" ms <"$work/ours"
 fi
 
-[ -n "${ONLY:-}" ] || { "$here/misc/bench/fuse.py"; "$here/misc/bench/mounts.py"; "$here/misc/bench/coldstart.py"; }
+[ -n "${ONLY:-}" ] || { "$here/misc/bench/fuse.py"; (variants); "$here/misc/bench/mounts.py"; "$here/misc/bench/coldstart.py"; }

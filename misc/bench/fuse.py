@@ -8,7 +8,8 @@ cache. Both are measured in turns; medians of RUNS, and the ratio of the medians
   RUNS      repetitions (5)
   IMAGE     image of misc/images/make-images (node)
   VARIANTS  further daemons beside the default one: `NAME=FLAGS;NAME=FLAGS`, where the first of FLAGS may be the
-            path of another nydusd, or `fs-raw`: the barest server of the unpacked tree, with flags of its own (none)
+            path of another nydusd, or `fs-raw`: the barest server of the unpacked tree, with flags of its own (none);
+            `all` is nydusd through io_uring, and that server in the ways that the kernel offers one
   ROWS      some rows only, by their first word (all)
   RESULT    file that gets every number as JSON (none)
   KEEP      directory where tree and image are kept for the next time (none)
@@ -17,8 +18,7 @@ Cold: both page caches (the mount's, and that of the cache file and bootstrap be
 attributes are dropped, and the daemon is a new one. Times are divided nydusd / ext4, rates as well: a bound on a
 time is met from below, one on a rate from above. `requests` is how often nydusd was asked (its own counters).
 
-The ways that the kernel offers a server, side by side, with four threads each:
-  VARIANTS='raw=fs-raw;clone=fs-raw --clone;splice=fs-raw --data splice;move=fs-raw --data move;pass=fs-raw --data passthrough'
+All servers have four threads, but for io_uring one a CPU; the kernel is made to offer that meanwhile.
 """
 
 import contextlib
@@ -42,9 +42,16 @@ RUNS = int(os.environ.get("RUNS", "5"))
 NAME = os.environ.get("IMAGE", "node")
 ROWS = os.environ.get("ROWS", "").split(",") if os.environ.get("ROWS") else None
 VARIANTS = {"nydusd": []}
-for variant in filter(None, os.environ.get("VARIANTS", "").split(";")):
+ALL = (
+    "uring=--fuse-io-uring;raw=fs-raw;clone=fs-raw --clone;splice=fs-raw --data splice;"
+    "move=fs-raw --data move;pass=fs-raw --data passthrough"
+)
+for variant in filter(None, {"all": ALL}.get(wanted := os.environ.get("VARIANTS", ""), wanted).split(";")):
     label, _, flags = variant.partition("=")
     VARIANTS[label] = shlex.split(flags)
+
+# What has the kernel offer io_uring.
+RINGS = "/sys/module/fuse/parameters/enable_uring"
 
 # The bound on what the kernel can not answer, against the server `raw`.
 RAW_BOUND = 0.9
@@ -58,6 +65,24 @@ def drop_caches():
     os.sync()
     with open("/proc/sys/vm/drop_caches", "w", encoding="utf-8") as file:
         file.write("3")
+
+
+@contextlib.contextmanager
+def rings():
+    """Has the kernel offer io_uring, as far as it can."""
+    try:
+        with open(RINGS, encoding="utf-8") as file:
+            before = file.read()
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        with open(RINGS, "w", encoding="utf-8") as file:
+            file.write("Y")
+        yield
+    finally:
+        with open(RINGS, "w", encoding="utf-8") as file:
+            file.write(before)
 
 
 def load(*arguments):
@@ -132,6 +157,7 @@ TABLE = {
     "sequential: cold, 128 KiB, 1 job": (sequential(1), True, THROUGHPUT, 0.8),
     "sequential-4: cold, 128 KiB, 4 jobs": (sequential(4), True, THROUGHPUT, 0.9),
     "random: cold, 4 KiB, 1 job": (random(1), True, PER_SECOND, 0.7),
+    "random-2: cold, 4 KiB, 2 jobs": (random(2), True, PER_SECOND, None),
     "random-4: cold, 4 KiB, 4 jobs": (random(4), True, PER_SECOND, None),
 }
 
@@ -241,6 +267,8 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     run(f"{HERE}/misc/images/make-images", LAYOUTS, NAME)
     with contextlib.ExitStack() as stack:
+        if any("--fuse-io-uring" in flags for flags in VARIANTS.values()):
+            stack.enter_context(rings())
         parent = os.environ.get("TMPDIR", "/var/tmp")
         work = os.environ.get("KEEP") or stack.enter_context(directory(parent))
         os.makedirs(work, exist_ok=True)

@@ -2,9 +2,9 @@
 //!
 //! A queue always has [`DEPTH`] entries that no read waits in. It may still happen that more reads come at once, all
 //! have to wait, and others stand in line in the kernel: the kernel gives those to an entry only when one comes
-//! back with an answer, not when a new one is added. So where a queue had run dry and nothing is answered, the
-//! thread has the kernel send it a message (the answer to FUSE_NOTIFY_RETRIEVE): it goes to a new entry, comes
-//! back, and brings the line on.
+//! back with an answer, not when a new one is added. So when reads begin to wait and nothing is answered beside
+//! them, the thread has the kernel send it a message (the answer to FUSE_NOTIFY_RETRIEVE): it goes to a new
+//! entry, comes back, and brings the line on.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -73,8 +73,8 @@ struct Queue {
     waiting: usize,
     /// The kernel takes no more.
     full: bool,
-    /// It had no entry left, so others may stand in line.
-    dry: bool,
+    /// Reads have begun to wait, the last of them of this node, and others may stand in line since no entry was left.
+    dry: Option<NodeId>,
     /// Something was answered since the last events.
     answered: bool,
     /// A message of ours is on its way.
@@ -128,7 +128,7 @@ impl RingWorker {
             free: 0,
             waiting: 0,
             full: false,
-            dry: false,
+            dry: None,
             answered: false,
             nudged: false,
         };
@@ -209,7 +209,6 @@ impl RingWorker {
                 queue.free = queue.free.saturating_sub(1);
             }
         }
-        self.queues.iter_mut().filter(|queue| queue.free == 0).for_each(|queue| queue.dry = true);
     }
 
     /// Has every queue have its entries.
@@ -263,7 +262,9 @@ impl RingWorker {
             Some(header) => self.give(entry, &header),
             None => {
                 self.uses[entry].waiting = Some(unique);
-                self.queue_of(entry).waiting += 1;
+                let queue = self.queue_of(entry);
+                queue.waiting += 1;
+                queue.dry = Some(NodeId(request.header.nodeid));
                 Ok(())
             }
         }
@@ -332,40 +333,40 @@ impl RingWorker {
 
     /// Submits where more is to be done than to wait for the next request.
     fn settle(&mut self) -> io::Result<()> {
-        let stuck = |queue: &Queue| queue.dry && queue.waiting > 0;
-        self.queues.iter_mut().filter(|queue| queue.waiting == 0).for_each(|queue| queue.dry = false);
-        if !self.queues.iter().any(stuck) && self.trims.is_empty() && !self.answers.reads.wants_ahead() {
+        if !self.queues.iter().any(|queue| queue.dry.is_some())
+            && self.trims.is_empty()
+            && !self.answers.reads.wants_ahead()
+        {
             return Ok(());
         }
         self.ring.submit()?;
         self.answers.reads.read_ahead();
         self.ring.collect(&mut self.events);
         for entry in self.trims.drain(..) {
-            self.ring.trim(entry);
-            self.filled -= std::mem::take(&mut self.uses[entry].filled);
+            if self.ring.trim(entry) {
+                self.filled -= std::mem::take(&mut self.uses[entry].filled);
+            }
         }
         for place in 0..self.queues.len() {
             let queue = &self.queues[place];
             let came = |event: &Event| matches!(event, Event::Request(entry) if self.ring.queue(*entry) == queue.number);
             // Who stood in line has come now, and brings the line on or asks for another nudge.
-            if !stuck(queue) || self.events.iter().any(came) {
-                continue;
-            }
+            let Some(node) = queue.dry.filter(|_| !self.events.iter().any(came)) else { continue };
             if queue.answered {
-                self.queues[place].dry = false;
+                self.queues[place].dry = None;
             } else if place == 0 && self.bound && queue.free > 0 && !queue.nudged {
-                self.queues[place].nudged = true;
-                self.nudge();
+                self.queues[place].nudged = self.nudge(node);
             }
         }
         Ok(())
     }
 
-    /// Has the kernel send a message, to the queue of the CPU that this thread runs on.
-    fn nudge(&self) {
+    /// Has the kernel send a message, to the queue of the CPU that this thread runs on; true if it comes. It is about
+    /// no bytes of a file, which the kernel must have in memory, as it has one that is being read.
+    fn nudge(&self, node: NodeId) -> bool {
         let body = Retrieve {
             unique: NUDGE | u64::from(self.queues[0].number) << 1,
-            nodeid: NodeId::ROOT.0,
+            nodeid: node.0,
             offset: 0,
             size: 0,
             padding: 0,
@@ -373,9 +374,8 @@ impl RingWorker {
         let len = (OUT_HEADER_LEN + size_of::<Retrieve>()) as u32;
         let header = OutHeader { len, error: NOTIFY_RETRIEVE, unique: 0 };
         let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(body.as_bytes())];
-        if let Err(e) = nix::sys::uio::writev(&self.connection.fd, &parts) {
-            tracing::debug!("nudge a FUSE queue: {e}");
-        }
+        let sent = nix::sys::uio::writev(&self.connection.fd, &parts);
+        sent.inspect_err(|e| tracing::debug!("nudge a FUSE queue: {e}")).is_ok()
     }
 }
 

@@ -29,6 +29,11 @@ const COMMIT_AND_FETCH: u32 = 2;
 /// Where a submission has its length, which the crate has no setter for with this kind of command.
 const LEN_OFFSET: usize = 24;
 
+/// `IORING_ENTER_GETEVENTS`: waits, and does what is to be done by this thread.
+const GET_EVENTS: u32 = 1;
+/// `IORING_ENTER_NO_IOWAIT` (Linux 6.15).
+const NO_IOWAIT: u32 = 1 << 7;
+
 /// Stands for the mailbox in place of an entry.
 const MAILBOX: u64 = u64::MAX;
 
@@ -200,7 +205,13 @@ impl Ring {
     /// # Errors
     /// The system's.
     pub fn wait(&mut self) -> io::Result<()> {
-        calmly(self.uring.submit_and_wait(1))
+        // A thread that waits here is idle, and would be counted as one that waits for a disk.
+        let quiet = if self.uring.params().is_feature_no_iowait() { NO_IOWAIT } else { 0 };
+        // At most SUBMISSIONS.
+        let pending = self.uring.submission().len() as u32;
+        // SAFETY: `enter` wants parameters that belong together: without an argument these are two numbers and
+        // flags, which the kernel checks.
+        calmly(unsafe { self.uring.submitter().enter::<()>(pending, 1, GET_EVENTS | quiet, None) })
     }
 
     /// Takes what has come.
@@ -220,21 +231,21 @@ impl Ring {
         }
     }
 
-    /// Gives the pages of an entry's data back to the system, if the kernel has the entry. To be called when
+    /// Gives the pages of an entry's data back to the system; false if it is ours again. To be called when
     /// what has come since the last submission is collected: the kernel has then taken the answer, and copies
     /// the next request in only when this thread asks for one, see [`set_up`].
-    pub fn trim(&mut self, entry: usize) {
+    pub fn trim(&mut self, entry: usize) -> bool {
         let entry = &self.entries[entry];
         if entry.holder != Holder::Kernel {
-            return;
+            return false;
         }
         if let Some(data) = NonNull::new(entry.area.at(HEAD_SIZE)) {
             // SAFETY: the range is the mapping's, and nobody has a reference into it: it is not ours now. What
             // it holds may become zeros at any time, since nobody reads it before it is written.
             let done = unsafe { madvise(data, ENTRY_SIZE - HEAD_SIZE, MmapAdvise::MADV_DONTNEED) };
-            // It costs memory, and no more.
-            let _ = done;
+            return done.is_ok();
         }
+        false
     }
 
     fn command(&self, operation: u32, number: usize, command: &Command, address: Option<u64>) -> Entry128 {
