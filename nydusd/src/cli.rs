@@ -235,7 +235,8 @@ pub struct FuseArgs {
     #[arg(short = 'm', long, value_name = "PATH", default_value = "/")]
     pub virtual_mountpoint: String,
 
-    /// Sent by some clients; no effect yet: what images share is fetched once where they share a cache directory
+    /// SQLite file, made if absent, that tells which cache of this machine has which chunk: what is in
+    /// another image's cache is copied, not fetched. Daemons with caches of their own share one
     #[arg(long, value_name = "FILE")]
     pub dedup_db: Option<PathBuf>,
 

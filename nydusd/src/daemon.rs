@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use storage::cache::dedup::{DedupDb, open_cache_file};
 use storage::engine::{Engine, EngineConfig};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -103,6 +104,8 @@ pub struct Daemon {
     /// Set when the start begins.
     beginning: OnceLock<Beginning>,
     engine: OnceLock<Arc<Engine>>,
+    /// Made by whoever asks first; `None` if there is to be none.
+    dedup: OnceLock<Option<Arc<DedupDb>>>,
     /// Unbounded, but at most one message a FUSE thread and an API call.
     ends: mpsc::UnboundedSender<End>,
 }
@@ -125,6 +128,7 @@ impl Daemon {
             steps: Mutex::new(()),
             beginning: OnceLock::new(),
             engine: OnceLock::new(),
+            dedup: OnceLock::new(),
             ends,
         }
     }
@@ -209,6 +213,17 @@ impl Daemon {
         Ok(self.engine.get_or_init(|| engine))
     }
 
+    /// Where chunks of other caches are looked up, if that is wanted and possible.
+    pub(crate) fn dedup(&self) -> Option<&Arc<DedupDb>> {
+        let open = || {
+            let path = self.args.dedup_db.as_ref()?;
+            DedupDb::open(path, Arc::new(open_cache_file))
+                .inspect_err(|e| tracing::warn!("--dedup-db has no effect: {}", crate::logging::chain(e)))
+                .ok()
+        };
+        self.dedup.get_or_init(open).as_ref()
+    }
+
     /// Ends the daemon and leaves the mount, if it has one, in place. Returns at once.
     pub fn exit(&self) {
         // A closed channel means that the end has come already.
@@ -218,6 +233,8 @@ impl Daemon {
     /// Begins as it is told to. Blocks until the mount has answered, if there is to be one.
     fn start(&self) -> anyhow::Result<()> {
         check_socket(self.args.global.apisock.as_deref())?;
+        // Opened beside what follows.
+        let _ = self.dedup();
         match *self.beginning.get_or_init(|| self.beginning()) {
             Beginning::Mount => self.mount_and_serve(),
             Beginning::Wait => {
@@ -238,11 +255,6 @@ impl Daemon {
     /// Mounts and serves. Blocks until the mount has answered.
     fn mount_and_serve(&self) -> anyhow::Result<()> {
         let args = &self.args;
-        if args.dedup_db.is_some() {
-            tracing::warn!(
-                "--dedup-db has no effect yet: chunks are shared by blobs in one cache directory, not between blobs"
-            );
-        }
         // Before anything is fetched for a mount that can not be.
         usable_mountpoint(&args.mountpoint)?;
         let plan = image::plan(&args.image, args.global.config.as_deref())?;
@@ -393,6 +405,7 @@ impl Daemon {
         }
         let (done, flushed) = std::sync::mpsc::sync_channel(1);
         let mounts = self.adapter.table().mounts();
+        let dedup = self.dedup.get().cloned().flatten();
         let flush = move || {
             for mount in mounts {
                 mount.tracer().finish();
@@ -401,6 +414,9 @@ impl Daemon {
                         tracing::warn!("{}", crate::logging::chain(&e));
                     }
                 }
+            }
+            if let Some(dedup) = dedup {
+                dedup.flush(FLUSH_LIMIT);
             }
             // Nobody listens any more if the limit has passed.
             let _ = done.send(());

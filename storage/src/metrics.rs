@@ -156,6 +156,10 @@ pub struct CacheMetrics {
     pub fetched_chunks: AtomicU64,
     /// Stored bytes received from the backend.
     pub fetched_bytes: AtomicU64,
+    /// Chunks taken from the cache file of another blob and verified.
+    pub deduplicated_chunks: AtomicU64,
+    /// Their stored bytes, which were not fetched.
+    pub deduplicated_bytes: AtomicU64,
     /// Stored bytes of chunks that readers asked for, each chunk counted once: when a reader
     /// has it fetched, or is the first to get what was fetched ahead.
     pub asked_bytes: AtomicU64,
@@ -198,6 +202,10 @@ pub struct CacheSnapshot {
     pub fetched_chunks: u64,
     /// Stored bytes received from the backend.
     pub fetched_bytes: u64,
+    /// Chunks taken from the cache file of another blob and verified.
+    pub deduplicated_chunks: u64,
+    /// Their stored bytes, which were not fetched.
+    pub deduplicated_bytes: u64,
     /// Stored bytes of fetched chunks that readers asked for.
     pub asked_bytes: u64,
     /// Units whose bytes were wrong or incomplete, counted each time.
@@ -226,6 +234,8 @@ impl CacheMetrics {
             read_errors: self.read_errors.load(Relaxed),
             fetched_chunks: self.fetched_chunks.load(Relaxed),
             fetched_bytes: self.fetched_bytes.load(Relaxed),
+            deduplicated_chunks: self.deduplicated_chunks.load(Relaxed),
+            deduplicated_bytes: self.deduplicated_bytes.load(Relaxed),
             asked_bytes: self.asked_bytes.load(Relaxed),
             verification_failures: self.verification_failures.load(Relaxed),
             write_errors: self.write_errors.load(Relaxed),

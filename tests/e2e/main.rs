@@ -9,6 +9,7 @@ mod clients;
 mod conversions;
 mod corpus;
 mod ctl;
+mod dedup;
 mod digests;
 mod failover;
 mod faults;

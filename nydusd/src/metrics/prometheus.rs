@@ -289,6 +289,13 @@ fn chunks(writer: &mut Writer<'_, '_>) -> fmt::Result {
             Ok(())
         })?;
     }
+    writer.counter(
+        ("deduplicated_chunks", "Chunks copied from the cache file of another blob, and verified"),
+        |mount| mount.cache_metrics().snapshot().deduplicated_chunks,
+    )?;
+    writer.counter(("deduplicated_bytes", "Their stored bytes, which were not fetched"), |mount| {
+        mount.cache_metrics().snapshot().deduplicated_bytes
+    })?;
     writer.histograms(
         (
             "fetch_phase_seconds",

@@ -17,6 +17,7 @@ use rafs::format::features::BlobFeatures;
 use rafs::format::limits::MAX_CHUNK_SIZE;
 use rafs::fs::{Rafs, RafsOptions};
 use storage::backend::{Backend, BlobSource, ReadContext};
+use storage::cache::dedup::DedupDb;
 use storage::cache::{BlobCache, BlobCacheConfig, BlobSet, ChunkTable, MetaSpec};
 use storage::digest::{Digest, TaggedDigest};
 use storage::engine::Engine;
@@ -77,12 +78,18 @@ pub struct Opened {
     tracer: Tracer,
 }
 
-/// Opens the image. What this process has validated before, `known`, is not read again.
+/// Opens the image. What this process has validated before, `known`, is not read again; what other
+/// caches have is looked up in `dedup`.
 ///
 /// # Errors
 /// The bootstrap is unreadable, malformed or not the one demanded; the cache directory can
 /// not be used; a blob context that reads depend on can not be had.
-pub fn open(engine: &Engine, mut spec: MountSpec, known: &Known) -> anyhow::Result<Opened> {
+pub fn open(
+    engine: &Engine,
+    mut spec: MountSpec,
+    known: &Known,
+    dedup: Option<&Arc<DedupDb>>,
+) -> anyhow::Result<Opened> {
     let fetched = spec.fetched.take();
     let MountSpec { stated_root, source, subject, config, .. } = &spec;
     let work_dir = &config.work_dir;
@@ -139,6 +146,7 @@ pub fn open(engine: &Engine, mut spec: MountSpec, known: &Known) -> anyhow::Resu
             meta: meta_spec(blob),
             chunks: Some(chunk_table(&rafs, number)),
             allow_unverified: config.allow_unverified,
+            dedup: dedup.cloned(),
             observer: Some(Arc::clone(&observer)),
             metrics: Arc::clone(&cache_metrics),
             backend_metrics: Arc::clone(&backend_metrics),

@@ -78,7 +78,7 @@ fn fetch(args: &PrefetchArgs, jobs: &Jobs) -> anyhow::Result<()> {
     for warning in &spec.config.warnings {
         tracing::warn!("configuration: {warning}");
     }
-    let mount = Arc::new(mount::open(&engine, spec, &Known::default())?.at(Place::unseen()));
+    let mount = Arc::new(mount::open(&engine, spec, &Known::default(), None)?.at(Place::unseen()));
     for cache in mount.caches() {
         if let Err(e) = engine.block_on(cache.keep_context()) {
             tracing::warn!("{}", crate::logging::chain(&e));

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use storage::engine::Engine;
@@ -17,6 +18,10 @@ use crate::image::{self, Plan};
 use crate::mount::{self, Mount};
 use crate::passthrough::{self, HostSpec};
 use crate::{preheat, trace};
+
+/// How long who unmounts waits until the dedup database has no rows of files that are gone. What is
+/// not done by then goes on by itself.
+const GARBAGE_PATIENCE: Duration = Duration::from_secs(2);
 
 impl Daemon {
     /// Mounts what `command` says; its tree is visible when this returns. Blocks; not for threads that
@@ -88,6 +93,9 @@ impl Daemon {
         self.keep_state();
         self.tell(&stale, Some(&mounted));
         drop(change);
+        if let Some(dedup) = self.dedup() {
+            dedup.collect_garbage(GARBAGE_PATIENCE);
+        }
         tracing::info!("unmounted {path}");
         self.retire(engine, mounted, stale);
         Ok(())
@@ -123,7 +131,7 @@ impl Daemon {
             let mountpoint = command.mountpoint.clone();
             let spec = image::commanded(command, |config| self.hot().amend(&mountpoint, config))?;
             warn_of(&spec.config.warnings);
-            Ok(Opened::Image(Box::new(mount::open(engine, spec, self.known())?)))
+            Ok(Opened::Image(Box::new(mount::open(engine, spec, self.known(), self.dedup())?)))
         };
         open().map_err(|e| MountError::image(&e))
     }
@@ -265,7 +273,7 @@ impl Daemon {
         if path.names().is_empty() {
             self.adapter().table().dedicate();
         }
-        let opened = mount::open(engine, spec, self.known())?;
+        let opened = mount::open(engine, spec, self.known(), self.dedup())?;
         let attached = self.adapter().table().attach(&path, |place| opened.at(place));
         let (mounted, _) = attached.map_err(|e| refused(e, &path))?;
         mounted.image().cloned().context("an image was mounted")

@@ -149,7 +149,7 @@ impl Daemon {
                 return self.open_host(one.mountpoint.clone(), source, one.command.clone());
             }
             let spec = self.saved_spec(engine, one)?;
-            Ok(Opened::Image(Box::new(mount::open(engine, spec, self.known())?)))
+            Ok(Opened::Image(Box::new(mount::open(engine, spec, self.known(), self.dedup())?)))
         };
         let mut opened = Vec::new();
         let mut last_error = None;

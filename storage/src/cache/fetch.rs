@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  leads ─claim─▶ held by another process: look again, backing off
-//!            └──▶ plan ─▶ one request a merged range ─▶ cutter ─▶ opener
+//!            └──▶ plan ─▶ local: what other cache files have ─▶ opener
+//!                  └────▶ one request a merged range ─▶ cutter ─▶ opener
 //!                                                                   │ corrupt, once
 //!                                                                   ▼
 //!                                                          fetch that unit again
@@ -17,7 +18,9 @@ use tracing::{debug, warn};
 use super::Inner;
 use super::chunk_map::{ChunkLock, Record, Wanted, runs};
 use super::cutter::{Request, Timing};
+use super::dedup::Row;
 use super::inflight::{Lead, Outcome};
+use super::local;
 use super::plan::{MAX_BETWEEN, plan};
 use crate::backend::retry::within;
 use crate::backend::{Priority, ReadContext};
@@ -52,6 +55,15 @@ pub(super) struct Claimed {
     pub(super) lead: Lead,
     /// `None`: it will not be cached. Shared with the rest of its run.
     pub(super) lock: Option<Arc<ChunkLock>>,
+    /// Where the dedup database says it is, and it is not: if what comes from the source is right,
+    /// that row is wrong.
+    pub(super) suspect: Option<Row>,
+}
+
+impl Claimed {
+    fn new(lead: Lead, lock: Option<Arc<ChunkLock>>) -> Self {
+        Self { lead, lock, suspect: None }
+    }
 }
 
 /// A unit to fetch and the chunks wanted of it.
@@ -90,9 +102,11 @@ pub(super) async fn lead(
         contended.retain(Lead::is_demanded);
         if !contended.is_empty() && begun.elapsed() >= patience {
             debug!(blob = %inner.id, chunks = contended.len(), "another process is slow; fetching past the cache");
-            claimed.extend(contended.drain(..).map(|lead| Claimed { lead, lock: None }));
+            claimed.extend(contended.drain(..).map(|lead| Claimed::new(lead, None)));
         }
-        start(&inner, group(&inner, claimed), &context, slot.as_ref()).await;
+        let (groups, located) = local::part(&inner, group(&inner, claimed)).await;
+        local::start(&inner, located, &context, slot.as_ref());
+        start(&inner, groups, &context, slot.as_ref()).await;
         if contended.is_empty() {
             return;
         }
@@ -114,7 +128,7 @@ pub(super) async fn lead(
 /// to fetch and what another process is at; answers the waiters of what turned out ready.
 fn claim(inner: &Inner, mut leads: Vec<Lead>) -> (Vec<Claimed>, Vec<Lead>) {
     let Some(files) = inner.files() else {
-        return (leads.into_iter().map(|lead| Claimed { lead, lock: None }).collect(), Vec::new());
+        return (leads.into_iter().map(|lead| Claimed::new(lead, None)).collect(), Vec::new());
     };
     leads.sort_by_key(|lead| lead.extent().index);
     let wanted: Vec<Wanted> =
@@ -128,7 +142,7 @@ fn claim(inner: &Inner, mut leads: Vec<Lead>) -> (Vec<Claimed>, Vec<Lead>) {
         for (lead, ready) in leads.by_ref().take(run.len()).zip(ready) {
             match (ready, &lock) {
                 (true, _) => lead.answer(Outcome::Stored),
-                (false, Some(lock)) => claimed.push(Claimed { lead, lock: Some(Arc::clone(lock)) }),
+                (false, Some(lock)) => claimed.push(Claimed::new(lead, Some(Arc::clone(lock)))),
                 (false, None) => contended.push(lead),
             }
         }
@@ -160,13 +174,13 @@ fn claim(inner: &Inner, mut leads: Vec<Lead>) -> (Vec<Claimed>, Vec<Lead>) {
     if !past_the_cache.is_empty() {
         let unlocked =
             contended.extract_if(.., |lead: &mut Lead| past_the_cache.contains(&lead.extent().index));
-        claimed.extend(unlocked.map(|lead| Claimed { lead, lock: None }));
+        claimed.extend(unlocked.map(|lead| Claimed::new(lead, None)));
     }
     (claimed, contended)
 }
 
 /// Sorts chunks into units, and units into merged ranges.
-fn group(inner: &Inner, mut chunks: Vec<Claimed>) -> Vec<Vec<Work>> {
+pub(super) fn group(inner: &Inner, mut chunks: Vec<Claimed>) -> Vec<Vec<Work>> {
     let place = |unit: &FetchUnit| (unit.compressed.start(), unit.compressed.end(), unit.decoded_len);
     chunks.sort_by_key(|c| place(&c.lead.extent().unit));
     let mut works: Vec<Work> = Vec::new();
@@ -203,7 +217,7 @@ fn are_apart(ranges: &[ByteRange]) -> bool {
 
 /// Starts the fetch of merged ranges: several that nobody waits for with one request, if the
 /// source can do that, else each with its own.
-async fn start(
+pub(super) async fn start(
     inner: &Arc<Inner>,
     mut groups: Vec<Vec<Work>>,
     context: &ReadContext,

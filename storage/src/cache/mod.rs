@@ -9,6 +9,8 @@
 //!  fetch.rs       leader's work: claim, fetch, decode, verify, answer, write
 //!  ahead.rs       works off orders, within their limit of bandwidth (pace.rs)
 //!  plan.rs        units wanted → ranges to fetch
+//!  local.rs       units that other cache files have: taken from there
+//!  dedup.rs       which file has which chunk, for all daemons of the node
 //!  data_file.rs   <id>.blob.data            bytes at their decoded offsets
 //!  chunk_map.rs   <id>.blob.data.chunk_map  what of it is ready; lock a chunk
 //!  mirror.rs      what of that this process has seen
@@ -43,9 +45,11 @@ mod ahead;
 mod chunk_map;
 mod cutter;
 mod data_file;
+pub mod dedup;
 mod duty;
 mod fetch;
 mod inflight;
+mod local;
 mod lock;
 mod meta;
 mod mirror;
@@ -74,6 +78,7 @@ use tracing::warn;
 
 use self::chunk_map::{ChunkMap, MAX_DECODED_SIZE, Record};
 use self::data_file::Storage;
+use self::dedup::{DedupDb, Member};
 use self::inflight::Inflight;
 pub use self::neighbours::ChunkTable;
 pub use self::set::BlobSet;
@@ -118,6 +123,8 @@ pub struct BlobCacheConfig {
     /// Knows the other chunks of the blob: those of a unit that holds several, so that one
     /// fetch of the unit caches all of them, and those to read ahead. Called on engine threads.
     pub chunks: Option<ChunkTable>,
+    /// Knows which other cache files have a chunk, and is told what this one has.
+    pub dedup: Option<Arc<DedupDb>>,
     /// Told of every fetch.
     pub observer: Option<Arc<dyn Observer>>,
     /// Counters of the cache, shared by the blobs of an instance.
@@ -138,6 +145,7 @@ impl BlobCacheConfig {
             meta: None,
             allow_unverified: false,
             chunks: None,
+            dedup: None,
             observer: None,
             metrics: Arc::default(),
             backend_metrics: Arc::default(),
@@ -175,6 +183,7 @@ struct Inner {
     untouched: Untouched,
     cancel: CancellationToken,
     chunks: Option<ChunkTable>,
+    dedup: Option<Member>,
     observer: Option<Arc<dyn Observer>>,
     /// With its file's path; taken by the first successful fetch.
     meta: std::sync::Mutex<Option<(MetaSpec, PathBuf)>>,
@@ -229,6 +238,8 @@ impl BlobCache {
             let what = format!("blob {id}: {chunk_count} chunks in {decoded_size} bytes");
             return Err(Error::new(ErrorKind::Invalid, what));
         }
+        // A file from the caller has no name that others could open.
+        let own_path = work_dir.as_ref().filter(|_| data_file.is_none()).map(|dir| data_path(dir, &id));
         let files = match &work_dir {
             None => None,
             Some(dir) => match Files::open(dir, &id, decoded_size, chunk_count, data_file, wrap) {
@@ -240,6 +251,8 @@ impl BlobCache {
                 Err(e) => return Err(e),
             },
         };
+        let own_path = own_path.filter(|_| files.is_some());
+        let dedup = config.dedup.map(|database| Member::new(database, own_path.as_deref()));
         let meta = meta.zip(work_dir.map(|dir| dir.join(format!("{id}.blob.meta"))));
         Ok(Arc::new(Self {
             inner: Arc::new(Inner {
@@ -254,6 +267,7 @@ impl BlobCache {
                 untouched: Untouched::new(chunk_count),
                 cancel: CancellationToken::new(),
                 chunks: config.chunks,
+                dedup,
                 observer: config.observer,
                 meta: std::sync::Mutex::new(meta),
                 metrics: config.metrics,
@@ -362,6 +376,11 @@ impl fmt::Debug for BlobCache {
     }
 }
 
+/// Where the data of a blob is.
+fn data_path(dir: &Path, id: &BlobId) -> PathBuf {
+    dir.join(format!("{id}.blob.data"))
+}
+
 impl Files {
     fn open(
         dir: &Path,
@@ -372,7 +391,7 @@ impl Files {
         wrap: impl Fn(Role, File) -> std::io::Result<Arc<dyn Storage>>,
     ) -> Result<Self> {
         let held = data_file::hold_directory(dir)?;
-        let path = dir.join(format!("{id}.blob.data"));
+        let path = data_path(dir, id);
         let map_path = dir.join(format!("{id}.blob.data.chunk_map"));
         let data = match data_file {
             Some(descriptor) => data_file::adopt_data(descriptor, decoded_size, &map_path, &held)?,

@@ -19,7 +19,7 @@ use crate::{Error, ErrorKind, Result, codec};
 
 /// Decoded offsets of neighbours are apart by less than a block of the image's; the bytes
 /// between them belong to nobody.
-const BLOCK: u64 = 4096;
+pub(super) const BLOCK: u64 = 4096;
 
 /// Small chunks that lie together are written together, up to this many bytes.
 const MAX_WRITE: u64 = 1 << 20;
@@ -33,14 +33,14 @@ pub(super) struct Received {
 }
 
 /// A verified chunk on its way to the cache.
-struct Fresh {
+pub(super) struct Fresh {
     index: ChunkIndex,
     record: Record,
     at: u64,
     bytes: Bytes,
     lock: Arc<ChunkLock>,
     /// Who asks for the chunk meanwhile waits for this, not for another fetch.
-    _lead: Lead,
+    lead: Lead,
 }
 
 /// Decodes units, verifies the chunks wanted of them and hands out those that are right.
@@ -90,7 +90,10 @@ fn open_unit(inner: &Inner, mut work: Work, stored: Bytes, fresh: &mut Vec<Fresh
             }
             _ => {
                 inner.observe(&claimed.lead, &work, None);
-                fresh.extend(inner.publish(claimed, bytes));
+                // First: whoever has the bytes must find them counted.
+                CacheMetrics::tick(&inner.metrics.fetched_chunks);
+                inner.acquit(&claimed);
+                fresh.extend(publish(claimed, bytes));
             }
         }
     }
@@ -108,24 +111,34 @@ fn decode(unit: &FetchUnit, stored: Bytes) -> Result<Bytes> {
     Ok(decoded.into())
 }
 
+/// Hands verified bytes to the waiters. Answers what is to be cached.
+pub(super) fn publish(claimed: Claimed, bytes: Bytes) -> Option<Fresh> {
+    let Claimed { lead, lock, .. } = claimed;
+    lead.answer(Outcome::Bytes(bytes.clone()));
+    let extent = lead.extent();
+    let (index, record, at) = (extent.index, Record::of(extent), extent.decoded_offset);
+    Some(Fresh { index, record, at, bytes, lock: lock?, lead })
+}
+
 impl Inner {
-    /// Hands verified bytes to the waiters. Answers what is to be cached.
-    fn publish(&self, claimed: Claimed, bytes: Bytes) -> Option<Fresh> {
-        let Claimed { lead, lock } = claimed;
-        // First: whoever has the bytes must find them counted.
-        CacheMetrics::tick(&self.metrics.fetched_chunks);
-        lead.answer(Outcome::Bytes(bytes.clone()));
-        let extent = lead.extent();
-        let (index, record, at) = (extent.index, Record::of(extent), extent.decoded_offset);
-        Some(Fresh { index, record, at, bytes, lock: lock?, _lead: lead })
+    /// Has the row go that promised other bytes than the source gave, which are right.
+    fn acquit(&self, claimed: &Claimed) {
+        if let (Some(dedup), Some(row)) = (&self.dedup, &claimed.suspect) {
+            dedup.database.remove(row.clone());
+        }
     }
 
     /// Writes verified chunks to the cache. May wait for the disk.
-    fn keep(self: &Arc<Self>, mut fresh: Vec<Fresh>) {
+    pub(super) fn keep(self: &Arc<Self>, mut fresh: Vec<Fresh>) {
         meta::keep(self);
         let Some(files) = self.files() else { return };
         fresh.sort_by_key(|chunk| chunk.index);
-        match files.store(&fresh) {
+        let stored = files.store(&fresh);
+        // Not durable yet: should it not become so, a row leads nowhere, which it may.
+        if let (Some(dedup), Ok(_)) = (&self.dedup, &stored) {
+            dedup.offer(fresh.iter().map(|chunk| chunk.lead.extent()));
+        }
+        match stored {
             Ok(false) => self.write_fails.store(false, Relaxed),
             Ok(true) => {
                 self.write_fails.store(false, Relaxed);

@@ -65,6 +65,8 @@ fn text(family: &Metrics, document: &Value) -> String {
                 ("Chunks fetched:", "fetched_chunks"),
                 ("Bytes fetched:", "fetched_bytes"),
                 ("  of:", "compressed_bytes_total"),
+                ("Chunks of other caches:", "deduplicated_chunks"),
+                ("  bytes not fetched:", "deduplicated_bytes"),
                 ("Corrupt units:", "verification_failures"),
                 ("Failed cache writes:", "write_errors"),
             ]),

@@ -2,6 +2,7 @@
 
 mod ahead;
 mod crash;
+mod dedup;
 mod faults;
 mod files;
 mod sharing;
