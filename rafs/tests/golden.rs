@@ -134,6 +134,21 @@ fn a_bootstrap_is_adopted_under_its_digest() {
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
     assert_eq!(open(&path, &OpenOptions::default()).unwrap().summary().inode_count, 417);
 
+    // The copy itself is not written again, unless others could change it.
+    let inode = || std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(&path).unwrap());
+    let first = inode();
+    let (again, found) = adopt(&path, dir.path(), Some(digest)).unwrap();
+    assert_eq!((again.summary().inode_count, found, inode()), (417, digest, first));
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    assert_eq!(adopt(&path, dir.path(), Some(digest)).unwrap().1, digest);
+    assert_ne!(inode(), first);
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
+    let other = dir.path().join(format!("{}.boot", Digest([7; 32])));
+    std::fs::rename(&path, &other).unwrap();
+    let error = adopt(&other, dir.path(), Some(Digest([7; 32]))).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Mismatch);
+    std::fs::rename(&other, &path).unwrap();
+
     let broken = dir.path().join("broken");
     std::fs::write(&broken, [7; 8192]).unwrap();
     let error = adopt(&broken, dir.path(), None).err().unwrap();

@@ -58,47 +58,46 @@ pub fn from_bytes(bytes: Vec<u8>, options: &OpenOptions) -> Result<Box<dyn Boots
 /// Copies the bootstrap at `source` into `work_dir` as `<sha256>.boot`, mode 0600, and opens
 /// the copy as [`open`] does; answers it with its digest.
 ///
-/// The copy appears under its name only when it is whole and valid; an older one is replaced.
+/// The copy appears under its name only when it is whole and valid; an older one is replaced. If `source` is the copy
+/// itself, of `expect` and still private, nothing is written: it is opened where it is, after the same checks.
 ///
 /// # Errors
 /// `Mismatch`: its SHA-256 is not `expect`. `Io`: reading or writing failed. `Unsupported`,
 /// `Corrupt`: as [`open`]. Each names `source`, and nothing is left behind.
 pub fn adopt(source: &Path, work_dir: &Path, expect: Option<Digest>) -> Result<(Box<dyn Bootstrap>, Digest)> {
     let mut from = open_source(source)?;
+    let named = |e: Error| e.context(source.display());
+    let copied = |digest: Digest| work_dir.join(format!("{digest}.boot"));
+    if expect.is_some_and(|digest| copied(digest) == source) && is_private(&from).map_err(named)? {
+        let digest = hash(source, &mut from, |_| Ok(()))?;
+        check_digest(source, digest, expect)?;
+        from.rewind().map_err(|e| named(Error::io("read", e)))?;
+        return Ok((validate(&mut from, &OpenOptions::default()).map_err(named)?, digest));
+    }
     let failed = |e| Error::io(format!("copy {} to {}", source.display(), work_dir.display()), e);
     // Temporary files have mode 0600 from the start.
     let mut copy = tempfile::Builder::new().prefix(".boot-").tempfile_in(work_dir).map_err(failed)?;
-    let mut hasher = DigestAlgorithm::Sha256.hasher();
-    let mut buffer = vec![0; 256 << 10];
-    let mut total = 0;
-    loop {
-        let n = from.read(&mut buffer).map_err(failed)?;
-        if n == 0 {
-            break;
-        }
-        total += n as u64;
-        check_size(total).map_err(|e| e.context(source.display()))?;
-        hasher.update(&buffer[..n]);
-        copy.write_all(&buffer[..n]).map_err(failed)?;
-    }
-    let digest = hasher.finish();
-    if let Some(expect) = expect
-        && expect != digest
-    {
-        return Err(Error::new(
+    let digest = hash(source, &mut from, |piece| copy.write_all(piece).map_err(failed))?;
+    check_digest(source, digest, expect)?;
+    let file = copy.as_file_mut();
+    file.rewind().map_err(failed)?;
+    let bootstrap = validate(file, &OpenOptions::default()).map_err(named)?;
+    copy.persist(copied(digest)).map_err(|e| failed(e.error))?;
+    Ok((bootstrap, digest))
+}
+
+fn check_digest(source: &Path, found: Digest, expect: Option<Digest>) -> Result<()> {
+    match expect {
+        Some(expect) if expect != found => Err(Error::new(
             ErrorKind::Mismatch,
             format!(
-                "the bootstrap's SHA-256 is {digest}, but {expect} is demanded; mount the image that was \
+                "the bootstrap's SHA-256 is {found}, but {expect} is demanded; mount the image that was \
                  meant, or correct `expect_bootstrap` (read from {})",
                 source.display()
             ),
-        ));
+        )),
+        _ => Ok(()),
     }
-    let file = copy.as_file_mut();
-    file.rewind().map_err(failed)?;
-    let bootstrap = validate(file, &OpenOptions::default()).map_err(|e| e.context(source.display()))?;
-    copy.persist(work_dir.join(format!("{digest}.boot"))).map_err(|e| failed(e.error))?;
-    Ok((bootstrap, digest))
 }
 
 /// The SHA-256 of the file `source`, whether or not it is a bootstrap.
@@ -106,7 +105,11 @@ pub fn adopt(source: &Path, work_dir: &Path, expect: Option<Digest>) -> Result<(
 /// # Errors
 /// `Io`, `Invalid`, `Corrupt`: it can not be read, is no regular file, or larger than any bootstrap.
 pub fn digest(source: &Path) -> Result<Digest> {
-    let mut from = open_source(source)?;
+    hash(source, &mut open_source(source)?, |_| Ok(()))
+}
+
+/// Reads `source`, which is open as `from`, to its end; what is read goes to `take`, too.
+fn hash(source: &Path, from: &mut File, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<Digest> {
     let mut hasher = DigestAlgorithm::Sha256.hasher();
     let mut buffer = vec![0; 256 << 10];
     let mut total = 0;
@@ -118,6 +121,7 @@ pub fn digest(source: &Path) -> Result<Digest> {
         total += n as u64;
         check_size(total).map_err(|e| e.context(source.display()))?;
         hasher.update(&buffer[..n]);
+        take(&buffer[..n])?;
     }
 }
 
