@@ -77,7 +77,7 @@ impl OverlayConfig {
     /// They can not be made, or somebody uses them.
     pub fn prepare(&self, root: &Attr, mapping: Option<IdMapping>) -> anyhow::Result<UpperLock> {
         let upper = &self.upper_dir;
-        let context = || format!("`overlay.upper_dir` {}", upper.display());
+        let context = || self.named();
         if !upper.exists() {
             let shown = |id: u32| mapping.map_or(id, |mapping| mapping.shown(id));
             make_owned(upper, (shown(root.uid), shown(root.gid)), root.mode & 0o7777)
@@ -86,14 +86,47 @@ impl OverlayConfig {
         let work = &self.work_dir;
         let made = DirBuilder::new().recursive(true).mode(0o700).create(work);
         made.with_context(|| format!("`overlay.work_dir` {}", work.display()))?;
-        let directory = File::open(upper).with_context(context)?;
-        match directory.try_lock() {
-            Ok(()) => Ok(UpperLock { _directory: directory }),
-            Err(TryLockError::WouldBlock) => bail!(
+        match self.try_lock()? {
+            Ok(lock) => Ok(lock),
+            Err(_) => bail!(
                 "`overlay.upper_dir` {} is in use by another daemon; give each its own",
                 upper.display()
             ),
-            Err(TryLockError::Error(e)) => Err(e).with_context(context),
+        }
+    }
+
+    fn named(&self) -> String {
+        format!("`overlay.upper_dir` {}", self.upper_dir.display())
+    }
+
+    /// The lock, or the directory if somebody has it.
+    fn try_lock(&self) -> anyhow::Result<Result<UpperLock, File>> {
+        let directory = File::open(&self.upper_dir).with_context(|| self.named())?;
+        match directory.try_lock() {
+            Ok(()) => Ok(Ok(UpperLock { _directory: directory })),
+            Err(TryLockError::WouldBlock) => Ok(Err(directory)),
+            Err(TryLockError::Error(e)) => Err(e).with_context(|| self.named()),
+        }
+    }
+
+    /// Keeps others from the upper directory of an overlay that a predecessor made, as long as this process lives.
+    /// A predecessor that has not ended yet still has it: then a thread waits for it. What can not be is
+    /// logged, for the overlay is there and has to be served all the same.
+    pub fn inherit(&self) {
+        let waited = match self.try_lock() {
+            Ok(Ok(lock)) => return std::mem::forget(lock),
+            Ok(Err(directory)) => {
+                let named = self.named();
+                let wait = move || match directory.lock() {
+                    Ok(()) => std::mem::forget(directory),
+                    Err(e) => tracing::error!("{named}: others may use it, too: {e}"),
+                };
+                std::thread::Builder::new().name("upper".to_owned()).spawn(wait).map(drop).map_err(Into::into)
+            }
+            Err(e) => Err(e),
+        };
+        if let Err(e) = waited {
+            tracing::error!("others may use it, too: {e:#}");
         }
     }
 

@@ -14,13 +14,14 @@ use tests::recipes;
 use tests::tree::{self, Overlook};
 use tests::{Result, ensure, needs_mounts, needs_programs};
 
-struct Scene {
-    journey: Journey,
-    bootstrap: PathBuf,
+/// An image and where its changes go.
+pub(crate) struct Scene {
+    pub journey: Journey,
+    pub bootstrap: PathBuf,
 }
 
 impl Scene {
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         let journey = Journey::start(&recipes::tiny())?;
         let nydus = journey.convert("nydus", &[])?;
         let bootstrap = journey.path("image.boot");
@@ -28,7 +29,7 @@ impl Scene {
         Ok(Self { journey, bootstrap })
     }
 
-    fn upper(&self) -> PathBuf {
+    pub fn upper(&self) -> PathBuf {
         // A name that overlayfs would take for three.
         self.journey.path("up,per:a\\b")
     }
@@ -44,10 +45,18 @@ impl Scene {
         .to_string()
     }
 
-    fn options(&self, upper: &Path, work: &Path) -> Result<DaemonOptions> {
+    pub fn options(&self, upper: &Path, work: &Path) -> Result<DaemonOptions> {
         let file = self.journey.path("config.json");
         fs::write(&file, self.config(upper, work))?;
         Ok(DaemonOptions::bootstrap(&self.bootstrap, &file))
+    }
+
+    /// The command line of a daemon whose changes go to [`Scene::upper`].
+    pub fn arguments(&self) -> Result<Vec<String>> {
+        let file = self.journey.path("own.json");
+        fs::write(&file, self.config(&self.upper(), &self.journey.path("work")))?;
+        let (bootstrap, file) = (self.bootstrap.to_string_lossy(), file.to_string_lossy());
+        Ok(["--writable", "--bootstrap", &bootstrap, "--config", &file].map(str::to_owned).to_vec())
     }
 
     fn start(&self) -> Result<Daemon> {

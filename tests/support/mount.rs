@@ -103,7 +103,7 @@ pub fn chroot(root: &Path, program: &[&str]) -> Result<String> {
 
 /// Whether something is mounted at exactly `path`.
 pub fn mounted(path: &Path) -> bool {
-    device(path).is_some()
+    row(path).is_some()
 }
 
 /// Ends the FUSE connection of what is mounted at `path`, whoever serves it and whoever waits for it:
@@ -112,14 +112,18 @@ pub fn mounted(path: &Path) -> bool {
 /// # Errors
 /// It is no FUSE mount, or the kernel refuses.
 pub fn abort(path: &Path) -> Result<()> {
-    let Some(device) = device(path) else { return Ok(()) };
-    let minor = device.rsplit(':').next().unwrap_or_default();
-    let file = format!("/sys/fs/fuse/connections/{minor}/abort");
+    let Some(row) = row(path) else { return Ok(()) };
+    let fields: Vec<&str> = row.split(' ').collect();
+    // An overlay of nydusd names what it covers: "rafs:NUMBER".
+    let covered = fields.iter().rev().find_map(|field| field.strip_prefix("rafs:")?.parse::<u64>().ok());
+    let device = fields.get(2).and_then(|device| device.rsplit(':').next()?.parse().ok());
+    let connection = covered.or(device).context("a row without a device")?;
+    let file = format!("/sys/fs/fuse/connections/{connection}/abort");
     fs::write(&file, "1").with_context(|| format!("end the connection of {}: {file}", path.display()))
 }
 
-/// Device number of the topmost mount at exactly `path`, as `major:minor`.
-fn device(path: &Path) -> Option<String> {
+/// The topmost mount at exactly `path` in the mount table.
+fn row(path: &Path) -> Option<String> {
     let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
     let escaped: Vec<u8> = path
         .as_os_str()
@@ -133,7 +137,7 @@ fn device(path: &Path) -> Option<String> {
     let row = table
         .split(|byte| *byte == b'\n')
         .rfind(|line| line.split(|byte| *byte == b' ').nth(4) == Some(&escaped))?;
-    Some(String::from_utf8_lossy(row.split(|byte| *byte == b' ').nth(2)?).into_owned())
+    Some(String::from_utf8_lossy(row).into_owned())
 }
 
 /// A read-only block device over a file; detached when dropped.

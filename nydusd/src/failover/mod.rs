@@ -175,10 +175,22 @@ impl Daemon {
             Some(fuse) if self.state() == State::Ready && self.beginning_was() != Beginning::Mount => fuse,
             _ => return Err(LifeError::Unexpected("Start")),
         };
+        self.inherit_upper();
         recovery::recover(fuse, self.args().failover_policy);
         // No FUSE_INIT comes, and the answer to it is not waited for.
         self.serve(fuse)?;
+        // Answers to who asks again because of that are given by now.
+        fuse.expire(&self.adapter().table().take_outdated());
         self.set_running();
         Ok(())
+    }
+
+    /// Has the upper directory of a writable image, if there is one, to itself from the predecessor's end on.
+    fn inherit_upper(&self) {
+        for mount in self.adapter().table().mounts() {
+            if let Some(overlay) = &mount.config().overlay {
+                overlay.inherit();
+            }
+        }
     }
 }

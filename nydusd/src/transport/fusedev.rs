@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail};
 use fuse_backend_rs::api::server::Server;
@@ -393,10 +393,18 @@ pub fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
         Ok((std::fs::metadata(&real)?.is_dir(), real))
     };
     match probe() {
-        Ok((true, real)) if MountIdentity::is_fuse_of(&real, SOURCE).unwrap_or(false) => bail!(
-            "the mountpoint {0} is served by another nydusd; unmount it first with `umount {0}`, or take another directory",
-            path.display()
-        ),
+        Ok((true, real)) if MountIdentity::is_fuse_of(&real, SOURCE).unwrap_or(false) => match is_dead(&real)
+        {
+            true => bail!(
+                "the mountpoint {0} holds the overlay of a daemon that is gone; remove it with `umount -l {0}`: what \
+                 was changed is kept in `overlay.upper_dir`",
+                path.display()
+            ),
+            false => bail!(
+                "the mountpoint {0} is served by another nydusd; unmount it first with `umount {0}`, or take another directory",
+                path.display()
+            ),
+        },
         Ok((true, real)) => Ok(real),
         Ok((false, real)) => bail!("the mountpoint {} is not a directory", real.display()),
         Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => bail!(
@@ -408,4 +416,12 @@ pub fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
         }
         Err(e) => Err(e).with_context(|| format!("the mountpoint {} can not be used", path.display())),
     }
+}
+
+/// True if what is mounted on `path`, which is the root of a mount of ours, has nobody who serves it. An overlay
+/// answers from what it covers no more than names that nobody has asked for.
+fn is_dead(path: &Path) -> bool {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let name = format!(".nydusd-{}-{}", std::process::id(), now.as_nanos());
+    path.join(name).symlink_metadata().is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN))
 }

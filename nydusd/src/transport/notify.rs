@@ -20,6 +20,8 @@ use crate::vfs::stale::Stale;
 const INVAL_INODE: i32 = 2;
 /// FUSE_NOTIFY_INVAL_ENTRY.
 const INVAL_ENTRY: i32 = 3;
+/// FUSE_NOTIFY_INC_EPOCH: all names are to be asked for again.
+const INC_EPOCH: i32 = 8;
 
 /// What a notification under way may take at the end: those that wait for nobody take microseconds.
 const LAST_NOTICE: Duration = Duration::from_millis(100);
@@ -131,6 +133,10 @@ impl FuseMount {
             Stale::Node(node) => {
                 self.notify(INVAL_INODE, &[InvalInode { ino: node.0, offset: 0, len: 0 }.as_bytes()])
             }
+            Stale::Names if self.negotiated().is_some_and(|negotiated| negotiated.has_epochs()) => {
+                self.notify(INC_EPOCH, &[])
+            }
+            Stale::Names => Err(Errno::EOPNOTSUPP),
             Stale::Entry { parent, name } => {
                 let namelen = u32::try_from(name.len()).map_err(|_| Errno::ENAMETOOLONG)?;
                 let entry = InvalEntry { parent: parent.0, namelen, flags };

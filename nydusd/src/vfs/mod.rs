@@ -31,7 +31,7 @@ pub mod turns;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rafs::bootstrap::Nid;
 
@@ -132,6 +132,8 @@ pub struct Vfs {
     dedicated: AtomicBool,
     /// See [`SHARED`], [`ALONE`], [`TOLD`].
     xattrs: AtomicU8,
+    /// What the kernel believes of a predecessor's tree and is not so in this one. Taken once, when it is served.
+    outdated: Mutex<Vec<Stale>>,
 }
 
 /// Images come and go: each is asked for its extended attributes.
@@ -319,6 +321,11 @@ impl Vfs {
     pub fn sweep(&self) {
         let over = self.write().sweep();
         drop(over);
+    }
+
+    /// What the kernel must be told once this tree is served, that a predecessor's tree was another one.
+    pub fn take_outdated(&self) -> Vec<Stale> {
+        std::mem::take(&mut *self.outdated.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Says that one image is what this daemon is for.

@@ -1,10 +1,11 @@
 //! The tree in saved state: the same nodes for a kernel that goes on using them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use anyhow::{Context as _, bail, ensure};
+use rafs::bootstrap::Nid;
 use storage::engine::Engine;
 
 use super::Vfs;
@@ -12,11 +13,12 @@ use super::command::{FsType, SavedMount, SavedVfs};
 use super::mounted::{Mounted, Opened};
 use super::path::VfsPath;
 use super::place::Place;
-use super::tree::{FIRST_DIRECTORY, ROOT};
+use super::stale::Stale;
+use super::tree::{FIRST_DIRECTORY, ROOT, State, changed};
 use crate::daemon::Daemon;
 use crate::image;
 use crate::mount::{self, MountSpec};
-use crate::node::{MAX_INDEX, MountIndex};
+use crate::node::{MAX_INDEX, MountIndex, NodeId};
 
 /// Mounts that the kernel may come to know after a save and before the next one. Their indexes are
 /// lost to a successor, which can not tell.
@@ -94,12 +96,39 @@ impl Vfs {
         Ok(())
     }
 
-    /// Takes away what leads to no mount, after all mounts that there are were restored: nobody is shown an
-    /// empty directory for what could not be.
-    fn tidy(&self) {
+    /// Takes away what leads to no mount, after all mounts but those that are `lost` were restored: nobody is shown
+    /// an empty directory for what could not be. The kernel has to be told of names that meant those.
+    fn tidy(&self, lost: &[&SavedMount]) {
         let mut state = self.write();
+        let chains = |state: &State| -> Vec<Option<(VfsPath, Vec<Option<NodeId>>)>> {
+            let chain = |one: &&SavedMount| {
+                let path = VfsPath::parse(&one.mountpoint).ok()?;
+                let chain = state.chain(&path);
+                Some((path, chain))
+            };
+            lost.iter().map(chain).collect()
+        };
+        let before = chains(&state);
         let leaves: Vec<u64> = state.directories.keys().copied().collect();
         leaves.into_iter().for_each(|number| state.prune(number));
+        let after = chains(&state);
+        drop(state);
+        let mut outdated = Vec::new();
+        for ((one, before), after) in lost.iter().zip(before).zip(after) {
+            let (Some((path, mut before)), Some((_, after))) = (before, after) else { continue };
+            if path.names().is_empty() {
+                // Nobody knows any more which names there were.
+                outdated.extend([Stale::Names, Stale::Node(NodeId::ROOT)]);
+            } else if let Some(last) = before.last_mut() {
+                // Its root, whatever number that had.
+                *last = NodeId::new(MountIndex(one.index), Nid(0));
+                let none = BTreeMap::new();
+                outdated.extend(changed(&path, (&before, &none), (&after, &none)));
+            }
+        }
+        outdated.sort_unstable();
+        outdated.dedup();
+        *self.outdated.lock().unwrap_or_else(PoisonError::into_inner) = outdated;
     }
 
     /// Takes everything out of the tree. For a tree that no kernel has seen.
@@ -151,7 +180,7 @@ impl Daemon {
             let spec = self.saved_spec(engine, one)?;
             Ok(Opened::Image(Box::new(mount::open(engine, spec, self.known(), self.dedup())?)))
         };
-        let mut opened = Vec::new();
+        let (mut opened, mut lost) = (Vec::new(), Vec::new());
         let mut last_error = None;
         for one in &saved.mounts {
             match open(one).with_context(|| format!("restore the mount at {}", one.mountpoint)) {
@@ -159,6 +188,7 @@ impl Daemon {
                 Err(e) => {
                     tracing::error!("{e:#}; what is open there fails from now on");
                     last_error = Some(e);
+                    lost.push(one);
                 }
             }
         }
@@ -174,7 +204,7 @@ impl Daemon {
         };
         // All of it or nothing.
         let mounts = attach().inspect_err(|_| vfs.clear())?;
-        vfs.tidy();
+        vfs.tidy(&lost);
         for mount in mounts.iter().filter_map(Mounted::image) {
             if mount.command().is_none() {
                 self.hot().renew(mount);

@@ -14,4 +14,6 @@ pub enum Stale {
     },
     /// Attributes and listing of this directory.
     Node(NodeId),
+    /// Every name there is: nobody can say which.
+    Names,
 }

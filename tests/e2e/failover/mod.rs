@@ -2,6 +2,7 @@
 
 mod sequences;
 mod supervise;
+mod writable;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -162,6 +163,14 @@ fn stalls(readers: &[Vec<Answered>], moments: &[Instant]) -> Vec<Duration> {
         Some((read.began + read.took).saturating_duration_since(*moment))
     };
     moments.iter().flat_map(|moment| readers.iter().filter_map(move |reads| hit(reads, moment))).collect()
+}
+
+/// How many kills a test is to do: `few`, or as many as the environment says (`make soak`).
+fn kills(variable: &str, few: usize) -> Result<usize> {
+    match std::env::var(variable) {
+        Ok(text) => text.parse().context(variable.to_owned()),
+        Err(_) => Ok(few),
+    }
 }
 
 /// Prints what readers felt.

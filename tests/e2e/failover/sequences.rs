@@ -1,8 +1,10 @@
 //! nydus-snapshotter's sequences, step by step: it is the supervisor, and drives both daemons.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -31,7 +33,7 @@ const NO_SUPERVISOR: &str =
     r#"{"code":"UNDEFINED","message":"Upgrade(DaemonAbnormal(UpgradeManager(\"MissingSupervisorPath\")))"}"#;
 
 /// Steps 2 to 8 of an upgrade: `old` is replaced by a daemon on `socket`; when it was told to end.
-fn upgrade(
+pub(super) fn upgrade(
     place: &Place,
     supervisor: &Supervisor,
     mut old: Process,
@@ -58,8 +60,24 @@ fn settle(place: &Place) -> Result<()> {
     Ok(())
 }
 
+/// Copies of bootstraps in a cache directory, and which files they are.
+fn copies(cache: &Path) -> Result<BTreeSet<(String, u64, i64)>> {
+    let mut copies = BTreeSet::new();
+    for name in names(cache)?.into_iter().filter(|name| name.ends_with(".boot")) {
+        let meta = fs::metadata(cache.join(&name))?;
+        copies.insert((name, meta.ino(), meta.ctime_nsec()));
+    }
+    Ok(copies)
+}
+
+/// What a directory lists.
+fn names(directory: &Path) -> Result<BTreeSet<String>> {
+    let name = |entry: std::io::Result<fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
+    fs::read_dir(directory)?.map(name).collect()
+}
+
 /// Has `daemon` end like a service does.
-fn terminate(place: &Place, mut daemon: Process) -> Result<()> {
+pub(super) fn terminate(place: &Place, mut daemon: Process) -> Result<()> {
     daemon.signal(Signal::SIGTERM)?;
     let status = daemon.wait()?;
     ensure!(status.code() == Some(0) && !mounted(place.root()), "{status}: {}", place.log());
@@ -120,6 +138,8 @@ fn a_shared_daemon_is_upgraded_step_by_step() -> Result<()> {
     let (status, body) = old.send("PUT", SENDFD, "")?;
     ensure!(status == 500 && body.contains("Upgrade(DaemonAbnormal(UpgradeManager("), "{status} {body}");
 
+    let copied = copies(&journey.path("cache"))?;
+    ensure!(names(place.root())?.contains("lost") && !copied.is_empty(), "{copied:?}");
     let path = place.root().join("1/data/one-chunk");
     let content = fs::read(&path)?;
     let of_lost = File::open(place.root().join("lost/file"))?;
@@ -160,11 +180,14 @@ fn a_shared_daemon_is_upgraded_step_by_step() -> Result<()> {
     ensure!(fs::read(place.root().join("deep/er/3/data/one-chunk"))? == content, "another file");
     ensure!(!place.root().join("2").exists(), "what was unmounted is back");
     ensure!(fs::read(place.root().join("host/file"))? == b"of the host", "another directory");
-    // One that can not be restored keeps no other one away, and what was open of it fails. The kernel may
-    // know its name for a while.
+    // What is mounted is known by its copy in the cache, which nobody writes again.
+    ensure!(copies(&journey.path("cache"))? == copied, "bootstraps were copied again");
+    // One that can not be restored keeps no other one away, and what was open of it fails. Its name is gone.
     ensure!(place.log().contains("restore the mount at /lost"), "{}", place.log());
     let error = of_lost.read_exact_at(&mut [0], 0).expect_err("the file is gone");
     ensure!(error.raw_os_error() == Some(libc::ESTALE), "{error}");
+    ensure!(!place.root().join("lost").exists(), "the name of what could not be restored means something");
+    ensure!(!names(place.root())?.contains("lost"), "{:?}", names(place.root())?);
     new.expect("GET", "/api/v1/config?id=/1", "", 200, renewed)?;
     // The snapshotter posts all mounts again, once: they are there. Anything else is refused.
     let (one, other) = ("/api/v1/mount?mountpoint=/1", mount.replace("image.boot", "other.boot"));
@@ -187,6 +210,51 @@ fn a_shared_daemon_is_upgraded_step_by_step() -> Result<()> {
     let (last, _) = upgrade(&place, &supervisor, new, "api2.sock")?;
     ensure!(fs::read(place.root().join("4/data/one-chunk"))? == content, "another file");
     terminate(&place, last)
+}
+
+/// The image at the root can not be restored: its names are gone, and what is mounted below it is served on.
+#[test]
+fn names_of_a_lost_root_are_gone() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("python3");
+    let journey = Journey::start(&recipes::tiny())?;
+    let layout = journey.convert("nydus", &[])?;
+    let bootstrap = journey.path("image.boot");
+    layout.save_bootstrap(&bootstrap)?;
+    let config = json!({
+        "version": 2,
+        "backend": { "type": "localfs", "localfs": { "dir": layout.path().join("blobs/sha256") } },
+        "cache": { "type": "filecache", "filecache": { "work_dir": journey.path("cache") } },
+    });
+    let scratch = tempfile::tempdir()?;
+    fs::write(scratch.path().join("file"), "of the host")?;
+    let supervisor = Supervisor::new(scratch.path().join("d1.sock"))?;
+    let place = Place::new(&supervisor.arguments())?;
+    let mut old = place.start("api.sock", &[])?;
+    old.wait_state("RUNNING", &[])?;
+    for (at, kind, source, config) in [
+        ("/", "rafs", bootstrap.as_path(), config.to_string()),
+        ("/etc/host", "passthroughfs", scratch.path(), String::new()),
+        ("/own/host", "passthroughfs", scratch.path(), String::new()),
+    ] {
+        let body = json!({ "fs_type": kind, "source": source, "config": config }).to_string();
+        old.expect("POST", &format!("/api/v1/mount?mountpoint={at}"), &body, 204, "")?;
+    }
+    supervisor.save(&old)?;
+    let root = place.root();
+    ensure!(root.join("data/one-chunk").exists() && root.join("etc/hostname").exists());
+    ensure!(!root.join("nothing").exists(), "the kernel remembers that, too");
+    fs::remove_file(&bootstrap)?;
+    for name in names(&journey.path("cache"))?.into_iter().filter(|name| name.ends_with(".boot")) {
+        fs::remove_file(journey.path("cache").join(name))?;
+    }
+    let (new, _) = upgrade(&place, &supervisor, old, "api1.sock")?;
+    ensure!(names(root)? == BTreeSet::from(["etc", "own"].map(str::to_owned)), "{:?}", names(root)?);
+    ensure!(!root.join("data").exists() && !root.join("etc/hostname").exists(), "names of what is gone");
+    for at in ["etc/host/file", "own/host/file"] {
+        ensure!(fs::read(root.join(at))? == b"of the host", "{at} differs");
+    }
+    terminate(&place, new)
 }
 
 /// A directory of the host comes along, named from wherever, and is the same one whatever its name means since.

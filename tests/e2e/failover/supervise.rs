@@ -24,10 +24,7 @@ const FAR: Rule = Rule::Slow(Duration::from_millis(5));
 fn kills_are_not_noticed() -> Result<()> {
     needs_mounts!();
     needs_programs!("docker-registry");
-    let kills: usize = match std::env::var("NYDUS_TEST_SUPERVISED_KILLS") {
-        Ok(text) => text.parse().context("NYDUS_TEST_SUPERVISED_KILLS")?,
-        Err(_) => 30,
-    };
+    let kills = super::kills("NYDUS_TEST_SUPERVISED_KILLS", 30)?;
     let noise = Noise::set()?;
     let relay = &noise.scene.relay;
     let seed = RandomState::new().hash_one(kills);
