@@ -21,6 +21,11 @@ const MINOR: u32 = 45;
 /// Its oldest revision that is served (Linux 3.15): the answer had another size before.
 const OLDEST_MINOR: u32 = 23;
 
+/// First revision with `FUSE_NOTIFY_INC_EPOCH`.
+const EPOCH_MINOR: u32 = 44;
+
+/// `FUSE_SETXATTR_EXT`: the kernel says who may not keep set-group-id when an ACL is set.
+pub(super) const SETXATTR_EXT: u64 = 1 << 29;
 /// `FUSE_HAS_EXPIRE_ONLY`: names can be made to be asked for again without being dropped (Linux 6.2).
 const HAS_EXPIRE_ONLY: u64 = 1 << 35;
 /// `FUSE_HAS_RESEND`: requests that a dead daemon had taken can be asked for again.
@@ -66,6 +71,16 @@ impl Negotiated {
         self.flags & HAS_EXPIRE_ONLY != 0
     }
 
+    /// True if FUSE_SETXATTR has a second pair of words.
+    pub(super) fn extends_setxattr(&self) -> bool {
+        self.flags & SETXATTR_EXT != 0
+    }
+
+    /// True if all names can be made to be asked for again at once (Linux 6.16).
+    pub fn has_epochs(&self) -> bool {
+        self.minor >= EPOCH_MINOR
+    }
+
     /// True if the kernel repeats requests that were taken and not answered.
     pub fn resends(&self) -> bool {
         self.flags & HAS_RESEND != 0
@@ -98,7 +113,7 @@ pub(super) fn answer(adapter: &Adapter, body: &[u8], rings: bool) -> io::Result<
         offered |= u64::from(more.flags2) << 32;
     }
     let wanted = adapter.init(FsOptions::from_bits_truncate(offered))?.bits();
-    let mut wanted = wanted | HAS_EXPIRE_ONLY | HAS_RESEND | ALLOW_IDMAP;
+    let mut wanted = wanted | SETXATTR_EXT | HAS_EXPIRE_ONLY | HAS_RESEND | ALLOW_IDMAP;
     if rings {
         wanted |= OVER_IO_URING;
     }
