@@ -137,6 +137,12 @@ impl Adapter {
         Ok(Planned::Chunks(ReadPlan { mount, nid, len }))
     }
 
+    /// True if a request for `node` has to search a directory of the host first.
+    pub fn must_search(&self, node: NodeId) -> bool {
+        self.table.inherits()
+            && matches!(self.table.resolve(node), Some(Node::Host { host, nid, .. }) if host.is_lost(nid))
+    }
+
     /// What a node id stands for.
     fn node(&self, node: NodeId) -> io::Result<Node> {
         self.table.resolve(node).ok_or_else(|| os_error(libc::ESTALE))

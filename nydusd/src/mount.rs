@@ -359,6 +359,7 @@ impl Mount {
             generation: self.place.generation,
             bootstrap: self.bootstrap_digest.to_string(),
             work_dir: self.config.work_dir.clone(),
+            host: None,
         }
     }
 

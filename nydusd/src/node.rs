@@ -11,6 +11,7 @@
 //! index gives the same ids.
 
 use rafs::bootstrap::Nid;
+use serde::{Deserialize, Serialize};
 
 /// Bits of the nid.
 const NID_BITS: u32 = 40;
@@ -22,7 +23,8 @@ pub const MAX_INDEX: u32 = (1 << 24) - 1;
 pub struct MountIndex(pub u32);
 
 /// A node id as it travels in FUSE messages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct NodeId(pub u64);
 
 impl NodeId {

@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -227,6 +228,84 @@ fn what_is_written_is_the_hosts() -> Result<()> {
     let meta = fs::metadata(host.join("theirs/file"))?;
     ensure!((meta.uid(), meta.gid()) == (1234, 1234) && !host.join("not").exists());
     ensure!(daemon.terminate()?.code() == Some(0));
+    Ok(())
+}
+
+/// Who may not keep set-user-id or set-group-id of a file that is changed loses it, exactly where the host's own file
+/// system would take it away.
+#[test]
+fn set_id_bits_go_as_on_the_host() -> Result<()> {
+    /// Run where the files are, as a user who is in no group but their own.
+    const CHANGES: &str = r#"
+import os, struct
+# An access ACL with an entry for user 7; with a mask, as there has to be.
+acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in [
+    (1, 7, 0xffffffff), (2, 5, 7), (4, 5, 0xffffffff), (0x10, 7, 0xffffffff), (0x20, 5, 0xffffffff)])
+for name in ["written", "plain-written"]:
+    with open(name, "r+b", buffering=0) as file:
+        file.write(b"x")
+with open("truncated", "r+b") as file:
+    file.truncate(1)
+os.truncate("cut", 1)
+with open("allocated", "r+b") as file:
+    os.posix_fallocate(file.fileno(), 0, 100)
+for name in ["mode-other", "mode-own"]:
+    os.chmod(name, 0o2770)
+for name in ["acl-other", "acl-own", "acl-dir"]:
+    os.setxattr(name, "system.posix_acl_access", acl)
+os.chown("given", -1, os.getgid())
+"#;
+    const USER: u32 = 1234;
+    const OTHERS: u32 = 99;
+    needs_mounts!();
+    needs_programs!("python3");
+    let scratch = tempfile::tempdir()?;
+    fs::set_permissions(scratch.path(), Permissions::from_mode(0o755))?;
+    let (wanted, host) = (scratch.path().join("wanted"), scratch.path().join("host"));
+    let files = [
+        ("written", 0, 0, 0o6777),
+        ("plain-written", 0, 0, 0o2767),
+        ("truncated", 0, 0, 0o6777),
+        ("cut", 0, 0, 0o6777),
+        ("allocated", 0, 0, 0o6777),
+        ("mode-other", USER, OTHERS, 0o2775),
+        ("mode-own", USER, USER, 0o2775),
+        ("acl-other", USER, OTHERS, 0o2775),
+        ("acl-own", USER, USER, 0o2775),
+        ("acl-dir", USER, OTHERS, 0o2775),
+        ("given", USER, OTHERS, 0o6775),
+    ];
+    for directory in [&wanted, &host] {
+        fs::create_dir(directory)?;
+        for (name, uid, gid, mode) in files {
+            let path = directory.join(name);
+            match name {
+                "acl-dir" => fs::create_dir(&path)?,
+                _ => fs::write(&path, "content")?,
+            }
+            std::os::unix::fs::chown(&path, Some(uid), Some(gid))?;
+            fs::set_permissions(&path, Permissions::from_mode(mode))?;
+        }
+    }
+    let daemon = DaemonOptions::empty().switch("--writable").start()?;
+    post(&daemon, "/host", &host)?;
+    let mounted = daemon.root().join("host");
+    // The way there is another user's, too.
+    let above = daemon.root().parent().context("a mountpoint is in a directory")?;
+    fs::set_permissions(above, Permissions::from_mode(0o755))?;
+    for directory in [&wanted, &mounted] {
+        let mut command = Command::new("python3");
+        run(command.args(["-c", CHANGES]).current_dir(directory).uid(USER).gid(USER))?;
+    }
+    let modes = |directory: &Path| -> Result<Vec<String>> {
+        let mode = |(name, ..): (&str, u32, u32, u32)| {
+            Ok(format!("{name} {:o}", fs::metadata(directory.join(name))?.mode() & 0o7777))
+        };
+        files.into_iter().map(mode).collect()
+    };
+    ensure!(modes(&host)? == modes(&wanted)?, "{:?}, wanted {:?}", modes(&host)?, modes(&wanted)?);
+    ensure!(modes(&mounted)? == modes(&wanted)?, "{:?}, wanted {:?}", modes(&mounted)?, modes(&wanted)?);
+    ensure!(modes(&wanted)?.contains(&"acl-other 775".to_owned()), "{:?}", modes(&wanted)?);
     Ok(())
 }
 

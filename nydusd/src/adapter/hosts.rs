@@ -55,7 +55,9 @@ impl Adapter {
 
 /// The answer to a lookup of `held`.
 pub(super) fn host_entry(host: &HostMount, held: &Held) -> io::Result<Entry> {
-    Ok(Entry { entry_timeout: held.believed(), ..attributes(host, held.nid(), host.stat_held(held)?)? })
+    let generation = host.generation(held);
+    let entry = attributes(host, held.nid(), host.stat_held(held)?)?;
+    Ok(Entry { entry_timeout: held.believed(), generation, ..entry })
 }
 
 /// The answer to a lookup of the directory itself.

@@ -179,8 +179,7 @@ impl Daemon {
         recovery::recover(fuse, self.args().failover_policy);
         // No FUSE_INIT comes, and the answer to it is not waited for.
         self.serve(fuse)?;
-        // Answers to who asks again because of that are given by now.
-        fuse.expire(&self.adapter().table().take_outdated());
+        fuse.correct(&self.adapter().table().take_outdated());
         self.set_running();
         Ok(())
     }

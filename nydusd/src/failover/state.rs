@@ -26,7 +26,7 @@ use storage::digest::{Digest, DigestAlgorithm};
 use crate::api::Settings;
 use crate::node::MAX_INDEX;
 use crate::transport::Negotiated;
-use crate::vfs::command::{FsType, SavedMount, SavedVfs};
+use crate::vfs::command::{FsType, SavedHost, SavedMount, SavedVfs};
 use crate::vfs::path::VfsPath;
 
 /// Version of the encoding.
@@ -90,13 +90,13 @@ impl SavedState {
 
     /// What the types do not say.
     fn check(&self) -> anyhow::Result<()> {
-        let SavedVfs { mounts, next_index, directories, shared_dir, .. } = &self.vfs;
-        if let Some(source) = shared_dir {
-            ensure!(source.is_absolute(), "the directory {} is not absolute", source.display());
-        }
+        let SavedVfs { mounts, next_index, directories, .. } = &self.vfs;
         ensure!(*next_index <= MAX_INDEX + 1, "{next_index} is no mount index");
         let (mut indexes, mut mountpoints) = (HashSet::new(), HashSet::new());
-        for SavedMount { index, mountpoint, bootstrap, command, .. } in mounts {
+        for SavedMount { index, mountpoint, bootstrap, command, host, .. } in mounts {
+            if let Some(SavedHost { path, .. }) = host {
+                ensure!(path.is_absolute(), "the directory {} is not absolute", path.display());
+            }
             ensure!((1..*next_index).contains(index), "{index} is no index of a mount");
             ensure!(indexes.insert(index), "two mounts have index {index}");
             check_path(mountpoint)?;
@@ -175,6 +175,7 @@ mod tests {
             generation,
             bootstrap: digest.repeat(32),
             work_dir: "/var/lib/nydus/cache".into(),
+            host: None,
         };
         let command = MountCommand {
             mountpoint: "/images/ä".to_owned(),
@@ -198,7 +199,8 @@ mod tests {
                 next_index: 4,
                 directories: vec![("/images".to_owned(), 1 << 39)],
                 next_directory: (1 << 39) + 2,
-                shared_dir: None,
+                outdated: Vec::new(),
+                shares_xattrs: false,
             },
             settings: serde_json::from_str(r#"{"/":{"registry_auth":"bm9ib2R5OnNlY3JldA=="}}"#).unwrap(),
         }
@@ -218,8 +220,13 @@ mod tests {
     #[test]
     fn directories_of_the_host_come_back() {
         let mut state = state();
-        let host =
-            SavedMount { bootstrap: String::new(), work_dir: "".into(), ..state.vfs.mounts[1].clone() };
+        let directory = SavedHost { path: "/d".into(), device: (8, 1), ino: 7, born: (9, 10) };
+        let host = SavedMount {
+            bootstrap: String::new(),
+            work_dir: "".into(),
+            host: Some(directory),
+            ..state.vfs.mounts[1].clone()
+        };
         state.vfs.mounts[1] = host.clone();
         let error = SavedState::decode(&state.encode().unwrap()).unwrap_err();
         assert!(format!("{error:#}").contains("the bootstrap of /images"), "{error:#}");
@@ -255,6 +262,7 @@ mod tests {
             change(&mut state.vfs);
             state.encode().unwrap()
         };
+        let relative = SavedHost { path: "data".into(), device: (0, 0), ino: 0, born: (0, 0) };
         for (bytes, text) in [
             (Vec::new(), "no state of nydusd"),
             (b"HTTP/1.1 200\n".to_vec(), "no state of nydusd"),
@@ -273,7 +281,7 @@ mod tests {
                 with(&|vfs| vfs.mounts[1].bootstrap = "../../etc/passwd".to_owned()),
                 "the bootstrap of /images",
             ),
-            (with(&|vfs| vfs.shared_dir = Some("data".into())), "data is not absolute"),
+            (with(&|vfs| vfs.mounts[0].host = Some(relative.clone())), "data is not absolute"),
             (with(&|vfs| vfs.next_index = MAX_INDEX + 2), "no mount index"),
             (with(&|vfs| vfs.directories.push(("/b".to_owned(), 1 << 39))), "two directories have number"),
             (with(&|vfs| vfs.directories[0].0 = "images".to_owned()), "absolute"),

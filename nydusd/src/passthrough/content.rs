@@ -12,9 +12,10 @@ use rustix::fs::{
     AtFlags, CWD, FallocateFlags, Gid, Mode, OFlags, SeekFrom, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT,
     Uid, XattrFlags,
 };
+use rustix::io::Errno;
 
 use super::nodes::Node;
-use super::{Held, HostMount, file_id, path_of};
+use super::{Held, HostMount, KILL_SGID, file_id, path_of, repeat};
 
 /// Longest value of an extended attribute, and longest list of names.
 const XATTR_MAX: usize = 64 << 10;
@@ -204,15 +205,27 @@ impl HostMount {
         Ok(ListxattrReply::Names(names))
     }
 
-    /// Sets one.
+    /// Sets one. `flags` may have [`KILL_SGID`].
     pub(crate) fn setxattr(&self, nid: Nid, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
-        let (_node, path) = self.xattr_path(nid)?;
-        Ok(rustix::fs::setxattr(path, name, value, XattrFlags::from_bits_retain(flags))?)
+        let (node, path) = self.xattr_path(nid)?;
+        let how = XattrFlags::from_bits_retain(flags & !KILL_SGID);
+        let set = rustix::fs::setxattr(&path, name, value, how);
+        repeat::settle(set, Errno::EXIST, || {
+            let mut there = vec![0; value.len() + 1];
+            let len = rustix::fs::getxattr(&path, name, &mut there[..]);
+            Ok(len.is_ok_and(|len| there[..len] == *value))
+        })?;
+        let mode = rustix::fs::fstat(&*node)?.st_mode & 0o7777;
+        if flags & KILL_SGID != 0 && mode & libc::S_ISGID != 0 {
+            let mode = Mode::from_raw_mode(mode & !libc::S_ISGID);
+            rustix::fs::chmodat(CWD, path, mode, AtFlags::empty())?;
+        }
+        Ok(())
     }
 
     /// Removes one.
     pub(crate) fn removexattr(&self, nid: Nid, name: &CStr) -> io::Result<()> {
         let (_node, path) = self.xattr_path(nid)?;
-        Ok(rustix::fs::removexattr(path, name)?)
+        repeat::settle(rustix::fs::removexattr(path, name), Errno::NODATA, || Ok(true))
     }
 }

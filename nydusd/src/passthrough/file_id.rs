@@ -43,11 +43,22 @@ pub(super) struct Found {
 
 /// Bits of a node's number.
 const NUMBER: u64 = (1 << 40) - 1;
+/// Bits of [`FileId::generation`], beside those of the number.
+pub(super) const GENERATION_BITS: u32 = 24;
 
 impl FileId {
     /// The number that its node gets unless another file has it. The same for the same file whoever asks and
     /// whenever; `home` is the mount of the directory that is served.
     pub fn number(&self, home: u64) -> Nid {
+        Nid((self.mixed(home) & NUMBER).max(ROOT.0 + 1))
+    }
+
+    /// Tells two files of one number apart, but for one pair in 2^24.
+    pub fn generation(&self, home: u64) -> u64 {
+        self.mixed(home) >> 40
+    }
+
+    fn mixed(&self, home: u64) -> u64 {
         let Device(major, minor) = self.device;
         let mount = if self.mount == home { 0 } else { self.mount };
         let parts = [
@@ -57,8 +68,7 @@ impl FileId {
             self.born.0.cast_unsigned(),
             u64::from(self.born.1),
         ];
-        let mixed = parts.iter().fold(0, |sum, part| mix(sum ^ part));
-        Nid((mixed & NUMBER).max(ROOT.0 + 1))
+        parts.iter().fold(0, |sum, part| mix(sum ^ part))
     }
 }
 

@@ -21,8 +21,8 @@ const SEARCHED: usize = 1 << 20;
 /// Bytes of a directory that are asked for at once.
 const LISTING: usize = 32 << 10;
 
-/// A pass over the directory, as far as somebody needed it: it goes on where it stopped, so that however many
-/// numbers are asked for, every directory is read once.
+/// A pass over the directory. It is made to its end for the first number that is asked for, as two files may have
+/// the same; and serves all others.
 #[derive(Debug)]
 struct Pass {
     /// Directories to be read.
@@ -31,13 +31,31 @@ struct Pass {
     left: usize,
     /// Directories that were read.
     read: Vec<PathBuf>,
-    /// Where every file that was seen is: index in `read`, and name.
-    seen: HashMap<u64, (usize, CString)>,
+    /// Every number that was seen.
+    seen: HashMap<u64, Seen>,
+}
+
+/// A number in a directory.
+#[derive(Debug)]
+struct Seen {
+    generation: u64,
+    /// Where the file is: index in [`Pass::read`], and name. `None` for two files of one number: nobody knows which one
+    /// the kernel holds.
+    place: Option<(usize, CString)>,
 }
 
 impl Default for Pass {
     fn default() -> Self {
         Self { pending: vec![PathBuf::new()], left: SEARCHED, read: Vec::new(), seen: HashMap::new() }
+    }
+}
+
+impl Pass {
+    fn see(&mut self, number: Nid, generation: u64, place: (usize, CString)) {
+        let seen = self.seen.entry(number.0).or_insert(Seen { generation, place: Some(place) });
+        if seen.generation != generation {
+            seen.place = None;
+        }
     }
 }
 
@@ -72,21 +90,37 @@ impl HostMount {
 
     fn search(&self, pass: &mut Pass, nid: Nid) -> Option<Found> {
         let root = self.nodes.get(ROOT)?;
-        if let Some((dir, name)) = pass.seen.remove(&nid.0) {
-            let dir = open_below(&root, &pass.read[dir]).ok();
-            if let Some(found) = dir.and_then(|dir| self.look_at(&dir, &name))
-                && found.id.number(self.home) == nid
-            {
+        // Once more for a file that was moved since. One that was removed is not seen again, and no third pass is for
+        // it.
+        for _ in 0..2 {
+            self.complete(pass, &root);
+            let seen = pass.seen.get(&nid.0)?;
+            let Some((dir, name)) = &seen.place else {
+                tracing::warn!(
+                    "two files below {} have the number of one that is open ({:#x}): that one fails from now on",
+                    self.source().display(),
+                    nid.0
+                );
+                return None;
+            };
+            let found = open_below(&root, &pass.read[*dir]).ok().and_then(|dir| self.look_at(&dir, name));
+            let is_it = |found: &Found| {
+                found.id.number(self.home) == nid && found.id.generation(self.home) == seen.generation
+            };
+            if let Some(found) = found.filter(is_it) {
                 return Some(found);
             }
-            // It was moved since, or removed. It is not seen twice then: no third pass is for it.
             *pass = Pass::default();
         }
+        None
+    }
+
+    /// Looks at everything that was not looked at yet.
+    fn complete(&self, pass: &mut Pass, root: &Node) {
         while let Some(path) = pass.pending.pop() {
             // What can not be looked at is passed over: nobody can have got it from there.
-            let Ok(dir) = open_below(&root, &path) else { continue };
+            let Ok(dir) = open_below(root, &path) else { continue };
             let place = pass.read.len();
-            let mut wanted = None;
             let mut buffer = Vec::with_capacity(LISTING);
             let mut entries = RawDir::new(&dir, buffer.spare_capacity_mut());
             while let Some(Ok(entry)) = entries.next() {
@@ -103,19 +137,11 @@ impl HostMount {
                 if found.kind == FileType::Directory {
                     pass.pending.push(path.join(OsStr::from_bytes(name.to_bytes())));
                 }
-                let number = found.id.number(self.home);
-                if number == nid {
-                    wanted = Some(found);
-                } else {
-                    pass.seen.insert(number.0, (place, name.to_owned()));
-                }
+                let id = &found.id;
+                pass.see(id.number(self.home), id.generation(self.home), (place, name.to_owned()));
             }
             pass.read.push(path);
-            if wanted.is_some() {
-                return wanted;
-            }
         }
-        None
     }
 
     fn look_at(&self, dir: &OwnedFd, name: &CStr) -> Option<Found> {
@@ -131,4 +157,23 @@ fn open_below(root: &Node, path: &Path) -> rustix::io::Result<OwnedFd> {
     let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     rustix::fs::openat2(root, path, flags, Mode::empty(), resolve)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_two_files_with_one_number_neither_is_taken() {
+        let mut pass = Pass::default();
+        let place = |name: &CStr| (0, name.to_owned());
+        pass.see(Nid(7), 1, place(c"file"));
+        pass.see(Nid(7), 1, place(c"another name of it"));
+        pass.see(Nid(8), 1, place(c"other"));
+        assert_eq!(pass.seen[&7].place, Some(place(c"file")));
+        pass.see(Nid(7), 2, place(c"another file"));
+        pass.see(Nid(7), 1, place(c"file"));
+        assert_eq!(pass.seen[&7].place, None);
+        assert!(pass.seen[&8].place.is_some());
+    }
 }

@@ -8,6 +8,7 @@
 //!  content.rs  what a file has: attributes, data, extended attributes
 //!  caller.rs   files are made as whoever asked for them
 //!  lost.rs     files that a predecessor gave the kernel
+//!  repeat.rs   requests that a predecessor may have carried out
 //! ```
 //!
 //! Every file that the kernel holds is a descriptor that can only name it (`O_PATH`). A name is looked
@@ -17,7 +18,9 @@
 //! handles to take over.
 //!
 //! The number of a node is made from what identifies the file, so that a successor gives the same
-//! file the same number: a path goes on meaning the same node, and what is held open is searched for.
+//! file the same number: a path goes on meaning the same node, and what is held open is searched for. Two files may
+//! have one number. Where both are known one gets another; a successor does not know what the kernel holds, so the
+//! kernel is told more bits of what identifies a file, its generation, and whoever held the other one gets errors.
 //!
 //! fuse-backend-rs has such a file system, too. It keeps a number for every file it has ever seen, ends a
 //! listing with an error when a file goes away meanwhile, and gives numbers that mean nothing to a successor.
@@ -28,6 +31,7 @@ mod file_id;
 mod lost;
 mod names;
 mod nodes;
+pub(crate) mod repeat;
 #[cfg(test)]
 mod tests;
 
@@ -46,7 +50,7 @@ use self::file_id::{Found, look};
 use self::nodes::{Node, Nodes};
 use crate::metrics::{FileOptions, FsMetrics};
 use crate::node::NodeId;
-use crate::vfs::command::{MountCommand, SavedMount};
+use crate::vfs::command::{MountCommand, SavedHost, SavedMount};
 use crate::vfs::place::Place;
 
 /// Number of the directory's own node.
@@ -54,6 +58,10 @@ pub(crate) const ROOT: Nid = Nid(1);
 
 /// How long the kernel may believe what it was told of a file: others may change it on the host.
 pub(crate) const BELIEVED: Duration = Duration::from_secs(1);
+
+/// Among the flags of [`HostMount::setxattr`], where no caller can have it: whoever sets the access ACL may not keep
+/// set-group-id.
+pub(crate) const KILL_SGID: u32 = 1 << 31;
 
 /// The device numbers of what this daemon itself serves, once they are known.
 pub type OwnDevice = Arc<OnceLock<Device>>;
@@ -67,6 +75,8 @@ pub struct HostSpec {
     pub command: Option<MountCommand>,
     /// The directory.
     pub source: PathBuf,
+    /// What a predecessor served under that name.
+    pub expected: Option<SavedHost>,
 }
 
 /// A directory that is ready to be mounted. Its place is not known yet.
@@ -74,6 +84,7 @@ pub struct HostSpec {
 pub struct OpenedHost {
     spec: HostSpec,
     root: Found,
+    identity: SavedHost,
     own: OwnDevice,
 }
 
@@ -82,6 +93,8 @@ pub struct OpenedHost {
 pub struct HostMount {
     place: Place,
     spec: HostSpec,
+    /// For a successor: what `source` meant.
+    identity: SavedHost,
     nodes: Nodes,
     /// Its mount on the host: node numbers do not depend on it.
     home: u64,
@@ -98,7 +111,7 @@ pub struct HostMount {
 /// Opens the directory.
 ///
 /// # Errors
-/// It is none, can not be opened, or is served by this daemon.
+/// It is none, can not be opened, is served by this daemon, or is another one than was expected.
 pub fn open(spec: HostSpec, own: &OwnDevice) -> anyhow::Result<OpenedHost> {
     let source = &spec.source;
     let context = || format!("the directory {} can not be served", source.display());
@@ -109,7 +122,18 @@ pub fn open(spec: HostSpec, own: &OwnDevice) -> anyhow::Result<OpenedHost> {
         rustix::fs::openat(CWD, source, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .with_context(context)?;
     let root = look(file, own).with_context(context)?;
-    Ok(OpenedHost { spec, root, own: Arc::clone(own) })
+    let identity = SavedHost {
+        path: std::fs::read_link(path_of(&root.file)).with_context(context)?,
+        device: (root.id.device.0, root.id.device.1),
+        ino: root.id.ino,
+        born: root.id.born,
+    };
+    let same =
+        |one: &SavedHost| (one.device, one.ino, one.born) == (identity.device, identity.ino, identity.born);
+    if !spec.expected.as_ref().is_none_or(same) {
+        bail!("{} is another directory than the one that was served", source.display());
+    }
+    Ok(OpenedHost { spec, root, identity, own: Arc::clone(own) })
 }
 
 impl OpenedHost {
@@ -119,6 +143,7 @@ impl OpenedHost {
         HostMount {
             place,
             spec: self.spec,
+            identity: self.identity,
             nodes: Nodes::new(Node::new(self.root)),
             home,
             own: self.own,
@@ -189,6 +214,7 @@ impl HostMount {
             // A directory has neither.
             bootstrap: String::new(),
             work_dir: PathBuf::new(),
+            host: Some(self.identity.clone()),
         }
     }
 
@@ -215,6 +241,11 @@ impl HostMount {
         self.place.lookups.take(1);
     }
 
+    /// True if the file behind `nid` has to be searched for, which may take long.
+    pub(crate) fn is_lost(&self, nid: Nid) -> bool {
+        self.inherited.load(Ordering::Relaxed) && self.nodes.get(nid).is_none()
+    }
+
     /// The file behind `nid`; a predecessor's is searched for.
     fn get(&self, nid: Nid) -> io::Result<Arc<Node>> {
         match self.nodes.get(nid) {
@@ -229,6 +260,13 @@ impl HostMount {
         let first = found.id.number(self.home);
         let (nid, node) = self.nodes.intern(first, found)?;
         Ok(Held { host: Arc::clone(self), nid, node, believed: self.names_believed(parent) })
+    }
+
+    /// What tells a node from others that have or had its number, as far as the kernel has room for that: it has
+    /// nobody go on with a file under the number of another.
+    pub(crate) fn generation(&self, held: &Held) -> u64 {
+        let (generation, bits) = (self.place.generation, file_id::GENERATION_BITS);
+        if held.nid == ROOT { generation } else { generation << bits | held.node.generation(self.home) }
     }
 
     /// The number that a file has, or would have.

@@ -9,10 +9,12 @@ use std::time::Duration;
 use fuse_backend_rs::api::filesystem::Context;
 use rafs::bootstrap::Nid;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir, RenameFlags, SeekFrom};
+use rustix::io::Errno;
 
 use super::caller::acting_as;
 use super::file_id::look;
 use super::nodes::Node;
+use super::repeat::{self, Wanted};
 use super::{Held, HostMount, path_of};
 
 /// Bytes of a directory that are asked for at once.
@@ -73,7 +75,7 @@ impl HostMount {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match rustix::fs::openat(dir, name, flags, Mode::empty()) {
             Ok(file) => self.intern(parent, look(file, &self.own)?).map(Some),
-            Err(rustix::io::Errno::NOENT) => Ok(None),
+            Err(Errno::NOENT) => Ok(None),
             Err(e) => Err(e.into()),
         }
     }
@@ -135,14 +137,15 @@ impl HostMount {
     fn make(
         self: &Arc<Self>,
         context: &Context,
-        mask: u32,
         parent: Nid,
         name: &CStr,
+        wanted: &Wanted<'_>,
         make: impl FnOnce(&Node) -> rustix::io::Result<()>,
     ) -> io::Result<Held> {
         check(name)?;
         let dir = self.directory(parent)?;
-        acting_as(context, mask, || Ok(make(&dir)?))?;
+        let made = acting_as(context, wanted.mask, || Ok(make(&dir)))?;
+        repeat::settle(made, Errno::EXIST, || repeat::is_made(&dir, name, context, wanted))?;
         // Whoever took it away at once was faster.
         self.lookup_at(parent, &dir, name)?.ok_or_else(|| error(libc::ENOENT))
     }
@@ -156,7 +159,8 @@ impl HostMount {
         mode: u32,
         mask: u32,
     ) -> io::Result<Held> {
-        self.make(context, mask, parent, name, |dir| {
+        let wanted = Wanted { kind: FileType::Directory, mode, mask, device: 0, target: None };
+        self.make(context, parent, name, &wanted, |dir| {
             rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(mode))
         })
     }
@@ -171,9 +175,9 @@ impl HostMount {
         device: u32,
     ) -> io::Result<Held> {
         let kind = FileType::from_raw_mode(mode);
-        let mode = Mode::from_raw_mode(mode);
-        self.make(context, mask, parent, name, |dir| {
-            rustix::fs::mknodat(dir, name, kind, mode, device.into())
+        let wanted = Wanted { kind, mode, mask, device: device.into(), target: None };
+        self.make(context, parent, name, &wanted, |dir| {
+            rustix::fs::mknodat(dir, name, kind, Mode::from_raw_mode(mode), device.into())
         })
     }
 
@@ -185,21 +189,25 @@ impl HostMount {
         parent: Nid,
         name: &CStr,
     ) -> io::Result<Held> {
-        self.make(context, 0, parent, name, |dir| rustix::fs::symlinkat(target, dir, name))
+        let wanted =
+            Wanted { kind: FileType::Symlink, mode: 0o777, mask: 0, device: 0, target: Some(target) };
+        self.make(context, parent, name, &wanted, |dir| rustix::fs::symlinkat(target, dir, name))
     }
 
     /// Gives `nid` one more name.
     pub(crate) fn link(self: &Arc<Self>, nid: Nid, parent: Nid, name: &CStr) -> io::Result<Held> {
         check(name)?;
         let (node, dir) = (self.get(nid)?, self.directory(parent)?);
-        rustix::fs::linkat(CWD, path_of(&*node), &*dir, name, AtFlags::SYMLINK_FOLLOW)?;
+        let linked = rustix::fs::linkat(CWD, path_of(&*node), &*dir, name, AtFlags::SYMLINK_FOLLOW);
+        repeat::settle(linked, Errno::EXIST, || repeat::is_linked(&*node, &dir, name))?;
         self.lookup_at(parent, &dir, name)?.ok_or_else(|| error(libc::ENOENT))
     }
 
     /// Removes a name; `flags` tells directories from other files.
     pub(crate) fn remove(&self, parent: Nid, name: &CStr, flags: AtFlags) -> io::Result<()> {
         check(name)?;
-        Ok(rustix::fs::unlinkat(&*self.directory(parent)?, name, flags)?)
+        let removed = rustix::fs::unlinkat(&*self.directory(parent)?, name, flags);
+        repeat::settle(removed, Errno::NOENT, || Ok(true))
     }
 
     /// Renames within the directory that is served.
@@ -213,6 +221,9 @@ impl HostMount {
         check(new)?;
         let (old_dir, new_dir) = (self.directory(old_parent)?, self.directory(new_parent)?);
         let flags = RenameFlags::from_bits(flags).ok_or_else(|| error(libc::EINVAL))?;
-        Ok(rustix::fs::renameat_with(&*old_dir, old, &*new_dir, new, flags)?)
+        match repeat::is_renamed((&old_dir, old), (&new_dir, new), flags)? {
+            true => Ok(()),
+            false => Ok(rustix::fs::renameat_with(&*old_dir, old, &*new_dir, new, flags)?),
+        }
     }
 }

@@ -53,6 +53,11 @@ impl Node {
         self.kind == FileType::Directory
     }
 
+    /// See [`FileId::generation`].
+    pub fn generation(&self, home: u64) -> u64 {
+        self.id.generation(home)
+    }
+
     /// The kernel has one reference more. Somebody must hold the node.
     pub fn give(&self) {
         self.given.fetch_add(1, Ordering::Relaxed);

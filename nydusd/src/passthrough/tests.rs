@@ -13,7 +13,8 @@ fn place(index: u32) -> Place {
 }
 
 fn serve(dir: &Path, mountpoint: &str) -> Arc<HostMount> {
-    let spec = HostSpec { mountpoint: mountpoint.to_owned(), command: None, source: dir.to_owned() };
+    let spec =
+        HostSpec { mountpoint: mountpoint.to_owned(), command: None, source: dir.to_owned(), expected: None };
     Arc::new(open(spec, &OwnDevice::default()).unwrap().at(place(3)))
 }
 
@@ -111,6 +112,96 @@ fn a_file_keeps_its_number_also_in_a_successor() {
     fs::write(dir.path().join("moved/b/file"), "another file").unwrap();
     assert_ne!(find(&third, "moved/b/file").nid(), nid);
     assert!(host.saved().command.is_none() && host.saved().bootstrap.is_empty());
+}
+
+#[test]
+fn what_a_predecessor_did_is_not_refused() {
+    use rustix::fs::{AtFlags, RenameFlags};
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let host = serve(dir.path(), "/");
+    let again = |work: &dyn Fn() -> io::Result<()>| {
+        // Not for who is first to ask.
+        let refused = work().unwrap_err().raw_os_error().unwrap();
+        repeat::answering(true, work).map_err(|e| (refused, e.raw_os_error().unwrap()))
+    };
+    let (file, fifo) = (libc::S_IFREG | 0o666, libc::S_IFIFO | 0o600);
+    let mkdir = |name: &'static CStr| {
+        let host = Arc::clone(&host);
+        move || host.mkdir(&me(), ROOT, name, 0o777, 0o027).map(drop)
+    };
+    let mknod = |name: &'static CStr, mode| {
+        let host = Arc::clone(&host);
+        move || host.mknod(&me(), ROOT, name, (mode, 0o022), 0).map(drop)
+    };
+    let link_to = |target: &'static CStr| {
+        let host = Arc::clone(&host);
+        move || host.symlink(&me(), target, ROOT, c"link").map(drop)
+    };
+    mkdir(c"d")().unwrap();
+    mknod(c"f", file)().unwrap();
+    mknod(c"pipe", fifo)().unwrap();
+    link_to(c"f")().unwrap();
+    again(&mkdir(c"d")).unwrap();
+    again(&mknod(c"f", file)).unwrap();
+    again(&mknod(c"pipe", fifo)).unwrap();
+    again(&link_to(c"f")).unwrap();
+    // Made by somebody else, or used since.
+    let exists = Err((libc::EEXIST, libc::EEXIST));
+    assert_eq!(again(&link_to(c"elsewhere")), exists);
+    assert_eq!(again(&mkdir(c"f")), exists);
+    assert_eq!(again(&mknod(c"d", file)), exists);
+    fs::write(path("f"), "content").unwrap();
+    fs::write(path("d/f"), "").unwrap();
+    assert_eq!((again(&mkdir(c"d")), again(&mknod(c"f", file))), (exists, exists));
+    fs::create_dir(path("other")).unwrap();
+    fs::set_permissions(path("other"), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    assert_eq!(again(&mkdir(c"other")), exists);
+
+    let f = host.lookup(ROOT, c"f").unwrap().unwrap();
+    host.link(f.nid(), ROOT, c"second").unwrap();
+    again(&|| host.link(f.nid(), ROOT, c"second").map(drop)).unwrap();
+    assert_eq!(again(&|| host.link(f.nid(), ROOT, c"d").map(drop)), exists);
+    let remove = |name: &'static CStr, flags| {
+        let host = Arc::clone(&host);
+        move || host.remove(ROOT, name, flags)
+    };
+    for (name, flags) in [(c"second", AtFlags::empty()), (c"other", AtFlags::REMOVEDIR)] {
+        remove(name, flags)().unwrap();
+        again(&remove(name, flags)).unwrap();
+    }
+    assert_eq!(again(&remove(c"d", AtFlags::REMOVEDIR)), Err((libc::ENOTEMPTY, libc::ENOTEMPTY)));
+
+    let rename = |old: &'static CStr, new: &'static CStr, flags: RenameFlags| {
+        let host = Arc::clone(&host);
+        move || host.rename((ROOT, old), (ROOT, new), flags.bits())
+    };
+    rename(c"f", c"moved", RenameFlags::empty())().unwrap();
+    again(&rename(c"f", c"moved", RenameFlags::empty())).unwrap();
+    again(&rename(c"f", c"moved", RenameFlags::NOREPLACE)).unwrap();
+    let absent = Err((libc::ENOENT, libc::ENOENT));
+    assert_eq!(again(&rename(c"f", c"nowhere", RenameFlags::empty())), absent);
+    // Done twice it would be undone.
+    let swap = rename(c"moved", c"d", RenameFlags::EXCHANGE);
+    swap().unwrap();
+    assert_eq!(repeat::answering(true, &swap).unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert!(path("moved").is_dir() && path("d").is_file());
+    if nix::unistd::geteuid().is_root() {
+        let whiteout = rename(c"d", c"f", RenameFlags::WHITEOUT);
+        whiteout().unwrap();
+        repeat::answering(true, &whiteout).unwrap();
+        assert_eq!(fs::read(path("f")).unwrap(), b"content", "not covered by what it left behind");
+    }
+
+    let set = |value: &'static [u8]| {
+        let (host, nid) = (Arc::clone(&host), f.nid());
+        move || host.setxattr(nid, c"user.one", value, libc::XATTR_CREATE.cast_unsigned())
+    };
+    set(b"value")().unwrap();
+    again(&set(b"value")).unwrap();
+    assert_eq!((again(&set(b"valu")), again(&set(b"other"))), (exists, exists));
+    host.removexattr(f.nid(), c"user.one").unwrap();
+    again(&|| host.removexattr(f.nid(), c"user.one")).unwrap();
 }
 
 #[test]
@@ -224,7 +315,8 @@ fn what_can_not_be_served_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("file"), "").unwrap();
     let refused = |source: &Path, own: &OwnDevice| {
-        let spec = HostSpec { mountpoint: "/".to_owned(), command: None, source: source.to_owned() };
+        let spec =
+            HostSpec { mountpoint: "/".to_owned(), command: None, source: source.to_owned(), expected: None };
         format!("{:#}", open(spec, own).unwrap_err())
     };
     let nobody = OwnDevice::default();
@@ -235,4 +327,41 @@ fn what_can_not_be_served_is_refused() {
     let device = fs::metadata(dir.path()).unwrap().dev();
     let own = OwnDevice::from(OnceLock::from(Device(libc::major(device), libc::minor(device))));
     assert!(refused(dir.path(), &own).contains("Too many levels"));
+}
+
+#[test]
+fn a_directory_is_the_one_that_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, link) = (dir.path().canonicalize().unwrap().join("one"), dir.path().join("link"));
+    fs::create_dir(&one).unwrap();
+    symlink("one", &link).unwrap();
+    let spec = |source: &Path, expected| HostSpec {
+        mountpoint: "/".to_owned(),
+        command: None,
+        source: source.to_owned(),
+        expected,
+    };
+    let nobody = OwnDevice::default();
+    let saved = open(spec(&link, None), &nobody).unwrap().at(place(3)).saved().host.unwrap();
+    assert_eq!(saved.path, one);
+    drop(open(spec(&saved.path, Some(saved.clone())), &nobody).unwrap());
+    fs::rename(&one, dir.path().join("moved")).unwrap();
+    fs::create_dir(&one).unwrap();
+    let error = open(spec(&saved.path, Some(saved.clone())), &nobody).unwrap_err();
+    assert!(error.to_string().contains("another directory"), "{error:#}");
+}
+
+#[test]
+fn files_of_one_number_have_generations() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["one", "two"] {
+        fs::write(dir.path().join(name), name).unwrap();
+    }
+    let (host, successor) = (serve(dir.path(), "/x"), serve(dir.path(), "/x"));
+    let find = |host: &Arc<HostMount>, name| host.lookup(ROOT, name).unwrap().unwrap();
+    let (one, two) = (find(&host, c"one"), find(&host, c"two"));
+    assert_ne!(host.generation(&one), host.generation(&two));
+    assert_eq!(host.generation(&one), successor.generation(&find(&successor, c"one")));
+    assert_eq!(host.generation(&one) >> 24, host.place().generation);
+    assert_eq!(host.generation(&host.again(ROOT).unwrap()), host.place().generation);
 }

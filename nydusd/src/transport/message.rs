@@ -3,6 +3,8 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::passthrough::KILL_SGID;
+
 /// FUSE_WRITE. Its body begins as [`ReadIn`] does.
 pub(super) const OP_WRITE: u32 = 16;
 /// FUSE_READ.
@@ -17,6 +19,8 @@ pub(super) const OP_INTERRUPT: u32 = 36;
 pub(super) const OP_NOTIFY_REPLY: u32 = 41;
 /// FUSE_BATCH_FORGET, without reply.
 pub(super) const OP_BATCH_FORGET: u32 = 42;
+/// FUSE_SETXATTR.
+const OP_SETXATTR: u32 = 21;
 /// Highest opcode that fuse-backend-rs 0.14 knows (FUSE_REMOVEMAPPING).
 pub(super) const OP_MAX: u32 = 49;
 
@@ -137,6 +141,38 @@ pub(super) fn place_write(request: &mut [u8]) {
     }
 }
 
+/// The nodes that a request is for; none that the kernel only gives back.
+pub(super) fn nodes(header: &InHeader, body: &[u8]) -> [Option<u64>; 2] {
+    /// FUSE_RENAME, FUSE_LINK, FUSE_RENAME2: their bodies begin with another node.
+    const OF_TWO: [u32; 3] = [12, 13, 45];
+    let is_given_back = [OP_FORGET, OP_BATCH_FORGET].contains(&header.opcode);
+    let second = || Some(u64::read_from_prefix(body).ok()?.0);
+    [(!is_given_back).then_some(header.nodeid), OF_TWO.contains(&header.opcode).then(second).flatten()]
+}
+
+/// Has a FUSE_SETXATTR of a connection with [`SETXATTR_EXT`](super::init::SETXATTR_EXT) look as fuse-backend-rs knows
+/// it: without the second pair of words. What they say goes to the flags. Other requests stay as they are.
+pub(super) fn fold_setxattr(request: &mut [u8]) -> &mut [u8] {
+    const KEPT: usize = size_of::<InHeader>() + 8;
+    const FOLDED: usize = 8;
+    /// FUSE_SETXATTR_ACL_KILL_SGID.
+    const ACL_KILL_SGID: u32 = 1;
+    let is_whole = request.len() >= KEPT + FOLDED;
+    let Ok((header, body)) = InHeader::mut_from_prefix(request) else { return request };
+    if header.opcode != OP_SETXATTR || !is_whole {
+        return request;
+    }
+    header.len = header.len.saturating_sub(FOLDED as u32);
+    if let Ok((words, _)) = <[u32; 4]>::mut_from_prefix(body)
+        && words[2] & ACL_KILL_SGID != 0
+    {
+        words[1] |= KILL_SGID;
+    }
+    request.copy_within(KEPT + FOLDED.., KEPT);
+    let len = request.len() - FOLDED;
+    &mut request[..len]
+}
+
 /// Head and body of a request, as far as they are there.
 pub(super) fn parse(request: &[u8]) -> Option<(InHeader, &[u8])> {
     let (header, body) = InHeader::read_from_prefix(request).ok()?;
@@ -146,6 +182,49 @@ pub(super) fn parse(request: &[u8]) -> Option<(InHeader, &[u8])> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_longer_setxattr_is_folded() {
+        let header = |len, opcode| InHeader {
+            len,
+            opcode,
+            unique: 7,
+            nodeid: 1,
+            uid: 2,
+            gid: 3,
+            pid: 4,
+            total_extlen: 0,
+            padding: 0,
+        };
+        let mut words = [0_u64; 16];
+        for (opcode, kills, flags) in
+            [(OP_SETXATTR, 1_u32, KILL_SGID | 2), (OP_SETXATTR, 0, 2), (OP_READ, 1, 2)]
+        {
+            let whole = [
+                header(61, opcode).as_bytes(),
+                3_u32.as_bytes(),
+                2_u32.as_bytes(),
+                kills.as_bytes(),
+                &[0; 4],
+                b"a\0abc",
+            ]
+            .concat();
+            let request = &mut words.as_mut_bytes()[..61];
+            request.copy_from_slice(&whole);
+            let folded = fold_setxattr(request);
+            if opcode == OP_READ {
+                assert_eq!(folded, whole);
+                continue;
+            }
+            let wanted =
+                [header(53, opcode).as_bytes(), 3_u32.as_bytes(), flags.as_bytes(), b"a\0abc"].concat();
+            assert_eq!(folded, wanted);
+        }
+        // Cut off: left to whoever decodes it.
+        words.as_mut_bytes()[..40].copy_from_slice(header(55, OP_SETXATTR).as_bytes());
+        assert_eq!(fold_setxattr(&mut words.as_mut_bytes()[..55]).len(), 55);
+        assert_eq!(fold_setxattr(&mut words.as_mut_bytes()[..7]).len(), 7);
+    }
 
     #[test]
     fn a_repeated_append_has_its_place() {

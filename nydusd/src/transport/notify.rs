@@ -104,6 +104,19 @@ impl FuseMount {
         stale.iter().for_each(|one| self.invalidate(one, flags));
     }
 
+    /// Has the kernel ask again for what a predecessor did not tell it of. Who waits for an answer that the predecessor
+    /// owed holds directories locked, and a process that waits for those can not be ended, nor does it answer any more
+    /// if it is to end. So a kernel that can is told without a lock, to ask for all names again.
+    pub fn correct(&self, outdated: &[Stale]) {
+        let (nodes, names): (Vec<_>, Vec<_>) =
+            outdated.iter().cloned().partition(|one| matches!(one, Stale::Node(_)));
+        match self.negotiated().is_some_and(|negotiated| negotiated.has_epochs()) {
+            true if !names.is_empty() => self.expire(&[Stale::Names]),
+            _ => self.expire(&names),
+        }
+        self.expire(&nodes);
+    }
+
     /// Has the kernel drop these names and all below them, which it otherwise does when somebody asks for
     /// them. That waits for reads under way below, and with it whoever works in their directories.
     pub fn forget(&self, stale: &[Stale]) {

@@ -3,12 +3,13 @@
 //! INIT is answered by [`super::init`], a READ by [`super::reads`], all else by fuse-backend-rs's server
 //! from memory. [`super::uring`] does the same for requests that come through rings.
 
+use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::Context as _;
 use fuse_backend_rs::api::server::Server;
@@ -23,6 +24,8 @@ use super::reads::{Outcome, Reads, Way};
 use super::streams::Streams;
 use super::uring::Rings;
 use crate::adapter::Adapter;
+use crate::node::NodeId;
+use crate::passthrough::repeat;
 
 /// A whole request or reply: 1 MiB of data and a page for its head. The kernel demands that
 /// the receive buffer hold the largest write it was allowed. Pages are touched as used.
@@ -47,6 +50,16 @@ pub(super) struct Connection {
     pub streams: Arc<Streams>,
     /// Rings that wait for FUSE_INIT.
     pub rings: Mutex<Option<Rings>>,
+    /// Requests that take long.
+    aside: Mutex<Aside>,
+}
+
+/// Requests that wait for a thread that others do not wait for. There are no more of them than the kernel has under way.
+#[derive(Debug, Default)]
+struct Aside {
+    requests: VecDeque<Vec<u8>>,
+    /// There is such a thread. It ends when there are no more.
+    busy: bool,
 }
 
 impl Connection {
@@ -62,6 +75,7 @@ impl Connection {
             left: false.into(),
             streams: Arc::default(),
             rings: Mutex::default(),
+            aside: Mutex::default(),
         })
     }
 
@@ -69,6 +83,10 @@ impl Connection {
     pub fn resend(&self) -> io::Result<()> {
         nix::unistd::write(&self.fd, OutHeader::resend().as_bytes())?;
         Ok(())
+    }
+
+    fn aside(&self) -> MutexGuard<'_, Aside> {
+        self.aside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes a reply with a body that is shorter than 4 GiB.
@@ -130,6 +148,7 @@ impl Worker {
         let mut reply = vec![0; BUFFER_SIZE];
         loop {
             match nix::unistd::read(&self.connection.fd, &mut request) {
+                Ok(len) if self.takes_long(&request[..len]) && self.set_aside(&request[..len]) => {}
                 Ok(len) => self.answer(&mut request[..len], &mut reply),
                 // ENOENT: the request was interrupted before we took it.
                 Err(Errno::ENOENT | Errno::EINTR | Errno::EAGAIN) => {}
@@ -139,16 +158,63 @@ impl Worker {
         }
     }
 
+    /// True if a request is for a file that has to be searched for.
+    fn takes_long(&self, request: &[u8]) -> bool {
+        let parsed = message::parse(request).filter(|_| self.adapter.table().inherits());
+        parsed.is_some_and(|(header, body)| {
+            let nodes = message::nodes(&header, body);
+            nodes.into_iter().flatten().any(|node| self.adapter.must_search(NodeId(node)))
+        })
+    }
+
+    /// Leaves a request to a thread of its own; false if there can be none.
+    fn set_aside(&self, request: &[u8]) -> bool {
+        let mut aside = self.connection.aside();
+        if !aside.busy {
+            let Self { adapter, server, connection, initialized, .. } = self;
+            let worker = Self::new(
+                Arc::clone(adapter),
+                Arc::clone(server),
+                Arc::clone(connection),
+                initialized.clone(),
+            );
+            let thread = std::thread::Builder::new().name("fuse-aside".to_owned());
+            if thread.spawn(move || worker.answer_aside()).is_err() {
+                return false;
+            }
+            aside.busy = true;
+        }
+        aside.requests.push_back(request.to_vec());
+        true
+    }
+
+    /// Answers what was set aside.
+    fn answer_aside(mut self) {
+        let mut reply = vec![0; BUFFER_SIZE];
+        loop {
+            let mut aside = self.connection.aside();
+            let Some(mut request) = aside.requests.pop_front() else {
+                aside.busy = false;
+                return;
+            };
+            drop(aside);
+            self.answer(&mut request, &mut reply);
+        }
+    }
+
     /// Answers one request. A panic fails this request and no other.
     fn answer(&mut self, request: &mut [u8], reply: &mut [u8]) {
         let Some((header, _)) = message::parse(request) else {
             tracing::warn!("a FUSE request of {} bytes is too short", request.len());
             return;
         };
-        let flushed = header.unique & message::RESENT != 0 && self.connection.flush.load(Ordering::Relaxed);
-        if header.opcode == message::OP_WRITE && header.unique & message::RESENT != 0 {
+        let repeated = header.unique & message::RESENT != 0;
+        let flushed = repeated && self.connection.flush.load(Ordering::Relaxed);
+        if header.opcode == message::OP_WRITE && repeated {
             message::place_write(request);
         }
+        let extended = self.connection.negotiated.get().is_some_and(Negotiated::extends_setxattr);
+        let request = if extended { message::fold_setxattr(request) } else { request };
         let outcome = catch_unwind(AssertUnwindSafe(|| match header.opcode {
             _ if flushed => false,
             message::OP_READ => {
@@ -163,7 +229,7 @@ impl Worker {
                 self.connection.reply(OutHeader::refusal(header.unique, libc::ENOSYS), &[]);
                 true
             }
-            _ => self.delegate(request, reply),
+            _ => repeat::answering(repeated, || self.delegate(request, reply)),
         }));
         let silent = [message::OP_FORGET, message::OP_BATCH_FORGET, message::OP_INTERRUPT];
         // After an answer a second one is refused by the kernel and does no harm.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{MountError, MountErrorKind};
 use super::path::VfsPath;
+use super::stale::Stale;
 
 /// What a mount shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,6 +111,22 @@ pub struct SavedMount {
     pub bootstrap: String,
     /// Its cache directory, where `<bootstrap>.boot` is. Empty likewise.
     pub work_dir: PathBuf,
+    /// Which directory of the host it is, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<SavedHost>,
+}
+
+/// A directory of the host in saved state, whatever the name means since that it was mounted by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedHost {
+    /// Its absolute path without symbolic links.
+    pub path: PathBuf,
+    /// Major and minor number of its file system.
+    pub device: (u32, u32),
+    /// Its inode number.
+    pub ino: u64,
+    /// When it came to be, in seconds and nanoseconds; zero where that is not known.
+    pub born: (i64, u32),
 }
 
 /// The daemon's tree in saved state.
@@ -124,9 +141,13 @@ pub struct SavedVfs {
     pub directories: Vec<(String, u64)>,
     /// Numbers from this on were never used.
     pub next_directory: u64,
-    /// What `--shared-dir` meant when the first daemon began: an absolute path without symbolic links.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub shared_dir: Option<PathBuf>,
+    /// What the last change made the kernel's knowledge outdated of: it may not have been told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub outdated: Vec<Stale>,
+    /// The kernel was asked for extended attributes of other images than the command line's, and so was never told
+    /// that there are none.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shares_xattrs: bool,
 }
 
 #[cfg(test)]

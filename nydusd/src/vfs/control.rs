@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use storage::engine::Engine;
 
-use super::command::{FsType, MountCommand};
+use super::command::{FsType, MountCommand, SavedHost};
 use super::error::{MountError, MountErrorKind};
 use super::mounted::{Mounted, Opened};
 use super::path::VfsPath;
@@ -126,7 +126,8 @@ impl Daemon {
     fn open(&self, engine: &Arc<Engine>, command: MountCommand) -> Result<Opened, MountError> {
         let open = || {
             if command.fs_type == FsType::Passthrough {
-                return self.open_host(command.mountpoint.clone(), command.source.clone(), Some(command));
+                let (mountpoint, source) = (command.mountpoint.clone(), command.source.clone());
+                return self.open_host(mountpoint, source, Some(command), None);
             }
             let mountpoint = command.mountpoint.clone();
             let spec = image::commanded(command, |config| self.hot().amend(&mountpoint, config))?;
@@ -136,14 +137,15 @@ impl Daemon {
         open().map_err(|e| MountError::image(&e))
     }
 
-    /// Opens a directory of the host.
+    /// Opens a directory of the host; it is to be `expected`, if that is known.
     pub(super) fn open_host(
         &self,
         mountpoint: String,
         source: PathBuf,
         command: Option<MountCommand>,
+        expected: Option<SavedHost>,
     ) -> anyhow::Result<Opened> {
-        let spec = HostSpec { mountpoint, command, source };
+        let spec = HostSpec { mountpoint, command, source, expected };
         Ok(Opened::Host(passthrough::open(spec, self.adapter().own_device())?))
     }
 
@@ -276,6 +278,8 @@ impl Daemon {
         let opened = mount::open(engine, spec, self.known(), self.dedup())?;
         let attached = self.adapter().table().attach(&path, |place| opened.at(place));
         let (mounted, _) = attached.map_err(|e| refused(e, &path))?;
+        // There is no kernel yet that believes anything.
+        self.adapter().table().take_outdated();
         mounted.image().cloned().context("an image was mounted")
     }
 
@@ -283,8 +287,9 @@ impl Daemon {
     pub(crate) fn mount_shared(&self, source: &Path) -> anyhow::Result<()> {
         let path = self.virtual_mountpoint()?;
         let source = source.canonicalize().with_context(|| format!("--shared-dir {}", source.display()))?;
-        let opened = self.open_host(path.to_string(), source, None)?;
+        let opened = self.open_host(path.to_string(), source, None, None)?;
         self.adapter().table().attach(&path, |place| opened.at(place)).map_err(|e| refused(e, &path))?;
+        self.adapter().table().take_outdated();
         Ok(())
     }
 

@@ -31,7 +31,7 @@ pub mod turns;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rafs::bootstrap::Nid;
 
@@ -132,7 +132,10 @@ pub struct Vfs {
     dedicated: AtomicBool,
     /// See [`SHARED`], [`ALONE`], [`TOLD`].
     xattrs: AtomicU8,
-    /// What the kernel believes of a predecessor's tree and is not so in this one. Taken once, when it is served.
+    /// There are directories of the host that a predecessor served.
+    inherits: AtomicBool,
+    /// What the kernel may believe and is not so: names that the last change concerned; in a successor, all that are
+    /// not as its predecessor's tree had them. Locked last.
     outdated: Mutex<Vec<Stale>>,
 }
 
@@ -168,9 +171,11 @@ impl Vfs {
         let before = (state.chain(path), names(&state));
         let result = change(&mut state);
         let after = (state.chain(path), names(&state));
+        let stale = tree::changed(path, (&before.0, &before.1), (&after.0, &after.1));
+        // Whoever is told of the tree is told of that.
+        self.outdated().clone_from(&stale);
         drop(state);
         drop(over);
-        let stale = tree::changed(path, (&before.0, &before.1), (&after.0, &after.1));
         result.map(|result| (result, stale))
     }
 
@@ -323,15 +328,37 @@ impl Vfs {
         drop(over);
     }
 
-    /// What the kernel must be told once this tree is served, that a predecessor's tree was another one.
+    fn outdated(&self) -> MutexGuard<'_, Vec<Stale>> {
+        self.outdated.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the kernel must be told once this tree is served, as a predecessor's was another one or had no time to
+    /// tell.
     pub fn take_outdated(&self) -> Vec<Stale> {
-        std::mem::take(&mut *self.outdated.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.outdated())
     }
 
     /// Says that one image is what this daemon is for.
     pub fn dedicate(&self) {
         self.dedicated.store(true, Ordering::Relaxed);
         self.xattrs.store(ALONE, Ordering::Relaxed);
+    }
+
+    /// The same in a successor, whose kernel goes on believing what it was told: others have come in the meantime if
+    /// it `shares`, else it may know that an image without any extended attributes has none.
+    pub fn dedicate_again(&self, shares: bool, has_xattrs: bool) {
+        self.dedicate();
+        let said = match (shares, has_xattrs) {
+            (true, _) => SHARED,
+            (false, true) => ALONE,
+            (false, false) => TOLD,
+        };
+        self.xattrs.store(said, Ordering::Relaxed);
+    }
+
+    /// True if a request may be for a file of the host that a predecessor gave the kernel.
+    pub fn inherits(&self) -> bool {
+        self.inherits.load(Ordering::Relaxed)
     }
 
     /// True if one image is what this daemon is for. Others may come all the same.
@@ -344,6 +371,11 @@ impl Vfs {
     pub fn share(&self) -> bool {
         let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
         self.xattrs.compare_exchange(ALONE, SHARED, set, fetch) != Err(TOLD)
+    }
+
+    /// True if each image is asked for its extended attributes, and the kernel was not told that there are none.
+    pub fn shares_xattrs(&self) -> bool {
+        self.xattrs.load(Ordering::Relaxed) == SHARED
     }
 
     /// True if the kernel is to be told that there are no extended attributes, as it is from then on.

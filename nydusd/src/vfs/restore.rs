@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, bail, ensure};
 use rafs::bootstrap::Nid;
@@ -45,9 +46,6 @@ impl Vfs {
             state.directories.keys().filter(|number| **number != ROOT).map(|n| (path(*n), *n)).collect();
         directories.sort_unstable();
         let attached = state.slots.iter().filter(|slot| slot.attached);
-        // The command line's directory of the host has no command.
-        let shared = attached.clone().filter_map(|slot| slot.mount.as_ref()?.host());
-        let shared_dir = shared.filter(|host| host.saved().command.is_none()).map(|host| host.source());
         // There are no more slots than indexes, which have 24 bits.
         let next_index = state.slots.len() as u32 + 1 + UNSAVED_INDEXES;
         SavedVfs {
@@ -55,7 +53,8 @@ impl Vfs {
             next_index: next_index.min(MAX_INDEX + 1),
             directories,
             next_directory: state.next_directory + UNSAVED_DIRECTORIES,
-            shared_dir: shared_dir.map(Path::to_owned).next(),
+            outdated: self.outdated().clone(),
+            shares_xattrs: self.shares_xattrs(),
         }
     }
 
@@ -93,6 +92,7 @@ impl Vfs {
             state.add(*number, parent, name);
         }
         state.next_directory = saved.next_directory.max(FIRST_DIRECTORY);
+        self.outdated().clone_from(&saved.outdated);
         Ok(())
     }
 
@@ -126,9 +126,10 @@ impl Vfs {
                 outdated.extend(changed(&path, (&before, &none), (&after, &none)));
             }
         }
-        outdated.sort_unstable();
-        outdated.dedup();
-        *self.outdated.lock().unwrap_or_else(PoisonError::into_inner) = outdated;
+        let mut all = self.outdated();
+        all.extend(outdated);
+        all.sort_unstable();
+        all.dedup();
     }
 
     /// Takes everything out of the tree. For a tree that no kernel has seen.
@@ -158,6 +159,9 @@ impl Vfs {
         let place = Place { index, generation: saved.generation, lookups: Arc::clone(&slot.lookups) };
         let mount: Mounted = build(place).into();
         mount.set_restored();
+        if mount.host().is_some() {
+            self.inherits.store(true, Ordering::Relaxed);
+        }
         let number = state.make(&path);
         state.put(number, mount.clone());
         Ok(mount)
@@ -174,8 +178,9 @@ impl Daemon {
     pub fn restore_mounts(&self, engine: &Arc<Engine>, saved: &SavedVfs) -> anyhow::Result<()> {
         let vfs = self.adapter().table();
         let open = |one: &SavedMount| {
-            if let Some(source) = self.saved_directory(one, saved)? {
-                return self.open_host(one.mountpoint.clone(), source, one.command.clone());
+            if let Some(source) = self.saved_directory(one)? {
+                let command = one.command.clone();
+                return self.open_host(one.mountpoint.clone(), source, command, one.host.clone());
             }
             let spec = self.saved_spec(engine, one)?;
             Ok(Opened::Image(Box::new(mount::open(engine, spec, self.known(), self.dedup())?)))
@@ -209,7 +214,7 @@ impl Daemon {
             if mount.command().is_none() {
                 self.hot().renew(mount);
                 if mount.mountpoint() == "/" {
-                    vfs.dedicate();
+                    vfs.dedicate_again(saved.shares_xattrs, mount.has_xattrs());
                 }
             }
             self.fetch_hints(engine, mount);
@@ -219,12 +224,14 @@ impl Daemon {
     }
 
     /// The host directory that a mount shows, if it is one.
-    fn saved_directory(&self, one: &SavedMount, saved: &SavedVfs) -> anyhow::Result<Option<PathBuf>> {
+    fn saved_directory(&self, one: &SavedMount) -> anyhow::Result<Option<PathBuf>> {
+        if let Some(host) = &one.host {
+            // Whatever its name means now, and from here: the kernel knows files of this one.
+            return Ok(Some(host.path.clone()));
+        }
         Ok(match (&one.command, &self.args().shared_dir) {
             (Some(command), _) if command.fs_type == FsType::Passthrough => Some(command.source.clone()),
             (Some(_), _) | (None, None) => None,
-            // Whatever its name means now, and from here: the kernel knows files of this one.
-            (None, Some(_)) if saved.shared_dir.is_some() => saved.shared_dir.clone(),
             (None, Some(source)) => {
                 Some(source.canonicalize().with_context(|| format!("--shared-dir {}", source.display()))?)
             }

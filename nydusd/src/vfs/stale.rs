@@ -1,9 +1,11 @@
 //! What the kernel must not believe any longer.
 
+use serde::{Deserialize, Serialize};
+
 use crate::node::NodeId;
 
 /// One thing that the kernel may have cached and that has changed.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Stale {
     /// The name in this directory, that it is there or that it is not, and all below it.
     Entry {

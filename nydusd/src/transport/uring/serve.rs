@@ -428,8 +428,9 @@ impl Answers {
     /// collects in memory before it writes it.
     fn delegate(&mut self, answer: &mut [u8]) -> io::Result<()> {
         let other = |e: &dyn std::fmt::Display| io::Error::other(e.to_string());
-        let reader =
-            Reader::<()>::from_fuse_buffer(FuseBuf::new(&mut self.message)).map_err(|e| other(&e))?;
+        // Whatever kernel has rings has agreed on the longer FUSE_SETXATTR.
+        let message = message::fold_setxattr(&mut self.message);
+        let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(message)).map_err(|e| other(&e))?;
         let mut whole = FuseDevWriter::<()>::new(self.null.as_raw_fd(), answer).map_err(|e| other(&e))?;
         let writer = whole.split_at(0).map_err(|e| other(&e))?;
         let done = self.server.handle_message(reader, Writer::FuseDev(writer), None, None);
