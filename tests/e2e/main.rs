@@ -30,5 +30,6 @@ mod sharing;
 mod stores;
 mod tampering;
 mod traces;
+mod unit;
 mod why;
 mod writable;

@@ -5,6 +5,7 @@
 //! its connection before anything waits for it.
 
 use std::cell::RefCell;
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -33,6 +34,7 @@ pub struct Place {
     mount: Mount,
     directory: TempDir,
     arguments: Vec<String>,
+    wrapper: Vec<String>,
 }
 
 impl Place {
@@ -45,7 +47,13 @@ impl Place {
         let mountpoint = directory.path().canonicalize()?.join("mount");
         fs::create_dir(&mountpoint)?;
         let arguments = arguments.iter().map(|text| text.as_ref().to_owned()).collect();
-        Ok(Self { mount: Mount::guard(mountpoint), directory, arguments })
+        Ok(Self { mount: Mount::guard(mountpoint), directory, arguments, wrapper: Vec::new() })
+    }
+
+    /// The same with daemons that this program starts, which is given their command line.
+    pub fn through(mut self, program: &[&str]) -> Self {
+        self.wrapper = program.iter().map(|text| (*text).to_owned()).collect();
+        self
     }
 
     /// The root of the mounted tree.
@@ -77,7 +85,10 @@ impl Place {
     fn run(&self, service: &[&str], socket: &str, more: &[&str]) -> Result<Process> {
         let (socket, log) = (self.path(socket), self.path("log"));
         let out = fs::File::options().create(true).append(true).open(&log)?;
-        let child = Command::new(binaries::nydusd())
+        let program = self.wrapper.iter().map(AsRef::as_ref).chain([binaries::nydusd().as_os_str()]);
+        let program: Vec<&OsStr> = program.collect();
+        let child = Command::new(program[0])
+            .args(&program[1..])
             .args(service)
             .args(&self.arguments)
             .arg("--mountpoint")

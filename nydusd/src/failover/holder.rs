@@ -89,6 +89,46 @@ struct Holder {
     met: bool,
 }
 
+/// How a child ended that is to be replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    /// After some time, whatever the reason.
+    Lasted,
+    /// Soon, by somebody else's doing: no sign that the next one will fare no better, unless it is done again, by a
+    /// limit of memory perhaps.
+    Killed,
+    /// Soon, by itself, or it could not be started.
+    Failed,
+}
+
+/// Waits between children: twice as long each time, until one lasts.
+#[derive(Debug)]
+struct Pauses {
+    next: Duration,
+    /// The last child was replaced without a pause although it did not live long.
+    spared: bool,
+}
+
+impl Default for Pauses {
+    fn default() -> Self {
+        Self { next: FIRST_PAUSE, spared: false }
+    }
+}
+
+impl Pauses {
+    /// How long to wait for the next child; `None` if it is to come at once.
+    fn after(&mut self, end: Ended) -> Option<Duration> {
+        if end == Ended::Lasted || (end == Ended::Killed && !self.spared) {
+            *self = Self { next: FIRST_PAUSE, spared: end == Ended::Killed };
+            return None;
+        }
+        let longest = if end == Ended::Killed { LONGEST_PAUSE_KILLED } else { LONGEST_PAUSE };
+        let pause = self.next.min(longest);
+        self.next = pause * 2;
+        Some(pause)
+    }
+}
+
 /// Signals that concern the holder.
 struct Signals {
     terminate: Signal,
@@ -141,12 +181,9 @@ impl Holder {
             child: signal(SignalKind::child()).context("catch SIGCHLD")?,
             hangup: signal(SignalKind::hangup()).context("catch SIGHUP")?,
         };
-        let mut pause = FIRST_PAUSE;
-        // The last child was replaced without a pause although it did not live long.
-        let mut spared = false;
+        let mut pauses = Pauses::default();
         loop {
             let began = Instant::now();
-            let mut longest = LONGEST_PAUSE;
             let ended = match self.start() {
                 Ok(child) => Some(self.watch(child, &mut signals).await?),
                 // The file may be about to be replaced.
@@ -156,32 +193,25 @@ impl Holder {
                 }
                 Err(e) => return Err(e),
             };
+            let mut end = Ended::Failed;
             if let Some((status, told)) = ended {
                 self.drain();
                 if told || !self.mount_lives() {
                     return self.end(status, told);
                 }
                 tracing::warn!("nydusd ended ({status}) and its mount did not; another one takes over");
-                // Somebody else's doing, and no sign that the next one will fare no better; unless it is done
-                // again, by a limit of memory perhaps.
-                let killed = status.signal() == Some(libc::SIGKILL) || status.success();
-                let lasted = began.elapsed() >= SHORT_LIFE;
-                if lasted || (killed && !spared) {
-                    spared = !lasted;
-                    pause = FIRST_PAUSE;
-                    continue;
-                }
-                if killed {
-                    longest = LONGEST_PAUSE_KILLED;
-                }
+                end = match status.signal() == Some(libc::SIGKILL) || status.success() {
+                    _ if began.elapsed() >= SHORT_LIFE => Ended::Lasted,
+                    true => Ended::Killed,
+                    false => Ended::Failed,
+                };
             }
-            pause = pause.min(longest);
+            let Some(pause) = pauses.after(end) else { continue };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 _ = signals.terminate.recv() => return self.unmount().map(|()| 0),
                 _ = signals.interrupt.recv() => return self.unmount().map(|()| 0),
             }
-            pause *= 2;
         }
     }
 
@@ -317,6 +347,26 @@ mod tests {
 
     fn state(body: &str) -> Vec<u8> {
         format!("nydusd-state 9 {}\n{body}", DigestAlgorithm::Sha256.digest(body.as_bytes())).into_bytes()
+    }
+
+    #[test]
+    fn children_that_do_not_last_are_waited_for() {
+        use Ended::{Failed, Killed, Lasted};
+        let run = |ends: &[Ended]| {
+            let mut pauses = Pauses::default();
+            let millis = |end: &Ended| pauses.after(*end).map(|pause| pause.as_millis());
+            ends.iter().map(millis).collect::<Vec<_>>()
+        };
+        // One kill is a stall that nobody notices; a row of them is no reason to keep readers waiting for long.
+        assert_eq!(run(&[Lasted, Lasted, Killed, Lasted, Killed]), [None; 5]);
+        let killed = [None, Some(50), Some(100), Some(200), Some(250), Some(250)];
+        assert_eq!(run(&[Killed; 6]), killed);
+        let failed = [50, 100, 200, 400, 800, 1600, 3200, 5000, 5000].map(Some);
+        assert_eq!(run(&[Failed; 9]), failed);
+        assert_eq!(
+            run(&[Failed, Failed, Lasted, Failed, Killed]),
+            [Some(50), Some(100), None, Some(50), None]
+        );
     }
 
     #[tokio::test]

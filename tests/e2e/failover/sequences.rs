@@ -278,11 +278,23 @@ fn the_shared_directory_is_the_one_that_was() -> Result<()> {
     let place = Place::new(&arguments)?;
     let mut old = place.start("api.sock", &[])?;
     old.wait_state("RUNNING", &[])?;
+    // The same by the API, and one that is replaced.
+    fs::create_dir(scratch.path().join("three"))?;
+    for (at, source) in [("/linked", &link), ("/replaced", &scratch.path().join("three"))] {
+        let body = json!({ "fs_type": "passthroughfs", "source": source, "config": "" }).to_string();
+        old.expect("POST", &format!("/api/v1/mount?mountpoint={at}"), &body, 204, "")?;
+    }
     supervisor.save(&old)?;
+    fs::rename(scratch.path().join("three"), scratch.path().join("moved"))?;
+    fs::create_dir(scratch.path().join("three"))?;
     fs::remove_file(&link)?;
     std::os::unix::fs::symlink("two", &link)?;
     let (new, _) = upgrade(&place, &supervisor, old, "api1.sock")?;
-    ensure!(fs::read(place.root().join("file"))? == b"one", "another directory");
+    for at in ["file", "linked/file"] {
+        ensure!(fs::read(place.root().join(at))? == b"one", "another directory: {at}");
+    }
+    ensure!(!place.root().join("replaced").exists(), "another directory under the same name");
+    ensure!(place.log().contains("is another directory than the one that was served"), "{}", place.log());
     terminate(&place, new)
 }
 

@@ -103,3 +103,50 @@ fn supervise_ends_with_the_mount() -> Result<()> {
     ensure!(broken.children().len() == 1, "{}", broken.log());
     Ok(())
 }
+
+/// A signal for the first child comes before that can handle it: it is kept for then.
+#[test]
+fn an_early_hangup_kills_nobody() -> Result<()> {
+    needs_mounts!();
+    let place = Place::new::<&str>(&[])?;
+    let mut holder = place.supervise("api.sock")?;
+    place.wait_child(1)?;
+    holder.signal(Signal::SIGHUP)?;
+    place.wait_child(2)?;
+    holder.wait_state("RUNNING", &["INIT", "READY", "STOPPED"])?;
+    ensure!(!place.log().contains("killed by signal") && !place.log().contains("SIGHUP)"), "{}", place.log());
+    holder.signal(Signal::SIGTERM)?;
+    let status = holder.wait()?;
+    ensure!(status.code() == Some(0) && !mounted(place.root()), "{status}: {}", place.log());
+    Ok(())
+}
+
+/// Successors that fail leave the mount alone, however many they are; the first that can goes on with it.
+#[test]
+fn failing_successors_keep_the_mount() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("docker-registry");
+    let noise = Noise::set()?;
+    let place = noise.place("cache", None)?;
+    let mut holder = place.supervise("api.sock")?;
+    holder.wait_state("RUNNING", &["INIT"])?;
+    // No successor finds what is mounted, nor may it ask for it. One that has taken the connection gives it back.
+    let cache = noise.scene.journey.path("cache");
+    let aside = noise.scene.journey.path("aside");
+    noise.scene.relay.set(Rule::Refuse(503));
+    std::fs::rename(&cache, &aside)?;
+    std::fs::write(&cache, "no directory")?;
+    kill(place.wait_child(1)?, Signal::SIGKILL)?;
+    place.wait_child(4)?;
+    ensure!(mounted(place.root()), "the mount went: {}", place.log());
+    std::fs::remove_file(&cache)?;
+    std::fs::rename(&aside, &cache)?;
+    noise.scene.relay.set(Rule::Pass);
+    holder.wait_state("RUNNING", &["INIT", "READY", "STOPPED"])?;
+    noise.read_all(place.root())?;
+    ensure!(place.log().contains("take over"), "nobody failed: {}", place.log());
+    holder.signal(Signal::SIGTERM)?;
+    let status = holder.wait()?;
+    ensure!(status.code() == Some(0) && !mounted(place.root()), "{status}: {}", place.log());
+    Ok(())
+}

@@ -68,7 +68,7 @@ fn a_successor_keeps_others_from_the_upper_directory() -> Result<()> {
 
 /// The same where `nydusd supervise` starts them: kills of the daemon are not noticed by who writes.
 #[test]
-fn writers_outlive_their_daemon() -> Result<()> {
+fn kills_are_not_noticed_by_writers() -> Result<()> {
     const KILLS: usize = 5;
     needs_mounts!();
     let scene = Scene::new()?;
@@ -122,4 +122,34 @@ fn a_dead_overlay_is_named_as_such() -> Result<()> {
     last.wait_state("RUNNING", &["READY"])?;
     ensure!(fs::read(place.root().join("made"))? == b"by the first", "changes are lost");
     terminate(&place, last)
+}
+
+/// SIGTERM while an overlay is being made, or just before or after: the daemon ends, and nothing stays mounted.
+#[test]
+fn an_end_while_the_overlay_is_made_leaves_nothing() -> Result<()> {
+    needs_mounts!();
+    let scene = Scene::new()?;
+    for round in 0_u32..8 {
+        let place = Place::new(&scene.arguments()?)?;
+        let mut daemon = place.start("api.sock", &[])?;
+        let deadline = Instant::now() + PATIENCE;
+        while !mounted(place.root()) {
+            ensure!(Instant::now() < deadline, "no mount: {}", place.log());
+            std::hint::spin_loop();
+        }
+        // From here on the overlay may come; that takes some milliseconds.
+        let moment = Instant::now() + std::time::Duration::from_micros(700) * round;
+        while Instant::now() < moment {
+            std::hint::spin_loop();
+        }
+        daemon.signal(Signal::SIGTERM)?;
+        daemon.wait()?;
+        ensure!(!mounted(place.root()), "round {round}: something stays mounted: {}", place.log());
+    }
+    // The upper directory is whole.
+    let place = Place::new(&scene.arguments()?)?;
+    let mut daemon = place.start("api.sock", &[])?;
+    daemon.wait_state("RUNNING", &["READY"])?;
+    ensure!(place.root().join("etc/hostname").exists());
+    terminate(&place, daemon)
 }
