@@ -146,7 +146,7 @@ impl Daemon {
         expected: Option<SavedHost>,
     ) -> anyhow::Result<Opened> {
         let spec = HostSpec { mountpoint, command, source, expected };
-        Ok(Opened::Host(passthrough::open(spec, self.adapter().own_device())?))
+        Ok(Opened::Host(Box::new(passthrough::open(spec, self.adapter().own_device())?)))
     }
 
     /// Prepares for one more mount, or for another.

@@ -37,7 +37,7 @@ pub(crate) enum Opened {
     /// An image.
     Image(Box<mount::Opened>),
     /// A directory of the host.
-    Host(OpenedHost),
+    Host(Box<OpenedHost>),
 }
 
 impl Opened {
