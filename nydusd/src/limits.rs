@@ -34,20 +34,35 @@ pub fn keep_heap_small() {
 pub fn passed_through(bytes: u64) {
     static SINCE: AtomicU64 = AtomicU64::new(0);
     static ALL: AtomicU64 = AtomicU64::new(0);
-    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
     let streams = ALL.fetch_add(bytes, Relaxed) >= STREAMED;
     if SINCE.fetch_add(bytes, Relaxed) + bytes < TRIM_EVERY {
         return;
     }
     let pause = if streams { TRIM_PAUSE_STREAMING } else { TRIM_PAUSE };
-    // Whoever finds it taken leaves it to the holder.
-    if let Ok(mut last) = LAST.try_lock()
-        && last.is_none_or(|last| last.elapsed() >= pause)
-    {
+    if trim(pause) {
         SINCE.store(0, Relaxed);
-        crate::sys::trim_heap();
-        *last = Some(Instant::now());
     }
+}
+
+/// Notes that an image was given up, and gives the pages that it had back.
+///
+/// Without that, what comes between two images keeps the heap from being used again: a little more of it
+/// with each of the first thousands.
+pub fn has_given_up() {
+    trim(TRIM_PAUSE);
+}
+
+/// Gives back free pages of the heap, unless that was done within `pause`.
+fn trim(pause: Duration) -> bool {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    // Whoever finds it taken leaves it to the holder.
+    let Ok(mut last) = LAST.try_lock() else { return false };
+    if last.is_some_and(|last| last.elapsed() < pause) {
+        return false;
+    }
+    crate::sys::trim_heap();
+    *last = Some(Instant::now());
+    true
 }
 
 /// Raises the limit of open files towards `wanted`; 0 leaves it. What the system refuses is

@@ -27,6 +27,7 @@ mod registries;
 mod retirement;
 mod rings;
 mod sharing;
+mod steady;
 mod stores;
 mod tampering;
 mod traces;

@@ -20,14 +20,14 @@ use tests::tree::{self, Overlook};
 use tests::{Context, Result, ensure, needs_mounts, needs_programs};
 
 /// An image with its blobs, ready to be mounted by an API client.
-struct Ready {
+pub(super) struct Ready {
     journey: Journey,
     bootstrap: PathBuf,
     config: String,
 }
 
 impl Ready {
-    fn new(image: &Image) -> Result<Self> {
+    pub(super) fn new(image: &Image) -> Result<Self> {
         let journey = Journey::start(image)?;
         let nydus = journey.convert("nydus", &["--chunk-size", "0x10000"])?;
         let bootstrap = journey.path("image.boot");
@@ -63,17 +63,25 @@ impl Ready {
         )
     }
 
-    fn post(&self, daemon: &Daemon, mountpoint: &str) -> Result<()> {
+    pub(super) fn post(&self, daemon: &Daemon, mountpoint: &str) -> Result<()> {
         expect(daemon, "POST", mountpoint, &self.body(), 204, "")
     }
 
-    fn put(&self, daemon: &Daemon, mountpoint: &str) -> Result<()> {
+    pub(super) fn put(&self, daemon: &Daemon, mountpoint: &str) -> Result<()> {
         expect(daemon, "PUT", mountpoint, &self.body(), 204, "")
+    }
+
+    /// The next mount finds nothing of it on this machine.
+    pub(super) fn forget_cache(&self) -> Result<()> {
+        match fs::remove_dir_all(self.journey.path("cache")) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
+            _ => Ok(()),
+        }
     }
 }
 
 /// One request on a connection of its own: status and body.
-fn call(daemon: &Daemon, method: &str, mountpoint: &str, body: &str) -> Result<(u16, String)> {
+pub(super) fn call(daemon: &Daemon, method: &str, mountpoint: &str, body: &str) -> Result<(u16, String)> {
     let mut stream = UnixStream::connect(daemon.socket())?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     let length = if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
@@ -104,7 +112,7 @@ fn expect(
     Ok(())
 }
 
-fn delete(daemon: &Daemon, mountpoint: &str) -> Result<()> {
+pub(super) fn delete(daemon: &Daemon, mountpoint: &str) -> Result<()> {
     expect(daemon, "DELETE", mountpoint, "", 204, "")
 }
 
@@ -435,7 +443,7 @@ fn many_mounts_live_side_by_side() -> Result<()> {
 }
 
 /// Kilobytes of memory that belong to the daemon alone.
-fn memory(daemon: &Daemon) -> Result<u64> {
+pub(super) fn memory(daemon: &Daemon) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid()))?;
     let of = |key: &str| -> Result<u64> {
         let line = status.lines().find_map(|line| line.strip_prefix(key)).context("no such line")?;

@@ -225,6 +225,7 @@ impl Daemon {
                 .blocking(move || {
                     daemon.forget(stale);
                     daemon.adapter().table().sweep();
+                    crate::limits::has_given_up();
                 })
                 .await;
         });

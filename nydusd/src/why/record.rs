@@ -152,8 +152,8 @@ pub struct Recorder {
     /// Held for a few additions, never during I/O but the first look at a process.
     reads: Mutex<Reads>,
     fetches: Mutex<Fetches>,
-    /// Told of the first read.
-    first_read: Notify,
+    /// Told of the first read, and of the end.
+    first_read: Arc<Notify>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -169,6 +169,12 @@ fn short(us: u64) -> u32 {
     u32::try_from(us).unwrap_or(u32::MAX)
 }
 
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.first_read.notify_one();
+    }
+}
+
 impl Recorder {
     /// Records from now on, for an image with `blobs` in this order.
     pub fn new<'a>(blobs: impl IntoIterator<Item = &'a BlobId>) -> Self {
@@ -177,7 +183,7 @@ impl Recorder {
             blobs: (0..).zip(blobs).map(|(place, id)| (id.clone(), place)).collect(),
             reads: Mutex::default(),
             fetches: Mutex::default(),
-            first_read: Notify::new(),
+            first_read: Arc::default(),
         }
     }
 
@@ -209,9 +215,9 @@ impl Recorder {
         Wait { recorder: Arc::clone(self), number, end: End::Failed }
     }
 
-    /// Waits for the first read.
-    pub(super) async fn first_read(&self) {
-        self.first_read.notified().await;
+    /// Is told once there is a read, or that there will be none.
+    pub(super) fn first_read(&self) -> Arc<Notify> {
+        Arc::clone(&self.first_read)
     }
 
     pub(super) fn totals(&self) -> ReadTotals {

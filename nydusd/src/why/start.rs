@@ -1,6 +1,6 @@
 //! One line in the log when a start is over.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tracing::info;
@@ -12,20 +12,26 @@ use crate::mount::Mount;
 const QUIET: Duration = Duration::from_secs(3);
 
 /// Waits for the first read and for the end of the start that it begins, and logs what it
-/// cost. Ends early with the mount.
+/// cost. Ends with the mount, of which it holds nothing while it waits.
 pub async fn log_start(mount: Weak<Mount>) {
-    let Some(recorder) = mount.upgrade().and_then(|mount| mount.recorder().cloned()) else { return };
-    recorder.first_read().await;
-    loop {
+    let recorder = || {
+        let mount = mount.upgrade()?;
+        let recorder = Arc::clone(mount.recorder()?);
+        Some((mount, recorder))
+    };
+    let Some(begun) = recorder().map(|(_, recorder)| recorder.first_read()) else { return };
+    begun.notified().await;
+    let (mount, recorder) = loop {
+        let Some((mount, recorder)) = recorder() else { return };
         let totals = recorder.totals();
         let quiet_since = totals.last_wait_us.max(totals.first_us.unwrap_or(0));
         let quiet = Duration::from_micros(recorder.now_us().saturating_sub(quiet_since));
         if quiet >= QUIET && !recorder.is_waited_for() {
-            break;
+            break (mount, recorder);
         }
+        drop((mount, recorder));
         tokio::time::sleep(QUIET.saturating_sub(quiet).max(Duration::from_secs(1))).await;
-    }
-    let Some(mount) = mount.upgrade() else { return };
+    };
     let totals = recorder.totals();
     let cache = mount.cache_metrics().snapshot();
     let seconds = |us: u64| us as f64 / 1e6;
