@@ -111,8 +111,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    fn new(args: FuseArgs, ends: mpsc::UnboundedSender<End>) -> Self {
-        let rings = if args.fuse_io_uring { Plan::new() } else { None };
+    fn new(args: FuseArgs, rings: Option<Plan>, ends: mpsc::UnboundedSender<End>) -> Self {
         Self {
             args,
             rings: Mutex::new(rings),
@@ -443,12 +442,12 @@ fn check_socket(apisock: Option<&Path>) -> anyhow::Result<()> {
     }
 }
 
-/// Runs one daemon to its end and answers the exit code. Does not return before the mount,
+/// Runs one daemon to its end and answers the exit code; with `rings`, requests come through them. Does not return before the mount,
 /// if any, is gone or meant to stay.
 ///
 /// The caller exits without dropping anything: fetches may still be waiting for their source,
 /// and joining them would take as long as the source does.
-pub fn run(args: FuseArgs) -> i32 {
+pub fn run(args: FuseArgs, rings: Option<Plan>) -> i32 {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
@@ -458,7 +457,7 @@ pub fn run(args: FuseArgs) -> i32 {
     };
     let (ends, receiver) = mpsc::unbounded_channel();
     let log_is_file = args.global.log_file.is_some();
-    let daemon = Arc::new(Daemon::new(args, ends));
+    let daemon = Arc::new(Daemon::new(args, rings, ends));
     let result = runtime.block_on(control(&daemon, receiver));
     // Never dropped: see above.
     std::mem::forget((daemon, runtime));

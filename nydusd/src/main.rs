@@ -5,6 +5,7 @@ use std::path::Path;
 use clap::CommandFactory as _;
 use nydusd::cli::{self, Cli, Command, GlobalArgs};
 use nydusd::failover::holder;
+use nydusd::transport::uring::Plan;
 use nydusd::{daemon, limits, logging, pages, preheat, writable};
 
 fn main() {
@@ -18,7 +19,8 @@ fn main() {
     std::process::exit(match cli.command {
         Command::Fuse(args) => {
             prepare(&args.global);
-            daemon::run(*args)
+            let rings = if args.fuse_io_uring { Plan::new() } else { None };
+            daemon::run(*args, rings)
         }
         Command::Prefetch(args) => {
             prepare(&args.global);
