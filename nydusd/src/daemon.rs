@@ -442,8 +442,8 @@ fn check_socket(apisock: Option<&Path>) -> anyhow::Result<()> {
     }
 }
 
-/// Runs one daemon to its end and answers the exit code; with `rings`, requests come through them. Does not return before the mount,
-/// if any, is gone or meant to stay.
+/// Runs one daemon to its end and answers the exit code; with `rings`, requests come through them. Does
+/// not return before the mount, if any, is gone or meant to stay.
 ///
 /// The caller exits without dropping anything: fetches may still be waiting for their source,
 /// and joining them would take as long as the source does.
