@@ -14,8 +14,8 @@ const MOST: u64 = 1_000_000;
 const TRIM_EVERY: u64 = 4 << 20;
 /// Least time between them while an image starts, when somebody waits for the processor.
 const TRIM_PAUSE: Duration = Duration::from_millis(50);
-/// Least time between them once [`STREAMED`] bytes went by: whole images are being read, and what
-/// the heap holds without need grows with what comes in between.
+/// Least time between them once the daemon has seen [`STREAMED`] bytes: its first start is over, or whole images
+/// are being read, and what the heap holds without need grows with what comes in between.
 const TRIM_PAUSE_STREAMING: Duration = Duration::from_millis(25);
 /// More than nearly all starts read.
 const STREAMED: u64 = 64 << 20;
@@ -49,7 +49,7 @@ pub fn passed_through(bytes: u64) {
 /// Without that, what comes between two images keeps the heap from being used again: a little more of it
 /// with each of the first thousands.
 pub fn has_given_up() {
-    trim(TRIM_PAUSE);
+    trim(Duration::ZERO);
 }
 
 /// Gives back free pages of the heap, unless that was done within `pause`.

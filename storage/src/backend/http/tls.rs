@@ -24,14 +24,14 @@ pub(super) fn config(options: &HttpOptions) -> Result<rustls::ClientConfig> {
         builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
     } else {
         let private = private_roots(&options.ca_files)?;
-        // The answer to the first handshake is two round trips away: they are read by then. Should there
-        // be no thread for it, whoever verifies first reads them.
-        let _ = std::thread::Builder::new().name("tls-roots".to_owned()).spawn(system_roots);
-        builder.dangerous().with_custom_certificate_verifier(Arc::new(Trusted {
-            private,
-            provider,
-            verifier: OnceLock::new(),
-        }))
+        let trusted = Arc::new(Trusted { private, provider, verifier: OnceLock::new() });
+        // The answer to the first handshake is two round trips away: it is done by then. Should there be no
+        // thread for it, whoever verifies first does it.
+        let early = Arc::clone(&trusted);
+        let _ = std::thread::Builder::new()
+            .name("tls-roots".to_owned())
+            .spawn(move || early.verifier().map(drop));
+        builder.dangerous().with_custom_certificate_verifier(trusted)
     };
     let mut config = match &options.client_certificate {
         None => builder.with_no_client_auth(),
@@ -101,6 +101,22 @@ struct Trusted {
     verifier: OnceLock<Arc<WebPkiServerVerifier>>,
 }
 
+impl Trusted {
+    /// Reads the system's roots, once.
+    fn verifier(&self) -> std::result::Result<&WebPkiServerVerifier, rustls::Error> {
+        if let Some(verifier) = self.verifier.get() {
+            return Ok(verifier);
+        }
+        let mut roots = system_roots();
+        roots.roots.extend(self.private.roots.iter().cloned());
+        let made = WebPkiServerVerifier::builder_with_provider(roots.into(), Arc::clone(&self.provider))
+            .build()
+            // There are no roots at all.
+            .map_err(|_| rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer))?;
+        Ok(self.verifier.get_or_init(|| made))
+    }
+}
+
 impl ServerCertVerifier for Trusted {
     fn verify_server_cert(
         &self,
@@ -110,20 +126,7 @@ impl ServerCertVerifier for Trusted {
         ocsp: &[u8],
         now: UnixTime,
     ) -> std::result::Result<ServerCertVerified, rustls::Error> {
-        let verifier = match self.verifier.get() {
-            Some(verifier) => verifier,
-            None => {
-                let mut roots = system_roots();
-                roots.roots.extend(self.private.roots.iter().cloned());
-                let made =
-                    WebPkiServerVerifier::builder_with_provider(roots.into(), Arc::clone(&self.provider))
-                        .build()
-                        // There are no roots at all.
-                        .map_err(|_| rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer))?;
-                self.verifier.get_or_init(|| made)
-            }
-        };
-        verifier.verify_server_cert(certificate, intermediates, name, ocsp, now)
+        self.verifier()?.verify_server_cert(certificate, intermediates, name, ocsp, now)
     }
 
     fn verify_tls12_signature(
