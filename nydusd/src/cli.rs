@@ -244,9 +244,41 @@ pub struct FuseArgs {
     #[arg(long, value_name = "URL", hide = true)]
     pub backend_source: Option<String>,
 
+    /// What of the sandbox is left out.
+    #[command(flatten)]
+    pub sandbox: SandboxArgs,
+
     /// Flags of every service.
     #[command(flatten)]
     pub global: GlobalArgs,
+}
+
+/// What of the sandbox is left out. All of it is on by default for root.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct SandboxArgs {
+    /// Run without broker and sandbox, and let core dumps be
+    #[arg(long)]
+    pub no_sandbox: bool,
+
+    /// Do not hide the host's files from the daemon
+    #[arg(long)]
+    pub no_jail: bool,
+
+    /// Keep all capabilities
+    #[arg(long)]
+    pub keep_capabilities: bool,
+
+    /// Do not use Landlock
+    #[arg(long)]
+    pub no_landlock: bool,
+
+    /// Do not filter system calls
+    #[arg(long)]
+    pub no_seccomp: bool,
+
+    /// Let the memory of a daemon that crashes be written to a file; it holds logins
+    #[arg(long)]
+    pub core_dumps: bool,
 }
 
 /// Flags of `prefetch`.

@@ -15,7 +15,6 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use storage::cache::dedup::{DedupDb, open_cache_file};
 use storage::engine::{Engine, EngineConfig};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -26,11 +25,12 @@ use crate::cli::FuseArgs;
 use crate::failover::{Beginning, LifeError};
 use crate::mount::Mount;
 use crate::preheat::jobs::Jobs;
-use crate::transport::fusedev::{FuseMount, usable_mountpoint};
+use crate::sandbox::Privileged;
+use crate::transport::fusedev::FuseMount;
 use crate::transport::uring::Plan;
 use crate::vfs::known::Known;
 use crate::vfs::turns::Turns;
-use crate::writable::UpperLock;
+use crate::writable::{OverlayConfig, UpperLock};
 use crate::{api, image};
 
 /// Longest wait for the disk at an orderly end: whoever stops us waits a second in all.
@@ -83,6 +83,8 @@ pub enum End {
 /// Everything one daemon has.
 pub struct Daemon {
     args: FuseArgs,
+    /// Does what this process may not.
+    host: Arc<Privileged>,
     state: AtomicU8,
     adapter: Arc<Adapter>,
     preheat: Jobs,
@@ -94,7 +96,7 @@ pub struct Daemon {
     fuse: OnceLock<FuseMount>,
     /// Taken when the mount is served.
     rings: Mutex<Option<Plan>>,
-    /// Set if the image is writable.
+    /// Set if the image is writable: keeps others from the directory of its changes.
     upper: OnceLock<UpperLock>,
     /// Held while mounting and while stopping begins: a mount that nobody would take away
     /// again must not appear. True once stopping has begun.
@@ -111,9 +113,15 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    fn new(args: FuseArgs, rings: Option<Plan>, ends: mpsc::UnboundedSender<End>) -> Self {
+    fn new(
+        args: FuseArgs,
+        host: Arc<Privileged>,
+        rings: Option<Plan>,
+        ends: mpsc::UnboundedSender<End>,
+    ) -> Self {
         Self {
             args,
+            host,
             rings: Mutex::new(rings),
             state: AtomicU8::new(State::Init as u8),
             adapter: Arc::default(),
@@ -172,6 +180,11 @@ impl Daemon {
         &self.turns
     }
 
+    /// Who does what this process may not.
+    pub(crate) fn host(&self) -> &Arc<Privileged> {
+        &self.host
+    }
+
     /// The command line.
     pub(crate) fn args(&self) -> &FuseArgs {
         &self.args
@@ -216,6 +229,12 @@ impl Daemon {
     pub(crate) fn dedup(&self) -> Option<&Arc<DedupDb>> {
         let open = || {
             let path = self.args.dedup_db.as_ref()?;
+            // Beside it lie the files that a database keeps for a while.
+            let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            self.host
+                .admit(directory.unwrap_or(Path::new(".")), true)
+                .inspect_err(|e| tracing::warn!("--dedup-db: {e:#}"))
+                .ok()?;
             DedupDb::open(path, Arc::new(open_cache_file))
                 .inspect_err(|e| tracing::warn!("--dedup-db has no effect: {}", crate::logging::chain(e)))
                 .ok()
@@ -231,10 +250,10 @@ impl Daemon {
 
     /// Begins as it is told to. Blocks until the mount has answered, if there is to be one.
     fn start(&self) -> anyhow::Result<()> {
-        check_socket(self.args.global.apisock.as_deref())?;
+        let socket = self.host.check_api()?;
         // Opened beside what follows.
         let _ = self.dedup();
-        match *self.beginning.get_or_init(|| self.beginning()) {
+        match *self.beginning.get_or_init(|| self.beginning(socket)) {
             Beginning::Mount => self.mount_and_serve(),
             Beginning::Wait => {
                 tracing::info!("waiting for the takeover of {}", self.args.mountpoint.display());
@@ -255,7 +274,7 @@ impl Daemon {
     fn mount_and_serve(&self) -> anyhow::Result<()> {
         let args = &self.args;
         // Before anything is fetched for a mount that can not be.
-        usable_mountpoint(&args.mountpoint)?;
+        self.host.check_mountpoint()?;
         let plan = image::plan(&args.image, args.global.config.as_deref())?;
         let engine = self.make_engine()?;
         let mount = plan.map(|plan| self.mount_planned(engine, plan)).transpose()?;
@@ -270,7 +289,7 @@ impl Daemon {
             .recv()
             .with_context(|| format!("the new mount {} ended at once", fuse.mountpoint().display()))?;
         if let Some(mount) = &mount {
-            self.make_writable(mount, fuse)?;
+            self.make_writable(mount)?;
         }
         self.tell_holder()?;
         self.set_state(State::Running);
@@ -289,10 +308,12 @@ impl Daemon {
     }
 
     /// Covers the mount with an overlay, if its configuration says so.
-    fn make_writable(&self, mount: &Mount, fuse: &FuseMount) -> anyhow::Result<()> {
+    fn make_writable(&self, mount: &Mount) -> anyhow::Result<()> {
         let Some(overlay) = &mount.config().overlay else { return Ok(()) };
         let bootstrap = mount.rafs().bootstrap();
-        let lock = overlay.prepare(&bootstrap.attr(bootstrap.root())?, mount.config().id_mapping)?;
+        let root = bootstrap.attr(bootstrap.root())?;
+        let made = OverlayConfig::standing_for(&root, mount.config().id_mapping);
+        let lock = overlay.lock(self.host.upper_directory(overlay, Some(made))?)?;
         // It is kept as long as this process lives.
         let _ = self.upper.set(lock);
         // Whoever stops unmounts what is there: not while another process changes it.
@@ -300,8 +321,7 @@ impl Daemon {
         if *stopping {
             bail!("stopped before the overlay");
         }
-        overlay.cover(fuse.mountpoint(), &fuse.covered_source()?)?;
-        fuse.covered()?;
+        self.host.cover(overlay)?;
         drop(stopping);
         tracing::info!("changes go to {}", overlay.upper_dir.display());
         Ok(())
@@ -329,7 +349,7 @@ impl Daemon {
         if *stopping {
             bail!("stopped before the mount");
         }
-        let fuse = FuseMount::new(&self.args.mountpoint, self.args.writable)?;
+        let fuse = FuseMount::new(&self.host, self.args.writable)?;
         let fuse = self.fuse.get_or_init(|| fuse);
         self.adapter.serves_as(fuse.device());
         self.set_state(State::Ready);
@@ -375,11 +395,7 @@ impl Daemon {
 
     /// True if the connection has ended, so that nobody can serve it.
     fn is_over(&self) -> bool {
-        self.fuse.get().is_some_and(|fuse| {
-            let mut ended = [PollFd::new(fuse.descriptor(), PollFlags::empty())];
-            poll(&mut ended, PollTimeout::ZERO).is_ok()
-                && ended[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR))
-        })
+        self.fuse.get().is_some_and(FuseMount::has_ended)
     }
 
     /// True if the daemon unmounts when it is told to end: not what somebody else still serves.
@@ -427,27 +443,12 @@ impl Daemon {
     }
 }
 
-/// A live daemon's socket is not ours to take, nor is a file that is no socket.
-fn check_socket(apisock: Option<&Path>) -> anyhow::Result<()> {
-    use std::os::unix::fs::FileTypeExt as _;
-    let is_other = |path: &Path| path.symlink_metadata().is_ok_and(|meta| !meta.file_type().is_socket());
-    match apisock {
-        Some(path) if is_other(path) => {
-            bail!("the API socket {} exists and is no socket; name another path", path.display())
-        }
-        Some(socket) if std::os::unix::net::UnixStream::connect(socket).is_ok() => {
-            bail!("another daemon answers on the API socket {}; stop it first", socket.display())
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Runs one daemon to its end and answers the exit code; with `rings`, requests come through them. Does
-/// not return before the mount, if any, is gone or meant to stay.
+/// Runs one daemon to its end and answers the exit code. Does not return before the mount,
+/// if any, is gone or meant to stay.
 ///
 /// The caller exits without dropping anything: fetches may still be waiting for their source,
 /// and joining them would take as long as the source does.
-pub fn run(args: FuseArgs, rings: Option<Plan>) -> i32 {
+pub fn run(args: FuseArgs, host: Arc<Privileged>, rings: Option<Plan>) -> i32 {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
@@ -457,7 +458,7 @@ pub fn run(args: FuseArgs, rings: Option<Plan>) -> i32 {
     };
     let (ends, receiver) = mpsc::unbounded_channel();
     let log_is_file = args.global.log_file.is_some();
-    let daemon = Arc::new(Daemon::new(args, rings, ends));
+    let daemon = Arc::new(Daemon::new(args, host, rings, ends));
     let result = runtime.block_on(control(&daemon, receiver));
     // Never dropped: see above.
     std::mem::forget((daemon, runtime));

@@ -230,7 +230,8 @@ pub fn resolve_again(plan: Plan, mountpoint: String, bootstrap: PathBuf) -> anyh
     let (source, config) = match plan {
         Plan::Bootstrap(_, config) => (blob_source(&config)?, config),
         Plan::Named(name, options, config) => {
-            (Image::open(name, *options)?.blob_source(Rewrite::default())?, config)
+            let image = Image::open(name, *options)?;
+            (image.blob_source(Rewrite::default(), config.work_dir.clone())?, config)
         }
     };
     Ok(MountSpec {

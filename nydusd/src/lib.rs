@@ -30,6 +30,7 @@ pub mod pages;
 pub mod passthrough;
 pub mod pending;
 pub mod preheat;
+pub mod sandbox;
 pub mod trace;
 pub mod transport;
 pub mod version;
@@ -39,6 +40,7 @@ pub mod writable;
 
 #[expect(
     unsafe_code,
-    reason = "a C struct without a constructor, settings of C's allocator, descriptors from a socket"
+    reason = "a C struct without a constructor, settings of C's allocator, descriptors from a socket, fork, a system call \
+              that no library has"
 )]
 mod sys;

@@ -70,6 +70,29 @@ pub fn init(args: &GlobalArgs) -> anyhow::Result<()> {
     }
 }
 
+/// The same for a process beside the one that owns the log file, which seldom has anything to say: the file is opened
+/// for each line, so that it is the right one after a rotation.
+///
+/// # Errors
+/// None where no log was set up before.
+pub fn init_occasional(args: &GlobalArgs) -> anyhow::Result<()> {
+    let (filter, handle) = reload::Layer::new(targets(args.log_level));
+    let _ = FILTER.set(handle);
+    match &args.log_file {
+        None => install(filter, args.log_format, io::stderr().is_terminal(), io::stderr),
+        Some(path) => {
+            let path = std::path::absolute(with_extension(path)).context("log file")?;
+            let open = move || -> Box<dyn io::Write> {
+                match std::fs::OpenOptions::new().create(true).append(true).open(&path) {
+                    Ok(file) => Box::new(file),
+                    Err(_) => Box::new(io::sink()),
+                }
+            };
+            install(filter, args.log_format, false, open)
+        }
+    }
+}
+
 /// Makes `writer` the log of this process.
 fn install<W>(
     filter: reload::Layer<Targets, Registry>,

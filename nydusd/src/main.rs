@@ -5,6 +5,7 @@ use std::path::Path;
 use clap::CommandFactory as _;
 use nydusd::cli::{self, Cli, Command, GlobalArgs};
 use nydusd::failover::holder;
+use nydusd::sandbox::Sandbox;
 use nydusd::transport::uring::Plan;
 use nydusd::{daemon, limits, logging, pages, preheat, writable};
 
@@ -18,9 +19,12 @@ fn main() {
     limits::keep_heap_small();
     std::process::exit(match cli.command {
         Command::Fuse(args) => {
+            // Before there are threads, and before anything of anybody else is read.
+            let sandbox = Sandbox::begin(&args);
             prepare(&args.global);
             let rings = if args.fuse_io_uring { Plan::new() } else { None };
-            daemon::run(*args, rings)
+            let host = sandbox.enter(&args);
+            daemon::run(*args, host, rings)
         }
         Command::Prefetch(args) => {
             prepare(&args.global);

@@ -70,28 +70,34 @@ pub struct UpperLock {
 }
 
 impl OverlayConfig {
-    /// Makes the directories, if need be, the upper one with mode and owner of the image's `root`, which it will
-    /// stand for, the owner as `mapping` has it; and keeps others from using it.
+    /// Owner and mode of the upper directory: those of the image's `root`, which it will stand for, the owner as
+    /// `mapping` has it.
+    pub fn standing_for(root: &Attr, mapping: Option<IdMapping>) -> ((u32, u32), u32) {
+        let shown = |id: u32| mapping.map_or(id, |mapping| mapping.shown(id));
+        ((shown(root.uid), shown(root.gid)), root.mode & 0o7777)
+    }
+
+    /// Makes the directories, if need be, the upper one with this owner and mode.
     ///
     /// # Errors
-    /// They can not be made, or somebody uses them.
-    pub fn prepare(&self, root: &Attr, mapping: Option<IdMapping>) -> anyhow::Result<UpperLock> {
-        let upper = &self.upper_dir;
-        let context = || self.named();
-        if !upper.exists() {
-            let shown = |id: u32| mapping.map_or(id, |mapping| mapping.shown(id));
-            make_owned(upper, (shown(root.uid), shown(root.gid)), root.mode & 0o7777)
-                .with_context(context)?;
+    /// They can not be made.
+    pub(crate) fn make(&self, owner: (u32, u32), mode: u32) -> anyhow::Result<()> {
+        if !self.upper_dir.exists() {
+            make_owned(&self.upper_dir, owner, mode & 0o7777).with_context(|| self.named())?;
         }
         let work = &self.work_dir;
         let made = DirBuilder::new().recursive(true).mode(0o700).create(work);
-        made.with_context(|| format!("`overlay.work_dir` {}", work.display()))?;
-        match self.try_lock()? {
+        made.with_context(|| format!("`overlay.work_dir` {}", work.display()))
+    }
+
+    /// Keeps others from using the upper directory, which `directory` is.
+    ///
+    /// # Errors
+    /// Somebody uses it.
+    pub fn lock(&self, directory: File) -> anyhow::Result<UpperLock> {
+        match self.try_lock(directory)? {
             Ok(lock) => Ok(lock),
-            Err(_) => bail!(
-                "`overlay.upper_dir` {} is in use by another daemon; give each its own",
-                upper.display()
-            ),
+            Err(_) => bail!("{} is in use by another daemon; give each its own", self.named()),
         }
     }
 
@@ -100,8 +106,7 @@ impl OverlayConfig {
     }
 
     /// The lock, or the directory if somebody has it.
-    fn try_lock(&self) -> anyhow::Result<Result<UpperLock, File>> {
-        let directory = File::open(&self.upper_dir).with_context(|| self.named())?;
+    fn try_lock(&self, directory: File) -> anyhow::Result<Result<UpperLock, File>> {
         match directory.try_lock() {
             Ok(()) => Ok(Ok(UpperLock { _directory: directory })),
             Err(TryLockError::WouldBlock) => Ok(Err(directory)),
@@ -112,8 +117,8 @@ impl OverlayConfig {
     /// Keeps others from the upper directory of an overlay that a predecessor made, as long as this process lives.
     /// A predecessor that has not ended yet still has it: then a thread waits for it. What can not be is
     /// logged, for the overlay is there and has to be served all the same.
-    pub fn inherit(&self) {
-        let waited = match self.try_lock() {
+    pub fn inherit(&self, directory: anyhow::Result<File>) {
+        let waited = match directory.and_then(|directory| self.try_lock(directory)) {
             Ok(Ok(lock)) => return std::mem::forget(lock),
             Ok(Err(directory)) => {
                 let named = self.named();
@@ -129,31 +134,31 @@ impl OverlayConfig {
             tracing::error!("others may use it, too: {e:#}");
         }
     }
+}
 
-    /// Puts the overlay in the place of the FUSE mount at `mountpoint`, which must be served.
-    ///
-    /// # Errors
-    /// The kernel refuses; the mount may be gone then.
-    pub fn cover(&self, mountpoint: &Path, source: &str) -> anyhow::Result<()> {
-        let program = std::env::current_exe().context("find this program")?;
-        let output = Command::new(program)
-            .arg("overlay")
-            .arg("--at")
-            .arg(mountpoint)
-            .arg("--upper")
-            .arg(&self.upper_dir)
-            .arg("--work")
-            .arg(&self.work_dir)
-            .args(["--source", source])
-            .stdin(Stdio::null())
-            .output()
-            .context("start the process that mounts the overlay")?;
-        if !output.status.success() {
-            let why = String::from_utf8_lossy(&output.stderr);
-            bail!("the image can not be made writable: {}", why.trim().trim_start_matches("Error: "));
-        }
-        Ok(())
+/// Puts the overlay in the place of the FUSE mount at `mountpoint`, which must be served.
+///
+/// # Errors
+/// The kernel refuses; the mount may be gone then.
+pub(crate) fn cover(overlay: &OverlayConfig, mountpoint: &Path, source: &str) -> anyhow::Result<()> {
+    let program = std::env::current_exe().context("find this program")?;
+    let output = Command::new(program)
+        .arg("overlay")
+        .arg("--at")
+        .arg(mountpoint)
+        .arg("--upper")
+        .arg(&overlay.upper_dir)
+        .arg("--work")
+        .arg(&overlay.work_dir)
+        .args(["--source", source])
+        .stdin(Stdio::null())
+        .output()
+        .context("start the process that mounts the overlay")?;
+    if !output.status.success() {
+        let why = String::from_utf8_lossy(&output.stderr);
+        bail!("the image can not be made writable: {}", why.trim().trim_start_matches("Error: "));
     }
+    Ok(())
 }
 
 /// Makes a directory, and those it is in. It is there with its owner and mode or not at all: an end in between

@@ -36,6 +36,7 @@ pub mod log;
 pub mod metrics;
 pub mod observe;
 pub mod oci;
+pub mod outside;
 pub mod prefetch;
 pub mod read;
 #[cfg(any(test, feature = "testing"))]

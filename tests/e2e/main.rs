@@ -26,6 +26,7 @@ mod promises;
 mod registries;
 mod retirement;
 mod rings;
+mod sandbox;
 mod sharing;
 mod steady;
 mod stores;

@@ -9,14 +9,11 @@
 //! user or root.
 
 use std::convert::Infallible;
-use std::io::{self, Write as _};
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::path::{Path, PathBuf};
+use std::io::Write as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper::body::{Body as _, Incoming};
@@ -24,8 +21,7 @@ use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, SERVER};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
-use nix::sys::stat::{Mode, fchmod};
+use nix::sys::socket::{Backlog, listen};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
@@ -34,6 +30,7 @@ use super::refusals::Refusals;
 use super::reply::{Reply, error_document};
 use super::routes;
 use crate::daemon::Daemon;
+use crate::sandbox::Privileged;
 
 /// Largest request body. The contract's largest documents are configurations of 1 MiB in a
 /// JSON string.
@@ -65,9 +62,7 @@ const CLOSE_LIMIT: Duration = Duration::from_millis(200);
 
 /// The listening API.
 pub struct Server {
-    path: PathBuf,
-    /// Device and inode of the socket file: a successor's at the same path is not ours to remove.
-    file: (u64, u64),
+    host: Arc<Privileged>,
     close: watch::Sender<bool>,
     listener: tokio::task::JoinHandle<()>,
 }
@@ -78,49 +73,26 @@ impl Server {
     /// # Errors
     /// The socket can not be made, or a file that is no socket is in its place.
     pub fn bind(path: &Path, daemon: Arc<Daemon>) -> anyhow::Result<Self> {
-        let context = || format!("API socket {}", path.display());
-        match path.symlink_metadata() {
-            Ok(found) if !found.file_type().is_socket() => {
-                bail!("the API socket {} exists and is no socket; name another path", path.display())
-            }
-            Ok(_) => std::fs::remove_file(path).with_context(context)?,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(e).with_context(context),
-        }
-        let socket = open_socket(path).with_context(context)?;
-        let made = path.symlink_metadata().with_context(context)?;
+        let host = Arc::clone(daemon.host());
+        let socket = host.bind_api()?;
+        // Here and not where it was bound: clients are told that whoever listens is at the other end.
+        listen(&socket, Backlog::new(BACKLOG)?)?;
+        let socket = UnixListener::from_std(socket.into())?;
         let (close, closing) = watch::channel(false);
         tracing::info!("API on {}", path.display());
         let listener = tokio::spawn(accept(socket, daemon, closing));
-        Ok(Self { path: path.to_owned(), file: (made.dev(), made.ino()), close, listener })
+        Ok(Self { host, close, listener })
     }
 
     /// Removes the socket file, lets answers under way go out and closes all connections.
     pub async fn close(self) {
-        let is_ours = |found: &std::fs::Metadata| (found.dev(), found.ino()) == self.file;
-        let removed = match self.path.symlink_metadata() {
-            Ok(found) if is_ours(&found) => std::fs::remove_file(&self.path),
-            Ok(_) => Ok(()),
-            Err(e) => Err(e),
-        };
-        if let Err(e) = removed {
-            tracing::warn!("API socket {}: {e}", self.path.display());
+        if let Err(e) = self.host.remove_api() {
+            tracing::warn!("remove the API socket: {e:#}");
         }
         self.close.send_replace(true);
         // Connections that take longer end with the process.
         let _ = tokio::time::timeout(CLOSE_LIMIT, self.listener).await;
     }
-}
-
-/// Listens at `path`, for this user alone from the first moment on: the mode of the descriptor
-/// becomes that of the file. The process's umask is left alone, for other threads make files.
-fn open_socket(path: &Path) -> io::Result<UnixListener> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
-    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&socket, Backlog::new(BACKLOG)?)?;
-    UnixListener::from_std(socket.into())
 }
 
 /// How many connections are allowed at once with the descriptors that this process may have.

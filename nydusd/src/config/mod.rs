@@ -192,7 +192,7 @@ impl Config {
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         use std::io::Read as _;
         let explain = |e: std::io::Error| ConfigError::new(format!("configuration {}: {e}", path.display()));
-        let file = std::fs::File::open(path).map_err(explain)?;
+        let file = storage::outside::open_or_wait(path).map_err(explain)?;
         let mut text = String::new();
         file.take(MAX_CONFIG_SIZE + 1).read_to_string(&mut text).map_err(explain)?;
         if text.len() as u64 > MAX_CONFIG_SIZE {

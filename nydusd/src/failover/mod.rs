@@ -30,8 +30,7 @@ use std::sync::{MutexGuard, PoisonError};
 use anyhow::Context as _;
 
 use crate::daemon::{Daemon, State};
-use crate::transport::fusedev::{FuseMount, SOURCE};
-use crate::transport::mounted;
+use crate::transport::fusedev::FuseMount;
 
 use self::state::SavedState;
 
@@ -71,14 +70,16 @@ impl Daemon {
     ///
     /// Without a supervisor there is nothing to take over from, so that a dead mount is reported as
     /// such.
-    pub(crate) fn beginning(&self) -> Beginning {
+    ///
+    /// `socket` says that there is a file where the API's socket will be.
+    pub(crate) fn beginning(&self, socket: bool) -> Beginning {
         let global = &self.args().global;
         match (&global.holder, &global.apisock) {
             (Some(_), _) if global.upgrade => Beginning::TakeOver,
             _ if global.upgrade => Beginning::Wait,
-            (_, Some(socket)) if global.supervisor.is_some() && socket.exists() => {
+            (_, Some(_)) if global.supervisor.is_some() && socket => {
                 // Whoever answers there is found out about before this.
-                match mounted::is_listed(&self.args().mountpoint, SOURCE) {
+                match self.host().is_listed() {
                     Ok(true) => Beginning::Wait,
                     _ => Beginning::Mount,
                 }
@@ -123,6 +124,11 @@ impl Daemon {
         self.give(holder, fuse)
     }
 
+    /// True for the socket of `nydusd supervise`.
+    fn is_holder(&self, keeper: &Path) -> bool {
+        self.args().global.holder.as_deref() == Some(keeper)
+    }
+
     fn give(&self, keeper: &Path, fuse: &FuseMount) -> anyhow::Result<()> {
         let state = SavedState {
             release: crate::version::DESCRIBE.to_owned(),
@@ -131,7 +137,9 @@ impl Daemon {
             vfs: self.adapter().table().save(),
             settings: self.hot().save(),
         };
-        supervisor::save(keeper, &state.encode()?, fuse.descriptor())?;
+        let context = || format!("give the state to the supervisor at {}", keeper.display());
+        let stream = self.host().keeper(self.is_holder(keeper)).with_context(context)?;
+        supervisor::send(stream, &state.encode()?, fuse.descriptor()).with_context(context)?;
         tracing::debug!("the state of {} mounts is with {}", state.vfs.mounts.len(), keeper.display());
         Ok(())
     }
@@ -148,10 +156,12 @@ impl Daemon {
         }
         let global = &self.args().global;
         let keeper = global.holder.as_deref().or(global.supervisor.as_deref());
-        let (bytes, descriptor) = supervisor::restore(keeper.ok_or(LifeError::NoSupervisor)?)?;
+        let keeper = keeper.ok_or(LifeError::NoSupervisor)?;
+        let context = || format!("take the state from the supervisor at {}", keeper.display());
+        let stream = self.host().keeper(self.is_holder(keeper)).with_context(context)?;
+        let (bytes, descriptor) = supervisor::receive(stream).with_context(context)?;
         let state = SavedState::decode(&bytes)?;
-        let mountpoint = &self.args().mountpoint;
-        let fuse = FuseMount::inherit(mountpoint, descriptor, state.connection, state.negotiated)?;
+        let fuse = FuseMount::inherit(self.host(), descriptor, state.connection, state.negotiated)?;
         self.hot().restore(state.settings);
         let restored = self.make_engine().and_then(|engine| self.restore_mounts(engine, &state.vfs));
         if let Err(e) = restored {
@@ -188,7 +198,7 @@ impl Daemon {
     fn inherit_upper(&self) {
         for mount in self.adapter().table().mounts() {
             if let Some(overlay) = &mount.config().overlay {
-                overlay.inherit();
+                overlay.inherit(self.host().upper_directory(overlay, None));
             }
         }
     }

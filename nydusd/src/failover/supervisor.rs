@@ -28,29 +28,10 @@ const FIRST_PART: usize = 32 << 10;
 /// Bytes read at once.
 const PIECE: usize = 64 << 10;
 
-/// Gives `bytes` and `fd` to the supervisor that listens at `path`.
+/// Gives the supervisor descriptor and bytes, and ends the connection.
 ///
 /// # Errors
-/// It does not listen, or does not take them within 10 seconds.
-pub fn save(path: &Path, bytes: &[u8], fd: BorrowedFd<'_>) -> anyhow::Result<()> {
-    let context = || format!("give the state to the supervisor at {}", path.display());
-    send(dial(path).with_context(context)?, bytes, fd).with_context(context)
-}
-
-/// Takes what the supervisor at `path` holds: the bytes and the first descriptor.
-///
-/// # Errors
-/// It does not listen, sends no descriptor or more than [`MAX_STATE`] bytes, or takes longer than
-/// 10 seconds.
-pub fn restore(path: &Path) -> anyhow::Result<(Vec<u8>, OwnedFd)> {
-    let context = || format!("take the state from the supervisor at {}", path.display());
-    receive(dial(path).with_context(context)?).with_context(context)
-}
-
-/// Sends descriptor and bytes, and ends the connection.
-///
-/// # Errors
-/// As [`save`].
+/// It does not take them within 10 seconds.
 pub(super) fn send(mut stream: UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> anyhow::Result<()> {
     // A descriptor without a byte is lost.
     ensure!(!bytes.is_empty(), "there is no state to send");
@@ -78,10 +59,10 @@ pub(super) fn send(mut stream: UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> 
     Ok(())
 }
 
-/// Receives until the other side ends the connection.
+/// Takes what the supervisor holds, the bytes and the first descriptor: receives until it ends the connection.
 ///
 /// # Errors
-/// As [`restore`].
+/// It sends no descriptor or more than [`MAX_STATE`] bytes, or takes longer than 10 seconds.
 pub(super) fn receive(mut stream: UnixStream) -> anyhow::Result<(Vec<u8>, OwnedFd)> {
     let deadline = Instant::now() + LIMIT;
     let mut bytes = Vec::new();
@@ -115,8 +96,11 @@ pub(super) fn receive(mut stream: UnixStream) -> anyhow::Result<(Vec<u8>, OwnedF
     Ok((bytes, descriptor))
 }
 
-/// Connects, without waiting for ever where nobody accepts.
-fn dial(path: &Path) -> anyhow::Result<UnixStream> {
+/// Connects to the supervisor that listens at `path`, without waiting for ever where nobody accepts.
+///
+/// # Errors
+/// It does not listen.
+pub(crate) fn dial(path: &Path) -> anyhow::Result<UnixStream> {
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&socket, sockopt::SendTimeout, &TimeVal::new(LIMIT.as_secs().cast_signed(), 0))?;
     let address = UnixAddr::new(path)?;
@@ -146,7 +130,7 @@ mod tests {
         let path = directory.path().join("supervisor.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let server = std::thread::spawn(move || serve(listener.accept().unwrap().0));
-        let result = restore(&path);
+        let result = dial(&path).and_then(receive);
         server.join().unwrap();
         result
     }
@@ -171,8 +155,7 @@ mod tests {
         assert!(format!("{error:#}").contains("11 bytes came without a descriptor"), "{error:#}");
         let error = exchange(drop).unwrap_err();
         assert!(format!("{error:#}").contains("0 bytes came without a descriptor"), "{error:#}");
-        let error = restore(Path::new("/nonexistent/socket")).unwrap_err();
-        assert!(format!("{error:#}").contains("/nonexistent/socket"), "{error:#}");
+        assert!(dial(Path::new("/nonexistent/socket")).is_err());
         let (a, _b) = UnixStream::pair().unwrap();
         let null = File::open("/dev/null").unwrap();
         assert!(send(a, &[], null.as_fd()).is_err());

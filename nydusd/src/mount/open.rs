@@ -284,11 +284,7 @@ impl Observer for Observers {
 /// Makes the cache directory with its parents. What it will hold is private to its owner: an
 /// image's files are no more public than the login that fetched them.
 pub(crate) fn make_cache_dir(path: &Path) -> anyhow::Result<()> {
-    use std::os::unix::fs::DirBuilderExt as _;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
+    storage::outside::make_directory(path)
         .with_context(|| format!("make the cache directory {}", path.display()))
 }
 

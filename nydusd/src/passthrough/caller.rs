@@ -23,8 +23,11 @@ fn prepare() -> io::Result<()> {
     unshare(CloneFlags::CLONE_FS)?;
     if geteuid().is_root() {
         // The kernel has checked what the caller may do; the host must not check again without
-        // knowing all of the caller's groups.
-        set_capabilities_secure_bits(capabilities_secure_bits()? | CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
+        // knowing all of the caller's groups. A sandboxed daemon has that from its start.
+        let bits = capabilities_secure_bits()?;
+        if !bits.contains(CapabilitiesSecureBits::NO_SETUID_FIXUP) {
+            set_capabilities_secure_bits(bits | CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
+        }
     }
     PREPARED.set(true);
     Ok(())

@@ -2,7 +2,6 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::sync::Arc;
 use std::time::Instant;
 
 use fuse_backend_rs::abi::fuse_abi::{stat64, statvfs64};
@@ -10,24 +9,13 @@ use fuse_backend_rs::api::filesystem::{GetxattrReply, ListxattrReply, SetattrVal
 use rafs::bootstrap::Nid;
 use rustix::fs::{
     AtFlags, CWD, FallocateFlags, Gid, Mode, OFlags, SeekFrom, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT,
-    Uid, XattrFlags,
+    Uid,
 };
 use rustix::io::Errno;
 
 use super::nodes::Node;
+use super::xattr::{self, XattrCall};
 use super::{Held, HostMount, KILL_SGID, file_id, path_of, repeat};
-
-/// Longest value of an extended attribute, and longest list of names.
-const XATTR_MAX: usize = 64 << 10;
-
-/// Room for what is asked for with `size`; for all there can be, if only its length is wanted: rustix tells no
-/// length beyond that of its buffer.
-fn xattr_buffer(size: u32) -> Vec<u8> {
-    match size as usize {
-        0 => vec![0; XATTR_MAX],
-        size => vec![0; size.min(XATTR_MAX)],
-    }
-}
 
 impl HostMount {
     /// Attributes.
@@ -175,57 +163,41 @@ impl HostMount {
         Ok(st)
     }
 
-    fn xattr_path(&self, nid: Nid) -> io::Result<(Arc<Node>, String)> {
-        let node = self.get(nid)?;
-        let path = path_of(&*node);
-        Ok((node, path))
-    }
-
     /// One extended attribute; its length if `size` is 0.
     pub(crate) fn getxattr(&self, nid: Nid, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        let (_node, path) = self.xattr_path(nid)?;
-        let mut value = xattr_buffer(size);
-        let len = rustix::fs::getxattr(path, name, &mut value[..])?;
-        if size == 0 {
-            return Ok(GetxattrReply::Count(u32::try_from(len).unwrap_or(u32::MAX)));
-        }
-        value.truncate(len);
-        Ok(GetxattrReply::Value(value))
+        let found = XattrCall::Get { name: name.to_owned() }.run(&*self.get(nid)?)?;
+        Ok(xattr::fit(found, size)?.map_or_else(GetxattrReply::Count, GetxattrReply::Value))
     }
 
     /// The names of all of them, each ended by a zero; their length if `size` is 0.
     pub(crate) fn listxattr(&self, nid: Nid, size: u32) -> io::Result<ListxattrReply> {
-        let (_node, path) = self.xattr_path(nid)?;
-        let mut names = xattr_buffer(size);
-        let len = rustix::fs::listxattr(path, &mut names[..])?;
-        if size == 0 {
-            return Ok(ListxattrReply::Count(u32::try_from(len).unwrap_or(u32::MAX)));
-        }
-        names.truncate(len);
-        Ok(ListxattrReply::Names(names))
+        let found = XattrCall::List.run(&*self.get(nid)?)?;
+        Ok(xattr::fit(found, size)?.map_or_else(ListxattrReply::Count, ListxattrReply::Names))
     }
 
     /// Sets one. `flags` may have [`KILL_SGID`].
     pub(crate) fn setxattr(&self, nid: Nid, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
-        let (node, path) = self.xattr_path(nid)?;
-        let how = XattrFlags::from_bits_retain(flags & !KILL_SGID);
-        let set = rustix::fs::setxattr(&path, name, value, how);
-        repeat::settle(set, Errno::EXIST, || {
-            let mut there = vec![0; value.len() + 1];
-            let len = rustix::fs::getxattr(&path, name, &mut there[..]);
-            Ok(len.is_ok_and(|len| there[..len] == *value))
+        let node = self.get(nid)?;
+        let call = XattrCall::Set { name: name.to_owned(), value: value.to_vec(), flags: flags & !KILL_SGID };
+        repeat::settle(call.run(&*node).map(|_| ()).map_err(errno), Errno::EXIST, || {
+            let there = XattrCall::Get { name: name.to_owned() }.run(&*node);
+            Ok(there.is_ok_and(|there| there == value))
         })?;
         let mode = rustix::fs::fstat(&*node)?.st_mode & 0o7777;
         if flags & KILL_SGID != 0 && mode & libc::S_ISGID != 0 {
             let mode = Mode::from_raw_mode(mode & !libc::S_ISGID);
-            rustix::fs::chmodat(CWD, path, mode, AtFlags::empty())?;
+            rustix::fs::chmodat(CWD, path_of(&*node), mode, AtFlags::empty())?;
         }
         Ok(())
     }
 
     /// Removes one.
     pub(crate) fn removexattr(&self, nid: Nid, name: &CStr) -> io::Result<()> {
-        let (_node, path) = self.xattr_path(nid)?;
-        repeat::settle(rustix::fs::removexattr(path, name), Errno::NODATA, || Ok(true))
+        let removed = XattrCall::Remove { name: name.to_owned() }.run(&*self.get(nid)?);
+        repeat::settle(removed.map(|_| ()).map_err(errno), Errno::NODATA, || Ok(true))
     }
+}
+
+fn errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }

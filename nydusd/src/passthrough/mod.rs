@@ -7,6 +7,7 @@
 //!  names.rs    what a directory has under a name: look up, list, make, remove, rename
 //!  content.rs  what a file has: attributes, data, extended attributes
 //!  caller.rs   files are made as whoever asked for them
+//!  xattr.rs    extended attributes, some of which take more rights than the daemon has
 //!  lost.rs     files that a predecessor gave the kernel
 //!  repeat.rs   requests that a predecessor may have carried out
 //! ```
@@ -34,6 +35,7 @@ mod nodes;
 pub(crate) mod repeat;
 #[cfg(test)]
 mod tests;
+pub(crate) mod xattr;
 
 use std::io;
 use std::path::{Path, PathBuf};

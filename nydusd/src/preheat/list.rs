@@ -50,7 +50,7 @@ pub fn read(mut input: impl BufRead) -> anyhow::Result<Vec<Vec<u8>>> {
 /// As [`read`].
 pub fn load(path: &Path) -> anyhow::Result<Vec<Vec<u8>>> {
     let context = || format!("list of files {}", path.display());
-    let file = std::fs::File::open(path).with_context(context)?;
+    let file = storage::outside::open_or_wait(path).with_context(context)?;
     read(BufReader::new(file)).with_context(context)
 }
 

@@ -6,6 +6,7 @@ mod message;
 pub(crate) mod mounted;
 mod notify;
 mod reads;
+pub(crate) mod seat;
 mod streams;
 pub mod uring;
 mod worker;

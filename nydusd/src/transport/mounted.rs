@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::fusedev::SOURCE;
+use super::seat::SOURCE;
 
 /// The mounts that this process sees; see proc_pid_mountinfo(5).
 const TABLE: &str = "/proc/self/mountinfo";

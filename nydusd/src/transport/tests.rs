@@ -18,6 +18,7 @@ use super::message::{self, OutHeader};
 use super::worker::BUFFER_SIZE;
 use crate::adapter::Adapter;
 use crate::mount::Mount;
+use crate::sandbox::{Places, Privileged};
 use crate::vfs::path::VfsPath;
 
 /// Longest wait for what must happen at once.
@@ -54,6 +55,11 @@ impl Stalled {
             self.arrived.wait_timeout_while(waiting, PROMPT, |waiting| waiting.len() < count).unwrap();
         assert!(!timeout.timed_out(), "{} of {count} reads arrived", waiting.len());
     }
+}
+
+/// This process mounts by itself.
+fn host(mountpoint: &Path) -> Arc<Privileged> {
+    Arc::new(Privileged::direct(Places { mountpoint: mountpoint.to_owned(), ..Places::default() }))
 }
 
 fn golden(variant: &str) -> PathBuf {
@@ -109,7 +115,7 @@ fn stalled_reads_hold_nobody_up() {
     }
     let (adapter, source) = scene();
     let dir = tempfile::tempdir().unwrap();
-    let fuse = FuseMount::new(dir.path(), false).unwrap();
+    let fuse = FuseMount::new(&host(dir.path()), false).unwrap();
     let (ended, ends) = channel();
     let (threads, _) =
         fuse.serve(Arc::clone(&adapter), 4, None, move |result| ended.send(result).unwrap()).unwrap();
@@ -183,7 +189,7 @@ fn a_successor_answers_what_its_predecessor_has_taken() {
     }
     let (adapter, _) = scene();
     let dir = tempfile::tempdir().unwrap();
-    let predecessor = FuseMount::new(dir.path(), false).unwrap();
+    let predecessor = FuseMount::new(&host(dir.path()), false).unwrap();
     assert_eq!(predecessor.negotiated(), None);
     let held = predecessor.descriptor().try_clone_to_owned().unwrap();
 
@@ -217,10 +223,10 @@ fn a_successor_answers_what_its_predecessor_has_taken() {
     let kept = serde_json::to_string(&negotiated).unwrap();
     let negotiated = serde_json::from_str(&kept).unwrap();
     let null = std::fs::File::open("/dev/null").unwrap().into();
-    assert!(FuseMount::inherit(dir.path(), null, number, negotiated).is_err());
+    assert!(FuseMount::inherit(&host(dir.path()), null, number, negotiated).is_err());
     let copy = held.try_clone().unwrap();
-    assert!(FuseMount::inherit(dir.path(), copy, number + 1, negotiated).is_err());
-    let successor = FuseMount::inherit(dir.path(), held, number, negotiated).unwrap();
+    assert!(FuseMount::inherit(&host(dir.path()), copy, number + 1, negotiated).is_err());
+    let successor = FuseMount::inherit(&host(dir.path()), held, number, negotiated).unwrap();
     successor.recover(Recovery::Answer).unwrap();
     let (threads, ready) = successor.serve(adapter, 2, None, |result| result.unwrap()).unwrap();
     ready.recv_timeout(PROMPT).expect("an inherited mount has been initialized");

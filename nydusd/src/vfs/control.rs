@@ -145,6 +145,11 @@ impl Daemon {
         command: Option<MountCommand>,
         expected: Option<SavedHost>,
     ) -> anyhow::Result<Opened> {
+        // The kernel asks its mount for leave before it asks this daemon, so what may be written to is told by that.
+        if source.is_absolute() {
+            let admitted = self.host().admit(&source, self.args().writable);
+            admitted.with_context(|| format!("the directory {} can not be served", source.display()))?;
+        }
         let spec = HostSpec { mountpoint, command, source, expected };
         Ok(Opened::Host(Box::new(passthrough::open(spec, self.adapter().own_device())?)))
     }
@@ -287,7 +292,8 @@ impl Daemon {
     /// Mounts the command line's directory.
     pub(crate) fn mount_shared(&self, source: &Path) -> anyhow::Result<()> {
         let path = self.virtual_mountpoint()?;
-        let source = source.canonicalize().with_context(|| format!("--shared-dir {}", source.display()))?;
+        let admitted = self.host().admit(source, self.args().writable);
+        let source = admitted.with_context(|| format!("--shared-dir {}", source.display()))?;
         let opened = self.open_host(path.to_string(), source, None, None)?;
         self.adapter().table().attach(&path, |place| opened.at(place)).map_err(|e| refused(e, &path))?;
         self.adapter().table().take_outdated();

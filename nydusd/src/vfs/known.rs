@@ -34,7 +34,8 @@ struct Stamp {
 impl Stamp {
     /// `None` if the file was changed less than `settled` ago, or can not be looked at.
     fn of(path: &Path, settled: Duration) -> Option<Self> {
-        let meta = path.metadata().ok().filter(std::fs::Metadata::is_file)?;
+        let file = storage::outside::open(path).ok()?;
+        let meta = file.metadata().ok().filter(std::fs::Metadata::is_file)?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok()?;
         let changed = Duration::from_secs(u64::try_from(meta.ctime()).ok()?);
         let tells = now.checked_sub(changed).is_some_and(|age| age >= settled);

@@ -233,12 +233,15 @@ impl Daemon {
             (Some(command), _) if command.fs_type == FsType::Passthrough => Some(command.source.clone()),
             (Some(_), _) | (None, None) => None,
             (None, Some(source)) => {
-                Some(source.canonicalize().with_context(|| format!("--shared-dir {}", source.display()))?)
+                let admitted = self.host().admit(source, self.args().writable);
+                Some(admitted.with_context(|| format!("--shared-dir {}", source.display()))?)
             }
         })
     }
 
     fn saved_spec(&self, engine: &Arc<Engine>, saved: &SavedMount) -> anyhow::Result<MountSpec> {
+        // Before anything in it is looked for.
+        mount::make_cache_dir(&saved.work_dir)?;
         let copy = copy_of(&saved.work_dir, &saved.bootstrap);
         let mut spec = match &saved.command {
             Some(command) => image::commanded(command.clone(), |config| {

@@ -44,7 +44,11 @@ impl Thread {
     pub fn look_up(tid: u32) -> Self {
         use std::io::Read as _;
         let mut name = Name::default();
-        if tid != 0
+        // A jail has no other process in its `/proc`.
+        if let Some(outside) = crate::sandbox::outside() {
+            let told = if tid == 0 { None } else { outside.thread(tid).map(|(_, name)| name) };
+            name.iter_mut().zip(told.unwrap_or_default()).for_each(|(to, from)| *to = from);
+        } else if tid != 0
             && let Ok(mut file) = std::fs::File::open(format!("/proc/{tid}/comm"))
         {
             // A thread that ends meanwhile has no name.
@@ -56,6 +60,9 @@ impl Thread {
 
 /// Number of the process that a thread belongs to.
 fn process_of(tid: u32) -> Option<u32> {
+    if let Some(outside) = crate::sandbox::outside() {
+        return outside.thread(tid)?.0;
+    }
     let status = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
     status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek as _, Write as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use storage::digest::{Digest, DigestAlgorithm};
@@ -127,12 +127,7 @@ fn hash(source: &Path, from: &mut File, mut take: impl FnMut(&[u8]) -> Result<()
 
 fn open_source(path: &Path) -> Result<File> {
     let failed = |e| Error::io(format!("open bootstrap {}", path.display()), e);
-    // Without O_NONBLOCK a fifo would hang the caller for ever.
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open(path)
-        .map_err(failed)?;
+    let file = storage::outside::open(path).map_err(failed)?;
     if !file.metadata().map_err(failed)?.is_file() {
         return Err(Error::new(
             ErrorKind::Invalid,

@@ -14,7 +14,7 @@
 
 use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -125,10 +125,7 @@ impl Backend for DiskBlob {
 impl Disk {
     fn open(path: &Path, disable_gpt: bool) -> Result<Self> {
         let failed = |e| Error::io(format!("open {}", path.display()), e);
-        let mut options = File::options();
-        // A fifo in its place does not block.
-        options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-        let mut file = options.open(path).map_err(failed)?;
+        let mut file = crate::outside::open_device(path).map_err(failed)?;
         let kind = file.metadata().map_err(failed)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             let why = format!("{}: neither a block device nor a regular file", path.display());

@@ -1,7 +1,7 @@
 //! Blobs in directories of this machine.
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -141,9 +141,7 @@ impl Backend for FileBlob {
 /// Opens a regular file for reading, and tells its size. A fifo in its place does not block.
 pub(crate) fn open_regular(path: &Path) -> Result<(File, u64)> {
     let what = |e| Error::io(format!("open {}", path.display()), e);
-    let mut options = File::options();
-    options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-    let file = options.open(path).map_err(what)?;
+    let file = crate::outside::open(path).map_err(what)?;
     let metadata = file.metadata().map_err(what)?;
     if !metadata.is_file() {
         return Err(Error::new(ErrorKind::Invalid, format!("{}: not a regular file", path.display())));

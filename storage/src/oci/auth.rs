@@ -187,7 +187,7 @@ struct AuthEntry {
 
 fn read_file(path: &Path) -> Result<Option<AuthFile>> {
     let what = || format!("login file {}", path.display());
-    let file = match std::fs::File::open(path) {
+    let file = match crate::outside::open(path) {
         Ok(file) => file,
         Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
             return Ok(None);
@@ -279,8 +279,23 @@ struct HelperAnswer {
     secret: String,
 }
 
-/// Runs `docker-credential-NAME get`; `None` if it knows no login for `server`.
+/// What `docker-credential-NAME` knows; `None` if that is no login for `server`.
 fn ask_helper(name: &str, server: &str) -> Result<Option<Credentials>> {
+    let answer = match crate::outside::get() {
+        Some(outside) => {
+            let what = || format!("credential helper docker-credential-{name} for {server}");
+            outside.login(name, server).map_err(|e| Error::io(what(), e))?
+        }
+        None => run_credential_helper(name, server)?,
+    };
+    answer.map(|answer| read_answer(name, server, &answer)).transpose()
+}
+
+/// Runs `docker-credential-NAME get` and answers what it prints, a secret; `None` if it knows no login for `server`.
+///
+/// # Errors
+/// `Invalid`: the name is no plain one. `Io`, `Denied`, `TimedOut`: it can not be run, fails or hangs.
+pub fn run_credential_helper(name: &str, server: &str) -> Result<Option<String>> {
     if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
     {
         return Err(Error::new(ErrorKind::Invalid, format!("credential helper {name:?}: want a plain name")));
@@ -288,12 +303,7 @@ fn ask_helper(name: &str, server: &str) -> Result<Option<Credentials>> {
     run_helper(Command::new(format!("docker-credential-{name}")), name, server, HELPER_TIMEOUT)
 }
 
-fn run_helper(
-    mut command: Command,
-    name: &str,
-    server: &str,
-    timeout: Duration,
-) -> Result<Option<Credentials>> {
+fn run_helper(mut command: Command, name: &str, server: &str, timeout: Duration) -> Result<Option<String>> {
     let give_up = Instant::now() + timeout;
     let what = |why: &str| format!("credential helper docker-credential-{name} for {server}: {why}");
     let mut child = command
@@ -345,13 +355,22 @@ fn run_helper(
         }
         return Err(Error::new(ErrorKind::Denied, what(&format!("it failed ({status})"))));
     }
-    let answer: HelperAnswer = serde_json::from_slice(&answer)
-        .map_err(|_| Error::new(ErrorKind::Invalid, what("its answer is not the expected JSON")))?;
+    let text = String::from_utf8(answer);
+    text.map(Some).map_err(|_| Error::new(ErrorKind::Invalid, what("its answer is not the expected JSON")))
+}
+
+fn read_answer(name: &str, server: &str, answer: &str) -> Result<Credentials> {
+    let answer: HelperAnswer = serde_json::from_str(answer).map_err(|_| {
+        let why = format!(
+            "credential helper docker-credential-{name} for {server}: its answer is not the expected JSON"
+        );
+        Error::new(ErrorKind::Invalid, why)
+    })?;
     let secret = Secret(answer.secret);
-    Ok(Some(match answer.username.as_str() {
+    Ok(match answer.username.as_str() {
         "<token>" => Credentials::IdentityToken(secret),
         _ => Credentials::Basic { user: answer.username, password: secret },
-    }))
+    })
 }
 
 #[cfg(test)]
@@ -438,7 +457,8 @@ mod tests {
         let run = |script: &str| {
             let mut command = Command::new("/bin/sh");
             command.arg("-c").arg(script);
-            run_helper(command, "test", "r.io", HELPER_TIMEOUT)
+            let answer = run_helper(command, "test", "r.io", HELPER_TIMEOUT)?;
+            answer.map(|answer| read_answer("test", "r.io", &answer)).transpose()
         };
         let found =
             run(r#"read s; echo "{\"ServerURL\":\"$s\",\"Username\":\"u\",\"Secret\":\"$s!\"}""#).unwrap();

@@ -230,18 +230,18 @@ impl Image {
         read_all(self.open_blob(descriptor, context).await?, cap).await
     }
 
-    /// A source of the image's data blobs, for reading by range.
+    /// A source of the image's data blobs, for reading by range. A blob of a server that ignores ranges is kept in a file
+    /// without a name in `spool_dir`.
     ///
     /// # Errors
     /// None for an image that could be opened; a repository's name is checked again.
-    pub fn blob_source(&self, rewrite: Rewrite) -> Result<Arc<dyn BlobSource>> {
+    pub fn blob_source(&self, rewrite: Rewrite, spool_dir: PathBuf) -> Result<Arc<dyn BlobSource>> {
         Ok(match &self.place {
-            Place::Registry(client, reference) => Arc::new(RegistrySource::new(
-                client.clone(),
-                reference.repository(),
-                rewrite,
-                RetryPolicy::READS,
-            )?),
+            Place::Registry(client, reference) => {
+                let repository = reference.repository();
+                let source = RegistrySource::new(client.clone(), repository, rewrite, RetryPolicy::READS)?;
+                Arc::new(source.with_spool_dir(spool_dir))
+            }
             Place::Layout(layout, _) => Arc::new(OciLayoutSource::new(layout.root())),
         })
     }

@@ -110,6 +110,8 @@ impl NydusImage {
                 blocking(context, "fetch the bootstrap", move || unpack(reader, packing, diff_id, &target))
                     .await
                     .map_err(|e| e.context(format_args!("bootstrap layer {}", layer.digest())))?;
+            let beside = options.bootstrap.parent().filter(|dir| !dir.as_os_str().is_empty());
+            let spool_dir = beside.map_or_else(|| PathBuf::from("."), Path::to_path_buf);
             Ok(Self {
                 manifest_digest: document.digest,
                 subject: image.subject(&document),
@@ -117,7 +119,7 @@ impl NydusImage {
                 bootstrap_digest: unpacked.digest,
                 root_json: unpacked.root_json,
                 root_digest,
-                source: image.blob_source(options.rewrite)?,
+                source: image.blob_source(options.rewrite, spool_dir)?,
                 manifest,
             })
         };

@@ -7,6 +7,7 @@
 mod answer;
 mod hedge;
 mod meaning;
+mod names;
 mod tls;
 
 use std::fmt;
@@ -200,7 +201,12 @@ fn client(options: &HttpOptions, tls: rustls::ClientConfig) -> Result<reqwest::C
     if let Some(timeout) = options.connect_timeout {
         builder = builder.connect_timeout(timeout);
     }
+    if crate::outside::get().is_some() {
+        builder = builder.dns_resolver(Arc::new(names::Names));
+    }
     if let Some(path) = &options.unix_socket {
+        let what = || format!("the unix socket {}", path.display());
+        crate::outside::get().map_or(Ok(()), |o| o.admit_socket(path)).map_err(|e| Error::io(what(), e))?;
         builder = builder.unix_socket(path.as_path());
     }
     builder = builder.no_proxy();

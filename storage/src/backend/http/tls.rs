@@ -38,7 +38,7 @@ pub(super) fn config(options: &HttpOptions) -> Result<rustls::ClientConfig> {
         Some((chain, key)) => {
             let what = || format!("client certificate {} with key {}", chain.display(), key.display());
             let invalid = |e: String| Error::new(ErrorKind::Invalid, format!("{}: {e}", what()));
-            let read = |path: &PathBuf| std::fs::read(path).map_err(|e| Error::io(what(), e));
+            let read = |path: &PathBuf| crate::outside::read(path).map_err(|e| Error::io(what(), e));
             let chain =
                 CertificateDer::pem_slice_iter(&read(chain)?).collect::<std::result::Result<Vec<_>, _>>();
             let key = PrivateKeyDer::from_pem_slice(&read(key)?);
@@ -77,7 +77,7 @@ fn private_roots(ca_files: &[PathBuf]) -> Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
     for path in ca_files {
         let what = || format!("CA file {}", path.display());
-        let pem = std::fs::read(path).map_err(|e| Error::io(what(), e))?;
+        let pem = crate::outside::read(path).map_err(|e| Error::io(what(), e))?;
         let mut count = 0;
         for certificate in CertificateDer::pem_slice_iter(&pem) {
             let added =

@@ -1,0 +1,285 @@
+//! The daemon's way to the host: through the broker, or by itself where there is none.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::anyhow;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+use super::host::{Answer, Host, Places};
+use super::protocol::{self, Refusal, Reply, Request};
+use crate::passthrough::xattr::XattrCall;
+use crate::transport::seat::ConnectionFile;
+use crate::writable::OverlayConfig;
+
+/// Who does what this process may not.
+#[derive(Debug)]
+pub enum Privileged {
+    /// This process: it is not sandboxed.
+    Direct(Box<Host>),
+    /// The broker at the other end of this socket.
+    Broker(Broker),
+}
+
+/// The connection to the broker.
+#[derive(Debug)]
+pub struct Broker {
+    pub(super) socket: OwnedFd,
+    /// The daemon's working directory, by its name: what it admits may cover the directory itself.
+    pub(super) directory: PathBuf,
+}
+
+impl Privileged {
+    /// This process itself, which mounts and listens at `places`.
+    pub fn direct(places: Places) -> Self {
+        Self::Direct(Box::new(Host::new(places)))
+    }
+
+    /// Asks, and waits for the answer.
+    fn ask(&self, request: Request) -> Result<Answer, Refusal> {
+        self.ask_with(request, None)
+    }
+
+    fn ask_with(&self, request: Request, file: Option<BorrowedFd<'_>>) -> Result<Answer, Refusal> {
+        let (reply, descriptor) = match self {
+            Self::Direct(host) => {
+                let file = file.map(|file| file.try_clone_to_owned()).transpose()?;
+                host.answer(request, Vec::from_iter(file))?
+            }
+            Self::Broker(broker) => broker.ask(&request, file.as_slice())?,
+        };
+        match reply {
+            Reply::Failed(refusal) => Err(refusal),
+            reply => Ok((reply, descriptor)),
+        }
+    }
+
+    fn ask_for_yes(&self, request: Request) -> anyhow::Result<bool> {
+        match self.ask(request)?.0 {
+            Reply::Yes(yes) => Ok(yes),
+            _ => Err(unexpected()),
+        }
+    }
+
+    fn ask_for_descriptor(&self, request: Request) -> Result<OwnedFd, Refusal> {
+        let (_, descriptor) = self.ask(request)?;
+        descriptor.ok_or_else(|| anyhow!("the broker sent no descriptor").into())
+    }
+
+    /// True if a file is in the place of the API's socket.
+    ///
+    /// # Errors
+    /// A live daemon's, or no socket.
+    pub fn check_api(&self) -> anyhow::Result<bool> {
+        self.ask_for_yes(Request::ApiCheck)
+    }
+
+    /// Replaces a stale API socket by one that is this user's alone. Whoever listens on it is its owner for clients.
+    ///
+    /// # Errors
+    /// It can not be made, or a file that is no socket is in its place.
+    pub fn bind_api(&self) -> anyhow::Result<OwnedFd> {
+        Ok(self.ask_for_descriptor(Request::ApiBind)?)
+    }
+
+    /// Removes the API socket, if it is still the one that was made.
+    ///
+    /// # Errors
+    /// It can not be removed.
+    pub fn remove_api(&self) -> anyhow::Result<()> {
+        Ok(self.ask(Request::ApiRemove).map(|_| ())?)
+    }
+
+    /// Connects to the supervisor, or with `holder` to `nydusd supervise`.
+    ///
+    /// # Errors
+    /// It does not listen.
+    pub fn keeper(&self, holder: bool) -> anyhow::Result<UnixStream> {
+        Ok(self.ask_for_descriptor(Request::Keeper { holder })?.into())
+    }
+
+    /// Looks whether the mountpoint can be mounted on.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check_mountpoint(&self) -> anyhow::Result<()> {
+        Ok(self.ask(Request::Usable).map(|_| ())?)
+    }
+
+    /// True if a mount of ours is on the mountpoint.
+    ///
+    /// # Errors
+    /// No such directory, or no mount table.
+    pub fn is_listed(&self) -> anyhow::Result<bool> {
+        self.ask_for_yes(Request::IsListed)
+    }
+
+    /// Mounts: the canonical mountpoint, the connection's number and descriptor.
+    pub(crate) fn mount(&self, writable: bool) -> anyhow::Result<(PathBuf, Option<u64>, OwnedFd)> {
+        let (reply, descriptor) = self.ask(Request::Mount { writable })?;
+        match (reply, descriptor) {
+            (Reply::Mounted { mountpoint, number }, Some(descriptor)) => {
+                Ok((mountpoint.into(), number, descriptor))
+            }
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Goes on with the mount of connection `number`; the canonical mountpoint.
+    pub(crate) fn inherit(&self, number: u64) -> anyhow::Result<PathBuf> {
+        match self.ask(Request::Inherit { number })?.0 {
+            Reply::Path(path) => Ok(path.into()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// The upper directory of an overlay. Its directories are made with this owner and mode, if there is one.
+    pub(crate) fn upper_directory(
+        &self,
+        overlay: &OverlayConfig,
+        make: Option<((u32, u32), u32)>,
+    ) -> anyhow::Result<File> {
+        let (upper, work) = paths(overlay);
+        Ok(self.ask_for_descriptor(Request::Upper { upper, work, make })?.into())
+    }
+
+    /// Covers the mount, which must be served, with an overlay.
+    pub(crate) fn cover(&self, overlay: &OverlayConfig) -> anyhow::Result<()> {
+        let (upper, work) = paths(overlay);
+        Ok(self.ask(Request::Cover { upper, work }).map(|_| ())?)
+    }
+
+    /// Takes the mount out of the tree. `ended` says that its connection has.
+    pub(crate) fn unmount(&self, ended: bool) -> anyhow::Result<()> {
+        Ok(self.ask(Request::Unmount { ended }).map(|_| ())?)
+    }
+
+    /// Ends the connection of the mount.
+    pub(crate) fn abort(&self) -> anyhow::Result<()> {
+        Ok(self.ask(Request::Abort).map(|_| ())?)
+    }
+
+    /// Opens a file that the kernel has of the connection.
+    pub(crate) fn connection_file(&self, file: ConnectionFile) -> io::Result<File> {
+        Ok(self.ask_for_descriptor(Request::ConnectionFile(file))?.into())
+    }
+
+    /// True if the mount is gone within `limit`.
+    pub(crate) fn is_gone_within(&self, limit: Duration) -> anyhow::Result<bool> {
+        self.ask_for_yes(Request::IsGone(limit))
+    }
+
+    /// Has a directory, or a socket, of the host under its path here; its canonical path.
+    ///
+    /// # Errors
+    /// There is none, or the broker does not admit it.
+    pub fn admit(&self, path: &Path, writable: bool) -> anyhow::Result<PathBuf> {
+        let admitted = self.ask(Request::Admit { path: path.into(), writable })?.0;
+        self.settle(path);
+        match admitted {
+            Reply::Path(path) => Ok(path.into()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// What was admitted may cover the working directory.
+    fn settle(&self, path: &Path) {
+        if let Self::Broker(broker) = self
+            && path.is_relative()
+            && let Err(e) = std::env::set_current_dir(&broker.directory)
+        {
+            tracing::warn!("{}: {e}", broker.directory.display());
+        }
+    }
+
+    /// Extended attributes of `file`.
+    pub(crate) fn xattr(&self, call: XattrCall, file: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+        match self.ask_with(Request::Xattr(call), Some(file))?.0 {
+            Reply::Xattr(found) => Ok(found),
+            _ => Err(io::Error::other(unexpected())),
+        }
+    }
+
+    /// A thread's process, and its name.
+    pub(crate) fn thread(&self, tid: u32) -> Option<(Option<u32>, Vec<u8>)> {
+        match self.ask(Request::Thread { tid }).ok()?.0 {
+            Reply::Thread { pid, name } => Some((pid, name)),
+            _ => None,
+        }
+    }
+}
+
+impl storage::outside::Outside for Privileged {
+    fn open(&self, path: &Path, device: bool) -> io::Result<File> {
+        Ok(self.ask_for_descriptor(Request::Open { path: path.into(), device })?.into())
+    }
+
+    fn make_directory(&self, path: &Path) -> io::Result<()> {
+        self.ask(Request::Directory { path: path.into() })?;
+        self.settle(path);
+        Ok(())
+    }
+
+    fn admit_socket(&self, path: &Path) -> io::Result<()> {
+        self.ask(Request::Admit { path: path.into(), writable: false })?;
+        Ok(())
+    }
+
+    fn resolve(&self, host: &str) -> io::Result<Vec<IpAddr>> {
+        match self.ask(Request::Resolve { host: host.to_owned() })?.0 {
+            Reply::Addresses(addresses) => Ok(addresses),
+            _ => Err(io::Error::other(unexpected())),
+        }
+    }
+
+    fn login(&self, helper: &str, server: &str) -> io::Result<Option<String>> {
+        let request = Request::Login { helper: helper.to_owned(), server: server.to_owned() };
+        match self.ask(request)?.0 {
+            Reply::Login(answer) => Ok(answer),
+            _ => Err(io::Error::other(unexpected())),
+        }
+    }
+}
+
+impl Broker {
+    /// Sends a request with `descriptors`, and waits for what comes back.
+    pub(super) fn ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<Answer, Refusal> {
+        let exchange = || -> io::Result<Option<Answer>> {
+            let (ours, theirs) =
+                socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+            let mut all = vec![theirs.as_raw_fd()];
+            all.extend(descriptors.iter().map(|fd| fd.as_raw_fd()));
+            protocol::send(&self.socket, request, &all)?;
+            // Whoever has the last other end tells of its end.
+            drop(theirs);
+            let Some((bytes, descriptors)) = protocol::receive(&ours)? else { return Ok(None) };
+            Ok(Some((protocol::parse(&bytes)?, descriptors.into_iter().next())))
+        };
+        let ended = "the broker has ended: mounting and unmounting is over, and so is opening files; what is mounted \
+                     is served on";
+        match exchange() {
+            Ok(Some(answer)) => Ok(answer),
+            Ok(None) => Err(Refusal { message: ended.to_owned(), errno: None }),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EPIPE | libc::ECONNRESET)) => {
+                Err(Refusal { message: ended.to_owned(), errno: None })
+            }
+            Err(e) => Err(Refusal { message: format!("ask the broker: {e}"), errno: None }),
+        }
+    }
+}
+
+fn paths(overlay: &OverlayConfig) -> (OsString, OsString) {
+    let text = |path: &Path| OsStr::to_owned(path.as_os_str());
+    (text(&overlay.upper_dir), text(&overlay.work_dir))
+}
+
+fn unexpected() -> anyhow::Error {
+    // What it answered may be a secret.
+    anyhow!("the broker answered another question")
+}

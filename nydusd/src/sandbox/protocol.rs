@@ -1,0 +1,257 @@
+//! What the daemon asks of the host, and what it is told.
+//!
+//! One message of JSON each way, with at most a few descriptors beside it. A request brings the socket for its answer
+//! along, so that requests of many threads need neither numbers nor an order. Paths that the daemon was started with
+//! are not in requests: the other side knows them, and serves no others.
+
+use std::ffi::OsString;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::passthrough::xattr::XattrCall;
+use crate::sys;
+use crate::transport::seat::ConnectionFile;
+
+/// Longest message. The value of an extended attribute has up to 64 KiB, which base64 makes a third longer.
+pub(super) const MAX_MESSAGE: usize = 128 << 10;
+
+/// What the daemon wants. Which rights it has to that is decided where it is done, in [`super::host`].
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Request {
+    /// Is a live daemon's socket, or no socket, in the place of the API's? [`Reply::Yes`] if anything is.
+    ApiCheck,
+    /// A socket that is bound there.
+    ApiBind,
+    /// Remove that socket.
+    ApiRemove,
+    /// A connection to the supervisor, or with `holder` to `nydusd supervise`.
+    Keeper { holder: bool },
+    /// Can the mountpoint be mounted on?
+    Usable,
+    /// Is one of our mounts on the mountpoint?
+    IsListed,
+    /// Mount there.
+    Mount { writable: bool },
+    /// Go on with the mount of this connection.
+    Inherit { number: u64 },
+    /// The directory that holds changes. Both are made with this owner and mode, if there is one.
+    Upper { upper: OsString, work: OsString, make: Option<((u32, u32), u32)> },
+    /// An overlay over the mount.
+    Cover { upper: OsString, work: OsString },
+    /// Unmount.
+    Unmount { ended: bool },
+    /// End the connection of the mount.
+    Abort,
+    /// A file that the kernel has of the connection.
+    ConnectionFile(ConnectionFile),
+    /// Is the mount gone within this time?
+    IsGone(Duration),
+    /// A file to be read.
+    Open { path: OsString, device: bool },
+    /// A directory to keep things in, made if need be, its mode 0700 then.
+    Directory { path: OsString },
+    /// A directory or socket of the host, where the daemon sees it under the same path.
+    Admit { path: OsString, writable: bool },
+    /// Addresses of a host.
+    Resolve { host: String },
+    /// What a credential helper knows of a server.
+    Login { helper: String, server: String },
+    /// A thread's process and name.
+    Thread { tid: u32 },
+    /// Extended attributes of the file whose descriptor comes with it.
+    Xattr(XattrCall),
+    /// The mount namespace to admit things into, and its root, writable: two descriptors.
+    Jail,
+}
+
+/// What became of it. A descriptor travels beside it where one was asked for.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Reply {
+    /// Done.
+    Done,
+    /// A yes or no.
+    Yes(bool),
+    /// A path: where it really is.
+    Path(OsString),
+    /// The mount, and the number of its connection if it is known.
+    Mounted { mountpoint: OsString, number: Option<u64> },
+    /// The addresses.
+    Addresses(Vec<IpAddr>),
+    /// What the helper said; `None` if it failed with nothing to say but that it knows no login.
+    Login(Option<String>),
+    /// Values of extended attributes, or their names.
+    Xattr(#[serde(with = "packed")] Vec<u8>),
+    /// A process.
+    Thread { pid: Option<u32>, name: Vec<u8> },
+    /// It failed.
+    Failed(Refusal),
+}
+
+/// Why something was not done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Refusal {
+    /// For people, with all its causes.
+    pub message: String,
+    /// The system's number, where it alone says what is wrong.
+    pub errno: Option<i32>,
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+impl From<anyhow::Error> for Refusal {
+    fn from(error: anyhow::Error) -> Self {
+        Self { message: format!("{error:#}"), errno: None }
+    }
+}
+
+impl From<io::Error> for Refusal {
+    fn from(error: io::Error) -> Self {
+        Self { message: error.to_string(), errno: error.raw_os_error() }
+    }
+}
+
+impl From<Refusal> for io::Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal.errno {
+            Some(errno) => io::Error::from_raw_os_error(errno),
+            None => io::Error::new(io::ErrorKind::PermissionDenied, refusal),
+        }
+    }
+}
+
+/// Bytes as base64: JSON's own lists of numbers are three times as long.
+pub(crate) mod packed {
+    use base64::Engine as _;
+    use base64::engine::general_purpose::STANDARD;
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(crate) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&STANDARD.encode(bytes))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+        STANDARD.decode(&*text).map_err(serde::de::Error::custom)
+    }
+}
+
+/// Sends one message.
+///
+/// # Errors
+/// It is too long, or the system's: nobody listens.
+pub(super) fn send(socket: impl AsFd, message: &impl Serialize, descriptors: &[RawFd]) -> io::Result<()> {
+    let bytes = serde_json::to_vec(message).map_err(io::Error::other)?;
+    if bytes.len() > MAX_MESSAGE {
+        return Err(io::Error::other(format!("a message of more than {MAX_MESSAGE} bytes")));
+    }
+    let rights = [ControlMessage::ScmRights(descriptors)];
+    let control = if descriptors.is_empty() { &rights[..0] } else { &rights[..] };
+    let socket = socket.as_fd().as_raw_fd();
+    loop {
+        let parts = [io::IoSlice::new(&bytes)];
+        match sendmsg::<UnixAddr>(socket, &parts, control, MsgFlags::MSG_NOSIGNAL, None) {
+            Err(Errno::EINTR) => {}
+            result => return Ok(result.map(|_| ())?),
+        }
+    }
+}
+
+/// Receives one message and its descriptors; `None` at the end of the connection.
+///
+/// # Errors
+/// The system's.
+pub(super) fn receive(socket: impl AsFd) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+    // One byte more than any message, so that a longer one shows.
+    let mut buffer = vec![0; MAX_MESSAGE + 1];
+    loop {
+        match sys::receive(socket.as_fd(), &mut buffer) {
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+            Ok((0, _)) => return Ok(None),
+            Ok((len, descriptors)) => {
+                buffer.truncate(len);
+                return Ok(Some((buffer, descriptors)));
+            }
+        }
+    }
+}
+
+/// The message in `bytes`.
+///
+/// # Errors
+/// It is none, or too long.
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> io::Result<T> {
+    if bytes.len() > MAX_MESSAGE {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "a message that is too long"));
+    }
+    serde_json::from_slice(bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt as _;
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn messages_arrive_whole_with_their_descriptors() {
+        let (ours, theirs) = pair();
+        let path = OsString::from_vec(b"/a\xff\n\"".to_vec());
+        let request = Request::Open { path, device: false };
+        let null = std::fs::File::open("/dev/null").unwrap();
+        send(&ours, &request, &[null.as_raw_fd()]).unwrap();
+        let (bytes, descriptors) = receive(&theirs).unwrap().unwrap();
+        assert_eq!(parse::<Request>(&bytes).unwrap(), request);
+        assert_eq!(descriptors.len(), 1);
+        // The longest paths there are fit.
+        let long = OsString::from_vec(vec![0xff; 4096]);
+        let request = Request::Upper { upper: long.clone(), work: long, make: Some(((1, 2), 0o755)) };
+        send(&ours, &request, &[]).unwrap();
+        let (bytes, descriptors) = receive(&theirs).unwrap().unwrap();
+        assert_eq!(parse::<Request>(&bytes).unwrap(), request);
+        assert!(descriptors.is_empty());
+        drop(ours);
+        assert!(receive(&theirs).unwrap().is_none());
+        assert!(send(&theirs, &Request::Abort, &[]).is_err());
+    }
+
+    #[test]
+    fn what_is_too_long_is_neither_sent_nor_taken() {
+        let (ours, theirs) = pair();
+        let request = Request::Resolve { host: "x".repeat(MAX_MESSAGE) };
+        assert!(send(&ours, &request, &[]).is_err());
+        nix::unistd::write(&ours, &vec![b' '; MAX_MESSAGE + 100]).unwrap();
+        let (bytes, _) = receive(&theirs).unwrap().unwrap();
+        assert_eq!(parse::<Request>(&bytes).unwrap_err().to_string(), "a message that is too long");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_are_more_than_refused(bytes in proptest::collection::vec(any::<u8>(), 0..256), cut in 0usize..200) {
+            let _ = parse::<Request>(&bytes);
+            let whole = serde_json::to_vec(&Request::Open { path: "/p".into(), device: true }).unwrap();
+            let part = &whole[..cut.min(whole.len() - 1)];
+            prop_assert!(parse::<Request>(part).is_err());
+        }
+    }
+}

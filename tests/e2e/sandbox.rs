@@ -1,0 +1,290 @@
+//! The daemon parses what strangers send: what it could do if they took it over, and that nobody misses what it can not.
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tests::daemon::{Daemon, DaemonOptions};
+use tests::journey::Journey;
+use tests::mount::mounted;
+use tests::recipes;
+use tests::tree::{self, Overlook};
+use tests::{Context, Result, ensure, needs_mounts, needs_programs};
+
+/// An image, and what an API client says to mount it.
+struct Scene {
+    journey: Journey,
+    bootstrap: PathBuf,
+}
+
+impl Scene {
+    fn new() -> Result<Self> {
+        let journey = Journey::start(&recipes::tiny())?;
+        let nydus = journey.convert("nydus", &[])?;
+        let bootstrap = journey.path("image.boot");
+        nydus.save_bootstrap(&bootstrap)?;
+        Ok(Self { journey, bootstrap })
+    }
+
+    fn post(&self, daemon: &Daemon, mountpoint: &str, cache: &Path) -> Result<(u16, Value)> {
+        let blobs = self.journey.path("nydus").join("blobs/sha256");
+        let config = json!({"device": {
+            "backend": {"type": "localfs", "config": {"dir": blobs}},
+            "cache": {"type": "blobcache", "config": {"work_dir": cache}},
+        }});
+        let body = json!({"fs_type": "rafs", "source": self.bootstrap, "config": config.to_string()});
+        daemon.request("POST", &format!("/api/v1/mount?mountpoint={mountpoint}"), &body)
+    }
+}
+
+fn post_directory(daemon: &Daemon, mountpoint: &str, source: &Path) -> Result<(u16, Value)> {
+    let body = json!({"fs_type": "passthrough_fs", "source": source, "config": ""});
+    daemon.request("POST", &format!("/api/v1/mount?mountpoint={mountpoint}"), &body)
+}
+
+/// A field of the daemon's status.
+fn status(daemon: &Daemon, field: &str) -> Result<String> {
+    let text = fs::read_to_string(format!("/proc/{}/status", daemon.pid()))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    Ok(line.with_context(|| format!("no {field}"))?.trim().to_owned())
+}
+
+/// The broker of a daemon.
+fn broker(daemon: &Daemon) -> Result<Option<Pid>> {
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", daemon.pid()))?;
+    for child in children.split_whitespace() {
+        if fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|comm| comm.trim() == "nydusd-broker")
+        {
+            return Ok(Some(Pid::from_raw(child.parse()?)));
+        }
+    }
+    Ok(None)
+}
+
+/// A path as the daemon sees it.
+fn seen(daemon: &Daemon, path: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/root{path}", daemon.pid()))
+}
+
+/// Runs a shell of the host where the daemon is: its mounts and its root directory, and more rights than it has.
+fn probe(daemon: &Daemon, script: &str) -> Result<Output> {
+    let shell = format!(
+        "import ctypes,os\n\
+         pid={}\n\
+         root=os.open(f'/proc/{{pid}}/root',os.O_PATH)\n\
+         ns=os.open(f'/proc/{{pid}}/ns/mnt',os.O_RDONLY)\n\
+         assert ctypes.CDLL(None).setns(ns,0) == 0\n\
+         os.fchdir(root)\n\
+         {script}\n",
+        daemon.pid()
+    );
+    Ok(Command::new("python3").arg("-c").arg(shell).output()?)
+}
+
+/// What is not there can not be read, and what is there not be changed.
+#[test]
+fn a_daemon_sees_and_may_do_little() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("umoci", "python3");
+    let scene = Scene::new()?;
+    let mut daemon = DaemonOptions::empty().start()?;
+    let secret = scene.journey.path("secret");
+    fs::write(&secret, "secret")?;
+    ensure!(status(&daemon, "NoNewPrivs")? == "1" && status(&daemon, "Seccomp")? == "2");
+    let capabilities = u64::from_str_radix(&status(&daemon, "CapEff")?, 16)?;
+    let bounding = u64::from_str_radix(&status(&daemon, "CapBnd")?, 16)?;
+    // CAP_SYS_ADMIN, CAP_SYS_PTRACE, CAP_SYS_MODULE, CAP_NET_ADMIN.
+    for capability in [21, 19, 16, 12] {
+        ensure!(capabilities & 1 << capability == 0, "capability {capability}: {capabilities:x}");
+    }
+    ensure!(bounding == capabilities, "{bounding:x}");
+    let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.pid()))?;
+    let cores = limits.lines().find(|line| line.starts_with("Max core file size")).context("no limit")?;
+    ensure!(cores.split_whitespace().filter(|word| *word == "0").count() == 2, "{cores}");
+
+    let names = |path: &str| -> Result<Vec<String>> {
+        let entries = fs::read_dir(seen(&daemon, path))?;
+        entries.map(|e| Ok(e?.file_name().to_string_lossy().into_owned())).collect()
+    };
+    let known = ["etc", "proc", "sys", "tmp", "usr", "var", "root", "home", "work"];
+    let root = names("/")?;
+    ensure!(root.iter().all(|name| known.contains(&name.as_str())), "{root:?}");
+    let mut processes = names("/proc")?;
+    processes.sort_unstable();
+    ensure!(processes == [daemon.pid().to_string(), "self".to_owned()], "{processes:?}");
+    for hidden in ["/etc/shadow", "/etc/passwd", "/root/.ssh", "/etc/ssl/private", "/dev", "/run", "/bin"] {
+        ensure!(!seen(&daemon, hidden).exists(), "{hidden}");
+    }
+    ensure!(secret.exists() && !seen(&daemon, &secret.to_string_lossy()).exists());
+    for script in
+        ["open('new','w')", "os.mkdir('tmp/new')", "open('proc/self/comm','w')", "open('../../etc/shadow')"]
+    {
+        let tried = probe(&daemon, script)?;
+        let why = String::from_utf8_lossy(&tried.stderr);
+        let refused =
+            ["Read-only file system", "No such file", "Permission denied"].iter().any(|e| why.contains(e));
+        ensure!(!tried.status.success() && refused, "{script}: {why}");
+    }
+
+    // It is told of by its own process, and nothing but that is admitted.
+    let cache = scene.journey.path("named/only/now");
+    let (code, answer) = scene.post(&daemon, "/tiny", &cache)?;
+    ensure!(code == 204, "{answer}");
+    tree::assert_same(&scene.journey.reference()?, &daemon.root().join("tiny"), Overlook::default())?;
+    ensure!(seen(&daemon, &cache.to_string_lossy()).is_dir());
+    ensure!(fs::metadata(&cache)?.permissions().mode() & 0o777 == 0o700);
+    let tried = probe(&daemon, &format!("open('{}/../outside','w')", &cache.display().to_string()[1..]))?;
+    ensure!(!tried.status.success() && !cache.join("../outside").exists());
+    ensure!(!seen(&daemon, &secret.to_string_lossy()).exists());
+    daemon.wait_for_log(&format!("admitted {}, writable", cache.display()))?;
+
+    let root = daemon.root().to_owned();
+    let broker = broker(&daemon)?.context("no broker")?;
+    ensure!(daemon.terminate()?.code() == Some(0) && !mounted(&root) && !daemon.socket().exists());
+    gone(broker)
+}
+
+/// Waits for the end of a process that nobody here is the parent of.
+fn gone(process: Pid) -> Result<()> {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    let lives = || {
+        let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+        !status.is_empty() && !status.contains("State:\tZ")
+    };
+    while lives() {
+        ensure!(std::time::Instant::now() < deadline, "process {process} goes on");
+        // Its end is only to be asked for; there is nothing to wait on.
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// Directories of the host are shown where they are asked for, and those of the system are not to be written to.
+#[test]
+fn directories_are_admitted_by_name() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("umoci");
+    let scene = Scene::new()?;
+    let shown = scene.journey.path("shown");
+    fs::create_dir_all(shown.join("d"))?;
+    fs::write(shown.join("d/word"), "word")?;
+    let link = scene.journey.path("link");
+    std::os::unix::fs::symlink(&shown, &link)?;
+    let daemon = DaemonOptions::empty().switch("--writable").start()?;
+    for (mountpoint, source) in [("/a", &shown), ("/b", &link), ("/c", &shown.join("d/.."))] {
+        let (code, answer) = post_directory(&daemon, mountpoint, source)?;
+        ensure!(code == 204, "{}: {answer}", source.display());
+        let name = daemon.root().join(&mountpoint[1..]).join("d/word");
+        ensure!(fs::read_to_string(&name)? == "word", "{mountpoint}");
+    }
+    fs::write(daemon.root().join("b/new"), "new")?;
+    ensure!(fs::read_to_string(shown.join("new"))? == "new");
+    xattr::set(daemon.root().join("a/new"), "trusted.overlay.opaque", b"y")?;
+    ensure!(xattr::get(shown.join("new"), "trusted.overlay.opaque")?.as_deref() == Some(&b"y"[..]));
+    for system in ["/", "/etc", "/proc", "/usr/share"] {
+        let (code, answer) = post_directory(&daemon, "/system", Path::new(system))?;
+        ensure!(code == 500 && answer.to_string().contains("--no-jail"), "{system}: {code} {answer}");
+    }
+    let (code, answer) = scene.post(&daemon, "/image", Path::new("/etc/cache-of-a-test"))?;
+    ensure!(code == 500 && answer.to_string().contains("--no-jail"), "{code} {answer}");
+    ensure!(!Path::new("/etc/cache-of-a-test").exists());
+
+    // A directory that was replaced is another one.
+    let cache = scene.journey.path("cache");
+    ensure!(scene.post(&daemon, "/one", &cache)?.0 == 204);
+    let (code, _) = daemon.request("DELETE", "/api/v1/mount?mountpoint=/one", &Value::Null)?;
+    ensure!(code == 204);
+    fs::remove_dir_all(&cache)?;
+    let (code, answer) = scene.post(&daemon, "/one", &cache)?;
+    ensure!(code == 204, "{answer}");
+    ensure!(fs::read_dir(&cache)?.count() > 0);
+    tree::assert_same(&scene.journey.reference()?, &daemon.root().join("one"), Overlook::default())
+}
+
+/// Neither goes on without the other, and readers do not notice what their daemon has lost.
+#[test]
+fn a_broker_ends_with_its_daemon_and_readers_outlive_it() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("umoci");
+    let scene = Scene::new()?;
+    let cache = scene.journey.path("cache");
+    let mut daemon = DaemonOptions::empty().start()?;
+    ensure!(scene.post(&daemon, "/tiny", &cache)?.0 == 204);
+    let first = broker(&daemon)?.context("no broker")?;
+    daemon.kill()?;
+    gone(first)?;
+
+    let daemon = DaemonOptions::empty().start()?;
+    ensure!(scene.post(&daemon, "/tiny", &cache)?.0 == 204);
+    let second = broker(&daemon)?.context("no broker")?;
+    kill(second, Signal::SIGTERM)?;
+    ensure!(broker(&daemon)? == Some(second), "who ends it is its daemon");
+    let reference = scene.journey.reference()?;
+    let blobs: Vec<_> = fs::read_dir(scene.journey.path("nydus").join("blobs/sha256"))?.collect();
+    ensure!(!blobs.is_empty());
+    kill(second, Signal::SIGKILL)?;
+    gone(second)?;
+    tree::assert_same(&reference, &daemon.root().join("tiny"), Overlook::default())?;
+    let (code, answer) = scene.post(&daemon, "/other", &scene.journey.path("other"))?;
+    ensure!(code == 500 && answer.to_string().contains("the broker has ended"), "{code} {answer}");
+    ensure!(daemon.get("/api/v1/daemon")?["state"] == "RUNNING");
+    Ok(())
+}
+
+/// Each layer has its flag, and nothing but that layer goes with it.
+#[test]
+fn every_layer_can_be_left_out() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("umoci");
+    let scene = Scene::new()?;
+    let reference = scene.journey.reference()?;
+    let all = ["broker", "jail", "capabilities", "landlock", "seccomp"];
+    for (flag, missing) in [
+        ("--no-jail", "jail"),
+        ("--keep-capabilities", "capabilities"),
+        ("--no-landlock", "landlock"),
+        ("--no-seccomp", "seccomp"),
+    ] {
+        let mut daemon = DaemonOptions::empty().switch(flag).start()?;
+        let line = daemon.wait_for_log("sandboxed: ")?;
+        for layer in all {
+            ensure!(line.contains(layer) == (layer != missing), "{flag}: {line}");
+        }
+        ensure!((status(&daemon, "Seccomp")? == "2") == (missing != "seccomp"));
+        ensure!(seen(&daemon, "/etc/passwd").exists() == (missing == "jail"));
+        let admin = u64::from_str_radix(&status(&daemon, "CapEff")?, 16)? & 1 << 21;
+        ensure!((admin != 0) == (missing == "capabilities"));
+        let (code, answer) = scene.post(&daemon, "/tiny", &scene.journey.path(missing))?;
+        ensure!(code == 204, "{flag}: {answer}");
+        tree::assert_same(&reference, &daemon.root().join("tiny"), Overlook::default())?;
+        let root = daemon.root().to_owned();
+        ensure!(daemon.terminate()?.code() == Some(0) && !mounted(&root), "{flag}");
+    }
+    let daemon = DaemonOptions::empty().switch("--no-sandbox").start()?;
+    ensure!(broker(&daemon)?.is_none() && status(&daemon, "Seccomp")? == "0");
+    ensure!(seen(&daemon, "/etc/passwd").exists());
+    ensure!(scene.post(&daemon, "/tiny", &scene.journey.path("bare"))?.0 == 204);
+    tree::assert_same(&reference, &daemon.root().join("tiny"), Overlook::default())
+}
+
+/// The API's socket is the daemon's for whoever asks, and somebody else's file in its place is left alone.
+#[test]
+fn the_api_is_the_daemons_own() -> Result<()> {
+    needs_mounts!();
+    let mut daemon = DaemonOptions::empty().start()?;
+    let meta = fs::metadata(daemon.socket())?;
+    ensure!(meta.file_type().is_socket() && meta.permissions().mode() & 0o777 == 0o600);
+    let stream = std::os::unix::net::UnixStream::connect(daemon.socket())?;
+    let peer = nix::sys::socket::getsockopt(&stream, nix::sys::socket::sockopt::PeerCredentials)?;
+    ensure!(peer.pid() == daemon.pid().as_raw(), "{peer:?}");
+    fs::remove_file(daemon.socket())?;
+    let _listener = UnixListener::bind(daemon.socket())?;
+    ensure!(daemon.terminate()?.code() == Some(0));
+    ensure!(daemon.socket().exists());
+    Ok(())
+}
