@@ -77,8 +77,6 @@ struct Queue {
     dry: Option<NodeId>,
     /// Something was answered since the last events.
     answered: bool,
-    /// A message of ours is on its way.
-    nudged: bool,
 }
 
 /// What an entry is used for.
@@ -108,6 +106,8 @@ pub(super) struct RingWorker {
     kept: usize,
     /// Entries whose memory goes.
     trims: Vec<usize>,
+    /// Messages that the kernel was made to send: each has a number of its own.
+    nudges: u32,
     over: bool,
 }
 
@@ -123,15 +123,8 @@ impl RingWorker {
         connection: Arc<Connection>,
     ) -> io::Result<Self> {
         let place = &shared.plan.places[number];
-        let queue = |&number: &u16| Queue {
-            number,
-            free: 0,
-            waiting: 0,
-            full: false,
-            dry: None,
-            answered: false,
-            nudged: false,
-        };
+        let queue =
+            |&number: &u16| Queue { number, free: 0, waiting: 0, full: false, dry: None, answered: false };
         let reads = Reads::new(Arc::clone(&shared.adapter), Arc::clone(&connection.streams));
         Ok(Self {
             ring: Ring::new(uring, Arc::clone(&connection)),
@@ -149,6 +142,7 @@ impl RingWorker {
             filled: 0,
             kept: (KEPT / shared.plan.places.len()).max(DATA_SIZE),
             trims: Vec::new(),
+            nudges: 0,
             over: false,
             shared: Arc::clone(shared),
             connection,
@@ -255,9 +249,6 @@ impl RingWorker {
             Some(OutHeader::refusal(unique, libc::EIO))
         });
         self.fill(entry, request.data_len());
-        if request.header.opcode == message::OP_NOTIFY_REPLY {
-            self.queue_of(entry).nudged = false;
-        }
         match answer {
             Some(header) => self.give(entry, &header),
             None => {
@@ -354,18 +345,20 @@ impl RingWorker {
             let Some(node) = queue.dry.filter(|_| !self.events.iter().any(came)) else { continue };
             if queue.answered {
                 self.queues[place].dry = None;
-            } else if place == 0 && self.bound && queue.free > 0 && !queue.nudged {
-                self.queues[place].nudged = self.nudge(node);
+            } else if place == 0 && self.bound && queue.free > 0 {
+                // Also if one is on its way: entries that seem free may be taken, and it stands in line itself.
+                self.nudge(node);
             }
         }
         Ok(())
     }
 
-    /// Has the kernel send a message, to the queue of the CPU that this thread runs on; true if it comes. It is about
-    /// no bytes of a file, which the kernel must have in memory, as it has one that is being read.
-    fn nudge(&self, node: NodeId) -> bool {
+    /// Has the kernel send a message, to the queue of the CPU that this thread runs on. It is about no bytes of a
+    /// file, which the kernel must have in memory, as it has one that is being read.
+    fn nudge(&mut self, node: NodeId) {
+        self.nudges = self.nudges.wrapping_add(1);
         let body = Retrieve {
-            unique: NUDGE | u64::from(self.queues[0].number) << 1,
+            unique: NUDGE | u64::from(self.nudges) << 1,
             nodeid: node.0,
             offset: 0,
             size: 0,
@@ -374,8 +367,9 @@ impl RingWorker {
         let len = (OUT_HEADER_LEN + size_of::<Retrieve>()) as u32;
         let header = OutHeader { len, error: NOTIFY_RETRIEVE, unique: 0 };
         let parts = [IoSlice::new(header.as_bytes()), IoSlice::new(body.as_bytes())];
-        let sent = nix::sys::uio::writev(&self.connection.fd, &parts);
-        sent.inspect_err(|e| tracing::debug!("nudge a FUSE queue: {e}")).is_ok()
+        if let Err(e) = nix::sys::uio::writev(&self.connection.fd, &parts) {
+            tracing::debug!("nudge a FUSE queue: {e}");
+        }
     }
 }
 
