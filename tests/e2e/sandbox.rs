@@ -227,9 +227,12 @@ fn a_broker_ends_with_its_daemon_and_readers_outlive_it() -> Result<()> {
     let reference = scene.journey.reference()?;
     let blobs: Vec<_> = fs::read_dir(scene.journey.path("nydus").join("blobs/sha256"))?.collect();
     ensure!(!blobs.is_empty());
+    let root = daemon.root().join("tiny");
+    tree::assert_same(&reference, &root, Overlook::default())?;
     kill(second, Signal::SIGKILL)?;
     gone(second)?;
-    tree::assert_same(&reference, &daemon.root().join("tiny"), Overlook::default())?;
+    daemon.drop_pages(&root.join("data/noise-a"))?;
+    tree::assert_same(&reference, &root, Overlook::default())?;
     let (code, answer) = scene.post(&daemon, "/other", &scene.journey.path("other"))?;
     ensure!(code == 500 && answer.to_string().contains("the broker has ended"), "{code} {answer}");
     ensure!(daemon.get("/api/v1/daemon")?["state"] == "RUNNING");

@@ -12,6 +12,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, bail};
+use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{CWD, Mode, OFlags, RawMode, mkdirat, mknodat, openat};
 use rustix::io::Errno;
@@ -102,6 +103,14 @@ impl Jail {
         if has(&named, &admitted) {
             return Ok(());
         }
+        // What it named before may have been removed: nothing can be mounted on that.
+        for path in [real, &named] {
+            let had = admitted.get(path).map(|had| (had.device, had.inode));
+            if had.is_some_and(|had| had != (wanted.device, wanted.inode)) {
+                self.take_away(path)?;
+                admitted.retain(|other, _| !other.starts_with(path));
+            }
+        }
         if !has(real, &admitted) {
             self.put(real, real, kind.is_dir(), writable)?;
             tracing::info!("admitted {}{}", real.display(), if writable { ", writable" } else { "" });
@@ -139,6 +148,12 @@ impl Jail {
             let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
             move_mount(&tree, "", &at, "", flags).context("mount it")
         })
+    }
+
+    /// Takes away what the daemon sees at `path`, and all below it. What it has open of that stays open.
+    fn take_away(&self, path: &Path) -> anyhow::Result<()> {
+        let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+        self.inside(|| umount2(path, flags).context("take away what it was"))
     }
 
     /// Runs `work` in the jail's mount namespace, in a thread of its own: nobody comes back from there.

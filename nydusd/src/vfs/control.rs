@@ -146,10 +146,13 @@ impl Daemon {
         expected: Option<SavedHost>,
     ) -> anyhow::Result<Opened> {
         // The kernel asks its mount for leave before it asks this daemon, so what may be written to is told by that.
-        if source.is_absolute() {
+        let source = if source.is_absolute() {
             let admitted = self.host().admit(&source, self.args().writable);
-            admitted.with_context(|| format!("the directory {} can not be served", source.display()))?;
-        }
+            // Where it is, not a link to it: that is what a successor looks for.
+            admitted.with_context(|| format!("the directory {} can not be served", source.display()))?
+        } else {
+            source
+        };
         let spec = HostSpec { mountpoint, command, source, expected };
         Ok(Opened::Host(Box::new(passthrough::open(spec, self.adapter().own_device())?)))
     }
