@@ -28,23 +28,27 @@
 //! end it by cutting what SQLite has mapped. So it must belong to us, and nobody else may write it.
 
 mod database;
+mod files;
 
 use std::collections::HashSet;
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tracing::{debug, warn};
 
 pub(super) use self::database::Row;
 use self::database::{Database, Trouble};
+pub use self::files::open_cache_file;
+use self::files::{is_closed, is_gone, private};
 use crate::digest::Digest;
+use crate::engine::Handle;
 use crate::extent::{ChunkExtent, Cipher};
 use crate::{Error, Result};
 
@@ -63,8 +67,28 @@ const REOPEN: Duration = Duration::from_secs(10);
 /// How long nothing is looked up after a lookup has failed.
 const REST: Duration = Duration::from_secs(1);
 
-/// Files remembered as closed to us.
-const MAX_BARRED: usize = 1024;
+/// Files remembered as closed to us, or as missing.
+const MAX_FILES: usize = 1024;
+
+/// How long a search takes at most, for chunks that a reader waits for and for others. A chunk
+/// takes some microseconds; what is not found by then is fetched.
+const LIMITS: Limits = Limits {
+    demand: Duration::from_millis(5),
+    ahead: Duration::from_millis(50),
+    grace: Duration::from_millis(20),
+    line: Duration::from_millis(200),
+};
+
+/// How long is waited for a search.
+#[derive(Clone, Copy)]
+struct Limits {
+    demand: Duration,
+    ahead: Duration,
+    /// Beyond that: the disk, or all threads, may be busy.
+    grace: Duration,
+    /// How long a search for what nobody waits for waits for its turn; others wait for `grace`.
+    line: Duration,
+}
 
 /// Opens a cache file for reading: how that is done where the file system is not seen as it is
 /// by those who wrote the rows. `NotFound` says that the file is gone.
@@ -79,15 +103,55 @@ pub struct DedupDb {
 struct Shared {
     path: PathBuf,
     open_file: OpenFile,
+    limits: Limits,
     /// Nothing blocks under it.
     queue: Mutex<Queue>,
     wake: Condvar,
-    /// Set once the file is open. Held during a lookup.
-    reader: OnceLock<Mutex<Database>>,
-    /// Lookups and files that failed lately. Nothing blocks under it.
-    failures: Mutex<Failures>,
+    /// For chunks that a reader waits for: no other search is in its way.
+    demand: Lane,
+    ahead: Lane,
+    /// Files that are there and can not be opened. Nothing blocks under it.
+    barred: Mutex<HashSet<Arc<str>>>,
     warned: AtomicBool,
 }
+
+/// Searches, one at a time: should one not return, one thread is lost, not all.
+struct Lane {
+    turn: Arc<Semaphore>,
+    /// Set once the file is open. Only who has the turn locks it.
+    reader: OnceLock<Mutex<Database>>,
+    /// No searches until then. Nothing blocks under it.
+    rest: Mutex<Option<Instant>>,
+    /// Who may read the files that were found.
+    reads: Semaphore,
+}
+
+/// Files of other caches that are read at once, for readers and for others each: a disk that does
+/// not answer holds as many threads.
+const READS: usize = 4;
+
+impl Lane {
+    fn new() -> Self {
+        Self {
+            turn: Arc::new(Semaphore::new(1)),
+            reader: OnceLock::new(),
+            rest: Mutex::default(),
+            reads: Semaphore::new(READS),
+        }
+    }
+
+    fn is_resting(&self) -> bool {
+        let until = *self.rest.lock().unwrap_or_else(PoisonError::into_inner);
+        until.is_some_and(|until| Instant::now() < until)
+    }
+
+    fn rest(&self) {
+        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now().checked_add(REST);
+    }
+}
+
+/// The database is done without.
+struct GivenUp;
 
 /// What the writer is to do.
 #[derive(Default)]
@@ -102,14 +166,6 @@ struct Queue {
     waiting: Vec<SyncSender<()>>,
     /// There is no writer any more.
     closed: bool,
-}
-
-#[derive(Default)]
-struct Failures {
-    /// No lookups until then.
-    rest: Option<Instant>,
-    /// Files that are there and can not be opened.
-    barred: HashSet<Arc<str>>,
 }
 
 impl Queue {
@@ -129,9 +185,20 @@ impl DedupDb {
     /// # Errors
     /// `Io`: the system refuses a thread.
     pub fn open(path: impl Into<PathBuf>, open_file: OpenFile) -> Result<Arc<Self>> {
-        let path = path.into();
+        Self::with_limits(path.into(), open_file, LIMITS)
+    }
+
+    /// Whose searches end only with what they look for.
+    #[cfg(test)]
+    pub(super) fn patient(path: impl Into<PathBuf>, open_file: OpenFile) -> Result<Arc<Self>> {
+        let long = Duration::from_secs(60);
+        let limits = Limits { demand: long, ahead: long, grace: long, line: long };
+        Self::with_limits(path.into(), open_file, limits)
+    }
+
+    fn with_limits(path: PathBuf, open_file: OpenFile, limits: Limits) -> Result<Arc<Self>> {
         let failed = |e| Error::io("start the writer of the dedup database", e);
-        let shared = Arc::new(Shared::new(std::path::absolute(&path).unwrap_or(path), open_file));
+        let shared = Arc::new(Shared::new(std::path::absolute(&path).unwrap_or(path), open_file, limits));
         let writer = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("dedup".to_owned())
@@ -165,11 +232,45 @@ impl DedupDb {
         waiter.recv_timeout(patience).is_ok()
     }
 
-    /// For each digest a file other than `own` that may have its chunk, and where. Reads the disk;
-    /// looks for no longer than `limit`.
-    pub(super) fn find(&self, digests: &[Digest], own: Option<&str>, limit: Duration) -> Vec<Option<Place>> {
-        let deadline = Instant::now() + limit;
-        self.shared.find(digests, own, deadline).unwrap_or_else(|| vec![None; digests.len()])
+    /// For each digest a file other than `own` that may have its chunk, and where. `demanded` says
+    /// that a reader waits. Looks, and waits, for no longer than [`Limits`]: late or broken, it has
+    /// found nothing.
+    pub(super) async fn find(
+        &self,
+        engine: &Handle,
+        digests: Vec<Digest>,
+        own: Option<Arc<str>>,
+        demanded: bool,
+    ) -> Option<Vec<Option<Place>>> {
+        let Limits { demand, ahead, grace, line } = self.shared.limits;
+        let (limit, line) = if demanded { (demand, grace) } else { (ahead, line) };
+        let lane = self.shared.lane(demanded);
+        if lane.reader.get().is_none() || lane.is_resting() {
+            return None;
+        }
+        let search = async {
+            let turn = tokio::time::timeout(line, Arc::clone(&lane.turn).acquire_owned()).await?;
+            let shared = Arc::clone(&self.shared);
+            let search = engine.blocking(move || {
+                // Returned only when the search has, whoever still waits for it.
+                let _turn = turn;
+                shared.find(&digests, own.as_deref(), demanded, limit)
+            });
+            tokio::time::timeout(limit + grace, search).await
+        };
+        match search.await {
+            Ok(found) => found.ok().flatten(),
+            Err(_) => {
+                lane.rest();
+                None
+            }
+        }
+    }
+
+    /// Waits for the right to read what was found.
+    pub(super) async fn reading(&self, demanded: bool) -> Option<SemaphorePermit<'_>> {
+        // Nobody closes it.
+        self.shared.lane(demanded).reads.acquire().await.ok()
     }
 
     /// Removes a row that led to other bytes.
@@ -247,37 +348,17 @@ pub(super) fn key(chunk: &ChunkExtent) -> Option<Digest> {
     chunk.digest.map(|expected| expected.digest)
 }
 
-/// Opens a cache file of this machine: a regular file that is named like one, through no link.
-///
-/// # Errors
-/// The system's; `InvalidInput`: it is no such file.
-pub fn open_cache_file(path: &Path) -> io::Result<File> {
-    let is_named = path.is_absolute() && path.as_os_str().as_encoded_bytes().ends_with(b".blob.data");
-    if !is_named {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    // A pipe must not hold us up.
-    let flags = libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let file = match crate::outside::get() {
-        Some(outside) => outside.open(path, false)?,
-        None => OpenOptions::new().read(true).custom_flags(flags).open(path)?,
-    };
-    if file.metadata()?.is_file() { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) }
-}
-
-fn is_gone(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
-}
-
 impl Shared {
-    fn new(path: PathBuf, open_file: OpenFile) -> Self {
+    fn new(path: PathBuf, open_file: OpenFile, limits: Limits) -> Self {
         Self {
             path,
             open_file,
+            limits,
             queue: Mutex::default(),
             wake: Condvar::new(),
-            reader: OnceLock::new(),
-            failures: Mutex::default(),
+            demand: Lane::new(),
+            ahead: Lane::new(),
+            barred: Mutex::default(),
             warned: AtomicBool::new(false),
         }
     }
@@ -286,8 +367,12 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn failures(&self) -> MutexGuard<'_, Failures> {
-        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    fn barred(&self) -> MutexGuard<'_, HashSet<Arc<str>>> {
+        self.barred.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lane(&self, demanded: bool) -> &Lane {
+        if demanded { &self.demand } else { &self.ahead }
     }
 
     /// Changes the queue and has the writer look at it.
@@ -306,11 +391,19 @@ impl Shared {
         }
     }
 
-    fn find(&self, digests: &[Digest], own: Option<&str>, deadline: Instant) -> Option<Vec<Option<Place>>> {
-        let reader = self.reader.get()?;
-        if self.queue().closed || self.failures().rest.is_some_and(|until| Instant::now() < until) {
+    fn find(
+        &self,
+        digests: &[Digest],
+        own: Option<&str>,
+        demanded: bool,
+        limit: Duration,
+    ) -> Option<Vec<Option<Place>>> {
+        let lane = self.lane(demanded);
+        let reader = lane.reader.get()?;
+        if self.queue().closed || lane.is_resting() {
             return None;
         }
+        let deadline = Instant::now() + limit;
         let open = |name: &str| if own == Some(name) { None } else { self.open(name) };
         let mut reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
         match reader.find(digests, open, deadline) {
@@ -325,7 +418,7 @@ impl Shared {
                     Trouble::Other(_) => self.warn(&trouble),
                     Trouble::Broken(_) => self.give_up(&trouble),
                 }
-                self.failures().rest = Instant::now().checked_add(REST);
+                lane.rest();
                 None
             }
         }
@@ -333,22 +426,25 @@ impl Shared {
 
     /// Opens a file that a row names. What is gone is removed from the database.
     fn open(&self, name: &str) -> Option<Arc<Source>> {
-        if self.failures().barred.contains(name) {
+        if self.barred().contains(name) {
             return None;
         }
         match (self.open_file)(Path::new(name)) {
             Ok(file) => Some(Arc::new(Source { name: name.into(), file })),
             Err(e) if is_gone(&e) => {
                 self.push(|queue| {
-                    queue.missing.insert(name.into());
+                    if queue.missing.len() < MAX_FILES {
+                        queue.missing.insert(name.into());
+                    }
                 });
                 None
             }
             Err(error) => {
                 debug!(file = name, %error, "a cache file of the dedup database can not be used");
-                let mut failures = self.failures();
-                if failures.barred.len() < MAX_BARRED {
-                    failures.barred.insert(name.into());
+                let mut barred = self.barred();
+                // What is short now may be there again.
+                if is_closed(&error) && barred.len() < MAX_FILES {
+                    barred.insert(name.into());
                 }
                 None
             }
@@ -375,15 +471,11 @@ impl Shared {
     /// The writer's thread.
     fn write_all(&self) {
         let (mut database, mut tried) = (None, None);
+        // Made at once, for whoever looks for it.
+        if self.connect(&mut database, &mut tried).is_err() {
+            return;
+        }
         loop {
-            if database.is_none() && tried.is_none_or(|at: Instant| at.elapsed() >= REOPEN) {
-                tried = Some(Instant::now());
-                match self.connect() {
-                    Ok(connected) => database = Some(connected),
-                    Err(trouble @ Trouble::Busy(_)) => self.warn(&trouble),
-                    Err(trouble) => return self.give_up(&trouble),
-                }
-            }
             let work = {
                 let queue = self.queue();
                 let waited = self.wake.wait_while(queue, |queue| queue.is_empty());
@@ -395,6 +487,10 @@ impl Shared {
                 }
                 std::mem::take(&mut *queue)
             };
+            // It may be free again.
+            if self.connect(&mut database, &mut tried).is_err() {
+                return;
+            }
             // Whoever waits hears of a failure by the end of its channel.
             let Some(database) = &mut database else { continue };
             match self.carry_out(database, &work) {
@@ -409,12 +505,35 @@ impl Shared {
         }
     }
 
-    fn connect(&self) -> std::result::Result<Database, Trouble> {
-        check_private(&self.path).map_err(|error| Trouble::Other(error.into()))?;
-        let database = Database::create(&self.path)?;
-        let reader = Database::attach(&self.path)?;
-        // Only this thread sets it, once.
-        let _ = self.reader.set(Mutex::new(reader));
+    /// Opens the file, unless it is open or was tried lately. An error: it is given up.
+    fn connect(
+        &self,
+        database: &mut Option<Database>,
+        tried: &mut Option<Instant>,
+    ) -> std::result::Result<(), GivenUp> {
+        if database.is_some() || tried.is_some_and(|at| at.elapsed() < REOPEN) {
+            return Ok(());
+        }
+        *tried = Some(Instant::now());
+        match self.open_all() {
+            Ok(connected) => *database = Some(connected),
+            // The warning is for what lasts.
+            Err(Trouble::Busy(error)) => debug!(%error, "another process has the dedup database to itself"),
+            Err(trouble) => {
+                self.give_up(&trouble);
+                return Err(GivenUp);
+            }
+        }
+        Ok(())
+    }
+
+    fn open_all(&self) -> std::result::Result<Database, Trouble> {
+        let path = private(&self.path).map_err(|error| Trouble::Other(error.into()))?;
+        let database = Database::create(&path)?;
+        let (demand, ahead) = (Database::attach(&path)?, Database::attach(&path)?);
+        // Only this thread sets them, once.
+        let _ = self.demand.reader.set(Mutex::new(demand));
+        let _ = self.ahead.reader.set(Mutex::new(ahead));
         Ok(database)
     }
 
@@ -445,24 +564,6 @@ impl Shared {
     }
 }
 
-/// Makes the file for us alone, or sees that nobody else can write it.
-fn check_private(path: &Path) -> io::Result<()> {
-    let made =
-        OpenOptions::new().write(true).create_new(true).mode(0o600).custom_flags(libc::O_CLOEXEC).open(path);
-    match made {
-        Ok(_) => return Ok(()),
-        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
-        // Not opened: closing it would give back the locks that this process has on it.
-        Err(_) => {}
-    }
-    let metadata = path.metadata()?;
-    let ours = metadata.is_file() && metadata.uid() == nix::unistd::geteuid().as_raw();
-    if ours && metadata.mode() & 0o022 == 0 {
-        return Ok(());
-    }
-    Err(io::Error::other("it must be a file of this user that nobody else can write"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -470,7 +571,7 @@ mod tests {
 
     #[test]
     fn the_queue_has_a_bound() {
-        let shared = Shared::new("/nowhere/cas.db".into(), Arc::new(open_cache_file));
+        let shared = Shared::new("/nowhere/cas.db".into(), Arc::new(open_cache_file), LIMITS);
         let database = Arc::new(DedupDb { shared: Arc::new(shared) });
         let member = Member { database: Arc::clone(&database), file: Some("/a.blob.data".into()) };
         let sample = crate::cache::tests::Sample::new(1);
@@ -481,23 +582,5 @@ mod tests {
             database.remove(Row { digest, file: "/a".into(), offset });
         }
         assert_eq!(database.shared.queue().wrong.len(), QUEUE);
-    }
-
-    #[test]
-    fn only_files_of_a_cache_are_opened() {
-        let dir = tempfile::tempdir().unwrap();
-        let (file, link) = (dir.path().join("a.blob.data"), dir.path().join("b.blob.data"));
-        std::fs::write(&file, "x").unwrap();
-        std::os::unix::fs::symlink(&file, &link).unwrap();
-        std::fs::create_dir(dir.path().join("c.blob.data")).unwrap();
-        let pipe = dir.path().join("d.blob.data");
-        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        std::fs::write(dir.path().join("secret"), "x").unwrap();
-        assert!(open_cache_file(&file).is_ok());
-        for other in [&link, &dir.path().join("c.blob.data"), &pipe, &dir.path().join("secret")] {
-            assert!(!is_gone(&open_cache_file(other).unwrap_err()), "{}", other.display());
-        }
-        assert!(is_gone(&open_cache_file(&dir.path().join("e.blob.data")).unwrap_err()));
-        assert!(is_gone(&open_cache_file(&file.join("f.blob.data")).unwrap_err()));
     }
 }

@@ -31,14 +31,6 @@ use crate::budget::Permit;
 use crate::link::Slot;
 use crate::metrics::{CacheMetrics, cpu_timed};
 
-/// How long a search takes at most, for chunks that a reader waits for and for others. A chunk
-/// takes some microseconds; what is not found by then is fetched.
-const DEMAND_LIMIT: Duration = Duration::from_millis(5);
-const AHEAD_LIMIT: Duration = Duration::from_millis(50);
-
-/// How long a search is waited for beyond that: the disk, or all threads, may be busy.
-const GRACE: Duration = Duration::from_millis(20);
-
 /// What two requests instead of one must save while the link's rate is not known, in stored bytes.
 const WORTH: u64 = 256 << 10;
 
@@ -49,6 +41,15 @@ const TOGETHER: u64 = 1 << 20;
 pub(super) struct Located {
     claimed: Claimed,
     place: Place,
+    /// A reader waited for it when it was found; more may by now.
+    demanded: bool,
+}
+
+impl Located {
+    fn new(claimed: Claimed, place: Place) -> Self {
+        let demanded = claimed.lead.is_demanded();
+        Self { claimed, place, demanded }
+    }
 }
 
 /// Takes out of `groups`, each of which is one request, what other files have.
@@ -73,7 +74,7 @@ pub(super) async fn part(inner: &Arc<Inner>, groups: Vec<Vec<Work>>) -> (Vec<Vec
             match places {
                 Some(places) if taken => {
                     let chunks = work.chunks.into_iter().zip(places);
-                    located.extend(chunks.map(|(claimed, place)| Located { claimed, place }));
+                    located.extend(chunks.map(|(claimed, place)| Located::new(claimed, place)));
                     requests.push(std::mem::take(&mut request));
                 }
                 _ => request.push(work),
@@ -90,20 +91,17 @@ async fn find(inner: &Arc<Inner>, groups: &[Vec<Work>]) -> Vec<Option<Place>> {
     let chunks: Vec<_> =
         groups.iter().flatten().flat_map(|work| &work.chunks).map(|claimed| &claimed.lead).collect();
     let mut places = vec![None; chunks.len()];
-    // What a reader waits for is looked for first: there may be no time for all.
+    let Some(dedup) = &inner.dedup else { return places };
     let keys = chunks.iter().enumerate();
-    let mut wanted: Vec<_> = keys.filter_map(|(at, lead)| Some((at, dedup::key(lead.extent())?))).collect();
-    wanted.sort_by_key(|(at, _)| !chunks[*at].is_demanded());
-    let demanded = wanted.first().is_some_and(|(at, _)| chunks[*at].is_demanded());
-    let limit = if demanded { DEMAND_LIMIT } else { AHEAD_LIMIT };
-    let (order, digests): (Vec<_>, Vec<_>) = wanted.into_iter().unzip();
-    let searcher = Arc::clone(inner);
-    let search = inner.engine.blocking(move || {
-        let Some(dedup) = &searcher.dedup else { return Vec::new() };
-        dedup.database.find(&digests, dedup.file.as_deref(), limit)
-    });
-    // Late or broken, it has found nothing.
-    if let Ok(Ok(found)) = tokio::time::timeout(limit + GRACE, search).await {
+    let mut wanted: Vec<_> =
+        keys.filter_map(|(at, lead)| Some((!lead.is_demanded(), at, dedup::key(lead.extent())?))).collect();
+    // What a reader waits for is looked for first: there may be no time for all.
+    wanted.sort_by_key(|(ahead, at, _)| (*ahead, *at));
+    let Some((ahead, ..)) = wanted.first() else { return places };
+    let demanded = !ahead;
+    let (order, digests): (Vec<_>, Vec<_>) = wanted.into_iter().map(|(_, at, digest)| (at, digest)).unzip();
+    let own = dedup.file.clone();
+    if let Some(found) = dedup.database.find(&inner.engine, digests, own, demanded).await {
         order.into_iter().zip(found).for_each(|(at, place)| places[at] = place);
     }
     places
@@ -134,11 +132,7 @@ pub(super) fn start(
     // The link has nothing to do with them.
     let bytes = located.iter().map(|one| one.claimed.lead.extent().stored_share()).sum();
     slot.iter().for_each(|slot| slot.came(bytes));
-    located.sort_by(|a, b| {
-        let ahead = |one: &Located| !one.claimed.lead.is_demanded();
-        let place = |one: &Located| (Arc::as_ptr(&one.place.source), one.place.offset);
-        (ahead(a), place(a)).cmp(&(ahead(b), place(b)))
-    });
+    located.sort_by_key(|one| (!one.demanded, Arc::as_ptr(&one.place.source), one.place.offset));
     let (inner, context) = (Arc::clone(inner), context.clone());
     inner.engine.clone().spawn(async move {
         let mut failed = Vec::new();
@@ -195,7 +189,7 @@ fn copy(inner: &Arc<Inner>, batch: Vec<Located>, permit: Permit) -> Vec<Claimed>
     let mut pieces = Vec::with_capacity(batch.len());
     batch.chunk_by(Located::is_before).for_each(|run| read(run, &mut pieces));
     let (mut fresh, mut failed) = (Vec::new(), Vec::new());
-    for (Located { mut claimed, place }, piece) in batch.into_iter().zip(pieces) {
+    for (Located { mut claimed, place, .. }, piece) in batch.into_iter().zip(pieces) {
         let extent = claimed.lead.extent();
         let found = piece.zip(extent.digest).filter(|(bytes, expected)| {
             let digest = || expected.algorithm.digest(bytes);

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rusqlite::limits::Limit;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, TransactionBehavior, params};
 
 use crate::digest::Digest;
@@ -25,14 +26,27 @@ CREATE TABLE IF NOT EXISTS Chunks (
     PRIMARY KEY (ChunkId, BlobId)
 ) WITHOUT ROWID;";
 
-/// Scratch space of a connection that removes rows.
-const SCRATCH: &str = "CREATE TEMP TABLE Gone (FilePath TEXT PRIMARY KEY) WITHOUT ROWID;";
+/// A file that goes must not cost a look at all chunks.
+const INDEX: &str = "CREATE INDEX IF NOT EXISTS ChunksOfBlob ON Chunks (BlobId);";
+
+/// What stands in for a table may compute without end.
+const TABLES: &str = "SELECT COUNT(*) FROM pragma_table_list
+    WHERE schema = 'main' AND type = 'table' AND lower(name) IN ('blobs', 'chunks')";
 
 /// How long whoever writes waits for another process to finish writing: nobody waits for us.
 const WRITE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a connection keeps of the file in memory, in KiB; SQLite's default is 2000.
 const PAGE_CACHE_KIB: i64 = 512;
+
+/// Longest text or row that is read, in bytes: far more than a path has.
+const MAX_LENGTH: i32 = 64 << 10;
+
+/// Instructions of SQLite between looks at the clock: some ten microseconds.
+const STRETCH: i32 = 1000;
+
+/// Files that one search opens.
+const MAX_FILES: usize = 256;
 
 /// A chunk that a cache file has, or had.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -90,12 +104,13 @@ impl Database {
         connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
         // What a power cut takes are the last rows, never the order of the file.
         connection.pragma_update(None, "synchronous", "NORMAL")?;
-        connection.pragma_update(None, "temp_store", "MEMORY")?;
-        // Chunks go before their file, and in the same transaction. Checked row by row, each file
-        // that goes would cost a look at all chunks.
+        // Chunks go before their file, and in the same transaction.
         connection.pragma_update(None, "foreign_keys", false)?;
         connection.execute_batch(SCHEMA)?;
-        connection.execute_batch(SCRATCH)?;
+        if connection.query_row(TABLES, [], |row| row.get::<_, i64>(0))? != 2 {
+            return Err(Trouble::Broken("Blobs and Chunks are not both tables".into()));
+        }
+        connection.execute_batch(INDEX)?;
         Ok(database)
     }
 
@@ -109,11 +124,15 @@ impl Database {
 
     fn open(path: &Path, flags: OpenFlags) -> Result<Self, Trouble> {
         // Each connection is used by one thread at a time.
-        let flags = flags | OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let flags = flags
+            | OpenFlags::SQLITE_OPEN_READ_WRITE
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX
+            | OpenFlags::SQLITE_OPEN_NOFOLLOW;
         let connection = Connection::open_with_flags(path, flags)?;
         // The file may bring triggers and views along.
         connection.pragma_update(None, "trusted_schema", false)?;
         connection.pragma_update(None, "cache_size", -PAGE_CACHE_KIB)?;
+        connection.set_limit(Limit::SQLITE_LIMIT_LENGTH, MAX_LENGTH)?;
         Ok(Self(connection))
     }
 
@@ -163,75 +182,97 @@ impl Database {
         Ok(transaction.commit()?)
     }
 
-    /// All files that there are rows of.
+    /// All files that there are rows of. A name that is no text is nobody's, and left out.
     pub(super) fn files(&self) -> Result<Vec<String>, Trouble> {
         let mut statement = self.0.prepare("SELECT FilePath FROM Blobs")?;
-        let files = statement.query_map([], |row| row.get(0))?;
-        Ok(files.collect::<Result<_, _>>()?)
+        let mut rows = statement.query([])?;
+        let mut files = Vec::new();
+        while let Some(row) = rows.next()? {
+            files.extend(row.get_ref(0)?.as_str().map(str::to_owned));
+        }
+        Ok(files)
     }
 
-    /// Removes files and what there is of them, in one transaction.
+    /// Removes files and what there is of them, each in a transaction of its own: others write in
+    /// between.
     pub(super) fn remove_files<'a>(
         &mut self,
         files: impl IntoIterator<Item = &'a str>,
     ) -> Result<(), Trouble> {
-        let transaction = self.0.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        {
-            // Chunks are not in order of their files: one look at all of them, however many files go.
-            let mut gone =
-                transaction.prepare("INSERT INTO temp.Gone (FilePath) VALUES (?1) ON CONFLICT DO NOTHING")?;
-            for file in files {
-                gone.execute([file])?;
-            }
-            transaction.execute_batch(
-                "DELETE FROM Chunks WHERE BlobId IN (SELECT BlobId FROM Blobs JOIN temp.Gone USING (FilePath));
-                 DELETE FROM Blobs WHERE FilePath IN (SELECT FilePath FROM temp.Gone);
-                 DELETE FROM temp.Gone;",
+        for file in files {
+            let transaction = self.0.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            transaction.execute(
+                "DELETE FROM Chunks WHERE BlobId = (SELECT BlobId FROM Blobs WHERE FilePath = ?1)",
+                [file],
             )?;
+            transaction.execute("DELETE FROM Blobs WHERE FilePath = ?1", [file])?;
+            transaction.commit()?;
         }
-        Ok(transaction.commit()?)
+        Ok(())
     }
 
     /// For each digest the first row whose file can be opened, with what `open` makes of that, as far
-    /// as it is known by `deadline`. Each file is opened once.
+    /// as it is known by `deadline`. Each file is opened once, and [`MAX_FILES`] of them.
     pub(super) fn find<T: Clone>(
+        &mut self,
+        digests: &[Digest],
+        open: impl FnMut(&str) -> Option<T>,
+        deadline: Instant,
+    ) -> Result<Vec<Option<(T, u64)>>, Trouble> {
+        // Whatever the file makes of a statement, it ends.
+        self.0.progress_handler(STRETCH, Some(move || Instant::now() >= deadline))?;
+        let mut found = Vec::with_capacity(digests.len());
+        let ended = self.find_each(digests, open, deadline, &mut found);
+        self.0.progress_handler(0, None::<fn() -> bool>)?;
+        match ended {
+            Err(e) if e.sqlite_error_code() != Some(ErrorCode::OperationInterrupted) => return Err(e.into()),
+            Ok(()) | Err(_) => found.resize(digests.len(), None),
+        }
+        Ok(found)
+    }
+
+    fn find_each<T: Clone>(
         &mut self,
         digests: &[Digest],
         mut open: impl FnMut(&str) -> Option<T>,
         deadline: Instant,
-    ) -> Result<Vec<Option<(T, u64)>>, Trouble> {
-        let mut found = Vec::new();
+        found: &mut Vec<Option<(T, u64)>>,
+    ) -> rusqlite::Result<()> {
         // One look at what others have written for all of them.
         let transaction = self.0.transaction()?;
-        if transaction.query_row("SELECT 1 FROM Chunks LIMIT 1", [], |_| Ok(())).optional()?.is_some() {
-            let mut statement = transaction.prepare(
-                "SELECT ChunkOffset, FilePath FROM Chunks JOIN Blobs USING (BlobId) WHERE ChunkId = ?1",
-            )?;
-            let mut files: HashMap<String, Option<T>> = HashMap::new();
-            for digest in digests.iter().take_while(|_| Instant::now() < deadline) {
-                let mut rows = statement.query([digest.to_string()])?;
-                let mut first = None;
-                while let Some(row) = rows.next()?
-                    && first.is_none()
-                {
-                    // What is no path or no offset is no row of ours.
-                    let offset = row.get_ref(0)?.as_i64().ok().and_then(|offset| u64::try_from(offset).ok());
-                    let (Some(offset), Ok(name)) = (offset, row.get_ref(1)?.as_str()) else { continue };
-                    let file = match files.get(name) {
-                        Some(file) => file.clone(),
-                        None => {
-                            let file = open(name);
-                            files.insert(name.to_owned(), file.clone());
-                            file
-                        }
-                    };
-                    first = file.map(|file| (file, offset));
-                }
-                found.push(first);
-            }
+        if transaction.query_row("SELECT 1 FROM Chunks LIMIT 1", [], |_| Ok(())).optional()?.is_none() {
+            return Ok(());
         }
-        found.resize(digests.len(), None);
-        Ok(found)
+        let mut statement = transaction.prepare(
+            "SELECT ChunkOffset, FilePath FROM Chunks JOIN Blobs USING (BlobId) WHERE ChunkId = ?1",
+        )?;
+        let mut files: HashMap<String, Option<T>> = HashMap::new();
+        for digest in digests {
+            let mut rows = statement.query([digest.to_string()])?;
+            let mut first = None;
+            while first.is_none() {
+                // Also between rows: opening a file may take its time.
+                if Instant::now() >= deadline {
+                    return Ok(());
+                }
+                let Some(row) = rows.next()? else { break };
+                // What is no path or no offset is no row of ours.
+                let offset = row.get_ref(0)?.as_i64().ok().and_then(|offset| u64::try_from(offset).ok());
+                let (Some(offset), Ok(name)) = (offset, row.get_ref(1)?.as_str()) else { continue };
+                let file = match files.get(name) {
+                    Some(file) => file.clone(),
+                    None if files.len() >= MAX_FILES => None,
+                    None => {
+                        let file = open(name);
+                        files.insert(name.to_owned(), file.clone());
+                        file
+                    }
+                };
+                first = file.map(|file| (file, offset));
+            }
+            found.push(first);
+        }
+        Ok(())
     }
 }
 
@@ -309,7 +350,6 @@ mod tests {
         database.remove_files(["/a", "/never"]).unwrap();
         assert_eq!((find("x", &[]), find("y", &[])), (None, None));
         assert_eq!(database.files().unwrap(), ["/b"]);
-        // The scratch space is empty again.
         database.add(&[row("y", "/a", 3)]).unwrap();
         database.remove_files(["/b"]).unwrap();
         assert_eq!(database.files().unwrap(), ["/a"]);
@@ -325,6 +365,34 @@ mod tests {
         assert_eq!(database.find(&[digest; 3], |_| Some(()), over).unwrap(), [None, None, None]);
     }
 
+    /// Somebody may replace the tables later.
+    #[test]
+    fn a_statement_that_does_not_end_is_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cas.db");
+        let mut database = Database::create(&path).unwrap();
+        let endless = "DROP TABLE Chunks; CREATE VIEW Chunks (ChunkId, ChunkOffset, BlobId) AS
+            WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)
+            SELECT i, i, i FROM n WHERE i < 0";
+        Connection::open(&path).unwrap().execute_batch(endless).unwrap();
+        let digest = row("x", "", 0).digest;
+        let soon = Instant::now() + Duration::from_millis(50);
+        assert_eq!(database.find(&[digest; 2], |_| Some(()), soon).unwrap(), [None, None]);
+        // The connection is as good as before.
+        assert_eq!(database.files().map_err(|e| e.to_string()), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn rows_of_other_programs_are_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cas.db");
+        let mut database = Database::create(&path).unwrap();
+        database.add(&[row("x", "/a", 1)]).unwrap();
+        let foreign = "INSERT INTO Blobs (FilePath) VALUES (x'ff'), (CAST(x'ff' AS TEXT))";
+        Connection::open(&path).unwrap().execute_batch(foreign).unwrap();
+        assert_eq!(database.files().unwrap(), ["/a"]);
+    }
+
     #[test]
     fn what_is_no_such_database_is_told_apart_from_one_in_use() {
         let dir = tempfile::tempdir().unwrap();
@@ -333,8 +401,12 @@ mod tests {
         assert!(matches!(Database::create(&path).err(), Some(Trouble::Broken(_))));
         let other = dir.path().join("other.db");
         Connection::open(&other).unwrap().execute_batch("CREATE TABLE Chunks (Name TEXT)").unwrap();
-        let mut database = Database::create(&other).unwrap();
-        assert!(matches!(database.add(&[row("x", "/a", 1)]), Err(Trouble::Broken(_))));
+        assert!(matches!(Database::create(&other).err(), Some(Trouble::Broken(_))));
+        let view = dir.path().join("view.db");
+        let tables = "CREATE VIEW Chunks (ChunkId, ChunkOffset, BlobId) AS
+            WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i, i, i FROM n";
+        Connection::open(&view).unwrap().execute_batch(tables).unwrap();
+        assert!(matches!(Database::create(&view).err(), Some(Trouble::Broken(_))));
         let third = dir.path().join("third.db");
         let mut database = Database::create(&third).unwrap();
         database.0.busy_timeout(Duration::ZERO).unwrap();

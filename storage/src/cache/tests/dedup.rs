@@ -27,7 +27,7 @@ struct Blob {
 impl Node {
     fn new() -> Self {
         let dir = TempDir::new().unwrap();
-        let database = DedupDb::open(dir.path().join("cas.db"), Arc::new(open_cache_file)).unwrap();
+        let database = DedupDb::patient(dir.path().join("cas.db"), Arc::new(open_cache_file)).unwrap();
         assert!(database.flush(PATIENCE));
         Self { engine: engine(), dir, database }
     }
