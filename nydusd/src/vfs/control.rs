@@ -86,18 +86,20 @@ impl Daemon {
         let path = VfsPath::parse(mountpoint)?;
         let engine = self.serving()?;
         self.changeable()?;
-        let _turn = self.turns().take(&path).ok_or_else(|| busy(&path))?;
+        let turn = self.turns().take(&path).ok_or_else(|| busy(&path))?;
         let change = self.turns().change();
         let (mounted, stale) = self.adapter().table().detach(&path).map_err(|e| refused(e, &path))?;
         self.hot().forget(mounted.mountpoint());
         self.keep_state();
         self.tell(&stale, Some(&mounted));
         drop(change);
+        tracing::info!("unmounted {path}");
+        self.retire(engine, mounted, stale);
+        drop(turn);
+        // Nobody else waits for the database.
         if let Some(dedup) = self.dedup() {
             dedup.collect_garbage(GARBAGE_PATIENCE);
         }
-        tracing::info!("unmounted {path}");
-        self.retire(engine, mounted, stale);
         Ok(())
     }
 

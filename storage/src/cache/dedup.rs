@@ -22,10 +22,11 @@
 //! - Nobody waits for the database to be written, and a lookup has a limit. Rows are lost when
 //!   the queue is full, when another process holds the file for too long, and with a crash: that
 //!   costs a later fetch.
-//! - A file that can not be used is warned of once, and done without.
+//! - A file that can not be used is warned of once, and done without; one that is busy is tried again.
 //!
 //! The file is as private as the cache: who can write it could have a daemon open other files, or
-//! end it by cutting what SQLite has mapped. So it must belong to us, and nobody else may write it.
+//! end it by cutting what SQLite has mapped. So it must belong to us,
+//! and nobody else may write it or its directory.
 
 mod database;
 mod files;

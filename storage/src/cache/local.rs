@@ -17,19 +17,22 @@
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 
 use super::Inner;
 use super::dedup::{self, Place};
 use super::fetch::{self, Claimed, Work};
+use super::inflight::Outcome;
 use super::opener::{BLOCK, publish};
 use super::plan::{MAX_GAP, MAX_RANGE};
+use crate::backend::retry::within;
 use crate::backend::{Priority, ReadContext};
 use crate::budget::Permit;
 use crate::link::Slot;
 use crate::metrics::{CacheMetrics, cpu_timed};
+use crate::{Error, Result};
 
 /// What two requests instead of one must save while the link's rate is not known, in stored bytes.
 const WORTH: u64 = 256 << 10;
@@ -129,34 +132,68 @@ pub(super) fn start(
     if located.is_empty() {
         return;
     }
-    // The link has nothing to do with them.
-    let bytes = located.iter().map(|one| one.claimed.lead.extent().stored_share()).sum();
-    slot.iter().for_each(|slot| slot.came(bytes));
     located.sort_by_key(|one| (!one.demanded, Arc::as_ptr(&one.place.source), one.place.offset));
-    let (inner, context) = (Arc::clone(inner), context.clone());
+    let (inner, context, slot) = (Arc::clone(inner), context.clone(), slot.cloned());
     inner.engine.clone().spawn(async move {
-        let mut failed = Vec::new();
         let mut rest = located.into_iter().peekable();
-        while rest.peek().is_some() && !context.cancel.is_cancelled() {
+        while rest.peek().is_some() {
             let mut batch = Vec::new();
             let mut len = 0;
             while let Some(one) = rest.next_if(|one| len == 0 || len + one.weight() <= TOGETHER) {
                 len += one.weight();
                 batch.push(one);
             }
-            let demanded = batch.iter().any(|one| one.claimed.lead.is_demanded());
-            let priority = if demanded { Priority::OnDemand } else { Priority::Prefetch };
-            let permit = inner.engine.budget().reserve(len, priority).await;
-            let copier = Arc::clone(&inner);
-            // A job that panicked dropped its leads, which woke their waiters.
-            if let Ok(wrong) = inner.engine.compute(priority, move || copy(&copier, batch, permit)).await {
-                failed.extend(wrong);
+            let stored = batch.iter().map(|one| one.claimed.lead.extent().stored_share()).sum();
+            if let Err(error) = take(&inner, batch, len, &context).await {
+                // The rest, too.
+                rest.for_each(|one| one.claimed.lead.answer(Outcome::Failed(error.clone())));
+                return;
             }
-        }
-        if !failed.is_empty() {
-            fetch::start(&inner, fetch::group(&inner, failed), &context, None).await;
+            // Others are asked for only now: what is on disk must not pile up either.
+            slot.iter().for_each(|slot| slot.came(stored));
         }
     });
+}
+
+/// Takes chunks that need `len` bytes of memory, and starts fetching those that are not right.
+async fn take(inner: &Arc<Inner>, batch: Vec<Located>, len: u64, context: &ReadContext) -> Result<()> {
+    let Some(dedup) = &inner.dedup else { return Ok(()) };
+    let demanded = batch.iter().any(|one| one.claimed.lead.is_demanded());
+    let priority = if demanded { Priority::OnDemand } else { Priority::Prefetch };
+    let turns = within(context, "read the cache file of another blob", async {
+        // In this order: nobody waits for a disk with the memory of others.
+        let reading = dedup.database.reading(demanded).await;
+        Ok::<_, Error>((reading, inner.engine.budget().reserve(len, priority).await))
+    });
+    let (reading, permit) = match turns.await {
+        Ok(turns) => turns,
+        Err(error) => {
+            let error = error.context(format!("blob {}", inner.id));
+            batch.iter().for_each(|one| one.claimed.lead.answer(Outcome::Failed(error.clone())));
+            return Err(error);
+        }
+    };
+    let began = Instant::now();
+    // Beside the CPU pool, which others need while a disk is waited for.
+    let read = inner.engine.blocking(move || {
+        let mut pieces = Vec::with_capacity(batch.len());
+        batch.chunk_by(Located::is_before).for_each(|run| read(run, &mut pieces));
+        (batch, pieces)
+    });
+    // A job that panicked dropped its leads, which woke their waiters.
+    let Ok((batch, pieces)) = read.await else { return Ok(()) };
+    drop(reading);
+    let copier = Arc::clone(inner);
+    let copied = inner.engine.compute(priority, move || copy(&copier, batch, pieces, began, permit)).await;
+    let wrong = copied.unwrap_or_default();
+    if !wrong.is_empty() {
+        let (inner, context) = (Arc::clone(inner), context.clone());
+        // Beside what follows: somebody may wait for them.
+        inner.engine.clone().spawn(async move {
+            fetch::start(&inner, fetch::group(&inner, wrong), &context, None).await;
+        });
+    }
+    Ok(())
 }
 
 impl Located {
@@ -181,13 +218,16 @@ impl Located {
     }
 }
 
-/// Reads chunks, hands out those that are right, and writes them to the cache. Answers the others.
-fn copy(inner: &Arc<Inner>, batch: Vec<Located>, permit: Permit) -> Vec<Claimed> {
+/// Hands out the chunks that were read and are right, and writes them to the cache. Answers the others.
+fn copy(
+    inner: &Arc<Inner>,
+    batch: Vec<Located>,
+    pieces: Vec<Option<Bytes>>,
+    began: Instant,
+    permit: Permit,
+) -> Vec<Claimed> {
     // Before the first answer: whoever flushes after it must find its bytes written.
     let _storing = inner.storing.read().unwrap_or_else(PoisonError::into_inner);
-    let began = Instant::now();
-    let mut pieces = Vec::with_capacity(batch.len());
-    batch.chunk_by(Located::is_before).for_each(|run| read(run, &mut pieces));
     let (mut fresh, mut failed) = (Vec::new(), Vec::new());
     for (Located { mut claimed, place, .. }, piece) in batch.into_iter().zip(pieces) {
         let extent = claimed.lead.extent();

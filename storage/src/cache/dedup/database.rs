@@ -77,6 +77,10 @@ pub(super) enum Trouble {
 
 impl From<rusqlite::Error> for Trouble {
     fn from(error: rusqlite::Error) -> Self {
+        // A statement that does not fit the tables comes as one or the other.
+        if matches!(error, rusqlite::Error::SqlInputError { .. }) {
+            return Self::Broken(error.into());
+        }
         match error.sqlite_error_code() {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Busy(error.into()),
             // `Unknown` is SQLite's word for a statement that does not fit the tables.
