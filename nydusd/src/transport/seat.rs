@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
@@ -17,6 +17,9 @@ use super::mounted::{self, MountIdentity};
 
 /// Source in the mount table (contract 1.8).
 pub(crate) const SOURCE: &str = "rafs";
+
+/// How long a mount may take to say that nobody serves it: the kernel itself says so, at once.
+const PROBE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Where the kernel has a directory of files for each connection.
 const CONNECTIONS: &str = "/sys/fs/fuse/connections";
@@ -217,9 +220,18 @@ pub(crate) fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
 }
 
 /// True if what is mounted on `path`, which is the root of a mount of ours, has nobody who serves it. An overlay
-/// answers from what it covers no more than names that nobody has asked for.
+/// answers from what it covers no more than names that nobody has asked for. Somebody who takes requests and does not
+/// answer keeps a thread waiting, and is no dead one.
 fn is_dead(path: &Path) -> bool {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let name = format!(".nydusd-{}-{}", std::process::id(), now.as_nanos());
-    path.join(name).symlink_metadata().is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN))
+    let probed = path.join(name);
+    let (answer, answered) = mpsc::channel();
+    let probe = move || {
+        let found = probed.symlink_metadata();
+        // Nobody listens any more if it came late.
+        let _ = answer.send(found.is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN)));
+    };
+    let started = std::thread::Builder::new().name("probe".to_owned()).spawn(probe);
+    started.is_ok() && answered.recv_timeout(PROBE_LIMIT).unwrap_or(false)
 }
