@@ -20,6 +20,8 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use nix::mount::{MntFlags, umount2};
@@ -45,6 +47,9 @@ pub struct OverlayConfig {
 /// Settings of the overlay. The upper directory has to be a layer that others understand: nothing in it refers
 /// to names or contents below.
 const SETTINGS: [(&str, &str); 3] = [("redirect_dir", "off"), ("metacopy", "off"), ("index", "off")];
+
+/// When a predecessor that still locks the upper directory is worth a warning: it ends within moments otherwise.
+const LOCK_LATE: Duration = Duration::from_secs(5);
 
 /// What `nydusd overlay` is told.
 #[derive(clap::Args, Clone, Debug)]
@@ -121,12 +126,29 @@ impl OverlayConfig {
         let waited = match directory.and_then(|directory| self.try_lock(directory)) {
             Ok(Ok(lock)) => return std::mem::forget(lock),
             Ok(Err(directory)) => {
-                let named = self.named();
-                let wait = move || match directory.lock() {
-                    Ok(()) => std::mem::forget(directory),
-                    Err(e) => tracing::error!("{named}: others may use it, too: {e}"),
+                let (named, late) = (self.named(), self.named());
+                let (waits, waited) = mpsc::channel::<()>();
+                let wait = move || {
+                    match directory.lock() {
+                        Ok(()) => std::mem::forget(directory),
+                        Err(e) => tracing::error!("{named}: others may use it, too: {e}"),
+                    }
+                    drop(waits);
                 };
-                std::thread::Builder::new().name("upper".to_owned()).spawn(wait).map(drop).map_err(Into::into)
+                let warn = move || {
+                    if waited.recv_timeout(LOCK_LATE) == Err(RecvTimeoutError::Timeout) {
+                        tracing::warn!(
+                            "{late} is still locked by another process, the predecessor or one that must not use it; \
+                             waiting for it"
+                        );
+                    }
+                };
+                let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+                    std::thread::Builder::new().name(name.to_owned()).spawn(work)
+                };
+                let threads =
+                    spawn("upper", Box::new(wait)).and_then(|_| spawn("upper-late", Box::new(warn)));
+                threads.map(drop).map_err(Into::into)
             }
             Err(e) => Err(e),
         };
