@@ -187,9 +187,17 @@ impl Daemon {
         };
         self.inherit_upper();
         recovery::recover(fuse, self.args().failover_policy);
+        let correct = || fuse.correct(&self.adapter().table().take_outdated());
+        // Nobody is answered by names that are over, where the kernel takes that without waiting for answers.
+        let early = fuse.negotiated().is_some_and(|negotiated| negotiated.has_epochs());
+        if early {
+            correct();
+        }
         // No FUSE_INIT comes, and the answer to it is not waited for.
         self.serve(fuse)?;
-        fuse.correct(&self.adapter().table().take_outdated());
+        if !early {
+            correct();
+        }
         self.set_running();
         Ok(())
     }
