@@ -508,7 +508,9 @@ async fn control(daemon: &Arc<Daemon>, mut ends: mpsc::UnboundedReceiver<End>) -
         .name("start".to_owned())
         .spawn(move || {
             // The receiver is gone if a signal came first.
-            let _ = started.send(starter.start());
+            if let Err(Err(e)) = started.send(starter.start()) {
+                tracing::info!("the start was given up: {e:#}");
+            }
         })
         .context("start the start thread")?;
 

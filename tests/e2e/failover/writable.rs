@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
@@ -129,7 +129,10 @@ fn a_dead_overlay_is_named_as_such() -> Result<()> {
 fn an_end_while_the_overlay_is_made_leaves_nothing() -> Result<()> {
     needs_mounts!();
     let scene = Scene::new()?;
-    for round in 0_u32..8 {
+    let (mut moment, mut step) = (Duration::ZERO, Duration::from_micros(700));
+    let mut near = false;
+    // Up to the first that comes after the overlay; in smaller steps where it usually is made.
+    for round in 0..24 {
         let place = Place::new(&scene.arguments()?)?;
         let mut daemon = place.start("api.sock", &[])?;
         let deadline = Instant::now() + PATIENCE;
@@ -138,14 +141,26 @@ fn an_end_while_the_overlay_is_made_leaves_nothing() -> Result<()> {
             std::hint::spin_loop();
         }
         // From here on the overlay may come; that takes some milliseconds.
-        let moment = Instant::now() + std::time::Duration::from_micros(700) * round;
-        while Instant::now() < moment {
+        let end = Instant::now() + moment;
+        while Instant::now() < end {
             std::hint::spin_loop();
         }
         daemon.signal(Signal::SIGTERM)?;
-        daemon.wait()?;
-        ensure!(!mounted(place.root()), "round {round}: something stays mounted: {}", place.log());
+        let status = daemon.wait()?;
+        let log = place.log();
+        ensure!(status.code() == Some(0), "round {round}: {status}: {log}");
+        ensure!(!mounted(place.root()), "round {round}: something stays mounted: {log}");
+        near |= log.contains("stopped before the overlay");
+        if log.contains("changes go to") {
+            near = true;
+            break;
+        }
+        moment += step;
+        if round >= 12 {
+            step *= 2;
+        }
     }
+    ensure!(near, "no end came near the overlay's making");
     // The upper directory is whole.
     let place = Place::new(&scene.arguments()?)?;
     let mut daemon = place.start("api.sock", &[])?;
