@@ -6,6 +6,10 @@
 //! mode is empty. Then the caller is told that it was done, which it is. What differs is refused as ever. Two files
 //! that were to change places are not swapped again, nor is the caller told that they were (EIO): either way
 //! both names are there.
+//!
+//! Nobody has looked at an extended attribute before it is changed. One that was to go and is not there may never have
+//! been: the caller is told that it is gone, which it is. One that was to be made, and nothing but made, and is there
+//! with that value may be somebody else's: nobody is told that it is theirs (EIO).
 
 use std::cell::Cell;
 use std::ffi::CStr;
