@@ -333,6 +333,19 @@ impl Supervisor {
         self.give(&format!("{} {hex}", if with { "offer" } else { "bare" }), daemon)
     }
 
+    /// The bytes that it holds.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn state(&self) -> Result<Vec<u8>> {
+        let (input, output) = &mut *self.pipes.borrow_mut();
+        writeln!(input, "show")?;
+        let mut line = String::new();
+        output.read_line(&mut line)?;
+        let digits = line.trim_end().as_bytes().chunks(2);
+        digits.map(|pair| Ok(u8::from_str_radix(std::str::from_utf8(pair)?, 16)?)).collect()
+    }
+
     fn give(&self, command: &str, daemon: &Process) -> Result<(u16, String)> {
         let ask = || daemon.send("PUT", "/api/v1/daemon/fuse/takeover", "");
         let (answer, said) = self.exchange(command, ask)?;

@@ -12,6 +12,10 @@ when it is over:
     restore           gives them to a daemon, as often as wanted   restored
     offer HEX         the same with other bytes                    restored
     bare HEX          other bytes and no descriptor                restored
+
+One that is none, and answers one line:
+
+    show              the bytes that it holds                      HEX
 """
 
 import os
@@ -72,7 +76,9 @@ def give(data, descriptors):
 for line in sys.stdin:
     word, _, rest = line.strip().partition(" ")
     try:
-        if word == "save":
+        if word == "show":
+            answer = state.hex()
+        elif word == "save":
             answer = save()
         elif word == "restore":
             answer = give(state, held[:1])

@@ -26,7 +26,7 @@ use storage::digest::{Digest, DigestAlgorithm};
 use crate::api::Settings;
 use crate::node::MAX_INDEX;
 use crate::transport::Negotiated;
-use crate::vfs::command::{FsType, SavedHost, SavedMount, SavedVfs};
+use crate::vfs::command::{FsType, SavedMount, SavedVfs};
 use crate::vfs::path::VfsPath;
 
 /// Version of the encoding.
@@ -90,11 +90,11 @@ impl SavedState {
 
     /// What the types do not say.
     fn check(&self) -> anyhow::Result<()> {
-        let SavedVfs { mounts, next_index, directories, .. } = &self.vfs;
+        let SavedVfs { mounts, next_index, directories, shared_dir, .. } = &self.vfs;
         ensure!(*next_index <= MAX_INDEX + 1, "{next_index} is no mount index");
         let (mut indexes, mut mountpoints) = (HashSet::new(), HashSet::new());
         for SavedMount { index, mountpoint, bootstrap, command, host, .. } in mounts {
-            if let Some(SavedHost { path, .. }) = host {
+            if let Some(path) = host.as_ref().map(|host| &host.path).or(shared_dir.as_ref()) {
                 ensure!(path.is_absolute(), "the directory {} is not absolute", path.display());
             }
             ensure!((1..*next_index).contains(index), "{index} is no index of a mount");
@@ -162,10 +162,17 @@ fn check_path(text: &str) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::path::{Path, PathBuf};
+
     use proptest::prelude::*;
 
     use super::*;
-    use crate::vfs::command::MountCommand;
+    use crate::node::MountIndex;
+    use crate::passthrough::OwnDevice;
+    use crate::vfs::command::{MountCommand, SavedHost};
+    use crate::vfs::place::Place;
 
     fn state() -> SavedState {
         let mount = |index, generation, mountpoint: &str, command, digest: &str| SavedMount {
@@ -201,6 +208,7 @@ mod tests {
                 next_directory: (1 << 39) + 2,
                 outdated: Vec::new(),
                 shares_xattrs: false,
+                shared_dir: None,
             },
             settings: serde_json::from_str(r#"{"/":{"registry_auth":"bm9ib2R5OnNlY3JldA=="}}"#).unwrap(),
         }
@@ -220,7 +228,7 @@ mod tests {
     #[test]
     fn directories_of_the_host_come_back() {
         let mut state = state();
-        let directory = SavedHost { path: "/d".into(), device: (8, 1), ino: 7, born: (9, 10) };
+        let directory = SavedHost { path: "/d".into(), device: (8, 1), ino: 7, born: (9, 10), plain: true };
         let host = SavedMount {
             bootstrap: String::new(),
             work_dir: "".into(),
@@ -233,13 +241,38 @@ mod tests {
         let command = host.command.map(|command| MountCommand { fs_type: FsType::Passthrough, ..command });
         state.vfs.mounts[1].command = command;
         assert_eq!(SavedState::decode(&state.encode().unwrap()).unwrap(), state);
+        // Names of directories are bytes.
+        let path = PathBuf::from(OsStr::from_bytes(b"/d\xff"));
+        state.vfs.mounts[1].host.as_mut().unwrap().path = path;
+        assert_eq!(SavedState::decode(&state.encode().unwrap()).unwrap(), state);
+    }
+
+    fn golden(name: &str) -> SavedState {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/state").join(name);
+        SavedState::decode(&std::fs::read(path).unwrap()).unwrap()
     }
 
     /// `tests/golden/state/N` was written by release N and is never changed.
     #[test]
     fn states_of_earlier_releases_are_read() {
-        let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/state/1");
-        assert_eq!(SavedState::decode(&std::fs::read(golden).unwrap()).unwrap(), state());
+        assert_eq!(golden("1"), state());
+    }
+
+    /// Which directories they are was not saved once, and their files had no generations.
+    #[test]
+    fn directories_in_early_states_are_read() {
+        let found = golden("1-hosts");
+        assert_eq!(found.vfs.shared_dir.as_deref(), Some(Path::new("/srv/shared")));
+        let [shared, named] = &found.vfs.mounts[..] else { panic!("{found:?}") };
+        assert!(shared.command.is_none() && named.command.is_some());
+        for mount in [shared, named] {
+            let spec = mount.host_spec("/".into());
+            assert!(spec.plain && spec.expected.is_none(), "{mount:?}");
+            let opened = crate::passthrough::open(spec, &OwnDevice::default()).unwrap();
+            let place = Place { index: MountIndex(mount.index), ..Place::unseen() };
+            let again = opened.at(place).saved();
+            assert!(again.host_spec("/".into()).plain, "for the next successor");
+        }
     }
 
     #[test]
@@ -262,7 +295,7 @@ mod tests {
             change(&mut state.vfs);
             state.encode().unwrap()
         };
-        let relative = SavedHost { path: "data".into(), device: (0, 0), ino: 0, born: (0, 0) };
+        let relative = SavedHost { path: "data".into(), device: (0, 0), ino: 0, born: (0, 0), plain: false };
         for (bytes, text) in [
             (Vec::new(), "no state of nydusd"),
             (b"HTTP/1.1 200\n".to_vec(), "no state of nydusd"),

@@ -79,6 +79,8 @@ pub struct HostSpec {
     pub source: PathBuf,
     /// What a predecessor served under that name.
     pub expected: Option<SavedHost>,
+    /// See [`SavedHost::plain`].
+    pub plain: bool,
 }
 
 /// A directory that is ready to be mounted. Its place is not known yet.
@@ -129,6 +131,7 @@ pub fn open(spec: HostSpec, own: &OwnDevice) -> anyhow::Result<OpenedHost> {
         device: (root.id.device.0, root.id.device.1),
         ino: root.id.ino,
         born: root.id.born,
+        plain: spec.plain,
     };
     let same =
         |one: &SavedHost| (one.device, one.ino, one.born) == (identity.device, identity.ino, identity.born);
@@ -268,7 +271,10 @@ impl HostMount {
     /// nobody go on with a file under the number of another.
     pub(crate) fn generation(&self, held: &Held) -> u64 {
         let (generation, bits) = (self.place.generation, file_id::GENERATION_BITS);
-        if held.nid == ROOT { generation } else { generation << bits | held.node.generation(self.home) }
+        match held.nid == ROOT || self.identity.plain {
+            true => generation,
+            false => generation << bits | held.node.generation(self.home),
+        }
     }
 
     /// The number that a file has, or would have.

@@ -13,8 +13,13 @@ fn place(index: u32) -> Place {
 }
 
 fn serve(dir: &Path, mountpoint: &str) -> Arc<HostMount> {
-    let spec =
-        HostSpec { mountpoint: mountpoint.to_owned(), command: None, source: dir.to_owned(), expected: None };
+    let spec = HostSpec {
+        mountpoint: mountpoint.to_owned(),
+        command: None,
+        source: dir.to_owned(),
+        expected: None,
+        plain: false,
+    };
     Arc::new(open(spec, &OwnDevice::default()).unwrap().at(place(3)))
 }
 
@@ -315,8 +320,13 @@ fn what_can_not_be_served_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("file"), "").unwrap();
     let refused = |source: &Path, own: &OwnDevice| {
-        let spec =
-            HostSpec { mountpoint: "/".to_owned(), command: None, source: source.to_owned(), expected: None };
+        let spec = HostSpec {
+            mountpoint: "/".to_owned(),
+            command: None,
+            source: source.to_owned(),
+            expected: None,
+            plain: false,
+        };
         format!("{:#}", open(spec, own).unwrap_err())
     };
     let nobody = OwnDevice::default();
@@ -340,6 +350,7 @@ fn a_directory_is_the_one_that_was() {
         command: None,
         source: source.to_owned(),
         expected,
+        plain: false,
     };
     let nobody = OwnDevice::default();
     let saved = open(spec(&link, None), &nobody).unwrap().at(place(3)).saved().host.unwrap();
@@ -364,4 +375,14 @@ fn files_of_one_number_have_generations() {
     assert_eq!(host.generation(&one), successor.generation(&find(&successor, c"one")));
     assert_eq!(host.generation(&one) >> 24, host.place().generation);
     assert_eq!(host.generation(&host.again(ROOT).unwrap()), host.place().generation);
+    // Not where a predecessor gave them none, nor in what comes after.
+    let early = SavedMount { host: None, ..host.saved() };
+    let restored = |saved: &SavedMount| {
+        let opened = open(saved.host_spec(dir.path().to_owned()), &OwnDevice::default()).unwrap();
+        Arc::new(opened.at(place(3)))
+    };
+    let second = restored(&early);
+    for host in [restored(&second.saved()), second] {
+        assert_eq!(host.generation(&find(&host, c"one")), host.place().generation);
+    }
 }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::error::{MountError, MountErrorKind};
 use super::path::VfsPath;
 use super::stale::Stale;
+use crate::passthrough::HostSpec;
 
 /// What a mount shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,10 +117,25 @@ pub struct SavedMount {
     pub host: Option<SavedHost>,
 }
 
+impl SavedMount {
+    /// What is needed to mount the directory `source` as this one was.
+    pub fn host_spec(&self, source: PathBuf) -> HostSpec {
+        HostSpec {
+            mountpoint: self.mountpoint.clone(),
+            command: self.command.clone(),
+            source,
+            expected: self.host.clone(),
+            // Whoever did not save which directory it is did not tell its files apart, either.
+            plain: self.host.as_ref().is_none_or(|host| host.plain),
+        }
+    }
+}
+
 /// A directory of the host in saved state, whatever the name means since that it was mounted by.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavedHost {
     /// Its absolute path without symbolic links.
+    #[serde(with = "any_path")]
     pub path: PathBuf,
     /// Major and minor number of its file system.
     pub device: (u32, u32),
@@ -127,6 +143,40 @@ pub struct SavedHost {
     pub ino: u64,
     /// When it came to be, in seconds and nanoseconds; zero where that is not known.
     pub born: (i64, u32),
+    /// Its files have the generation of the mount and no bits of their own: an early release began it, and the kernel
+    /// takes a file with another generation for another file.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub plain: bool,
+}
+
+/// A path as text, or as bytes if it is none.
+mod any_path {
+    use std::ffi::OsString;
+    use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serialize as _, Serializer};
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Saved {
+        Text(PathBuf),
+        Bytes(Vec<u8>),
+    }
+
+    pub(super) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+        match path.to_str() {
+            Some(text) => serializer.serialize_str(text),
+            None => path.as_os_str().as_bytes().serialize(serializer),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+        Ok(match Saved::deserialize(deserializer)? {
+            Saved::Text(path) => path,
+            Saved::Bytes(bytes) => OsString::from_vec(bytes).into(),
+        })
+    }
 }
 
 /// The daemon's tree in saved state.
@@ -148,6 +198,10 @@ pub struct SavedVfs {
     /// that there are none.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub shares_xattrs: bool,
+    /// What `--shared-dir` meant when the first daemon began, an absolute path without symbolic links, in states of
+    /// releases that did not save it with the mount.
+    #[serde(default, skip_serializing)]
+    pub shared_dir: Option<PathBuf>,
 }
 
 #[cfg(test)]

@@ -1,13 +1,13 @@
 //! Mount, remount and unmount while the daemon serves.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use storage::engine::Engine;
 
-use super::command::{FsType, MountCommand, SavedHost};
+use super::command::{FsType, MountCommand};
 use super::error::{MountError, MountErrorKind};
 use super::mounted::{Mounted, Opened};
 use super::path::VfsPath;
@@ -129,7 +129,13 @@ impl Daemon {
         let open = || {
             if command.fs_type == FsType::Passthrough {
                 let (mountpoint, source) = (command.mountpoint.clone(), command.source.clone());
-                return self.open_host(mountpoint, source, Some(command), None);
+                return self.open_host(HostSpec {
+                    mountpoint,
+                    source,
+                    command: Some(command),
+                    expected: None,
+                    plain: false,
+                });
             }
             let mountpoint = command.mountpoint.clone();
             let spec = image::commanded(command, |config| self.hot().amend(&mountpoint, config))?;
@@ -139,23 +145,15 @@ impl Daemon {
         open().map_err(|e| MountError::image(&e))
     }
 
-    /// Opens a directory of the host; it is to be `expected`, if that is known.
-    pub(super) fn open_host(
-        &self,
-        mountpoint: String,
-        source: PathBuf,
-        command: Option<MountCommand>,
-        expected: Option<SavedHost>,
-    ) -> anyhow::Result<Opened> {
+    /// Opens a directory of the host.
+    pub(super) fn open_host(&self, mut spec: HostSpec) -> anyhow::Result<Opened> {
         // The kernel asks its mount for leave before it asks this daemon, so what may be written to is told by that.
-        let source = if source.is_absolute() {
-            let admitted = self.host().admit(&source, self.args().writable);
+        if spec.source.is_absolute() {
+            let admitted = self.host().admit(&spec.source, self.args().writable);
             // Where it is, not a link to it: that is what a successor looks for.
-            admitted.with_context(|| format!("the directory {} can not be served", source.display()))?
-        } else {
-            source
-        };
-        let spec = HostSpec { mountpoint, command, source, expected };
+            spec.source = admitted
+                .with_context(|| format!("the directory {} can not be served", spec.source.display()))?;
+        }
         Ok(Opened::Host(Box::new(passthrough::open(spec, self.adapter().own_device())?)))
     }
 
@@ -299,7 +297,9 @@ impl Daemon {
         let path = self.virtual_mountpoint()?;
         let admitted = self.host().admit(source, self.args().writable);
         let source = admitted.with_context(|| format!("--shared-dir {}", source.display()))?;
-        let opened = self.open_host(path.to_string(), source, None, None)?;
+        let mountpoint = path.to_string();
+        let spec = HostSpec { mountpoint, source, command: None, expected: None, plain: false };
+        let opened = self.open_host(spec)?;
         self.adapter().table().attach(&path, |place| opened.at(place)).map_err(|e| refused(e, &path))?;
         self.adapter().table().take_outdated();
         Ok(())

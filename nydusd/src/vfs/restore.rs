@@ -55,6 +55,7 @@ impl Vfs {
             next_directory: state.next_directory + UNSAVED_DIRECTORIES,
             outdated: self.outdated().clone(),
             shares_xattrs: self.shares_xattrs(),
+            shared_dir: None,
         }
     }
 
@@ -178,9 +179,8 @@ impl Daemon {
     pub fn restore_mounts(&self, engine: &Arc<Engine>, saved: &SavedVfs) -> anyhow::Result<()> {
         let vfs = self.adapter().table();
         let open = |one: &SavedMount| {
-            if let Some(source) = self.saved_directory(one)? {
-                let command = one.command.clone();
-                return self.open_host(one.mountpoint.clone(), source, command, one.host.clone());
+            if let Some(source) = self.saved_directory(one, saved)? {
+                return self.open_host(one.host_spec(source));
             }
             let spec = self.saved_spec(engine, one)?;
             Ok(Opened::Image(Box::new(mount::open(engine, spec, self.known(), self.dedup())?)))
@@ -224,7 +224,7 @@ impl Daemon {
     }
 
     /// The host directory that a mount shows, if it is one.
-    fn saved_directory(&self, one: &SavedMount) -> anyhow::Result<Option<PathBuf>> {
+    fn saved_directory(&self, one: &SavedMount, saved: &SavedVfs) -> anyhow::Result<Option<PathBuf>> {
         if let Some(host) = &one.host {
             // Whatever its name means now, and from here: the kernel knows files of this one.
             return Ok(Some(host.path.clone()));
@@ -232,6 +232,7 @@ impl Daemon {
         Ok(match (&one.command, &self.args().shared_dir) {
             (Some(command), _) if command.fs_type == FsType::Passthrough => Some(command.source.clone()),
             (Some(_), _) | (None, None) => None,
+            (None, Some(_)) if saved.shared_dir.is_some() => saved.shared_dir.clone(),
             (None, Some(source)) => {
                 let admitted = self.host().admit(source, self.args().writable);
                 Some(admitted.with_context(|| format!("--shared-dir {}", source.display()))?)

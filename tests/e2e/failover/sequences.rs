@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::signal::Signal;
 use serde_json::json;
+use storage::digest::DigestAlgorithm;
 use tests::journey::{Journey, within};
 use tests::mount::mounted;
 use tests::relay::Rule;
@@ -296,6 +297,74 @@ fn the_shared_directory_is_the_one_that_was() -> Result<()> {
     ensure!(!place.root().join("replaced").exists(), "another directory under the same name");
     ensure!(place.log().contains("is another directory than the one that was served"), "{}", place.log());
     terminate(&place, new)
+}
+
+/// Replaces `old` by a daemon that is given `state` in place of what was saved.
+fn upgrade_with(place: &Place, supervisor: &Supervisor, mut old: Process, state: &[u8]) -> Result<Process> {
+    let socket = if old.socket().ends_with("one.sock") { "two.sock" } else { "one.sock" };
+    let mut new = place.start(socket, &["--upgrade"])?;
+    new.wait_state("INIT", &[])?;
+    let (status, body) = supervisor.offer(&new, state, true)?;
+    ensure!(status == 204, "takeover: {status} {body}");
+    old.put(EXIT)?;
+    old.wait()?;
+    new.put(START)?;
+    new.wait_state("RUNNING", &["READY"])?;
+    Ok(new)
+}
+
+/// As a release wrote it that saved of host directories only what `--shared-dir` meant.
+fn early_state(state: &[u8], shared_dir: &Path) -> Result<Vec<u8>> {
+    let end = state.iter().position(|byte| *byte == b'\n').context("a state has a first line")?;
+    let mut document: serde_json::Value = serde_json::from_slice(&state[end + 1..])?;
+    let vfs = &mut document["vfs"];
+    for mount in vfs["mounts"].as_array_mut().context("mounts")? {
+        mount.as_object_mut().context("a mount")?.remove("host").context("a host directory")?;
+    }
+    vfs["shared_dir"] = json!(shared_dir);
+    let body = document.to_string();
+    Ok(format!("nydusd-state 1 {}\n{body}", DigestAlgorithm::Sha256.digest(body.as_bytes())).into_bytes())
+}
+
+/// Files of a host directory that an early release had opened stay open, in its successors and theirs.
+#[test]
+fn open_files_outlive_early_releases() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("python3");
+    let scratch = tempfile::tempdir()?;
+    let supervisor = Supervisor::new(scratch.path().join("d1.sock"))?;
+    for name in ["one", "two"] {
+        fs::create_dir(scratch.path().join(name))?;
+        fs::write(scratch.path().join(name).join("file"), name)?;
+    }
+    let (one, link) = (scratch.path().canonicalize()?.join("one"), scratch.path().join("link"));
+    std::os::unix::fs::symlink("one", &link)?;
+    let mut arguments = supervisor.arguments().to_vec();
+    arguments.extend(["--shared-dir".to_owned(), link.to_string_lossy().into_owned()]);
+    let place = Place::new(&arguments)?;
+    let mut first = place.start("api.sock", &[])?;
+    first.wait_state("RUNNING", &[])?;
+    supervisor.save(&first)?;
+    let early = early_state(&supervisor.state()?, &one)?;
+    fs::remove_file(&link)?;
+    std::os::unix::fs::symlink("two", &link)?;
+    // This one tells the kernel of files as the early release did, and so do all after it.
+    let mut daemon = upgrade_with(&place, &supervisor, first, &early)?;
+    let path = place.root().join("file");
+    drop(File::open(&path)?);
+    let file = File::open(&path)?;
+    for is_early in [true, false, false] {
+        supervisor.save(&daemon)?;
+        let state = if is_early { early_state(&supervisor.state()?, &one)? } else { supervisor.state()? };
+        daemon = upgrade_with(&place, &supervisor, daemon, &state)?;
+        // The kernel is told of the file again, and compares.
+        ensure!(fs::metadata(&path)?.ino() == file.metadata()?.ino(), "another file");
+        let mut found = [0; 3];
+        file.read_exact_at(&mut found, 0).with_context(|| place.log())?;
+        ensure!(&found == b"one", "another file");
+    }
+    drop(file);
+    terminate(&place, daemon)
 }
 
 /// A daemon dies with a read under way. The one that is started like it finds that out by itself,
