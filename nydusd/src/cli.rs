@@ -211,7 +211,7 @@ pub struct FuseArgs {
     )]
     pub fuse_threads: u16,
 
-    /// Take requests through io_uring where the kernel offers that: faster for many readers, and without failover
+    /// Take requests through io_uring where the kernel offers that; experimental, and without failover
     #[arg(long)]
     pub fuse_io_uring: bool,
 
