@@ -11,6 +11,10 @@
 //!      ◀── descriptor, state ───────────┘
 //! ```
 //!
+//! A child that was killed may leave a thread behind, which tells the kernel of a change and waits for somebody who
+//! waits for the child's answer: only a successor can give that. The kernel reports such a child to nobody before, so
+//! the holder looks whether its first thread has ended.
+//!
 //! It ends when the mount is gone, with the child's exit code; SIGTERM and SIGINT make the child
 //! unmount and end first. The child does not depend on it: should the holder be killed, the child
 //! serves on, but nobody takes over from it. It neither reads images nor speaks to anybody but its
@@ -24,11 +28,13 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal as SignalNumber, kill};
 use nix::unistd::Pid;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::MissedTickBehavior;
 
 use super::{state, supervisor};
 use crate::cli::{GlobalArgs, SuperviseArgs};
@@ -43,6 +49,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const LONGEST_PAUSE_KILLED: Duration = Duration::from_millis(250);
 /// First such wait; each is twice the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// How often the holder looks whether the child is dead without being reported. What is dead at two looks is stuck.
+const LOOK: Duration = Duration::from_millis(500);
 /// How long a child that was told to end may take. It needs less than a second.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
@@ -87,6 +95,8 @@ struct Holder {
     takes: bool,
     /// The child has taken or saved, so it handles signals.
     met: bool,
+    /// Children that are dead but for a thread that waits in the kernel.
+    unreaped: Vec<Child>,
 }
 
 /// How a child ended that is to be replaced.
@@ -157,6 +167,7 @@ impl Holder {
             saved: None,
             takes: false,
             met: false,
+            unreaped: Vec::new(),
         })
     }
 
@@ -219,15 +230,25 @@ impl Holder {
     async fn watch(&mut self, mut child: Child, signals: &mut Signals) -> anyhow::Result<(ExitStatus, bool)> {
         let pid = Pid::from_raw(child.id().cast_signed());
         let mut deadline = None;
+        let (mut end, mut is_told) = (false, false);
         let mut hangs_up = false;
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut is_dead = false;
+        self.unreaped.retain_mut(|child| !matches!(child.try_wait(), Ok(Some(_))));
         loop {
+            if std::mem::take(&mut end) && !is_told {
+                is_told = true;
+                tell(pid, SignalNumber::SIGTERM);
+                deadline = Some(tokio::time::Instant::now() + END_LIMIT);
+            }
             // Before its first exchange it need not handle the signal, which would kill it.
             if hangs_up && self.met {
                 hangs_up = false;
                 tell(pid, SignalNumber::SIGHUP);
             }
             if let Some(status) = child.try_wait().context("wait for nydusd")? {
-                return Ok((status, deadline.is_some()));
+                return Ok((status, is_told));
             }
             let limit = async {
                 match deadline {
@@ -240,15 +261,29 @@ impl Holder {
                     Ok((stream, _)) => self.exchange(stream),
                     Err(e) => tracing::warn!("accept: {e}"),
                 },
+                _ = looks.tick() => {
+                    let was_dead = std::mem::replace(&mut is_dead, has_ended(pid));
+                    if !(was_dead && is_dead) || child.try_wait().context("wait for nydusd")?.is_some() {
+                        continue;
+                    }
+                    tracing::warn!("nydusd is dead, but for a thread that waits for what it has not answered");
+                    if is_told {
+                        // Nobody will answer that.
+                        self.abort()?;
+                        is_dead = false;
+                        continue;
+                    }
+                    self.unreaped.push(child);
+                    return Ok((ExitStatus::from_raw(libc::SIGKILL), is_told));
+                }
                 _ = signals.child.recv() => {}
-                _ = signals.terminate.recv() => deadline = deadline.or_else(|| end(pid)),
-                _ = signals.interrupt.recv() => deadline = deadline.or_else(|| end(pid)),
+                _ = signals.terminate.recv() => end = true,
+                _ = signals.interrupt.recv() => end = true,
                 _ = signals.hangup.recv() => hangs_up = true,
                 () = limit => {
                     tracing::error!("nydusd does not end within {END_LIMIT:?} and is killed");
+                    deadline = None;
                     child.kill().context("kill nydusd")?;
-                    // Not before it is dead does it come back here.
-                    child.wait().context("wait for nydusd")?;
                 }
             }
         }
@@ -318,15 +353,25 @@ impl Holder {
         Ok(status.code().unwrap_or(i32::from(!told)))
     }
 
+    /// Unmounts, and ends what waits for answers.
+    fn abort(&self) -> anyhow::Result<()> {
+        if !self.mount_lives() {
+            return Ok(());
+        }
+        let flags = MntFlags::MNT_FORCE | MntFlags::MNT_DETACH;
+        umount2(&self.mountpoint, flags).with_context(|| format!("unmount {}", self.mountpoint.display()))
+    }
+
     fn unmount(&self) -> anyhow::Result<()> {
         mounted::detach(&self.mountpoint).with_context(|| format!("unmount {}", self.mountpoint.display()))
     }
 }
 
-/// Tells the child to unmount and end; until when it may take.
-fn end(child: Pid) -> Option<tokio::time::Instant> {
-    tell(child, SignalNumber::SIGTERM);
-    Some(tokio::time::Instant::now() + END_LIMIT)
+/// True if the first thread of a process has ended, whatever the others do.
+fn has_ended(process: Pid) -> bool {
+    // Its name, in brackets, may hold anything.
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
 }
 
 /// Sends the child a signal. It is not waited for yet, so the number is still its own.

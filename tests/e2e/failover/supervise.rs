@@ -2,15 +2,21 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use tests::mount::mounted;
+use nix::unistd::gettid;
+use serde_json::json;
+use tests::daemon::DaemonOptions;
+use tests::mount::{abort, mounted};
 use tests::relay::Rule;
 use tests::successor::Place;
 use tests::{Context, Result, ensure, needs_mounts, needs_programs};
 
-use super::{Noise, Random, report, stalls};
+use super::{Noise, PATIENCE, Random, report, stalls};
 
 /// Kills on one cache directory before it is read whole, and replaced by an empty one.
 const KILLS_A_CACHE: usize = 10;
@@ -149,4 +155,80 @@ fn failing_successors_keep_the_mount() -> Result<()> {
     let status = holder.wait()?;
     ensure!(status.code() == Some(0) && !mounted(place.root()), "{status}: {}", place.log());
     Ok(())
+}
+
+/// A daemon dies while it tells the kernel of a change, which waits for somebody whom that daemon owes an answer. What is
+/// left of it can not be killed before another one has given that answer.
+#[test]
+fn a_daemon_that_can_not_die_is_replaced() -> Result<()> {
+    needs_mounts!();
+    let scratch = tempfile::tempdir()?;
+    let source = scratch.path().join("source");
+    std::fs::create_dir(&source)?;
+    std::fs::write(source.join("file"), "of the host")?;
+    // The directory that is served is another daemon's, which is slow at times.
+    let slow = DaemonOptions::empty().flag("--shared-dir", &source).start()?;
+    let place = Place::new::<&str>(&[])?;
+    let mut holder = place.supervise("api.sock")?;
+    holder.wait_state("RUNNING", &["INIT"])?;
+    let body = |path: &Path| json!({ "fs_type": "passthroughfs", "source": path, "config": "" }).to_string();
+    holder.expect("POST", "/api/v1/mount?mountpoint=/host", &body(slow.root()), 204, "")?;
+    let host = place.root().join("host");
+    ensure!(std::fs::read(host.join("file"))? == b"of the host");
+    let child = place.wait_child(1)?;
+
+    kill(slow.pid(), Signal::SIGSTOP)?;
+    let found = thread::scope(|scope| -> Result<std::io::Error> {
+        let (sender, asking) = channel();
+        let fresh = host.join("new");
+        let asked = scope.spawn(move || -> Result<_> {
+            sender.send(gettid())?;
+            Ok(std::fs::metadata(fresh))
+        });
+        // It holds the directory.
+        let asking = format!("/proc/self/task/{}", asking.recv()?);
+        let held = wait_in("request_wait_answer", || Ok(vec![asking.clone().into()]));
+        let told = scope.spawn(|| {
+            let below = "/api/v1/mount?mountpoint=/host/below";
+            // Its answer dies with the daemon.
+            let _ = holder.send("POST", below, &body(&source));
+        });
+        let replaced = held.and_then(|()| {
+            wait_in("fuse_reverse_inval_entry", || {
+                let tasks = std::fs::read_dir(format!("/proc/{child}/task"))?;
+                tasks.map(|task| Ok(task?.path())).collect()
+            })?;
+            kill(child, Signal::SIGKILL)?;
+            place.wait_child(2)
+        });
+        kill(slow.pid(), Signal::SIGCONT)?;
+        if replaced.is_err() {
+            abort(place.root())?;
+        }
+        told.join().expect("no panic");
+        let found = asked.join().expect("no panic")?;
+        replaced?;
+        found.err().context("there is no such file")
+    })?;
+    ensure!(found.kind() == std::io::ErrorKind::NotFound, "{found}");
+    holder.wait_state("RUNNING", &["INIT", "READY", "STOPPED"])?;
+    ensure!(std::fs::read(host.join("below/file"))? == b"of the host", "the change is lost");
+    holder.signal(Signal::SIGTERM)?;
+    let status = holder.wait()?;
+    ensure!(status.code() == Some(0) && !mounted(place.root()), "{status}: {}", place.log());
+    Ok(())
+}
+
+/// Waits until one of these threads is in this function of the kernel.
+fn wait_in(function: &str, threads: impl Fn() -> Result<Vec<PathBuf>>) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let is_there =
+            |at: &PathBuf| std::fs::read_to_string(at.join("wchan")).is_ok_and(|at| at == function);
+        if threads()?.iter().any(is_there) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "no thread comes to {function}");
+        thread::yield_now();
+    }
 }
