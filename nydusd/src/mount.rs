@@ -319,6 +319,12 @@ impl Mount {
         &self.echoes
     }
 
+    /// Ends the reads that wait for its source.
+    pub fn abandon_reads(&self) {
+        self.pending.abandon();
+        self.blobs.iter().for_each(|blobs| blobs.abandon());
+    }
+
     /// Reads that wait for its source.
     pub fn pending(&self) -> &Arc<Pending> {
         &self.pending

@@ -188,6 +188,8 @@ impl BlobContext {
     fn check_entries(&self, blob: &Blob) -> Result<()> {
         let batch = blob.features.contains(BlobFeatures::BATCH);
         let mut end = 0;
+        // The last unit, and where its last chunk ends.
+        let mut last: Option<(ByteRange, u64)> = None;
         for index in 0..self.chunk_count {
             let entry = self.entry(ChunkIndex(index))?;
             let fail = |why: &str| Err(Error::corrupt(format!("chunk {index} ({entry:?}): {why}")));
@@ -205,7 +207,12 @@ impl BlobContext {
                 return fail("out of order, overlapping, or outside the decoded space");
             }
             end = stop;
-            self.unit(&entry).map_err(|e| e.context(format_args!("chunk {index}")))?;
+            let (unit, offset) = self.unit(&entry).map_err(|e| e.context(format_args!("chunk {index}")))?;
+            // Whoever fetches a unit has the work for all of its chunks.
+            if last.is_some_and(|(range, end)| range == unit.compressed && u64::from(offset) < end) {
+                return fail("overlaps the chunk before it in their unit");
+            }
+            last = Some((unit.compressed, u64::from(offset) + u64::from(entry.uncompressed_size)));
         }
         Ok(())
     }

@@ -2,9 +2,9 @@
 //! places on the CPU pool.
 //!
 //! Of bytes, a fetch reserves for one unit at a time, when that unit's first byte has arrived: a
-//! source that does not answer holds nothing, so a stalled one does not starve others.
-//! Nobody waits while holding, so every wait ends with the work of others. Prefetch holds
-//! at most a share, so that a source that stalls under it does not keep readers waiting.
+//! source that does not answer holds nothing. One that stalls in the middle of a unit does, for as long as it is
+//! waited for, so what readers wait for goes on without memory of its own after a while ([`Budget::overdraw`]):
+//! one unit a stream. Prefetch holds at most a share.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -100,8 +100,13 @@ impl Budget {
         match granted.await {
             Ok(permit) => permit,
             // The queue lives as long as `self`, and a waiter leaves it only by its grant.
-            Err(_) => Permit { budget: Arc::clone(self), bytes: 0, priority },
+            Err(_) => self.overdraw(priority),
         }
+    }
+
+    /// A permit for nothing: what it stands for is held beside the bound.
+    pub(crate) fn overdraw(self: &Arc<Self>, priority: Priority) -> Permit {
+        Permit { budget: Arc::clone(self), bytes: 0, priority }
     }
 
     /// Grants what fits, on-demand first. A waiter that has gone returns its grant.

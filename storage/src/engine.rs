@@ -94,7 +94,8 @@ impl Engine {
             .map_err(|e| Error::io("start the engine's threads", e))?;
         let handle = Handle {
             runtime: runtime.handle().clone(),
-            cpu: Budget::new(cpu_jobs as u64, cpu_jobs as u64),
+            // A place is left to readers, should the disk keep those that store what was fetched ahead.
+            cpu: Budget::new(cpu_jobs as u64 + 1, cpu_jobs as u64),
             budget: Budget::new(config.memory, config.memory / 2),
             link: Link::new(),
         };

@@ -210,8 +210,12 @@ impl Link {
 
     /// How long a reader waits for a fetch that began without one, before it asks itself.
     pub(crate) fn patience(&self) -> Duration {
-        let trip = self.lock().gauge.round_trip.unwrap_or_default();
-        (trip * 8).clamp(OVERTAKE.0, OVERTAKE.1)
+        let state = self.lock();
+        let trip = state.gauge.round_trip.unwrap_or_default();
+        // It may come last of what was asked for. A rate of zero says nothing, or that nothing comes.
+        let owed = state.gauge.rate.map_or(0.0, |rate| state.ahead as f64 / rate);
+        let owed = Duration::try_from_secs_f64(owed).unwrap_or_default();
+        (trip * 8).clamp(OVERTAKE.0, OVERTAKE.1) + owed.min(OVERTAKE.1)
     }
 
     /// Bytes that come in a second, as far as is known.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use futures_util::{FutureExt as _, stream};
+use futures_util::{FutureExt as _, StreamExt as _, stream};
 use tokio::sync::watch;
 
 use crate::backend::{Backend, ByteStream, ReadContext, Supplier};
@@ -26,6 +26,8 @@ pub enum Fault {
     Fail(ErrorKind),
     /// Nothing arrives until the gate is opened.
     Stall(Gate),
+    /// The first bytes arrive, the others when the gate is opened.
+    StallWithin(Gate),
     /// The request fails once the gate is opened.
     FailLate(Gate, ErrorKind),
     /// The backend panics.
@@ -104,6 +106,7 @@ impl Backend for FaultyBackend {
         async move {
             let outside = || Error::new(ErrorKind::OutOfRange, format!("bytes {range} of a test blob"));
             let (start, end) = (range.start() as usize, range.end() as usize);
+            let mut within = None;
             let mut bytes = self.blob.get(start..end).ok_or_else(outside)?.to_vec();
             match self.next_fault(range) {
                 None => {}
@@ -122,11 +125,21 @@ impl Backend for FaultyBackend {
                     return Err(Error::new(kind, "a late fault on plan"));
                 }
                 Some(Fault::Stall(gate)) => gate.pass().await,
+                Some(Fault::StallWithin(gate)) => within = Some(gate),
                 Some(Fault::Panic) => panic!("a panic on plan"),
             }
             // Pieces that fit no boundary.
             let pieces: Vec<_> = bytes.chunks(1009).map(|p| Ok(Bytes::copy_from_slice(p))).collect();
-            Ok(ByteStream::new(Supplier::Local, stream::iter(pieces)))
+            let pieces = stream::iter(pieces.into_iter().enumerate()).then(move |(number, piece)| {
+                let gate = within.clone().filter(|_| number == 1);
+                async move {
+                    if let Some(gate) = gate {
+                        gate.pass().await;
+                    }
+                    piece
+                }
+            });
+            Ok(ByteStream::new(Supplier::Local, pieces))
         }
         .boxed()
     }

@@ -199,7 +199,7 @@ impl Daemon {
         let Some(fuse) = self.fuse() else { return };
         if let Some(gone) = gone.and_then(Mounted::image).filter(|_| !fuse.expires()) {
             // Such a kernel waits for them, and holds up everybody who works in the directory meanwhile.
-            gone.pending().abandon();
+            gone.abandon_reads();
         }
         fuse.expire(stale);
     }
@@ -246,7 +246,7 @@ impl Daemon {
         if let Some(mount) = mount
             && tokio::time::timeout(mount.config().read_timeout, mount.pending().settle()).await.is_err()
         {
-            mount.pending().abandon();
+            mount.abandon_reads();
         }
         loop {
             let mut retired = self.adapter().table().retired();

@@ -54,6 +54,10 @@ pub fn parse(
         mapped.push((start, start + blocks));
         blobs.push(blob);
     }
+    let chunks: u64 = blobs.iter().map(|blob| u64::from(blob.chunk_count)).sum();
+    faults.require(chunks <= limits::MAX_IMAGE_CHUNKS, || {
+        format!("{chunks} chunks in all: want at most {}", limits::MAX_IMAGE_CHUNKS)
+    })?;
     // On a flat device these ranges follow the bootstrap; inside it they would redirect
     // the kernel's reads of metadata to blob data.
     mapped.sort_unstable();

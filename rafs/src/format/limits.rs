@@ -15,6 +15,9 @@ pub const DEFAULT_CHUNK_SIZE: u32 = 0x10_0000;
 /// Blobs of one bootstrap: `device_id` carries blob index + 1 in 8 bits and the reference
 /// writer keeps one value free.
 pub const MAX_BLOBS: usize = 254;
+/// Most chunks of all blobs of an image: what says of each whether it is there takes memory for all that are claimed.
+/// 64 TiB in chunks of 1 MiB.
+pub const MAX_IMAGE_CHUNKS: u64 = 1 << 26;
 /// Chunks of one blob a writer may produce (24-bit index, the last one unused).
 pub const MAX_CHUNKS: u32 = 0x00ff_ffff;
 /// Stored length of a blob.

@@ -8,9 +8,11 @@ mod support;
 use std::ops::ControlFlow;
 
 use rafs::ErrorKind;
+use rafs::blob_context::{BlobContext, stored_range};
 use rafs::bootstrap::{Bootstrap, FileType, Nid, OpenOptions, Step, Walk, from_bytes};
 use rafs::fs::{Rafs, RafsOptions, SeekKind};
 use rafs::merkle::image_root;
+use storage::ids::ChunkIndex;
 use support::{golden_bytes, open_bytes};
 
 /// A golden bootstrap to be damaged, with the places of things.
@@ -257,6 +259,24 @@ fn a_huge_chunk_count_costs_nothing() {
 }
 
 /// Contexts that a mount must hold are bounded together, not only one by one.
+#[test]
+fn chunks_of_a_unit_do_not_overlap() {
+    let bootstrap = open_bytes(golden_bytes("batch/image.boot"));
+    let blob = &bootstrap.blobs()[0];
+    let stored = golden_bytes("batch/image.blob");
+    let range = stored_range(blob).unwrap();
+    let stored = &stored[range.start() as usize..range.end() as usize];
+    let file = BlobContext::from_stored(blob, stored).unwrap().to_cache_file();
+    let context = BlobContext::from_cache_file(blob, &file).unwrap();
+    let place = |index| context.unit(&context.entry(ChunkIndex(index)).unwrap()).unwrap();
+    let second = (1..blob.chunk_count).find(|index| place(*index).0 == place(index - 1).0).unwrap();
+    let mut forged = file.clone();
+    // The low half of the second entry's last word: where it is in the decoded unit.
+    forged[second as usize * 24 + 16..][..4].fill(0);
+    let error = BlobContext::from_cache_file(blob, &forged).unwrap_err();
+    assert!(error.to_string().contains("overlaps the chunk before it"), "{error}");
+}
+
 #[test]
 fn forged_contexts_are_bounded_together() {
     let forged = |mib: u64| {

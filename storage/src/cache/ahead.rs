@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::inflight::Outcome;
 use super::pace::Pace;
-use super::set::Shared;
+use super::set::{Look, Shared};
 use crate::backend::retry::within;
 use crate::backend::{Priority, ReadContext};
 use crate::extent::ChunkExtent;
@@ -47,6 +47,12 @@ const AT_A_STRETCH: u32 = 1024;
 /// Longest an abandoned source is waited for; what does not come is left to readers.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Between two looks at what others are fetching.
+const AGAIN: Duration = Duration::from_millis(200);
+
+/// A chunk of one of the blobs.
+type Chunk = (u32, ChunkExtent);
+
 /// What reading ahead knows of its request.
 pub(super) fn context(cancel: &CancellationToken) -> ReadContext {
     ReadContext {
@@ -70,7 +76,7 @@ pub(super) async fn work_off(shared: Arc<Shared>, order: Order, options: Prefetc
     tokio::select! {
         biased;
         () = cancelled.cancelled() => {}
-        () = each_part(&shared, order, options, &handle) => {}
+        () = see_to(&shared, order, options, &handle) => {}
     }
     if tells {
         shared.speculator.not_told(TRUST_ADVANCE);
@@ -86,11 +92,40 @@ impl Drop for End<'_> {
     }
 }
 
-async fn each_part(shared: &Arc<Shared>, order: Order, options: PrefetchOptions, handle: &Prefetch) {
+/// Works off `order`, and for one that somebody asked for again what others were fetching meanwhile: they may have
+/// failed, and an order that ends well has all of it.
+async fn see_to(shared: &Arc<Shared>, order: Order, options: PrefetchOptions, handle: &Prefetch) {
+    let mut others = each_part(shared, order, options, handle).await;
+    let (mut before, mut since) = (others.len(), Instant::now());
+    while options.class == Class::Preheat && !others.is_empty() {
+        if others.len() < before {
+            (before, since) = (others.len(), Instant::now());
+        } else if since.elapsed() >= PATIENCE {
+            let what = "somebody else is fetching it, and does not get on";
+            others.iter().for_each(|(blob, extent)| {
+                let name = format!("blob {}, chunk {}", shared.blob_name(*blob), extent.index);
+                handle.failed(&Error::new(ErrorKind::TimedOut, what).context(name));
+            });
+            return;
+        }
+        tokio::time::sleep(AGAIN).await;
+        let again = Box::new(others.into_iter());
+        others = each_part(shared, again, options, handle).await;
+    }
+}
+
+/// Works off `order` once. Answers what others are fetching.
+async fn each_part(
+    shared: &Arc<Shared>,
+    order: Order,
+    options: PrefetchOptions,
+    handle: &Prefetch,
+) -> Vec<Chunk> {
     let link = shared.engine.link();
     // Begun at once, and ended with this order.
     let mut running = JoinSet::new();
-    let mut rest = Rest { order, next: VecDeque::new() };
+    let mut others = Vec::new();
+    let mut rest = Rest { order, next: VecDeque::new(), others: Vec::new() };
     let mut size = FIRST_PART;
     let mut pace = options.bandwidth.map(|rate| Pace::new(rate, Instant::now()));
     loop {
@@ -100,7 +135,9 @@ async fn each_part(shared: &Arc<Shared>, order: Order, options: PrefetchOptions,
         // One behind the other as the link takes them: what is wanted first does not share it with
         // what is wanted later.
         let slot = link.admit(options.class, size).await;
-        while running.try_join_next().is_some() {}
+        while let Some(ended) = running.try_join_next() {
+            others.extend(ended.into_iter().flatten());
+        }
         // Chosen only now: what has come meanwhile is not asked for again.
         let Some(Part { blob, chunks, bytes }) = rest.part(shared, size, handle).await else { break };
         slot.shrink(bytes);
@@ -118,14 +155,20 @@ async fn each_part(shared: &Arc<Shared>, order: Order, options: PrefetchOptions,
         let fetch = fetch(Arc::clone(shared), blob, chunks, Arc::new(slot), handle.clone());
         shared.engine.spawn_in(&mut running, fetch);
     }
-    while running.join_next().await.is_some() {}
+    while let Some(ended) = running.join_next().await {
+        others.extend(ended.into_iter().flatten());
+    }
+    others.append(&mut rest.others);
+    others
 }
 
 /// What is left of an order.
 struct Rest {
     order: Order,
     /// Chunks that the order has given and no part has taken.
-    next: VecDeque<(u32, ChunkExtent)>,
+    next: VecDeque<Chunk>,
+    /// Chunks that somebody else fetches.
+    others: Vec<Chunk>,
 }
 
 /// What is asked for at once, of one blob.
@@ -155,10 +198,23 @@ impl Rest {
                 }
                 continue;
             }
-            let wanted = shared.is_wanted(blob, &extent);
-            handle.looked_at(1, u64::from(!wanted));
-            if !wanted {
-                continue;
+            let look = shared.look(blob, &extent);
+            handle.looked_at(1, u64::from(matches!(look, Look::There | Look::Coming)));
+            match look {
+                Look::Wanted => {}
+                Look::There => continue,
+                Look::Coming => {
+                    self.others.push((blob, extent));
+                    continue;
+                }
+                Look::NotKept => {
+                    let what = format!(
+                        "blob {}: the cache keeps nothing now; is its disk full or read-only?",
+                        shared.blob_name(blob)
+                    );
+                    handle.failed(&Error::new(ErrorKind::Io, what));
+                    continue;
+                }
             }
             let part = part.get_or_insert_with(|| Part { blob, chunks: Vec::new(), bytes: 0 });
             if part.chunks.last().is_none_or(|last| last.unit != extent.unit) {
@@ -176,22 +232,31 @@ impl Rest {
     }
 }
 
-async fn fetch(shared: Arc<Shared>, blob: u32, chunks: Vec<ChunkExtent>, slot: Arc<Slot>, handle: Prefetch) {
+/// Fetches a part. Answers what others are fetching.
+async fn fetch(
+    shared: Arc<Shared>,
+    blob: u32,
+    chunks: Vec<ChunkExtent>,
+    slot: Arc<Slot>,
+    handle: Prefetch,
+) -> Vec<Chunk> {
     let context = context(handle.token());
     let waiters = shared.obtain_ahead(blob, &chunks, &context, slot);
     let mut waiting: FuturesUnordered<_> = waiters
         .into_iter()
         .zip(&chunks)
-        .map(|((waiter, led), extent)| async move { (waiter.wait().await, led.then_some(extent)) })
+        .map(|((waiter, led), extent)| async move { (waiter.wait().await, extent, led) })
         .collect();
     let mut units: HashSet<ByteRange> = HashSet::new();
+    let mut others = Vec::new();
     let waited = within(&context, "prefetch", async {
         // One by one: an outcome holds the bytes of its chunk.
-        while let Some((outcome, led)) = waiting.next().await {
+        while let Some((outcome, extent, led)) = waiting.next().await {
             match outcome {
-                Outcome::Failed(e) if e.kind() == ErrorKind::Cancelled => {}
+                Outcome::Failed(e) if e.kind() == ErrorKind::Cancelled => others.push((blob, *extent)),
                 Outcome::Failed(e) => handle.failed(&e),
-                Outcome::Bytes(_) | Outcome::Stored => units.extend(led.map(|extent| extent.unit.compressed)),
+                Outcome::Bytes(_) | Outcome::Stored if led => drop(units.insert(extent.unit.compressed)),
+                Outcome::Bytes(_) | Outcome::Stored => {}
             }
         }
         Ok::<_, Error>(())
@@ -202,4 +267,5 @@ async fn fetch(shared: Arc<Shared>, blob: u32, chunks: Vec<ChunkExtent>, slot: A
         handle.failed(&e);
     }
     handle.fetched(units.iter().map(|unit| unit.len()).sum());
+    others
 }

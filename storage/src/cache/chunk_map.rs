@@ -69,6 +69,9 @@ const USE_LOCK: u64 = 0;
 /// Byte that whoever sets records holds.
 const SET_LOCK: u64 = 1;
 
+/// How long that lock is waited for: what is not set is fetched again, and whoever waits for the disk goes on.
+const SET_PATIENCE: Duration = Duration::from_secs(5);
+
 /// First of the bytes that the holders of duties hold.
 const DUTY_LOCKS: u64 = 2;
 
@@ -451,7 +454,7 @@ impl ChunkMap {
     pub(super) fn set(&self, records: &mut [Wanted]) -> io::Result<Vec<ChunkIndex>> {
         records.sort_by_key(|(index, _)| *index);
         let byte = byte(SET_LOCK)?;
-        lock::lock(&self.file, Kind::Exclusive, byte)?;
+        lock::lock_within(&self.file, Kind::Exclusive, byte, SET_PATIENCE)?;
         let mut refused = Vec::new();
         let written = runs(records).try_for_each(|run| self.set_run(run, &mut refused));
         lock::unlock(&self.file, byte)?;

@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf as _, Bytes};
 use futures_util::{FutureExt as _, StreamExt as _};
@@ -27,6 +27,10 @@ use crate::{ErrorKind, Result, engine};
 
 /// Decoded bytes that go to the CPU pool together: some 100 µs of hashing.
 const TOGETHER: u64 = 256 << 10;
+
+/// How long what a reader waits for waits for memory. Who holds that may be waiting for a source that is out, which
+/// is no reason to keep readers of others waiting.
+const MEMORY_PATIENCE: Duration = Duration::from_secs(1);
 
 /// When the last request for a unit got where, and who answered it.
 #[derive(Clone, Copy)]
@@ -220,15 +224,22 @@ impl Cutter<'_> {
         }
     }
 
-    /// Waits until a unit may be held in memory. Who waits holds nothing: what has gathered
-    /// goes to the pool first.
+    /// Waits until a unit may be held in memory; for a reader not for long. Who waits holds nothing: what has
+    /// gathered goes to the pool first.
     async fn reserve(&mut self, need: u64, priority: Priority) -> Permit {
         let budget = self.request.inner.engine.budget();
         if let Some(permit) = budget.reserve(need, priority).now_or_never() {
             return permit;
         }
         self.dispatch();
-        budget.reserve(need, priority).await
+        let granted = budget.reserve(need, priority);
+        match priority {
+            Priority::Prefetch => granted.await,
+            Priority::OnDemand => match tokio::time::timeout(MEMORY_PATIENCE, granted).await {
+                Ok(permit) => permit,
+                Err(_) => budget.overdraw(priority),
+            },
+        }
     }
 
     /// Takes the first pending unit, now complete.

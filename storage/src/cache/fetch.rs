@@ -35,10 +35,10 @@ use crate::{Error, ErrorKind};
 /// beside a fetch, long beside the two system calls of a look.
 const CLAIM_PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
 
-/// How long a reader without a deadline waits for another process to fetch; one with a
-/// deadline waits half its time. A process that is stopped keeps its locks: then the chunk
-/// is fetched here as well, past the cache.
-const CLAIM_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a reader waits for another process, or for another mount of this one, to fetch; half its time if that is
+/// less. Who is stopped, or waits for a source that has stalled, keeps its locks: then the chunk is fetched here as well,
+/// past the cache.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(5);
 
 /// First and longest pause between attempts while a source is out and the policy is to
 /// wait: soon enough for a blip, and no burden on a source that comes back.
@@ -95,7 +95,8 @@ pub(super) async fn lead(
 ) {
     let mut pause = CLAIM_PAUSE.0;
     let begun = Instant::now();
-    let patience = context.deadline.map_or(CLAIM_PATIENCE, |at| at.saturating_duration_since(begun) / 2);
+    let half = context.deadline.map(|at| at.saturating_duration_since(begun) / 2);
+    let patience = half.map_or(CLAIM_PATIENCE, |half| half.min(CLAIM_PATIENCE));
     loop {
         let (mut claimed, mut contended) = claim(&inner, leads);
         // What another process is at and nobody waits for here is left to it.
@@ -298,6 +299,7 @@ async fn repeat(inner: Arc<Inner>, mut failures: Vec<Failure>, context: ReadCont
             } else if context.deadline.is_none()
                 && matches!(kind, ErrorKind::Unavailable | ErrorKind::TimedOut)
                 && work.is_demanded()
+                && work.chunks.iter().any(|claimed| claimed.lead.is_awaited())
             {
                 outage = Some(error);
                 again.push(work);
@@ -305,6 +307,8 @@ async fn repeat(inner: Arc<Inner>, mut failures: Vec<Failure>, context: ReadCont
             }
             for claimed in &work.chunks {
                 inner.observe(&claimed.lead, &work, Some(&error));
+                // What never came was no right guess, whoever asks next.
+                inner.untouched.touch(claimed.lead.extent().index);
                 claimed.lead.answer(Outcome::Failed(error.clone()));
             }
         }

@@ -124,6 +124,17 @@ impl Lead {
         self.demanded.load(Relaxed)
     }
 
+    /// True while anybody waits for it.
+    pub(super) fn is_awaited(&self) -> bool {
+        // The table listens, too, unless the lead was overtaken.
+        self.answer.receiver_count() > usize::from(self.is_listed(&self.table.lock()))
+    }
+
+    fn is_listed(&self, table: &HashMap<Key, Entry>) -> bool {
+        let entry = table.get(&(self.extent.index, Record::of(&self.extent)));
+        entry.is_some_and(|entry| Arc::ptr_eq(&entry.demanded, &self.demanded))
+    }
+
     /// When it was first asked for.
     pub(super) fn wanted(&self) -> Instant {
         self.wanted
@@ -145,10 +156,9 @@ impl Lead {
 
     /// Removes this lead from the table, unless another has taken its place.
     fn leave(&self) {
-        let key = (self.extent.index, Record::of(&self.extent));
         let mut table = self.table.lock();
-        if table.get(&key).is_some_and(|entry| entry.answer.same_channel(&self.answer.subscribe())) {
-            table.remove(&key);
+        if self.is_listed(&table) {
+            table.remove(&(self.extent.index, Record::of(&self.extent)));
         }
     }
 }

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -21,6 +22,9 @@ pub(super) enum Kind {
     /// Nothing.
     Exclusive,
 }
+
+/// Between two attempts at a lock that somebody has for a moment.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// Locks `range` unless another description holds some of it; true if held now.
 ///
@@ -58,12 +62,21 @@ fn known(answer: nix::Result<bool>) -> io::Result<Option<bool>> {
     }
 }
 
-/// Locks `range`, waiting for other descriptions. For work that takes no time.
-pub(super) fn lock(file: &File, kind: Kind, range: ByteRange) -> io::Result<()> {
-    match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLKW(&flock(kind.code(), range)?)) {
-        Ok(_) | Err(Errno::EINVAL | Errno::ENOLCK | Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
-        Err(errno) => Err(errno.into()),
+/// Locks `range`, waiting for other descriptions, which hold it for moments only. A process that is stopped meanwhile
+/// holds it for longer.
+///
+/// # Errors
+/// `TimedOut`: not within `limit`. Else the system's.
+pub(super) fn lock_within(file: &File, kind: Kind, range: ByteRange, limit: Duration) -> io::Result<()> {
+    let begun = Instant::now();
+    while !try_lock(file, kind, range)? {
+        if begun.elapsed() >= limit {
+            let what = "another process keeps its lock on the cache; is it stopped?";
+            return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+        }
+        std::thread::sleep(PAUSE);
     }
+    Ok(())
 }
 
 /// Gives back `range`.

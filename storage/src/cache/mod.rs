@@ -71,7 +71,8 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -91,6 +92,9 @@ use crate::ids::{BlobId, ByteRange, ChunkIndex};
 use crate::metrics::{BackendMetrics, CacheMetrics};
 use crate::observe::Observer;
 use crate::{Error, ErrorKind, Result};
+
+/// After a failed write nothing is fetched ahead for this long: room may be made meanwhile.
+const WRITE_AGAIN: Duration = Duration::from_secs(10);
 
 /// Decoded bytes of one unit (rafs-v6: chunks and batches are at most 16 MiB).
 const MAX_UNIT_DECODED: u32 = 16 << 20;
@@ -193,8 +197,8 @@ struct Inner {
     unreadable: AtomicBool,
     /// A failing cache has been reported.
     write_warned: AtomicBool,
-    /// The last write to the cache failed.
-    write_fails: AtomicBool,
+    /// When the last write to the cache failed; `None` if it did not.
+    write_failed: Mutex<Option<Instant>>,
     /// Held shared from the answer for a chunk until its bytes are written: readers go on
     /// meanwhile, and whoever holds it alone knows that all they have seen is written.
     storing: RwLock<()>,
@@ -274,7 +278,7 @@ impl BlobCache {
                 backend_metrics: config.backend_metrics,
                 unreadable: AtomicBool::new(false),
                 write_warned: AtomicBool::new(false),
-                write_fails: AtomicBool::new(false),
+                write_failed: Mutex::default(),
                 storing: RwLock::default(),
             }),
         }))
@@ -413,7 +417,12 @@ impl Inner {
 
     /// True if what is fetched is kept: else there is no point in fetching ahead.
     fn keeps(&self) -> bool {
-        self.files().is_some() && !self.write_fails.load(Ordering::Relaxed)
+        self.files().is_some() && self.write_failed().is_none_or(|at| at.elapsed() >= WRITE_AGAIN)
+    }
+
+    fn write_failed(&self) -> MutexGuard<'_, Option<Instant>> {
+        // Nothing panics under the lock.
+        self.write_failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is_ready(&self, extent: &ChunkExtent) -> bool {
@@ -467,7 +476,7 @@ impl Inner {
 
     fn warn_of_write(&self, error: &std::io::Error) {
         CacheMetrics::tick(&self.metrics.write_errors);
-        self.write_fails.store(true, Ordering::Relaxed);
+        *self.write_failed() = Some(Instant::now());
         if !self.write_warned.swap(true, Ordering::Relaxed) {
             warn!(blob = %self.id, %error, "chunks can not be cached; reads go on from the backend");
         }

@@ -1,7 +1,6 @@
 //! On the CPU pool: decode units, verify their chunks, answer readers, fill the cache.
 
 use std::io;
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
@@ -139,9 +138,9 @@ impl Inner {
             dedup.offer(fresh.iter().map(|chunk| chunk.lead.extent()));
         }
         match stored {
-            Ok(false) => self.write_fails.store(false, Relaxed),
+            Ok(false) => *self.write_failed() = None,
             Ok(true) => {
-                self.write_fails.store(false, Relaxed);
+                *self.write_failed() = None;
                 let inner = Arc::clone(self);
                 let syncer = Arc::clone(&files.syncer);
                 self.engine.spawn_blocking(move || {

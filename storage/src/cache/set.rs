@@ -1,8 +1,8 @@
 //! The reader of one image: requests over the chunks of several blobs.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -32,6 +32,8 @@ pub struct BlobSet {
     engine: Handle,
     /// Ends the orders that are being worked off.
     cancel: CancellationToken,
+    /// Ends the reads that wait.
+    abandon: Mutex<CancellationToken>,
 }
 
 impl Drop for BlobSet {
@@ -68,7 +70,7 @@ impl BlobSet {
             engine: engine.clone(),
             speculator: Speculator::new(read_ahead),
         });
-        Self { shared, engine, cancel: CancellationToken::new() }
+        Self { shared, engine, cancel: CancellationToken::new(), abandon: Mutex::default() }
     }
 
     /// Starts fetching `order` ahead of readers. It ends with the order, when it is
@@ -83,6 +85,18 @@ impl BlobSet {
     /// Bytes that units in flight hold now, of all images of the engine.
     pub fn buffered(&self) -> u64 {
         self.engine.budget().held()
+    }
+
+    /// Ends the reads that wait: nobody wants their answers any more. What nobody else waits for is not asked for
+    /// again. Reads that come later are served.
+    pub fn abandon(&self) {
+        std::mem::take(&mut *self.waiting()).cancel();
+    }
+
+    /// What ends reads that begin now.
+    fn waiting(&self) -> MutexGuard<'_, CancellationToken> {
+        // Nothing panics under the lock.
+        self.abandon.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The blobs.
@@ -129,7 +143,7 @@ impl Reader for BlobSet {
         let context = ReadContext {
             priority,
             deadline: self.shared.policy.deadline(),
-            cancel: CancellationToken::new(),
+            cancel: self.waiting().clone(),
             ..ReadContext::on_demand(None)
         };
         let shared = Arc::clone(&self.shared);
@@ -167,6 +181,19 @@ impl Drop for Answer {
     }
 }
 
+/// What there is to do for a chunk that is wanted ahead of readers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    /// Nothing.
+    There,
+    /// Somebody fetches it.
+    Coming,
+    /// To fetch it.
+    Wanted,
+    /// Nothing: the cache would not keep it.
+    NotKept,
+}
+
 impl Shared {
     fn check(&self, slice: &ReadSlice) -> Result<()> {
         let Some(blob) = self.blobs.get(slice.blob as usize) else {
@@ -187,15 +214,24 @@ impl Shared {
         first.map_or_else(|| "read".to_owned(), |(blob, index)| format!("blob {}, chunk {index}", blob.id()))
     }
 
-    /// True for a chunk of an order that is possible and not there.
-    pub(super) fn is_wanted(&self, blob: u32, extent: &ChunkExtent) -> bool {
-        self.blobs.get(blob as usize).is_some_and(|blob| {
-            let inner = &blob.inner;
-            inner.keeps()
-                && inner.check(extent).is_ok()
-                && !inner.is_ready(extent)
-                && !inner.inflight.contains(extent)
-        })
+    /// What an order has to do with a chunk.
+    pub(super) fn look(&self, blob: u32, extent: &ChunkExtent) -> Look {
+        // An image may name what is not possible; nobody can read it either.
+        let Some(inner) = self.blobs.get(blob as usize).map(|blob| &blob.inner) else { return Look::There };
+        if inner.check(extent).is_err() || inner.is_ready(extent) {
+            Look::There
+        } else if !inner.keeps() {
+            Look::NotKept
+        } else if inner.inflight.contains(extent) {
+            Look::Coming
+        } else {
+            Look::Wanted
+        }
+    }
+
+    /// The name of a blob, for messages.
+    pub(super) fn blob_name(&self, blob: u32) -> String {
+        self.blobs.get(blob as usize).map_or_else(String::new, |blob| blob.id().to_string())
     }
 
     /// Chunks of a blob; 0 if there is no such blob.
@@ -208,7 +244,7 @@ impl Shared {
         self.blobs.get(blob as usize)?.inner.chunks.as_ref()?(index)
     }
 
-    /// Joins or starts the fetch of chunks that [`Shared::is_wanted`].
+    /// Joins or starts the fetch of chunks that [`Look::Wanted`].
     pub(super) fn obtain_ahead(
         &self,
         blob: u32,

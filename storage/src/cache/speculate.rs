@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use super::duty::HeldDuty;
-use super::set::Shared;
+use super::set::{Look, Shared};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
@@ -433,7 +433,9 @@ impl Seed {
                 self.high = index + 1
             }
             let extent = shared.chunk(self.blob, ChunkIndex(index));
-            let Some(extent) = extent.filter(|extent| shared.is_wanted(self.blob, extent)) else { continue };
+            let Some(extent) = extent.filter(|extent| shared.look(self.blob, extent) == Look::Wanted) else {
+                continue;
+            };
             if unit.replace(extent.unit) != Some(extent.unit) {
                 grown.bytes += extent.unit.compressed.len();
             }

@@ -310,3 +310,23 @@ fn an_order_longer_than_the_sight_loses_nothing() {
     reader.blobs()[1].settle().unwrap();
     assert_eq!(reader.blobs()[1].ready_count(), 8200);
 }
+
+#[test]
+fn what_somebody_else_does_not_fetch_after_all_is_fetched() {
+    let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    let other = super::sharing::leads_chunk_0(&dir);
+    let prefetch = reader.prefetch(order(&sample), OPTIONS);
+    while !sample.try_read(&reader, 1) {
+        std::thread::yield_now();
+    }
+    assert!(!prefetch.progress().finished);
+    // The other ends, and leaves nothing.
+    drop(other);
+    engine.block_on(prefetch.wait());
+    settle(&reader);
+    assert!(sample.try_read(&reader, 0));
+    let progress = prefetch.progress();
+    assert!(progress.error.is_none() && progress.failed_chunks == 0, "{progress:?}");
+}

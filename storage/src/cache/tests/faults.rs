@@ -4,6 +4,7 @@
 use std::io;
 
 use super::*;
+use crate::prefetch::{Class, PrefetchOptions};
 
 #[test]
 fn failures_are_not_kept() {
@@ -113,6 +114,12 @@ fn a_failing_disk_fails_no_read() {
         let _ = reader.blobs()[0].flush();
         assert_eq!(reader.blobs()[0].ready_count(), 0);
         assert!((0..3).all(|i| !sample.try_read(&reader, i)));
+        // An order of what can not be kept has failed.
+        let order: Vec<_> = sample.extents.iter().map(|extent| (0, *extent)).collect();
+        let options = PrefetchOptions { class: Class::Preheat, bandwidth: None };
+        let prefetch = reader.prefetch(Box::new(order.into_iter()), options);
+        engine.block_on(prefetch.wait());
+        assert_eq!(prefetch.progress().failed_chunks, 3);
     }
 }
 

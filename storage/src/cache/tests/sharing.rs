@@ -272,3 +272,40 @@ fn one_fetch_of_a_batch_caches_all_of_it() {
     }
     assert_eq!(backend.requests().len(), 1);
 }
+
+#[test]
+fn a_source_that_stalls_within_a_unit_keeps_no_reader_from_memory() {
+    // Room for one unit.
+    let engine = Engine::new(EngineConfig { memory: 1, ..EngineConfig::default() }).unwrap();
+    let (sample, dir) = (Sample::new(4), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    let gate = Gate::default();
+    backend.inner().fault(sample.range(1), Fault::StallWithin(gate.clone()), 1);
+    let waiting = submit(&sample, &reader, 1);
+    engine.block_on(gate.arrivals(1));
+    assert!(reader.buffered() > 0);
+    sample.read(&reader, 3).unwrap();
+    assert!(waiting.try_recv().is_err());
+    gate.open();
+    assert!(waiting.recv().unwrap().unwrap() == sample.bytes(1));
+}
+
+#[test]
+fn an_abandoned_read_asks_no_more() {
+    let (engine, sample, dir) = (engine(), Sample::new(3), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let reader = open(&engine, &sample, &dir, &backend, OutagePolicy::Wait);
+    backend.inner().fault(sample.range(0), Fault::Fail(ErrorKind::Unavailable), usize::MAX);
+    let waiting = submit(&sample, &reader, 0);
+    while backend.requests().len() < 2 {
+        std::thread::yield_now();
+    }
+    reader.abandon();
+    assert_eq!(waiting.recv().unwrap().unwrap_err().kind(), ErrorKind::Cancelled);
+    // Its leader ends, too.
+    settle(&reader);
+    let asked = backend.requests().len();
+    sample.read(&reader, 2).unwrap();
+    assert_eq!(backend.requests().len(), asked + 1);
+}
