@@ -30,6 +30,7 @@ pub mod pages;
 pub mod passthrough;
 pub mod pending;
 pub mod preheat;
+mod process;
 pub mod sandbox;
 pub mod trace;
 pub mod transport;

@@ -38,8 +38,8 @@ use tokio::time::MissedTickBehavior;
 
 use super::{state, supervisor};
 use crate::cli::{GlobalArgs, SuperviseArgs};
-use crate::logging;
 use crate::transport::mounted::{self, MountIdentity};
+use crate::{logging, process};
 
 /// A child that failed by itself and lived shorter than this is not replaced at once.
 const SHORT_LIFE: Duration = Duration::from_secs(2);
@@ -262,7 +262,7 @@ impl Holder {
                     Err(e) => tracing::warn!("accept: {e}"),
                 },
                 _ = looks.tick() => {
-                    let was_dead = std::mem::replace(&mut is_dead, has_ended(pid));
+                    let was_dead = std::mem::replace(&mut is_dead, process::has_ended(pid));
                     if !(was_dead && is_dead) || child.try_wait().context("wait for nydusd")?.is_some() {
                         continue;
                     }
@@ -365,13 +365,6 @@ impl Holder {
     fn unmount(&self) -> anyhow::Result<()> {
         mounted::detach(&self.mountpoint).with_context(|| format!("unmount {}", self.mountpoint.display()))
     }
-}
-
-/// True if the first thread of a process has ended, whatever the others do.
-fn has_ended(process: Pid) -> bool {
-    // Its name, in brackets, may hold anything.
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
 }
 
 /// Sends the child a signal. It is not waited for yet, so the number is still its own.

@@ -13,12 +13,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::{Context as _, bail};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, getsockopt, socket, sockopt};
 use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::Pid;
 
 use super::admit::{self, Jail};
 use super::protocol::{Refusal, Reply, Request};
 use crate::failover::supervisor;
+use crate::process;
 use crate::transport::mounted;
 use crate::transport::seat::{SOURCE, Seat, usable_mountpoint};
 use crate::writable::{self, OverlayConfig};
@@ -163,7 +165,7 @@ impl Host {
             Ok(meta) if !meta.file_type().is_socket() => {
                 bail!("the API socket {} exists and is no socket; name another path", path.display())
             }
-            _ if std::os::unix::net::UnixStream::connect(path).is_ok() => {
+            _ if is_answered(path) => {
                 bail!("another daemon answers on the API socket {}; stop it first", path.display())
             }
             found => Ok(found.is_ok()),
@@ -288,6 +290,15 @@ impl Host {
         tracing::debug!("opened {}", path.display());
         Ok(self.open_place(place.into(), libc::O_NONBLOCK | libc::O_NOCTTY)?)
     }
+}
+
+/// True if whoever listens on the socket at `path` may still answer. A daemon that was killed can be kept from going away by
+/// a thread that waits in the kernel, and its socket with it.
+fn is_answered(path: &Path) -> bool {
+    let Ok(stream) = std::os::unix::net::UnixStream::connect(path) else { return false };
+    let listener = getsockopt(&stream, sockopt::PeerCredentials).map(|peer| peer.pid());
+    // Processes outside of our namespace have number 0.
+    !listener.is_ok_and(|pid| pid > 0 && process::has_ended(Pid::from_raw(pid)))
 }
 
 fn resolve(host: &str) -> io::Result<Vec<IpAddr>> {
