@@ -50,8 +50,9 @@ for variant in filter(None, {"all": ALL}.get(wanted := os.environ.get("VARIANTS"
     label, _, flags = variant.partition("=")
     VARIANTS[label] = shlex.split(flags)
 
-# What has the kernel offer io_uring.
+# What has the kernel offer io_uring, and what a daemon logs that is served by it.
 RINGS = "/sys/module/fuse/parameters/enable_uring"
+THROUGH_RINGS = "FUSE requests come through io_uring"
 
 # The bound on what the kernel can not answer, against the server `raw`.
 RAW_BOUND = 0.9
@@ -69,13 +70,9 @@ def drop_caches():
 
 @contextlib.contextmanager
 def rings():
-    """Has the kernel offer io_uring, as far as it can."""
-    try:
-        with open(RINGS, encoding="utf-8") as file:
-            before = file.read()
-    except FileNotFoundError:
-        yield
-        return
+    """Has the kernel offer io_uring."""
+    with open(RINGS, encoding="utf-8") as file:
+        before = file.read()
     try:
         with open(RINGS, "w", encoding="utf-8") as file:
             file.write("Y")
@@ -83,6 +80,19 @@ def rings():
     finally:
         with open(RINGS, "w", encoding="utf-8") as file:
             file.write(before)
+
+
+def wait_for_rings(log):
+    """The daemon with this log takes its requests through io_uring: it would be no variant without."""
+    deadline = time.monotonic() + 10
+    while True:
+        with open(log, encoding="utf-8") as file:
+            text = file.read()
+        if THROUGH_RINGS in text:
+            return
+        if time.monotonic() > deadline:
+            raise Failed(f"nydusd does not serve through io_uring:\n{text}")
+        time.sleep(0.001)
 
 
 def load(*arguments):
@@ -166,6 +176,7 @@ def prepare(work):
     """The unpacked tree, and an image of it: (tree, bootstrap, configuration)."""
     tree, boot, blobs, cache = f"{work}/bundle/rootfs", f"{work}/boot", f"{work}/blobs", f"{work}/cache"
     if not os.path.exists(boot):
+        run(f"{HERE}/misc/images/make-images", LAYOUTS, NAME)
         for path in (f"{work}/bundle", blobs, cache):
             shutil.rmtree(path, ignore_errors=True)
         os.makedirs(blobs)
@@ -265,10 +276,14 @@ def main():
     if os.geteuid() != 0:
         raise Failed("mounting needs root")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    run(f"{HERE}/misc/images/make-images", LAYOUTS, NAME)
     with contextlib.ExitStack() as stack:
-        if any("--fuse-io-uring" in flags for flags in VARIANTS.values()):
+        through_rings = [name for name, flags in VARIANTS.items() if "--fuse-io-uring" in flags]
+        if through_rings and os.path.exists(RINGS):
             stack.enter_context(rings())
+        elif through_rings:
+            print(f"{NAME}: without {', '.join(through_rings)}: the kernel has no FUSE over io_uring ({RINGS})")
+            for name in through_rings:
+                del VARIANTS[name]
         parent = os.environ.get("TMPDIR", "/var/tmp")
         work = os.environ.get("KEEP") or stack.enter_context(directory(parent))
         os.makedirs(work, exist_ok=True)
@@ -283,7 +298,14 @@ def main():
                 return
             program = flags[0] if flags and flags[0].startswith("/") else f"{BIN}/nydusd"
             flags = source + [flag for flag in flags if flag != program]
-            with directory(parent) as scratch, nydusd(scratch, image, None, flags, program=program) as (_, point):
+            ringed = "--fuse-io-uring" in flags
+            level = "info" if ringed else "warn"
+            with (
+                directory(parent) as scratch,
+                nydusd(scratch, image, None, flags, program=program, level=level) as (_, point),
+            ):
+                if ringed:
+                    wait_for_rings(f"{scratch}/nydusd.log")
                 yield point, f"{scratch}/api.sock"
 
         with daemon([]) as (root, _):

@@ -70,12 +70,12 @@ class Image:
 
 
 @contextlib.contextmanager
-def nydusd(scratch, image, cache, source, environment=None, program=f"{BIN}/nydusd"):
+def nydusd(scratch, image, cache, source, environment=None, program=f"{BIN}/nydusd", level="warn"):
     """A daemon on the image; yields (process, mount point) as soon as the mount is there. `source`: flags."""
     point = f"{scratch}/mount"
     os.makedirs(point, exist_ok=True)
     before = os.stat(point).st_dev
-    command = [program, "fuse", "--mountpoint", point, "--apisock", f"{scratch}/api.sock", "--log-level", "warn"]
+    command = [program, "fuse", "--mountpoint", point, "--apisock", f"{scratch}/api.sock", "--log-level", level]
     command += [flag.format(cache=cache, bootstrap=image.bootstrap) for flag in source]
     with open(f"{scratch}/nydusd.log", "w+", encoding="utf-8") as log:
         try:

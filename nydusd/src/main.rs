@@ -22,7 +22,7 @@ fn main() {
             // Before there are threads, and before anything of anybody else is read.
             let sandbox = Sandbox::begin(&args);
             prepare(&args.global);
-            let rings = if args.fuse_io_uring { Plan::new() } else { None };
+            let rings = if args.fuse_io_uring { Plan::new(&args) } else { None };
             let host = sandbox.enter(&args);
             daemon::run(*args, host, rings)
         }

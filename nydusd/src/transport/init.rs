@@ -117,7 +117,11 @@ pub(super) fn answer(adapter: &Adapter, body: &[u8], rings: bool) -> io::Result<
     if rings {
         wanted |= OVER_IO_URING;
     }
-    let flags = offered & wanted;
+    let mut flags = offered & wanted;
+    if flags & OVER_IO_URING != 0 {
+        // With rings a read must not outlive its reader: see `uring::serve`.
+        flags &= !FsOptions::ASYNC_READ.bits();
+    }
     let large = flags & FsOptions::MAX_PAGES.bits() != 0;
     let negotiated = Negotiated {
         minor: init.minor.min(MINOR),
@@ -164,7 +168,7 @@ mod tests {
         let Answer::Agreed(agreed, out) = answer(&adapter, &all, false).unwrap() else {
             panic!("asked again")
         };
-        assert!(agreed.resends() && agreed.expires());
+        assert!(agreed.resends() && agreed.expires() && agreed.flags & 1 == 1);
         assert_eq!((out.flags2 >> 7) & 3, 3, "resend and id-mapped mounts");
         assert_eq!(u64::from(out.flags) | u64::from(out.flags2) << 32, agreed.flags);
         assert_eq!((agreed.max_pages, agreed.max_write, agreed.max_readahead), (256, 1 << 20, 128 << 10));
@@ -176,6 +180,7 @@ mod tests {
             panic!("asked again")
         };
         assert!(agreed.rings() && out.flags2 & 1 << 9 != 0, "they are taken where they are offered");
+        assert_eq!(agreed.flags & 1, 0, "no reads behind a reader's back");
         // Directories of the host may come, unless one image is all there will be.
         let changes_of = |flags: u64| ((flags >> 6) & 1, (flags >> 12) & 1, (flags >> 25) & 1);
         assert_eq!(changes_of(agreed.flags), (1, 1, 0), "masks left to us, changed files looked at");

@@ -18,25 +18,31 @@
 //! An entry is 1 MiB of address space, of which only what was used takes memory. Per mount, [`KEPT`] of that
 //! is kept, at least one entry's data for each thread; what goes beyond it is given back with each answer.
 //!
+//! # What blocks
+//! A queue has one thread. What waits for a source is storage's; for a page of the cache file that is on the disk only,
+//! the thread waits itself, as the reader on its CPU would. A host's disk may be slow or gone: its directories are not
+//! served through rings where that is known before the mount.
+//!
 //! # A crash
 //! Requests that are in an entry end with an error when the daemon dies (Linux 6.18), and the kernel does not
 //! give them to a successor. Hence rings only when asked for, and never together with a supervisor.
 
 use std::fs::File;
-use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, ensure};
 use fuse_backend_rs::api::server::Server;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
+use self::mailbox::Mailbox;
 use super::worker::Connection;
 use crate::adapter::Adapter;
+use crate::cli::FuseArgs;
 
 mod layout;
 mod mailbox;
@@ -51,13 +57,15 @@ const KEPT: usize = 16 << 20;
 const PARAMETER: &str = "/sys/module/fuse/parameters/enable_uring";
 /// CPUs there may ever be.
 const POSSIBLE: &str = "/sys/devices/system/cpu/possible";
+/// Those that somebody may ask from.
+const ONLINE: &str = "/sys/devices/system/cpu/online";
 
 /// What one thread serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Place {
-    /// Where it runs; anywhere if absent.
-    cpu: Option<usize>,
-    /// The kernel's queues.
+    /// Where it runs.
+    cpu: usize,
+    /// The kernel's queues: first that of its CPU, then some of CPUs that are offline.
     queues: Vec<u16>,
 }
 
@@ -71,7 +79,14 @@ pub struct Plan {
 
 impl Plan {
     /// The plan for this machine; without rings `None`, with a warning that says why.
-    pub fn new() -> Option<Self> {
+    pub fn new(args: &FuseArgs) -> Option<Self> {
+        if args.writable || args.shared_dir.is_some() {
+            tracing::warn!(
+                "no FUSE over io_uring with --writable or --shared-dir: a request that waits for the host's disk \
+                 would hold up its whole CPU; requests come through /dev/fuse"
+            );
+            return None;
+        }
         match std::fs::read_to_string(PARAMETER) {
             Ok(text) if text.trim() == "Y" => {}
             Ok(_) => {
@@ -89,12 +104,20 @@ impl Plan {
     }
 
     fn of_this_machine() -> anyhow::Result<Self> {
-        let text = std::fs::read_to_string(POSSIBLE).context(POSSIBLE)?;
-        let possible = count(&text).with_context(|| format!("{POSSIBLE}: {text:?} is no list of CPUs"))?;
+        let possible = u16::try_from(cpus(POSSIBLE)?.len()).context(POSSIBLE)?;
         let set = sched_getaffinity(Pid::from_raw(0)).context("this process's CPUs")?;
-        let usable = (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu) == Ok(true));
+        // A queue is kept going from its own CPU only, see `serve`.
+        let foreign = cpus(ONLINE)?.into_iter().find(|&cpu| set.is_set(cpu.into()) != Ok(true));
+        ensure!(
+            foreign.is_none(),
+            "this process may not run on CPU {}, whose requests it would serve; let it run on all CPUs (cpuset, \
+             CPUAffinity=, taskset)",
+            foreign.unwrap_or_default()
+        );
+        let places = places(possible, (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu) == Ok(true)));
+        ensure!(!places.is_empty(), "no CPU that this process may run on has a queue");
         let null = File::options().write(true).open("/dev/null").context("/dev/null")?;
-        Ok(Self { places: places(possible, usable), null })
+        Ok(Self { places, null })
     }
 }
 
@@ -106,27 +129,35 @@ pub(super) fn not_offered() {
     );
 }
 
-/// How many CPUs a list like `0-3,8` names.
-fn count(list: &str) -> Option<u16> {
-    list.trim().split(',').try_fold(0_u16, |sum, part| {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let (first, last): (u16, u16) = (first.parse().ok()?, last.parse().ok()?);
-        sum.checked_add(last.checked_sub(first)?.checked_add(1)?)
-    })
+/// The CPUs that a file of the kernel's names.
+fn cpus(path: &str) -> anyhow::Result<Vec<u16>> {
+    let text = std::fs::read_to_string(path).context(path.to_owned())?;
+    parse(&text).with_context(|| format!("{path}: {text:?} is no list of CPUs"))
 }
 
-/// One thread for each usable CPU; they share the queues of all others.
+/// The CPUs that a list like `0-3,8` names, in ascending order.
+fn parse(list: &str) -> Option<Vec<u16>> {
+    let mut all = Vec::new();
+    for part in list.trim().split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u16, u16) = (first.parse().ok()?, last.parse().ok()?);
+        if first > last || all.last().is_some_and(|&before| before >= first) {
+            return None;
+        }
+        all.extend(first..=last);
+    }
+    Some(all)
+}
+
+/// One thread for each usable CPU that has a queue; they share the queues of all others.
 fn places(possible: u16, usable: impl Iterator<Item = usize>) -> Vec<Place> {
     let own: Vec<u16> =
         usable.filter_map(|cpu| u16::try_from(cpu).ok()).filter(|cpu| *cpu < possible).collect();
-    let mut places: Vec<_> =
-        own.iter().map(|&cpu| Place { cpu: Some(cpu.into()), queues: vec![cpu] }).collect();
-    if places.is_empty() {
-        places.push(Place { cpu: None, queues: Vec::new() });
-    }
-    let threads = places.len();
+    let mut places: Vec<_> = own.iter().map(|&cpu| Place { cpu: cpu.into(), queues: vec![cpu] }).collect();
     let others = (0..possible).filter(|queue| !own.contains(queue));
-    others.enumerate().for_each(|(number, queue)| places[number % threads].queues.push(queue));
+    for (queue, place) in others.zip((0..own.len()).cycle()) {
+        places[place].queues.push(queue);
+    }
     places
 }
 
@@ -148,7 +179,7 @@ impl Rings {
     /// Starts the threads, each with its ring; once started each calls `ended` when it stops.
     ///
     /// # Errors
-    /// The system refuses a thread or a ring.
+    /// The system refuses a thread, its CPU or a ring, or has no memory.
     pub fn prepare(
         plan: Plan,
         adapter: Arc<Adapter>,
@@ -172,7 +203,7 @@ impl Rings {
             handles.push(handle);
         }
         for _ in &handles {
-            results.recv().map_err(|_| anyhow!("a ring thread ended"))?.context("set up a ring")?;
+            results.recv().map_err(|_| anyhow!("a ring thread ended"))??;
         }
         Ok((rings, handles))
     }
@@ -190,27 +221,19 @@ impl Rings {
 fn run(
     shared: &Arc<Shared>,
     number: usize,
-    prepared: &Sender<io::Result<()>>,
+    prepared: &Sender<anyhow::Result<()>>,
     told: &Receiver<Arc<Connection>>,
     ended: &impl Fn(anyhow::Result<()>),
 ) {
-    if let Some(cpu) = shared.plan.places[number].cpu {
-        let mut set = CpuSet::new();
-        let pinned = set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
-        // Then answers come from another CPU: slower, and right.
-        if let Err(e) = pinned {
-            tracing::warn!("ring thread {number} is not bound to CPU {cpu}: {e}");
-        }
-    }
-    let (uring, sent) = match sys::set_up() {
-        Ok(uring) => (uring, prepared.send(Ok(()))),
+    let (means, sent) = match set_up(&shared.plan, number) {
+        Ok(means) => (means, prepared.send(Ok(()))),
         Err(e) => {
             let _ = prepared.send(Err(e));
             return;
         }
     };
     let (Ok(()), Ok(connection)) = (sent, told.recv()) else { return };
-    let serve = || serve::RingWorker::new(shared, number, uring, connection)?.run();
+    let serve = || serve::RingWorker::new(shared, number, means, connection).run();
     match catch_unwind(AssertUnwindSafe(serve)) {
         Ok(Ok(serve::End::Over)) => ended(Ok(())),
         // The kernel has said no, and uses /dev/fuse.
@@ -218,6 +241,27 @@ fn run(
         Ok(Err(e)) => ended(Err(anyhow::Error::new(e).context("serve a FUSE ring"))),
         Err(_) => ended(Err(anyhow!("a ring thread panicked"))),
     }
+}
+
+/// What a ring thread is made of.
+struct Means {
+    ring: sys::Prepared,
+    mailbox: Mailbox,
+    /// See [`Plan::null`].
+    null: File,
+}
+
+/// Binds the calling thread to its CPU, and makes its ring. What can fail, fails here, before the kernel has agreed:
+/// after that it has all requests wait until each queue has an entry.
+fn set_up(plan: &Plan, number: usize) -> anyhow::Result<Means> {
+    let place = &plan.places[number];
+    let mut set = CpuSet::new();
+    set.set(place.cpu)
+        .and_then(|()| sched_setaffinity(Pid::from_raw(0), &set))
+        .with_context(|| format!("bind a thread to CPU {}", place.cpu))?;
+    let ring = sys::set_up(place.queues.len() * serve::DEPTH).context("set up a ring")?;
+    let mailbox = Mailbox::new().context("set up a ring's mailbox")?;
+    Ok(Means { ring, mailbox, null: plan.null.try_clone().context("/dev/null")? })
 }
 
 impl Shared {
@@ -234,34 +278,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_of_cpus_are_counted() {
-        for (list, many) in [("0\n", 1), ("0-3\n", 4), ("0-3,8,10-11", 7), ("0-65534", u16::MAX)] {
-            assert_eq!(count(list), Some(many), "{list:?}");
+    fn lists_of_cpus_are_taken_apart() {
+        for (list, cpus) in [
+            ("0\n", vec![0]),
+            ("0-3\n", vec![0, 1, 2, 3]),
+            ("0-1,8,10-11", vec![0, 1, 8, 10, 11]),
+            ("65534-65535", vec![65534, 65535]),
+        ] {
+            assert_eq!(parse(list), Some(cpus), "{list:?}");
         }
-        for list in ["", "\n", "3-1", "0-65535", "a", "0-", "-1", "0,,1", "0-40000,0-40000"] {
-            assert_eq!(count(list), None, "{list:?}");
+        for list in ["", "\n", "3-1", "65536", "a", "0-", "-1", "0,,1", "0-40000,0-40000", "0-1,1"] {
+            assert_eq!(parse(list), None, "{list:?}");
         }
     }
 
     #[test]
     fn every_queue_is_served_once() {
-        for (possible, usable) in [
-            (1, vec![0]),
-            (2, vec![0, 1]),
-            (8, vec![1, 3]),
-            (4, vec![]),
-            (2, vec![0, 1, 5, 70_000]),
-            (3, vec![9]),
-        ] {
+        for (possible, usable) in [(1, vec![0]), (2, vec![0, 1]), (8, vec![1, 3]), (2, vec![0, 1, 5, 70_000])]
+        {
             let places = places(possible, usable.iter().copied());
             let mut queues: Vec<_> = places.iter().flat_map(|place| place.queues.clone()).collect();
             queues.sort_unstable();
             assert_eq!(queues, (0..possible).collect::<Vec<_>>(), "{places:?}");
             for place in &places {
                 // A thread serves its own CPU's queue, first.
-                assert_eq!(place.cpu, place.cpu.map(|_| place.queues[0].into()), "{places:?}");
-                assert!(place.cpu.is_none_or(|cpu| usable.contains(&cpu)), "{places:?}");
+                assert_eq!(place.cpu, usize::from(place.queues[0]), "{places:?}");
+                assert!(usable.contains(&place.cpu), "{places:?}");
             }
         }
+        assert_eq!(places(3, [9].into_iter()), []);
     }
 }

@@ -4,7 +4,8 @@
 //! have to wait, and others stand in line in the kernel: the kernel gives those to an entry only when one comes
 //! back with an answer, not when a new one is added. So when reads begin to wait and nothing is answered beside
 //! them, the thread has the kernel send it a message (the answer to FUSE_NOTIFY_RETRIEVE): it goes to a new
-//! entry, comes back, and brings the line on.
+//! entry, comes back, and brings the line on. The kernel puts it into the queue of the CPU that the thread runs on.
+//! So a CPU that comes online later has no such help: what stands in line there does until a read is answered.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -15,12 +16,13 @@ use std::sync::Arc;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader, Writer};
 use nix::errno::Errno;
+use nix::sched::sched_getcpu;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::layout::{self, ANSWER_OFFSET, DATA_SIZE, HEAD_SIZE, Request};
 use super::mailbox::{Mailbox, ToEntry};
-use super::sys::{Event, Ring, Uring};
-use super::{KEPT, Shared};
+use super::sys::{Event, Ring};
+use super::{KEPT, Means, Shared};
 use crate::adapter::Adapter;
 use crate::node::NodeId;
 use crate::transport::message::{self, InHeader, OUT_HEADER_LEN, OutHeader};
@@ -28,7 +30,7 @@ use crate::transport::reads::{Outcome, Reads, Way};
 use crate::transport::worker::Connection;
 
 /// Entries of a queue that no read waits in. More requests at once stand in line.
-const DEPTH: usize = 8;
+pub(super) const DEPTH: usize = 8;
 
 /// Entries of a queue at most: reads that wait beyond that stand in line, and others with them.
 const MOST: usize = 16 << 10;
@@ -73,8 +75,8 @@ struct Queue {
     waiting: usize,
     /// The kernel takes no more.
     full: bool,
-    /// Reads have begun to wait, the last of them of this node, and others may stand in line since no entry was left.
-    dry: Option<NodeId>,
+    /// Reads have begun to wait, the last of them in this entry, and others may stand in line since no entry was left.
+    dry: Option<usize>,
     /// Something was answered since the last events.
     answered: bool,
 }
@@ -82,8 +84,10 @@ struct Queue {
 /// What an entry is used for.
 #[derive(Clone, Copy, Debug, Default)]
 struct Use {
-    /// The read that waits in it.
-    waiting: Option<u64>,
+    /// It came with a request before.
+    served: bool,
+    /// The read that waits in it, and of which file.
+    waiting: Option<(u64, NodeId)>,
     /// Bytes of its data that take memory.
     filled: usize,
 }
@@ -93,9 +97,8 @@ pub(super) struct RingWorker {
     shared: Arc<Shared>,
     connection: Arc<Connection>,
     ring: Ring,
-    /// The first is this CPU's own, if the thread is bound to one.
+    /// The first is this CPU's own.
     queues: Vec<Queue>,
-    bound: bool,
     /// By entry.
     uses: Vec<Use>,
     mailbox: Arc<Mailbox>,
@@ -113,28 +116,19 @@ pub(super) struct RingWorker {
 
 impl RingWorker {
     /// The thread `number` of the plan.
-    ///
-    /// # Errors
-    /// No descriptor is left.
-    pub fn new(
-        shared: &Arc<Shared>,
-        number: usize,
-        uring: Uring,
-        connection: Arc<Connection>,
-    ) -> io::Result<Self> {
+    pub fn new(shared: &Arc<Shared>, number: usize, means: Means, connection: Arc<Connection>) -> Self {
         let place = &shared.plan.places[number];
         let queue =
             |&number: &u16| Queue { number, free: 0, waiting: 0, full: false, dry: None, answered: false };
         let reads = Reads::new(Arc::clone(&shared.adapter), Arc::clone(&connection.streams));
-        Ok(Self {
-            ring: Ring::new(uring, Arc::clone(&connection)),
+        Self {
+            ring: Ring::new(means.ring, Arc::clone(&connection)),
             queues: place.queues.iter().map(queue).collect(),
-            bound: place.cpu.is_some(),
             uses: Vec::new(),
-            mailbox: Arc::new(Mailbox::new()?),
+            mailbox: Arc::new(means.mailbox),
             answers: Answers {
                 server: Arc::clone(&shared.server),
-                null: shared.plan.null.try_clone()?,
+                null: means.null,
                 reads,
                 message: Vec::new(),
             },
@@ -146,15 +140,19 @@ impl RingWorker {
             over: false,
             shared: Arc::clone(shared),
             connection,
-        })
+        }
     }
 
     /// Serves until the connection ends.
     ///
     /// # Errors
-    /// The ring fails.
+    /// The ring fails, or a queue can not have an entry.
     pub fn run(mut self) -> io::Result<End> {
         self.grow()?;
+        // The kernel would have all requests wait for it.
+        if self.queues.iter().any(|queue| queue.free == 0) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
         self.ring.watch(self.mailbox.bell())?;
         self.ring.submit()?;
         self.ring.collect(&mut self.events);
@@ -171,7 +169,7 @@ impl RingWorker {
             for event in events.drain(..) {
                 match event {
                     Event::Request(entry) => self.serve(entry)?,
-                    Event::Refused(entry, errno) => self.refused(entry, errno),
+                    Event::Refused(entry, errno) => self.refused(entry, errno)?,
                     Event::Mail => self.deliver()?,
                 }
             }
@@ -234,6 +232,7 @@ impl RingWorker {
     /// Answers a request, or leaves it to storage.
     fn serve(&mut self, entry: usize) -> io::Result<()> {
         let Some(memory) = self.ring.memory(entry) else { return Ok(()) };
+        self.uses[entry].served = true;
         let Some(request) = Request::parse(memory) else {
             tracing::warn!("a FUSE request in a ring makes no sense");
             let unique = layout::unique(memory);
@@ -252,10 +251,10 @@ impl RingWorker {
         match answer {
             Some(header) => self.give(entry, &header),
             None => {
-                self.uses[entry].waiting = Some(unique);
+                self.uses[entry].waiting = Some((unique, NodeId(request.header.nodeid)));
                 let queue = self.queue_of(entry);
                 queue.waiting += 1;
-                queue.dry = Some(NodeId(request.header.nodeid));
+                queue.dry = Some(entry);
                 Ok(())
             }
         }
@@ -289,7 +288,7 @@ impl RingWorker {
     fn deliver(&mut self) -> io::Result<()> {
         for mail in self.mailbox.take() {
             // One that panicked on its way has two answers, and had its first.
-            if self.uses[mail.entry].waiting != Some(mail.header.unique) {
+            if self.uses[mail.entry].waiting.map(|(unique, _)| unique) != Some(mail.header.unique) {
                 continue;
             }
             self.uses[mail.entry].waiting = None;
@@ -308,18 +307,23 @@ impl RingWorker {
     }
 
     /// The kernel has no use for an entry any more.
-    fn refused(&mut self, entry: usize, errno: Errno) {
+    ///
+    /// # Errors
+    /// It refuses one that it had: whoever waits for the answer in it would do so until the connection ends.
+    fn refused(&mut self, entry: usize, errno: Errno) -> io::Result<()> {
         match errno {
             // ENOENT: its request has ended with the connection.
             Errno::ENOTCONN | Errno::ECONNABORTED | Errno::ENODEV | Errno::ECANCELED | Errno::ENOENT => {
                 self.over = true;
             }
+            _ if self.uses[entry].served => return Err(errno.into()),
             _ => {
                 let queue = self.queue_of(entry);
                 queue.full = true;
                 tracing::warn!("the kernel takes no more ring entries for CPU {}: {errno}", queue.number);
             }
         }
+        Ok(())
     }
 
     /// Submits where more is to be done than to wait for the next request.
@@ -330,22 +334,30 @@ impl RingWorker {
         {
             return Ok(());
         }
+        let overflows = self.ring.overflows();
         self.ring.submit()?;
         self.answers.reads.read_ahead();
         self.ring.collect(&mut self.events);
-        for entry in self.trims.drain(..) {
-            if self.ring.trim(entry) {
-                self.filled -= std::mem::take(&mut self.uses[entry].filled);
+        // Otherwise in the next round.
+        if !overflows && self.ring.is_settled() {
+            for entry in self.trims.drain(..) {
+                if self.ring.trim(entry) {
+                    self.filled -= std::mem::take(&mut self.uses[entry].filled);
+                }
             }
         }
         for place in 0..self.queues.len() {
             let queue = &self.queues[place];
             let came = |event: &Event| matches!(event, Event::Request(entry) if self.ring.queue(*entry) == queue.number);
             // Who stood in line has come now, and brings the line on or asks for another nudge.
-            let Some(node) = queue.dry.filter(|_| !self.events.iter().any(came)) else { continue };
+            let Some(entry) = queue.dry.filter(|_| !self.events.iter().any(came)) else { continue };
             if queue.answered {
                 self.queues[place].dry = None;
-            } else if place == 0 && self.bound && queue.free > 0 {
+            } else if place == 0
+                && queue.free > 0
+                && sched_getcpu() == Ok(queue.number.into())
+                && let Some((_, node)) = self.uses[entry].waiting
+            {
                 // Also if one is on its way: entries that seem free may be taken, and it stands in line itself.
                 self.nudge(node);
             }
@@ -354,7 +366,10 @@ impl RingWorker {
     }
 
     /// Has the kernel send a message, to the queue of the CPU that this thread runs on. It is about no bytes of a
-    /// file, which the kernel must have in memory, as it has one that is being read.
+    /// regular file (newer kernels refuse all else) that the kernel must have in memory, and must not be freeing: it
+    /// would wait for the end of that, which waits for reads, and those for us. A read that waits in an entry of ours
+    /// is one that somebody sits in with the file open, since the kernel reads nothing behind a reader's back
+    /// (`FUSE_ASYNC_READ` is not agreed on with rings); and it ends when this thread answers.
     fn nudge(&mut self, node: NodeId) {
         self.nudges = self.nudges.wrapping_add(1);
         let body = Retrieve {

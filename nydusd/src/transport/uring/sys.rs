@@ -37,20 +37,27 @@ const NO_IOWAIT: u32 = 1 << 7;
 /// Stands for the mailbox in place of an entry.
 const MAILBOX: u64 = u64::MAX;
 
-/// A ring as the system made it.
-pub(super) type Uring = IoUring<Entry128, cqueue::Entry>;
+type Uring = IoUring<Entry128, cqueue::Entry>;
 
-/// Makes a ring for the calling thread and no other.
+/// A ring as the system made it, with the memory of its first entries.
+pub(super) struct Prepared {
+    uring: Uring,
+    areas: Vec<Area>,
+}
+
+/// Makes a ring for the calling thread and no other, and memory for so many entries.
 ///
 /// # Errors
-/// The system has none, or forbids it.
-pub(super) fn set_up() -> io::Result<Uring> {
-    IoUring::builder()
+/// The system has no rings, or forbids them; no memory.
+pub(super) fn set_up(entries: usize) -> io::Result<Prepared> {
+    let uring = IoUring::builder()
         .setup_cqsize(COMPLETIONS)
         // What the kernel has for us is done when we ask for it, by this thread: see `Ring::trim`.
         .setup_single_issuer()
         .setup_defer_taskrun()
-        .build(SUBMISSIONS)
+        .build(SUBMISSIONS)?;
+    let areas = (0..entries).map(|_| Area::new()).collect::<io::Result<_>>()?;
+    Ok(Prepared { uring, areas })
 }
 
 /// Who may touch the memory of an entry.
@@ -115,12 +122,14 @@ pub(super) struct Ring {
     uring: Uring,
     connection: Arc<Connection>,
     entries: Vec<Entry>,
+    /// For entries to come.
+    areas: Vec<Area>,
 }
 
 impl Ring {
     /// A ring for requests of `connection`, without an entry.
-    pub fn new(uring: Uring, connection: Arc<Connection>) -> Self {
-        Self { uring, connection, entries: Vec::new() }
+    pub fn new(Prepared { uring, areas }: Prepared, connection: Arc<Connection>) -> Self {
+        Self { uring, connection, entries: Vec::new(), areas }
     }
 
     /// Has the kernel use one more entry for requests of `queue`, with the next submission; its number.
@@ -128,7 +137,7 @@ impl Ring {
     /// # Errors
     /// No memory.
     pub fn add(&mut self, queue: u16) -> io::Result<usize> {
-        let area = Area::new()?;
+        let area = self.areas.pop().map_or_else(Area::new, Ok)?;
         let parts = Box::new([
             libc::iovec { iov_base: area.at(0), iov_len: HEAD_SIZE },
             libc::iovec { iov_base: area.at(HEAD_SIZE), iov_len: ENTRY_SIZE - HEAD_SIZE },
@@ -192,7 +201,7 @@ impl Ring {
         self.push(Entry128::from(poll.build().user_data(MAILBOX)))
     }
 
-    /// Submits, without waiting. What has come when this returns was waiting in the kernel.
+    /// Submits, without waiting: all of it, unless the system puts it off.
     ///
     /// # Errors
     /// The system's.
@@ -214,6 +223,12 @@ impl Ring {
         calmly(unsafe { self.uring.submitter().enter::<()>(pending, 1, GET_EVENTS | quiet, None) })
     }
 
+    /// True if the kernel keeps completions for which there was no room: they are collected only after the next
+    /// submission.
+    pub fn overflows(&mut self) -> bool {
+        self.uring.submission().cq_overflow()
+    }
+
     /// Takes what has come.
     pub fn collect(&mut self, events: &mut Vec<Event>) {
         for completion in self.uring.completion() {
@@ -231,17 +246,28 @@ impl Ring {
         }
     }
 
-    /// Gives the pages of an entry's data back to the system; false if it is ours again. To be called when
-    /// what has come since the last submission is collected: the kernel has then taken the answer, and copies
-    /// the next request in only when this thread asks for one, see [`set_up`].
+    /// True if an entry that is the kernel's holds nothing that somebody will read: once what has come since the
+    /// last submission is collected, and the next one is not begun. All was then submitted, so the kernel has
+    /// taken the answer; no request waits in the kernel to be collected; and it copies the next one in only when
+    /// this thread enters the ring, see [`set_up`].
+    pub fn is_settled(&mut self) -> bool {
+        let submission = self.uring.submission();
+        submission.is_empty() && !submission.cq_overflow()
+    }
+
+    /// Gives the pages of an entry's data back to the system; false if it is ours again, or the ring is not settled.
     pub fn trim(&mut self, entry: usize) -> bool {
+        if !self.is_settled() {
+            return false;
+        }
         let entry = &self.entries[entry];
         if entry.holder != Holder::Kernel {
             return false;
         }
         if let Some(data) = NonNull::new(entry.area.at(HEAD_SIZE)) {
-            // SAFETY: the range is the mapping's, and nobody has a reference into it: it is not ours now. What
-            // it holds may become zeros at any time, since nobody reads it before it is written.
+            // SAFETY: the range is the mapping's, and nobody has a reference into it: it is not ours now. It
+            // becomes zeros, and holds neither an answer nor a request: the ring is settled, and stays so
+            // meanwhile, since only this thread enters it.
             let done = unsafe { madvise(data, ENTRY_SIZE - HEAD_SIZE, MmapAdvise::MADV_DONTNEED) };
             return done.is_ok();
         }
