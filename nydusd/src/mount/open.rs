@@ -111,7 +111,10 @@ pub fn open(
     drop(fetched);
     let root = check_root(&*bootstrap, *stated_root, config.expect_root)?;
     let records = bootstrap.blobs();
-    let backends = records.iter().map(|blob| source.blob(&blob.id)).collect::<storage::Result<Vec<_>>>()?;
+    let backends = records
+        .iter()
+        .map(|blob| source.blob_of_size(&blob.id, blob.compressed_size))
+        .collect::<storage::Result<Vec<_>>>()?;
     let rafs = match found {
         Some((rafs, _)) => rafs,
         None => {

@@ -25,6 +25,8 @@ enum End {
     Cut,
     /// Nothing, for ever.
     Stall,
+    /// The rest comes, a byte in ten milliseconds.
+    Drip,
 }
 
 /// A planned answer.
@@ -58,6 +60,11 @@ impl Reply {
     /// Nothing comes after `sent` bytes of the body.
     pub(crate) fn stall_after(self, sent: usize) -> Self {
         Self { sent, end: End::Stall, ..self }
+    }
+
+    /// All but the first `sent` bytes come one by one.
+    pub(crate) fn drip_after(self, sent: usize) -> Self {
+        Self { sent, end: End::Drip, ..self }
     }
 
     /// A registry's 401.
@@ -111,6 +118,16 @@ impl Reply {
                 Err(io::Error::other("cut on plan"))
             })),
             End::Stall => Box::pin(futures_util::stream::pending()),
+            End::Drip => {
+                let rest = self.body.slice(self.sent..);
+                Box::pin(futures_util::stream::iter(0..rest.len()).then(move |at| {
+                    let byte = rest.slice(at..at + 1);
+                    async move {
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                        Ok(Frame::data(byte))
+                    }
+                }))
+            }
         };
         builder.body(StreamBody::new(first.chain(rest))).unwrap()
     }

@@ -20,8 +20,8 @@ mod sequential;
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -87,24 +87,54 @@ pub enum Supplier {
     Peer,
 }
 
+/// Who sent bytes: its kind, and which of several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sender {
+    /// Its kind.
+    pub supplier: Supplier,
+    /// Its place among the ways to the blob that are tried before the source itself, from 1; 0 is the source.
+    pub way: usize,
+}
+
+impl From<Supplier> for Sender {
+    /// The source itself.
+    fn from(supplier: Supplier) -> Self {
+        Self { supplier, way: 0 }
+    }
+}
+
 /// The bytes of a range, in order, in pieces of the transport's choosing.
 ///
 /// A stream that ends early or yields more than the range is a fault of the backend;
 /// the reader checks the count.
 pub struct ByteStream {
-    supplier: Supplier,
+    /// Short, never held across an await.
+    sender: Arc<Mutex<Sender>>,
     stream: Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>,
 }
 
 impl ByteStream {
     /// The pieces that `supplier` sends.
     pub fn new(supplier: Supplier, stream: impl Stream<Item = Result<Bytes>> + Send + 'static) -> Self {
-        Self { supplier, stream: Box::pin(stream) }
+        Self::changing(Arc::new(Mutex::new(supplier.into())), stream)
     }
 
-    /// Who sends them.
+    /// The same, where another one may go on: `sender` says who sent the last piece.
+    pub(crate) fn changing(
+        sender: Arc<Mutex<Sender>>,
+        stream: impl Stream<Item = Result<Bytes>> + Send + 'static,
+    ) -> Self {
+        Self { sender, stream: Box::pin(stream) }
+    }
+
+    /// Who sent the last piece, or sends the first.
+    pub fn sender(&self) -> Sender {
+        *self.sender.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its kind.
     pub fn supplier(&self) -> Supplier {
-        self.supplier
+        self.sender().supplier
     }
 }
 
@@ -118,7 +148,7 @@ impl Stream for ByteStream {
 
 impl fmt::Debug for ByteStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ByteStream").field("supplier", &self.supplier).finish_non_exhaustive()
+        f.debug_struct("ByteStream").field("sender", &self.sender()).finish_non_exhaustive()
     }
 }
 
@@ -146,17 +176,10 @@ pub trait Backend: Send + Sync + fmt::Debug + 'static {
         Box::pin(async { Ok(None) })
     }
 
-    /// True once the source turned out to send the whole blob whatever the range: it is then
-    /// read once, from front to end, and a range is there when that stream has passed it. All
-    /// of it comes anyway, so to read on in order costs nothing more.
-    fn is_sequential(&self) -> bool {
+    /// Bytes of this blob that `sender` sent were wrong. True: from now on somebody else is asked for it.
+    fn distrust(&self, sender: Sender) -> bool {
+        let _ = sender;
         false
-    }
-
-    /// Bytes of this blob that `supplier` sent were wrong: it is not asked for them again where
-    /// there is somebody else to ask.
-    fn distrust(&self, supplier: Supplier) {
-        let _ = supplier;
     }
 }
 
@@ -170,6 +193,16 @@ pub trait BlobSource: Send + Sync + fmt::Debug + 'static {
     /// # Errors
     /// `Invalid`: the id is not one this place can hold.
     fn blob(&self, id: &BlobId) -> Result<Arc<dyn Backend>>;
+
+    /// The same for a blob of which the first `stored_size` bytes are all that is read: its length, or what comes
+    /// before the bootstrap in it. A source that is sent something else in place of the blob knows it by that.
+    ///
+    /// # Errors
+    /// As [`BlobSource::blob`].
+    fn blob_of_size(&self, id: &BlobId, stored_size: u64) -> Result<Arc<dyn Backend>> {
+        let _ = stored_size;
+        self.blob(id)
+    }
 
     /// Logs in with `credentials` from the next request on. False: logins mean nothing here.
     fn set_credentials(&self, credentials: Credentials) -> bool {

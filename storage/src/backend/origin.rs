@@ -98,6 +98,18 @@ pub(super) struct Ticket {
     _places: (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>),
     /// The breaker is open, and this request tells whether it stays so.
     probe: Option<OwnedMutexGuard<()>>,
+    body: Body,
+}
+
+/// What an answer's body says of its server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Body {
+    /// There is none that matters, or it is known how it ended.
+    Over,
+    /// It has been promised.
+    Promised,
+    /// Some of it came.
+    Coming,
 }
 
 impl Origin {
@@ -179,7 +191,7 @@ impl Origin {
         };
         let probe = self.pass_breaker(context).await?;
         self.counters.requests.fetch_add(1, Relaxed);
-        Ok(Ticket { origin: Arc::clone(self), _places: places, probe })
+        Ok(Ticket { origin: Arc::clone(self), _places: places, probe, body: Body::Over })
     }
 
     /// Until when the server wants to be left alone.
@@ -296,18 +308,44 @@ impl Ticket {
     /// The server answered, in `time` if that tells something of later requests for blobs, and
     /// perhaps with a wish to be left alone for a while.
     pub(super) fn answered(&mut self, time: Option<Duration>, retry_after: Option<Duration>) {
-        self.probe = None;
-        let origin = &self.origin;
-        let mut state = origin.state();
-        if let Some(time) = time {
-            state.hedge.record(time);
-        }
-        if state.breaker.succeeded() {
-            tracing::info!(server = origin.name, "it answers again");
-        }
+        self.begun(time);
         if let Some(wait) = retry_after {
-            let until = Instant::now() + wait.min(origin.limits.retry_after_cap);
+            let until = Instant::now() + wait.min(self.origin.limits.retry_after_cap);
+            let mut state = self.origin.state();
             state.paused = state.paused.max(Some(until));
+        }
+        self.ended();
+    }
+
+    /// The server began to answer, in `time` as above. Its body tells whether it is well: one that breaks every body
+    /// is not.
+    pub(super) fn begun(&mut self, time: Option<Duration>) {
+        self.body = Body::Promised;
+        if let Some(time) = time {
+            self.origin.state().hedge.record(time);
+        }
+    }
+
+    /// The answer is complete, or its reader has enough of it.
+    pub(super) fn ended(&mut self) {
+        if std::mem::replace(&mut self.body, Body::Over) == Body::Over {
+            return;
+        }
+        if self.origin.state().breaker.succeeded() {
+            tracing::info!(server = self.origin.name, "it answers again");
+        }
+        self.probe = None;
+    }
+
+    /// Nobody wants the rest, or has time for it: that says nothing of the server.
+    pub(super) fn left(&mut self) {
+        self.body = Body::Over;
+    }
+
+    /// The body broke.
+    pub(super) fn broke(&mut self, why: String) {
+        if std::mem::replace(&mut self.body, Body::Over) != Body::Over {
+            self.failed(why, None);
         }
     }
 
@@ -336,8 +374,21 @@ impl Ticket {
     }
 
     /// Bytes of the answer came.
-    pub(super) fn received(&self, bytes: usize) {
+    pub(super) fn received(&mut self, bytes: usize) {
         self.origin.counters.bytes.fetch_add(bytes as u64, Relaxed);
+        if self.body == Body::Promised {
+            self.body = Body::Coming;
+            // Other readers need not wait for all of it.
+            self.probe = None;
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if self.body == Body::Coming {
+            self.ended();
+        }
     }
 }
 

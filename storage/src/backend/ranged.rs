@@ -7,7 +7,7 @@
 //! the rest is asked for again.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::{Buf as _, Bytes};
 use reqwest::StatusCode;
@@ -20,7 +20,7 @@ use super::http::{Answer, Help};
 use super::multipart::{MAX_MANY_RANGES, Multipart, Taken, Violation};
 use super::origin::Origin;
 use super::retry::{Attempts, Failure, RetryPolicy, with_retries};
-use super::{ByteStream, ReadContext, Supplier};
+use super::{ByteStream, ReadContext, Sender, Supplier};
 use crate::ids::ByteRange;
 use crate::{Error, ErrorKind, Result};
 
@@ -70,7 +70,7 @@ pub(super) trait Part: Send + 'static {
     ) -> impl Future<Output = std::result::Result<Option<Bytes>, Failure>> + Send;
 
     /// Who sends it, if it is another one than usual.
-    fn supplier(&self) -> Option<Supplier> {
+    fn sender(&self) -> Option<Sender> {
         None
     }
 }
@@ -100,9 +100,9 @@ pub(super) async fn open<O: Ranged>(
     retry: RetryPolicy,
     context: &ReadContext,
 ) -> Result<ByteStream> {
-    let mut reading = Reading::new(object, &[range], retry, context);
+    let mut reading = Reading::new(object, supplier, &[range], retry, context);
     reading.begin().await?;
-    Ok(reading.into_stream(supplier))
+    Ok(reading.into_stream())
 }
 
 /// As [`open`], but several ranges, the bytes of one behind those of the other. `None`: the
@@ -117,9 +117,9 @@ pub(super) async fn open_many<O: Ranged>(
     retry: RetryPolicy,
     context: &ReadContext,
 ) -> Result<Option<ByteStream>> {
-    let mut reading = Reading::new(object, ranges, retry, context);
+    let mut reading = Reading::new(object, supplier, ranges, retry, context);
     let answered = reading.begin().await?;
-    Ok(answered.then(|| reading.into_stream(supplier)))
+    Ok(answered.then(|| reading.into_stream()))
 }
 
 /// As [`open`], for a range whose first part is there already.
@@ -131,14 +131,17 @@ pub(super) fn resume<O: Ranged>(
     retry: RetryPolicy,
     context: &ReadContext,
 ) -> ByteStream {
-    let mut reading = Reading::new(object, &[range], retry, context);
+    let mut reading = Reading::new(object, supplier, &[range], retry, context);
     reading.part = part;
-    reading.into_stream(supplier)
+    reading.into_stream()
 }
 
 /// Ranges being read.
 struct Reading<O: Ranged> {
     object: O,
+    /// The usual sender, and the one of `part`.
+    supplier: Supplier,
+    sender: Arc<Mutex<Sender>>,
     context: ReadContext,
     /// What is not yet delivered, in order; none is empty.
     ranges: VecDeque<ByteRange>,
@@ -151,10 +154,18 @@ struct Reading<O: Ranged> {
 }
 
 impl<O: Ranged> Reading<O> {
-    fn new(object: O, ranges: &[ByteRange], retry: RetryPolicy, context: &ReadContext) -> Self {
+    fn new(
+        object: O,
+        supplier: Supplier,
+        ranges: &[ByteRange],
+        retry: RetryPolicy,
+        context: &ReadContext,
+    ) -> Self {
         let ranges: VecDeque<_> = ranges.iter().copied().filter(|range| !range.is_empty()).collect();
         Self {
             object,
+            supplier,
+            sender: Arc::new(Mutex::new(supplier.into())),
             context: context.clone(),
             many: ranges.len() > 1,
             ranges,
@@ -200,6 +211,8 @@ impl<O: Ranged> Reading<O> {
             };
             match asked {
                 Ok(Some(part)) => {
+                    let sender = part.sender().unwrap_or_else(|| self.supplier.into());
+                    *self.sender.lock().unwrap_or_else(PoisonError::into_inner) = sender;
                     self.part = Some(part);
                     return Ok(());
                 }
@@ -243,12 +256,12 @@ impl<O: Ranged> Reading<O> {
     }
 
     /// The bytes, still to be awaited.
-    fn into_stream(self, supplier: Supplier) -> ByteStream {
-        let supplier = self.part.as_ref().and_then(Part::supplier).unwrap_or(supplier);
+    fn into_stream(self) -> ByteStream {
+        let sender = Arc::clone(&self.sender);
         let stream = futures_util::stream::try_unfold(self, |mut reading| async move {
             Ok(reading.next().await?.map(|piece| (piece, reading)))
         });
-        ByteStream::new(supplier, stream)
+        ByteStream::changing(sender, stream)
     }
 }
 
@@ -295,8 +308,9 @@ fn check_encoding(answer: &Answer) -> Result<()> {
     }
 }
 
-fn ended_early(answer: &Answer, missing: u64) -> Failure {
+fn ended_early(answer: &mut Answer, missing: u64) -> Failure {
     let why = format!("{}: the body ended {missing} bytes early", answer.what());
+    answer.broke(why.clone());
     Failure::passing(Error::new(ErrorKind::Unavailable, why))
 }
 
@@ -384,7 +398,7 @@ impl Part for Segment {
     async fn next(&mut self, context: &ReadContext) -> std::result::Result<Option<Bytes>, Failure> {
         while self.left > 0 {
             let Some(mut piece) = self.answer.chunk(context).await? else {
-                return Err(ended_early(&self.answer, self.skip + self.left));
+                return Err(ended_early(&mut self.answer, self.skip + self.left));
             };
             let skipped = self.skip.min(piece.len() as u64);
             self.skip -= skipped;
@@ -464,7 +478,7 @@ impl Part for Parts {
                 Ok(Taken::Bytes(bytes)) => return Ok(Some(bytes)),
                 Ok(Taken::More) => match self.answer.chunk(context).await? {
                     Some(piece) => self.multipart.feed(piece),
-                    None => return Err(ended_early(&self.answer, self.multipart.wanted())),
+                    None => return Err(ended_early(&mut self.answer, self.multipart.wanted())),
                 },
                 Ok(Taken::End) => {
                     while self.multipart.wants_tail() {

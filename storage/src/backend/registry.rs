@@ -16,9 +16,10 @@
 //! of an answer, and how a broken stream goes on, is [`ranged`]'s.
 
 mod detour;
+mod source;
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
@@ -26,177 +27,23 @@ use futures_util::future::BoxFuture;
 use reqwest::header::HeaderMap;
 use reqwest::{Method, StatusCode, Url};
 
-use self::detour::{Detour, Way};
+use self::detour::{Detour, Passage};
 pub use self::detour::{MirrorOptions, ProxyOptions};
+pub use self::source::{RegistrySource, Rewrite};
 
 use super::http::Answer;
 use super::ranged::{self, Part, Parts, Ranged, Segment};
 use super::retry::{Failure, RetryPolicy, with_retries, within};
 use super::sequential::{Spool, SpoolReader};
-use super::{Backend, BlobSource, ByteStream, ReadContext, Supplier};
-use crate::digest::{Digest, DigestAlgorithm, TaggedDigest};
-use crate::ids::{BlobId, ByteRange};
-use crate::metrics::OriginSnapshot;
-use crate::oci::auth::Credentials;
-use crate::oci::client::{
-    Call, MAX_REDIRECTS, RegistryClient, RegistryOptions, is_redirect, too_many_redirects,
-};
-use crate::oci::reference::{check_host, check_repository};
+use super::{Backend, ByteStream, ReadContext, Sender, Supplier};
+use crate::digest::TaggedDigest;
+use crate::ids::ByteRange;
+use crate::oci::client::{Call, MAX_REDIRECTS, RegistryClient, is_redirect, too_many_redirects};
 use crate::oci::token::Access;
 use crate::{Error, ErrorKind, Result};
 
 /// Repeats of the stream that reads a blob in sequence, before its readers are told.
 const FILL_RETRIES: u32 = 3;
-
-/// How `Location`s of blobs are changed before use (`blob_url_scheme`, `blob_redirected_host`).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Rewrite {
-    /// `http` or `https`.
-    pub scheme: Option<String>,
-    /// `HOST` or `HOST:PORT`.
-    pub host: Option<String>,
-}
-
-impl Rewrite {
-    /// Checks the configuration's values; empty ones mean none.
-    ///
-    /// # Errors
-    /// `Invalid`: another scheme, or not a host.
-    pub fn new(blob_url_scheme: &str, blob_redirected_host: &str) -> Result<Self> {
-        if !matches!(blob_url_scheme, "" | "http" | "https") {
-            let why = format!("blob_url_scheme {blob_url_scheme:?}: want http or https");
-            return Err(Error::new(ErrorKind::Invalid, why));
-        }
-        if !blob_redirected_host.is_empty() {
-            check_host(blob_redirected_host).map_err(|e| e.context("blob_redirected_host"))?;
-        }
-        let set = |value: &str| (!value.is_empty()).then(|| value.to_owned());
-        Ok(Self { scheme: set(blob_url_scheme), host: set(blob_redirected_host) })
-    }
-
-    fn apply(&self, mut url: Url) -> Result<Url> {
-        let refused = || Error::new(ErrorKind::Invalid, "a redirect that can not be rewritten as configured");
-        if let Some(host) = &self.host {
-            let (name, port) = match host.rsplit_once(':') {
-                Some((name, port)) if !port.ends_with(']') => (name, port.parse().ok()),
-                _ => (host.as_str(), None),
-            };
-            url.set_host(Some(name)).map_err(|_| refused())?;
-            url.set_port(port).map_err(|()| refused())?;
-        }
-        if let Some(scheme) = &self.scheme {
-            url.set_scheme(scheme).map_err(|()| refused())?;
-        }
-        Ok(url)
-    }
-}
-
-/// Opens blobs of one repository.
-#[derive(Debug)]
-pub struct RegistrySource {
-    client: RegistryClient,
-    repository: String,
-    rewrite: Rewrite,
-    retry: RetryPolicy,
-    spool_dir: PathBuf,
-    supplier: Supplier,
-    ways: Vec<Arc<Way>>,
-}
-
-impl RegistrySource {
-    /// Blobs of `repository`; `retry` is for reads, usually [`RetryPolicy::READS`].
-    ///
-    /// # Errors
-    /// `Invalid`: not a repository's name.
-    pub fn new(
-        client: RegistryClient,
-        repository: &str,
-        rewrite: Rewrite,
-        retry: RetryPolicy,
-    ) -> Result<Self> {
-        check_repository(repository)?;
-        Ok(Self {
-            client,
-            repository: repository.to_owned(),
-            rewrite,
-            retry,
-            spool_dir: std::env::temp_dir(),
-            supplier: Supplier::Origin,
-            ways: Vec::new(),
-        })
-    }
-
-    /// Asks `mirror` first, after those added before it. `options` are the registry's own.
-    ///
-    /// # Errors
-    /// `Invalid`: its name or a header is none.
-    pub fn with_mirror(mut self, mirror: &MirrorOptions, options: RegistryOptions) -> Result<Self> {
-        self.ways.push(Arc::new(Way::mirror(mirror, options)?));
-        Ok(self)
-    }
-
-    /// Goes through the proxy that `options` name, after the mirrors, and directly only if it
-    /// fails. `options` are the registry's own otherwise.
-    ///
-    /// # Errors
-    /// `Invalid`: not a proxy's URL.
-    pub fn with_proxy(mut self, proxy: &ProxyOptions, options: RegistryOptions) -> Result<Self> {
-        self.ways.push(Arc::new(Way::proxy(self.client.host(), proxy, options)?));
-        Ok(self)
-    }
-
-    /// Says that the client's bytes are another's than the registry's own: a proxy's.
-    #[must_use]
-    pub fn with_supplier(self, supplier: Supplier) -> Self {
-        Self { supplier, ..self }
-    }
-
-    /// Keeps blobs in `dir` whose server turns out to ignore `Range`; by default in the
-    /// directory for temporary files, which may be memory.
-    #[must_use]
-    pub fn with_spool_dir(self, dir: PathBuf) -> Self {
-        Self { spool_dir: dir, ..self }
-    }
-
-    /// The client, for a change of login.
-    pub fn client(&self) -> &RegistryClient {
-        &self.client
-    }
-}
-
-impl BlobSource for RegistrySource {
-    fn kind(&self) -> &'static str {
-        "registry"
-    }
-
-    fn origins(&self) -> Vec<OriginSnapshot> {
-        let clients = self.ways.iter().map(|way| &way.client).chain([&self.client]);
-        clients.flat_map(RegistryClient::origins).collect()
-    }
-
-    fn set_credentials(&self, credentials: Credentials) -> bool {
-        for way in self.ways.iter().filter(|way| way.login) {
-            way.client.set_credentials(credentials.clone());
-        }
-        self.client.set_credentials(credentials);
-        true
-    }
-
-    fn blob(&self, id: &BlobId) -> Result<Arc<dyn Backend>> {
-        let digest = Digest::from_hex(id.as_str())
-            .map_err(|e| e.context("a registry holds only blobs named by SHA-256"))?;
-        let digest = TaggedDigest { algorithm: DigestAlgorithm::Sha256, digest };
-        let blob = RegistryBlob::new(self.client.clone(), &self.repository, digest);
-        let blob = blob.with_retry(self.retry).with_rewrite(self.rewrite.clone());
-        let detour = |way| Arc::new(Detour::new(way, &self.repository, digest, self.retry));
-        let detours = self.ways.iter().map(detour).collect();
-        Ok(Arc::new(RegistryBlob {
-            detours,
-            supplier: self.supplier,
-            ..blob.with_spool_dir(&self.spool_dir)
-        }))
-    }
-}
 
 /// One blob of a repository.
 #[derive(Clone, Debug)]
@@ -207,6 +54,8 @@ pub struct RegistryBlob {
     rewrite: Rewrite,
     retry: RetryPolicy,
     shared: Arc<Shared>,
+    /// Bytes of it that are ever read, from the start: all of it, or what comes before the bootstrap in it.
+    stored_size: Option<u64>,
     /// `None`: this reads a blob for another one.
     spool: Option<Arc<Spool>>,
     /// Sent to the registry itself with each request.
@@ -242,11 +91,18 @@ impl RegistryBlob {
             rewrite,
             retry,
             shared: Arc::default(),
+            stored_size: None,
             spool,
             headers: HeaderMap::new(),
             supplier: Supplier::Origin,
             detours: Arc::default(),
         }
+    }
+
+    /// Says that the blob has `size` bytes.
+    #[must_use]
+    pub fn of_size(self, size: u64) -> Self {
+        Self { stored_size: Some(size), ..self }
     }
 
     /// Retries as `retry` says.
@@ -410,14 +266,16 @@ impl RegistryBlob {
         let none = || Error::new(ErrorKind::Unsupported, "no answer to one range");
         match (body.ok_or_else(none)?, &self.spool) {
             (Body::One(segment), Some(spool)) if segment.ignores_range() => {
-                let size = match ranged::total(segment.answer()) {
+                // More than that is never read, so more is not kept.
+                let size = match self.stored_size.or_else(|| ranged::total(segment.answer())) {
                     Some(size) => size,
                     None => self.size(context).await?,
                 };
                 // What an earlier stream brought is skipped, not kept twice.
                 let from = spool.reached();
                 let rest = ByteRange::new(from, size.saturating_sub(from))?;
-                let shared = Shared { resolved: Mutex::new(self.resolved().clone()), size: size.into() };
+                let size = self.shared.size.clone();
+                let shared = Shared { resolved: Mutex::new(self.resolved().clone()), size };
                 let detours = Arc::default();
                 let filler = Self { shared: Arc::new(shared), spool: None, detours, ..self.clone() };
                 let retry = RetryPolicy { on_demand: self.retry.on_demand.min(FILL_RETRIES), ..self.retry };
@@ -430,6 +288,36 @@ impl RegistryBlob {
         }
     }
 
+    /// Refuses a whole object that is not as long as the blob: it is a page, or something else. Another answer may be
+    /// better.
+    async fn check_whole(&self, answer: &Answer, context: &ReadContext) -> std::result::Result<(), Failure> {
+        if answer.status() != StatusCode::OK {
+            return Ok(());
+        }
+        let (Some(found), Some(stored)) = (ranged::total(answer), self.stored_size) else { return Ok(()) };
+        let size = match self.shared.size.get() {
+            Some(size) => *size,
+            // It may have a bootstrap behind what is read of it: then its registry knows its size.
+            None if found > stored => {
+                match self.client.blob_size(&self.repository, self.digest, context).await {
+                    Ok(size) => size.unwrap_or(stored),
+                    Err(e) if e.kind() == ErrorKind::Unsupported => found,
+                    Err(e) => return Err(e.into()),
+                }
+            }
+            None => stored,
+        };
+        if found == size && found >= stored {
+            return Ok(());
+        }
+        let why = format!(
+            "{}: {found} bytes in place of the blob, which has {stored} or more; something between here and \
+             its registry answers for it",
+            answer.what()
+        );
+        Err(Failure::passing(Error::new(ErrorKind::Unavailable, why)))
+    }
+
     async fn accept(
         &self,
         answer: Answer,
@@ -438,6 +326,7 @@ impl RegistryBlob {
     ) -> std::result::Result<Option<Body>, Failure> {
         let origin = self.client.origin(answer.url());
         if let [range] = ranges {
+            self.check_whole(&answer, context).await?;
             let segment = Segment::accept(answer, *range, self.client.host(), context).await?;
             if segment.ignores_range() || segment.answer().status() == StatusCode::PARTIAL_CONTENT {
                 origin.set_ignores_range(segment.ignores_range());
@@ -462,27 +351,32 @@ impl From<Body> for Served {
     }
 }
 
-/// A body, and who else than the registry sends it.
+impl Part for Body {
+    async fn next(&mut self, context: &ReadContext) -> std::result::Result<Option<Bytes>, Failure> {
+        match self {
+            Self::One(segment) => segment.next(context).await,
+            Self::Many(parts) => parts.next(context).await,
+            Self::Spooled(reader) => reader.next(context).await,
+        }
+    }
+}
+
+/// A body, and how it comes here if not from the registry.
 pub(super) struct Served {
     body: Body,
-    via: Option<Arc<Detour>>,
+    via: Option<Passage>,
 }
 
 impl Part for Served {
     async fn next(&mut self, context: &ReadContext) -> std::result::Result<Option<Bytes>, Failure> {
-        let next = match &mut self.body {
-            Body::One(segment) => segment.next(context).await,
-            Body::Many(parts) => parts.next(context).await,
-            Body::Spooled(reader) => reader.next(context).await,
-        };
-        if let (Err(failure), Some(detour)) = (&next, &self.via) {
-            detour.broke(failure, context);
+        match &mut self.via {
+            Some(passage) => passage.next(&mut self.body, context).await,
+            None => self.body.next(context).await,
         }
-        next
     }
 
-    fn supplier(&self) -> Option<Supplier> {
-        self.via.as_ref().map(|detour| detour.supplier())
+    fn sender(&self) -> Option<Sender> {
+        self.via.as_ref().map(Passage::sender)
     }
 }
 
@@ -508,7 +402,7 @@ impl Ranged for RegistryBlob {
                 return Ok(answer);
             }
         }
-        if self.is_sequential() {
+        if self.spool.as_ref().is_some_and(|spool| spool.is_begun()) {
             return Ok(None);
         }
         Ok(self.request(ranges, context).await?.map(Served::from))
@@ -551,12 +445,14 @@ impl Backend for RegistryBlob {
         Box::pin(ranged::open_many(self.clone(), self.supplier, ranges, self.retry, context))
     }
 
-    fn distrust(&self, supplier: Supplier) {
-        self.detours.iter().for_each(|detour| detour.distrust(supplier));
-    }
-
-    fn is_sequential(&self) -> bool {
-        self.spool.as_ref().is_some_and(|spool| spool.is_begun())
+    fn distrust(&self, sender: Sender) -> bool {
+        let detour = sender.way.checked_sub(1).and_then(|place| self.detours.get(place));
+        match (detour, &self.spool) {
+            (Some(detour), _) => detour.distrust(),
+            (None, Some(spool)) => spool.distrust(),
+            (None, None) => {}
+        }
+        detour.is_some()
     }
 }
 

@@ -18,7 +18,7 @@ use super::Inner;
 use super::fetch::{Failure, Work};
 use super::opener::{Received, open_units};
 use crate::backend::retry::within;
-use crate::backend::{ByteStream, Priority, ReadContext, Supplier};
+use crate::backend::{ByteStream, Priority, ReadContext, Sender};
 use crate::budget::Permit;
 use crate::ids::ByteRange;
 use crate::link::{Receiving, Slot};
@@ -38,13 +38,13 @@ pub(super) struct Timing {
     pub(super) requested: Instant,
     pub(super) answered: Instant,
     pub(super) received: Instant,
-    pub(super) supplier: Option<Supplier>,
+    pub(super) sender: Option<Sender>,
 }
 
 impl Timing {
     pub(super) fn begin() -> Self {
         let now = Instant::now();
-        Self { requested: now, answered: now, received: now, supplier: None }
+        Self { requested: now, answered: now, received: now, sender: None }
     }
 }
 
@@ -144,7 +144,7 @@ impl Cutter<'_> {
     async fn take(&mut self, mut stream: ByteStream, ranges: &[ByteRange]) -> Result<()> {
         let Request { inner, slot, begun, .. } = self.request;
         let link = inner.engine.link();
-        let timing = Timing { supplier: Some(stream.supplier()), requested: *begun, ..Timing::begin() };
+        let timing = Timing { sender: Some(stream.sender()), requested: *begun, ..Timing::begin() };
         self.pending.iter_mut().for_each(|work| work.timing = timing);
         let mut receiving = link.answered(begun.elapsed(), self.request.is_demanded());
 
@@ -187,10 +187,10 @@ impl Cutter<'_> {
                     bytes.extend_from_slice(&part);
                     begun_unit = Some((bytes, permit));
                 } else if bytes.is_empty() {
-                    self.gather(part, permit, &mut receiving);
+                    self.gather(part, permit, stream.sender(), &mut receiving);
                 } else {
                     bytes.extend_from_slice(&part);
-                    self.gather(bytes.into(), permit, &mut receiving);
+                    self.gather(bytes.into(), permit, stream.sender(), &mut receiving);
                 }
             }
         }
@@ -242,10 +242,10 @@ impl Cutter<'_> {
         }
     }
 
-    /// Takes the first pending unit, now complete.
-    fn gather(&mut self, stored: Bytes, permit: Permit, receiving: &mut Receiving) {
+    /// Takes the first pending unit, whose last bytes `sender` sent.
+    fn gather(&mut self, stored: Bytes, permit: Permit, sender: Sender, receiving: &mut Receiving) {
         let Some(mut work) = self.pending.pop_front() else { return };
-        work.timing.received = Instant::now();
+        (work.timing.received, work.timing.sender) = (Instant::now(), Some(sender));
         let demanded = work.is_demanded();
         self.gathered_len += u64::from(work.unit.decoded_len);
         self.gathered.push(Received { work, stored, _permit: permit });

@@ -70,7 +70,7 @@ impl Claimed {
 pub(super) struct Work {
     pub(super) unit: FetchUnit,
     pub(super) chunks: Vec<Claimed>,
-    /// Times its bytes were corrupt.
+    /// Times its bytes were corrupt and there was nobody else to ask.
     pub(super) corrupt: u32,
     pub(super) timing: Timing,
 }
@@ -287,11 +287,10 @@ async fn repeat(inner: Arc<Inner>, mut failures: Vec<Failure>, context: ReadCont
             let kind = error.kind();
             if kind == ErrorKind::Corrupt {
                 CacheMetrics::tick(&inner.metrics.verification_failures);
-                if let Some(supplier) = work.timing.supplier {
-                    inner.backend.distrust(supplier);
-                }
-                work.corrupt += 1;
-                if work.corrupt <= CORRUPT_RETRIES {
+                // Whoever else has the blob is asked before the source's own bytes count: each way lies once.
+                let elsewhere = work.timing.sender.is_some_and(|sender| inner.backend.distrust(sender));
+                work.corrupt += u32::from(!elsewhere);
+                if elsewhere || work.corrupt <= CORRUPT_RETRIES {
                     warn!(blob = %inner.id, %error, "corrupt bytes; fetching them again");
                     again.push(work);
                     continue;
@@ -352,13 +351,13 @@ impl Inner {
     /// Tells the observer, if there is one, how the fetch of a chunk ended.
     pub(super) fn observe(&self, lead: &Lead, work: &Work, error: Option<&Error>) {
         let Some(observer) = &self.observer else { return };
-        let Timing { requested, answered, received, supplier } = work.timing;
+        let Timing { requested, answered, received, sender } = work.timing;
         observer.fetched(&Fetched {
             blob: &self.id,
             chunk: lead.extent().index,
             stored: lead.extent().stored_share(),
             demanded: lead.is_demanded(),
-            supplier,
+            supplier: sender.map(|sender| sender.supplier),
             wanted: lead.wanted(),
             requested,
             answered,

@@ -197,6 +197,7 @@ impl Image {
             match &self.place {
                 Place::Registry(client, reference) => {
                     RegistryBlob::new(client.clone(), reference.repository(), digest)
+                        .of_size(descriptor.size())
                         .open(range, context)
                         .await?
                 }

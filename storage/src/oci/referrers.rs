@@ -179,6 +179,7 @@ impl Subject {
         }
         let digest: TaggedDigest = layer.digest.parse()?;
         let blob = RegistryBlob::new(self.client.clone(), self.reference.repository(), digest);
+        let blob = blob.of_size(layer.size);
         let stream = blob.open(ByteRange::new(0, layer.size)?, context).await?;
         read_all(verified(stream, digest, layer.size), cap).await
     }

@@ -61,11 +61,19 @@ impl Answer {
     /// # Errors
     /// A passing failure: reset, truncation, silence. `TimedOut`, `Cancelled`.
     pub async fn chunk(&mut self, context: &ReadContext) -> std::result::Result<Option<Bytes>, Failure> {
-        let piece = progress(self.silence, &self.what, context, self.response.chunk()).await?;
-        if let Some(piece) = &piece {
-            self.ticket.received(piece.len());
+        let piece = progress(self.silence, &self.what, context, self.response.chunk()).await;
+        match &piece {
+            Ok(Some(piece)) => self.ticket.received(piece.len()),
+            Ok(None) => self.ticket.ended(),
+            Err(failure) if failure.passing => self.ticket.broke(failure.error.to_string()),
+            Err(_) => self.ticket.left(),
         }
-        Ok(piece)
+        piece
+    }
+
+    /// The body ended where it should not have: the server failed.
+    pub(in crate::backend) fn broke(&mut self, why: String) {
+        self.ticket.broke(why);
     }
 
     /// The whole body, at most `cap` bytes.

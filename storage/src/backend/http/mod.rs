@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use reqwest::{Request, StatusCode};
+use reqwest::{Method, Request, StatusCode};
 pub use reqwest::{Url, Version};
 
 pub use self::answer::Answer;
@@ -152,6 +152,7 @@ impl Http {
         context: &ReadContext,
     ) -> std::result::Result<Answer, Failure> {
         let what = format!("{} {}", request.method(), shown(request.url()));
+        let bare = request.method() == Method::HEAD;
         let streams = request.body().is_some_and(|body| body.as_bytes().is_none());
         let silence = if streams { None } else { self.progress_timeout };
         let origin = self.origins.of(request.url());
@@ -172,11 +173,13 @@ impl Http {
                 let status = response.status();
                 let wait = retry_after(response.headers());
                 let (_, passing, _) = judge(status, Help::Text(""));
+                let time = hedged.then(|| started.elapsed());
                 if status.is_server_error() && passing {
                     ticket.failed(format!("{what}: {status}"), wait);
+                } else if matches!(status, StatusCode::OK | StatusCode::PARTIAL_CONTENT) && !bare {
+                    ticket.begun(time);
                 } else {
-                    let wait = wait.filter(|_| status == StatusCode::TOO_MANY_REQUESTS);
-                    ticket.answered(hedged.then(|| started.elapsed()), wait);
+                    ticket.answered(time, wait.filter(|_| status == StatusCode::TOO_MANY_REQUESTS));
                 }
             }
             Err(failure) if failure.passing => ticket.failed(failure.error.to_string(), None),

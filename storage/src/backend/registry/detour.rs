@@ -7,13 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 
 use super::{Body, RegistryBlob, Served};
 use crate::backend::health::{Health, HealthPolicy};
 use crate::backend::http::{Http, HttpOptions, parse_url};
+use crate::backend::ranged::Part as _;
 use crate::backend::retry::{Failure, RetryPolicy, within};
-use crate::backend::{Priority, ReadContext, Supplier};
+use crate::backend::{Priority, ReadContext, Sender, Supplier};
 use crate::digest::TaggedDigest;
 use crate::ids::ByteRange;
 use crate::oci::auth::Credentials;
@@ -23,6 +25,9 @@ use crate::{Error, ErrorKind, Result};
 
 /// A reader waits this long for the first byte of a detour, then goes on to the next one.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// So long the body of a detour may take where its reader would wait for ever. One that drips is left with what it
+/// has brought.
+const BODY_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A registry that holds the same blobs.
 #[derive(Clone, Debug)]
@@ -136,6 +141,8 @@ fn shown(host: &str) -> &str {
 #[derive(Debug)]
 pub(super) struct Detour {
     way: Arc<Way>,
+    /// Counted from 1.
+    number: usize,
     blob: RegistryBlob,
     /// The blob is not there, or wrong.
     lacks: AtomicBool,
@@ -144,18 +151,26 @@ pub(super) struct Detour {
 }
 
 impl Detour {
-    pub(super) fn new(way: &Arc<Way>, repository: &str, digest: TaggedDigest, retry: RetryPolicy) -> Self {
+    /// The detour `number` to a blob of `size` bytes, if that is known.
+    pub(super) fn new(
+        (number, way): (usize, &Arc<Way>),
+        repository: &str,
+        digest: TaggedDigest,
+        size: Option<u64>,
+        retry: RetryPolicy,
+    ) -> Self {
         let mut blob = RegistryBlob::new(way.client.clone(), repository, digest).with_retry(retry);
-        blob.spool = None;
+        (blob.spool, blob.stored_size) = (None, size);
         blob.headers = way.headers.clone();
         if way.use_http {
             blob.rewrite.scheme = Some("http".to_owned());
         }
-        Self { way: Arc::clone(way), blob, lacks: AtomicBool::new(false), broken: Mutex::default() }
+        let way = Arc::clone(way);
+        Self { way, number, blob, lacks: AtomicBool::new(false), broken: Mutex::default() }
     }
 
-    pub(super) fn supplier(&self) -> Supplier {
-        self.way.supplier
+    fn sender(&self) -> Sender {
+        Sender { supplier: self.way.supplier, way: self.number }
     }
 
     fn broken(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
@@ -163,18 +178,14 @@ impl Detour {
     }
 
     /// A body broke that came this way: the read goes on another one.
-    pub(super) fn broke(&self, failure: &Failure, context: &ReadContext) {
-        if !over(context) {
-            *self.broken() = Some(Instant::now() + self.way.health.interval());
-            self.way.health.failed(&failure.error.to_string());
-        }
+    fn broke(&self, failure: &Failure) {
+        *self.broken() = Some(Instant::now() + self.way.health.interval());
+        self.way.health.failed(&failure.error.to_string());
     }
 
-    /// What came this way was wrong, if it was `supplier`'s.
-    pub(super) fn distrust(&self, supplier: Supplier) {
-        if self.way.supplier == supplier {
-            self.lacks.store(true, Ordering::Relaxed);
-        }
+    /// What came this way was wrong: the blob is not asked for here again.
+    pub(super) fn distrust(&self) {
+        self.lacks.store(true, Ordering::Relaxed);
     }
 
     /// Asks for `ranges`; `None`: this is no way to them, go on.
@@ -208,8 +219,8 @@ impl Detour {
                 return Ok(None);
             }
             Ok(body) => {
-                self.way.health.succeeded();
-                let via = Arc::clone(self);
+                let left = ranges.iter().map(|range| range.len()).sum();
+                let via = Passage { detour: Arc::clone(self), left, until: body_deadline(context) };
                 return Ok(Some(body.map(|body| Served { body, via: Some(via) })));
             }
             Err(failure) => failure,
@@ -228,6 +239,65 @@ impl Detour {
             _ => self.way.health.failed(&failure.error.to_string()),
         }
         Ok(None)
+    }
+}
+
+/// Until when a body may take: what is left of the reader's time after half of it is enough for another way.
+fn body_deadline(context: &ReadContext) -> Option<Instant> {
+    let now = Instant::now();
+    match (context.deadline, context.priority) {
+        (Some(deadline), _) => Some(now + deadline.saturating_duration_since(now) / 2),
+        (None, Priority::OnDemand) => Some(now + BODY_PATIENCE),
+        // Nobody waits for it; a reader that does so later asks again.
+        (None, Priority::Prefetch) => None,
+    }
+}
+
+/// A body's way here, when it is not the registry's.
+pub(super) struct Passage {
+    detour: Arc<Detour>,
+    /// Bytes that were asked for and did not come yet.
+    left: u64,
+    until: Option<Instant>,
+}
+
+impl Passage {
+    pub(super) fn sender(&self) -> Sender {
+        self.detour.sender()
+    }
+
+    /// The next bytes of `body`. The detour is well if all that was asked for came.
+    ///
+    /// # Errors
+    /// A passing failure, whatever went wrong: the read goes on another way. `TimedOut`, `Cancelled` as the context says.
+    pub(super) async fn next(
+        &mut self,
+        body: &mut Body,
+        context: &ReadContext,
+    ) -> std::result::Result<Option<Bytes>, Failure> {
+        let hurry = ReadContext { deadline: self.until.or(context.deadline), ..context.clone() };
+        let failure = match body.next(&hurry).await {
+            Ok(piece) => {
+                let came = piece.as_ref().map_or(0, |piece| piece.len() as u64);
+                if came > 0 && came >= self.left {
+                    self.detour.way.health.succeeded();
+                }
+                self.left = self.left.saturating_sub(came);
+                return Ok(piece);
+            }
+            Err(failure) => failure,
+        };
+        if over(context) || self.left == 0 {
+            return Err(failure);
+        }
+        self.detour.broke(&failure);
+        let what = format!("a {:?} did not bring all of a body in time", self.sender().supplier);
+        Err(match failure.error.kind() {
+            ErrorKind::TimedOut => Failure::passing(
+                Error::new(ErrorKind::Unavailable, what.to_lowercase()).with_source(failure.error),
+            ),
+            _ => Failure { passing: true, ..failure },
+        })
     }
 }
 

@@ -8,11 +8,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::backend::BlobSource;
 use crate::backend::breaker::BreakerPolicy;
 use crate::backend::fault_server::{self, Asked, FaultServer, QUICK, Reply};
 use crate::backend::http::HttpOptions;
 use crate::backend::origin::Limits;
+use crate::digest::DigestAlgorithm;
 use crate::engine::fetch;
+use crate::ids::BlobId;
 use crate::oci::auth::Credentials;
 use crate::oci::client::RegistryOptions;
 use crate::oci::token::Login;

@@ -2,8 +2,15 @@
 //! starts afresh.
 
 use std::io;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::SeqCst;
+
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
 
 use super::*;
+use crate::backend::{ByteStream, ReadContext, Sender, Supplier};
 use crate::prefetch::{Class, PrefetchOptions};
 
 #[test]
@@ -26,6 +33,54 @@ fn failures_are_not_kept() {
     }
     sample.read(&reader, 1).unwrap();
     assert_eq!(reader.blobs()[0].metrics().snapshot().read_errors, 5);
+}
+
+/// A blob with three ways before its source, all of which lie.
+#[derive(Debug)]
+struct Liars {
+    blob: Bytes,
+    caught: AtomicUsize,
+}
+
+impl Liars {
+    const WAYS: usize = 3;
+}
+
+impl Backend for Liars {
+    fn size<'a>(&'a self, _: &'a ReadContext) -> BoxFuture<'a, Result<u64>> {
+        async { Ok(self.blob.len() as u64) }.boxed()
+    }
+
+    fn open<'a>(&'a self, range: ByteRange, _: &'a ReadContext) -> BoxFuture<'a, Result<ByteStream>> {
+        async move {
+            let (way, supplier) = match self.caught.load(SeqCst) {
+                Self::WAYS => (0, Supplier::Origin),
+                caught => (caught + 1, Supplier::Mirror),
+            };
+            let lie = if way > 0 { 1 } else { 0 };
+            let place = range.start() as usize..range.end() as usize;
+            let bytes: Bytes = self.blob[place].iter().map(|byte| byte ^ lie).collect();
+            let sender = Arc::new(std::sync::Mutex::new(Sender { supplier, way }));
+            Ok(ByteStream::changing(sender, futures_util::stream::iter([Ok(bytes)])))
+        }
+        .boxed()
+    }
+
+    fn distrust(&self, sender: Sender) -> bool {
+        // Each of them once.
+        sender.way > 0 && self.caught.fetch_max(sender.way, SeqCst) < sender.way
+    }
+}
+
+/// Two lies made an error, whoever told them, and the source that had the right bytes was not asked.
+#[test]
+fn bytes_that_somebody_has_right_are_found() {
+    let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
+    let backend = Arc::new(Liars { blob: sample.stored.clone().into(), caught: AtomicUsize::new(0) });
+    let cache = BlobCache::open(&engine, sample.config(&dir), backend).unwrap();
+    let reader = BlobSet::new(&engine, vec![cache], PATIENT);
+    sample.read(&reader, 0).unwrap();
+    assert_eq!(reader.blobs()[0].metrics().snapshot().verification_failures, Liars::WAYS as u64);
 }
 
 #[test]

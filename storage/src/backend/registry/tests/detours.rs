@@ -147,11 +147,62 @@ async fn wrong_bytes_of_a_mirror_are_asked_for_elsewhere() {
     let origin = server(|_| None).await;
     let blob = mirrored(&origin, &[&liar]).blob(&blob_id()).unwrap();
     assert!(read(&blob, 100, 10).await.unwrap() == [0; 10]);
-    blob.distrust(Supplier::Origin);
-    assert!(read(&blob, 100, 10).await.unwrap() == [0; 10]);
-    blob.distrust(Supplier::Mirror);
+    assert!(!blob.distrust(Supplier::Origin.into()));
+    let stream = blob.open(range(100, 10), &ReadContext::on_demand(None)).await.unwrap();
+    assert!(blob.distrust(stream.sender()));
     assert_eq!(supplier(&blob, 100, 10).await, Supplier::Origin);
     assert_eq!((liar.asked().len(), origin.asked().len()), (2, 1));
+}
+
+/// All mirrors were left out for what one of them did.
+#[tokio::test]
+async fn only_the_one_that_lied_is_left_out() {
+    let data = data();
+    let wrong = vec![0; data.len()];
+    let liar = FaultServer::start(move |asked| Reply::ranged(asked, &wrong)).await;
+    let honest = server(|_| None).await;
+    let origin = server(|_| None).await;
+    let blob = mirrored(&origin, &[&liar, &honest]).blob(&blob_id()).unwrap();
+    let stream = blob.open(range(100, 10), &ReadContext::on_demand(None)).await.unwrap();
+    assert_eq!(stream.sender(), Sender { supplier: Supplier::Mirror, way: 1 });
+    assert!(blob.distrust(stream.sender()));
+    assert_eq!(supplier(&blob, 100, 10).await, Supplier::Mirror);
+    assert_eq!((liar.asked().len(), honest.asked().len(), origin.asked().len()), (1, 1, 0));
+}
+
+/// It took the reader's time to its end: each byte in time, and never all of them.
+#[tokio::test]
+async fn a_mirror_whose_bodies_drip_is_left_before_the_deadline() {
+    let data = data();
+    let dripping = FaultServer::start(move |asked| Reply::ranged(asked, &data).drip_after(100)).await;
+    let origin = server(|_| None).await;
+    let blob = mirrored(&origin, &[&dripping]).blob(&blob_id()).unwrap();
+    let context = ReadContext::on_demand(Some(Instant::now() + Duration::from_secs(4)));
+    let mut stream = blob.open(range(5, 20_000), &context).await.unwrap();
+    assert_eq!(stream.supplier(), Supplier::Mirror);
+    let mut all = Vec::new();
+    while let Some(piece) = futures_util::StreamExt::next(&mut stream).await {
+        all.extend_from_slice(&piece.unwrap());
+    }
+    assert!(all == self::data()[5..20_005], "wrong bytes");
+    assert_eq!(stream.supplier(), Supplier::Origin);
+    assert!(origin.asked()[0].range.unwrap().0 >= 5 + 100, "what it brought came again");
+    // Other reads do not begin there.
+    assert_eq!(supplier(&blob, 0, 10).await, Supplier::Origin);
+}
+
+/// The head of an answer was success enough, so that one that breaks every body never failed in a row.
+#[tokio::test]
+async fn a_mirror_that_breaks_every_body_is_left_out() {
+    let data = data();
+    let bad = FaultServer::start(move |asked| Reply::ranged(asked, &data).cut_after(100)).await;
+    let origin = server(|_| None).await;
+    let source = mirrored(&origin, &[&bad]);
+    for _ in 0..6 {
+        // A blob whose body broke is asked for elsewhere: each is another one.
+        check(&source.blob(&blob_id()).unwrap(), 0, 20_000).await;
+    }
+    assert_eq!(bad.asked().len(), 3);
 }
 
 #[tokio::test]

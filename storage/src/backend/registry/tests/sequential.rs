@@ -11,10 +11,8 @@ async fn whole_server() -> FaultServer {
 async fn the_blob_comes_once_whatever_is_read() {
     let server = whole_server().await;
     let blob = blob(&server);
-    assert!(!blob.is_sequential());
     for (start, len) in [(5, 10), (123_456, 70_000), (0, 200_000), (199_999, 1), (0, 10)] {
         check(&blob, start, len).await;
-        assert!(blob.is_sequential());
     }
     let ranges = [range(5, 10), range(100, 10)];
     assert!(blob.open_many(&ranges, &ReadContext::on_demand(None)).await.unwrap().is_none());
@@ -46,7 +44,9 @@ async fn a_whole_blob_that_was_asked_for_whole_is_no_sign() {
     let server = whole_server().await;
     let blob = blob(&server);
     check(&blob, 0, 200_000).await;
-    assert!(!blob.is_sequential());
+    // Else this would come from what was kept.
+    check(&blob, 0, 200_000).await;
+    assert_eq!(server.asked().len(), 2);
 }
 
 #[tokio::test]
@@ -109,7 +109,6 @@ async fn a_server_that_learned_ranges_is_read_by_ranges_again() {
     let blob = source.blob(&blob_id()).unwrap();
     check(&blob, 100, 1000).await;
     check(&blob, 5000, 1000).await;
-    assert!(!blob.is_sequential());
     assert_eq!(server.asked()[2].range, Some((5000, 6000)));
 }
 
@@ -122,4 +121,78 @@ async fn a_file_that_can_not_be_made_is_named() {
         err.to_string().contains("/nonexistent/spool") && err.to_string().contains("ignores Range"),
         "{err}"
     );
+}
+
+/// Pages that proxies and portals send with 200 were kept as the blob, for as long as it was mounted.
+#[tokio::test]
+async fn a_page_is_not_taken_for_the_blob() {
+    let plain = data();
+    let server = FaultServer::start(move |asked| match (asked.method.as_str(), asked.number) {
+        ("HEAD", _) => Reply::new(200, plain.clone()),
+        (_, 0) => Reply::new(200, vec![b'<'; 5000]),
+        (_, 1) => Reply::new(200, vec![b'<'; 1_000_000]),
+        _ => Reply::new(200, plain.clone()),
+    })
+    .await;
+    let blob = source(&server, Rewrite::default()).blob_of_size(&blob_id(), 200_000).unwrap();
+    check(&blob, 100, 1000).await;
+    check(&blob, 199_000, 1000).await;
+    let methods: Vec<_> = server.asked().iter().map(|asked| asked.method.to_string()).collect();
+    assert_eq!(methods, ["GET", "GET", "HEAD", "GET"]);
+
+    let server = FaultServer::start(|_| Reply::new(200, vec![b'<'; 50])).await;
+    let blob = source(&server, Rewrite::default()).blob_of_size(&blob_id(), 200_000).unwrap();
+    let err = read(&blob, 100, 10).await.unwrap_err();
+    assert!(err.kind() == ErrorKind::Unavailable && err.to_string().contains("50 bytes in place"), "{err}");
+}
+
+#[tokio::test]
+async fn a_bootstrap_behind_the_data_is_not_kept() {
+    let plain = data();
+    let server = FaultServer::start(move |_| Reply::new(200, plain.clone())).await;
+    let blob = source(&server, Rewrite::default()).blob_of_size(&blob_id(), 150_000).unwrap();
+    check(&blob, 149_000, 1000).await;
+    let err = read(&blob, 149_000, 1001).await.unwrap_err();
+    assert!(err.kind() == ErrorKind::OutOfRange && err.to_string().contains("150000 bytes"), "{err}");
+}
+
+/// What was kept was wrong until the image was mounted again.
+#[tokio::test]
+async fn wrong_bytes_are_not_kept_and_come_once_more() {
+    let plain = data();
+    let server = FaultServer::start(move |asked| match asked.number {
+        0 => Reply::new(200, vec![0; 200_000]),
+        _ => Reply::new(200, plain.clone()),
+    })
+    .await;
+    let blob = blob(&server);
+    assert!(read(&blob, 100, 10).await.unwrap() == [0; 10]);
+    assert!(!blob.distrust(Supplier::Origin.into()));
+    check(&blob, 100, 10).await;
+    // Whose bytes stay wrong is not asked for them all the time.
+    assert!(!blob.distrust(Supplier::Origin.into()));
+    check(&blob, 5000, 10).await;
+    assert_eq!(server.asked().len(), 2);
+}
+
+/// Each read fetched all that was kept already, to find the disk full again.
+#[tokio::test]
+async fn where_nothing_can_be_kept_nothing_is_asked_for() {
+    use std::os::unix::fs::MetadataExt as _;
+    let full = std::fs::metadata("/dev/full").is_ok_and(|file| file.rdev() == 0x107);
+    assert!(full, "this test needs the device /dev/full");
+    let server = whole_server().await;
+    let client = RegistryClient::new(server.host(), options()).unwrap();
+    let digest =
+        TaggedDigest { algorithm: DigestAlgorithm::Sha256, digest: DigestAlgorithm::Sha256.digest(&data()) };
+    let mut spool = Spool::new("/dev".into());
+    spool.make = |_| std::fs::File::options().read(true).write(true).open("/dev/full");
+    let mut blob = RegistryBlob::new(client, "a/b", digest).with_retry(QUICK);
+    blob.spool = Some(Arc::new(spool));
+    let blob: Arc<dyn Backend> = Arc::new(blob);
+    for _ in 0..3 {
+        let err = read(&blob, 100, 10).await.unwrap_err();
+        assert!(err.kind() == ErrorKind::Io && err.to_string().contains("make room"), "{err}");
+    }
+    assert_eq!(server.asked().len(), 1);
 }

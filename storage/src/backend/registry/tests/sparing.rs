@@ -65,6 +65,20 @@ async fn a_broken_server_is_spared_by_prefetch_and_tried_by_readers() {
     assert_eq!(server.asked().len(), 7);
 }
 
+/// The head of an answer was success enough.
+#[tokio::test]
+async fn a_server_that_breaks_every_body_is_spared() {
+    let data = data();
+    let server = server(move |asked| Some(Reply::ranged(asked, &data).cut_after(10))).await;
+    let open = Duration::from_secs(3600);
+    let breaker = BreakerPolicy { failures: 3, open, cap: open };
+    let source = source_with(&server, Limits { breaker, ..Limits::default() });
+    let err = read(&source.blob(&blob_id()).unwrap(), 0, 1000).await.unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::Unavailable);
+    let seen = seen(&source);
+    assert_eq!((seen.failures, seen.breaker_open), (5, true));
+}
+
 #[tokio::test]
 async fn a_server_that_wants_peace_is_left_in_peace_by_all() {
     let server = server(|_| Some(Reply::new(429, "").header("retry-after", "3600"))).await;
