@@ -35,8 +35,8 @@ const PARTS_A_SECOND: u64 = 4;
 /// Bytes that an order is taken to name before any of it is known.
 const TRUST_ADVANCE: u64 = 8 << 20;
 
-/// Chunks of one part.
-const MAX_PART_CHUNKS: usize = 8192;
+/// Chunks of one part: each takes about a kilobyte while it is on its way.
+pub(super) const MAX_PART_CHUNKS: usize = 2048;
 
 /// Chunks of other blobs that are looked past for more of the one that is wanted next.
 const IN_SIGHT: usize = 8192;

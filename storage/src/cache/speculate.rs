@@ -19,6 +19,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use super::ahead::MAX_PART_CHUNKS;
 use super::duty::HeldDuty;
 use super::set::{Look, Shared};
 use tokio::sync::watch;
@@ -327,7 +328,7 @@ fn next_step(shared: &Shared, max_step: u64) -> Option<Step> {
             let mut state = shared.speculator.lock();
             let credit = state.credit - all.bytes as f64;
             let least = if all.chunks.is_empty() { LEAST_CREDIT } else { 1.0 };
-            if credit < least || all.bytes >= max_step {
+            if credit < least || all.bytes >= max_step || all.chunks.len() >= MAX_PART_CHUNKS {
                 break;
             }
             let Some((seed, place)) = state.take_best(blob) else { break };
