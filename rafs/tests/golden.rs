@@ -5,7 +5,7 @@ mod support;
 use std::path::Path;
 
 use rafs::ErrorKind;
-use rafs::bootstrap::{Nid, OpenOptions, adopt, from_bytes, open};
+use rafs::bootstrap::{Nid, OpenOptions, adopt, adopt_own, from_bytes, open};
 use storage::digest::{Digest, DigestAlgorithm};
 use support::{GoldenImage, expected, golden, golden_bytes, open_bytes};
 
@@ -148,6 +148,21 @@ fn a_bootstrap_is_adopted_under_its_digest() {
     let error = adopt(&other, dir.path(), Some(Digest([7; 32]))).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Mismatch);
     std::fs::rename(&other, &path).unwrap();
+
+    // One's own file is not copied, unless others could change it.
+    let own = dir.path().join("own");
+    for (mode, stays) in [(0o600, false), (0o644, true)] {
+        std::fs::copy(&source, &own).unwrap();
+        std::fs::set_permissions(&own, std::fs::Permissions::from_mode(mode)).unwrap();
+        let own_inode = std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(&own).unwrap());
+        assert_eq!(adopt_own(&own, dir.path(), None).unwrap().1, digest);
+        assert_eq!((own.exists(), own_inode != inode()), (stays, stays));
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
+    }
+    std::fs::write(&own, [7; 8192]).unwrap();
+    std::fs::set_permissions(&own, std::fs::Permissions::from_mode(0o600)).unwrap();
+    assert!(adopt_own(&own, dir.path(), None).is_err());
+    std::fs::remove_file(&own).unwrap();
 
     let broken = dir.path().join("broken");
     std::fs::write(&broken, [7; 8192]).unwrap();

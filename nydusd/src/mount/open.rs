@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, bail};
 use rafs::blob_context::{BlobContext, stored_range};
-use rafs::bootstrap::{Blob, Bootstrap, adopt};
+use rafs::bootstrap::{Blob, Bootstrap, adopt, adopt_own};
 use rafs::format::features::BlobFeatures;
 use rafs::format::limits::MAX_CHUNK_SIZE;
 use rafs::fs::{Rafs, RafsOptions};
@@ -104,6 +104,8 @@ pub fn open(
             (Arc::clone(rafs.bootstrap()), *digest)
         }
         None => {
+            // What was fetched lies in a temporary file of its own.
+            let adopt = if fetched.is_some() { adopt_own } else { adopt };
             let (bootstrap, digest) = adopt(&spec.bootstrap, work_dir, config.expect_bootstrap)?;
             (Arc::from(bootstrap), digest)
         }

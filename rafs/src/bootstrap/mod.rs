@@ -25,7 +25,7 @@ mod walk;
 pub use blobs::{codec, codec_code, codec_of_context, digester_code};
 pub use chunks::is_batch_member;
 pub use faults::Faults;
-pub use open::{OpenOptions, adopt, digest, from_bytes, open};
+pub use open::{OpenOptions, adopt, adopt_own, digest, from_bytes, open};
 pub use v6::V6;
 pub(crate) use validate::validate;
 pub use walk::{Step, Walk};

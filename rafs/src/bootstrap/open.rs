@@ -69,10 +69,7 @@ pub fn adopt(source: &Path, work_dir: &Path, expect: Option<Digest>) -> Result<(
     let named = |e: Error| e.context(source.display());
     let copied = |digest: Digest| work_dir.join(format!("{digest}.boot"));
     if expect.is_some_and(|digest| copied(digest) == source) && is_private(&from).map_err(named)? {
-        let digest = hash(source, &mut from, |_| Ok(()))?;
-        check_digest(source, digest, expect)?;
-        from.rewind().map_err(|e| named(Error::io("read", e)))?;
-        return Ok((validate(&mut from, &OpenOptions::default()).map_err(named)?, digest));
+        return check(source, &mut from, expect);
     }
     let failed = |e| Error::io(format!("copy {} to {}", source.display(), work_dir.display()), e);
     // Temporary files have mode 0600 from the start.
@@ -84,6 +81,35 @@ pub fn adopt(source: &Path, work_dir: &Path, expect: Option<Digest>) -> Result<(
     let bootstrap = validate(file, &OpenOptions::default()).map_err(named)?;
     copy.persist(copied(digest)).map_err(|e| failed(e.error))?;
     Ok((bootstrap, digest))
+}
+
+/// The same for a file of this user's own in `work_dir` that nobody else uses: it gets the name that the copy would have.
+///
+/// # Errors
+/// As [`adopt`]; the file keeps its name then.
+pub fn adopt_own(
+    source: &Path,
+    work_dir: &Path,
+    expect: Option<Digest>,
+) -> Result<(Box<dyn Bootstrap>, Digest)> {
+    let mut from = open_source(source)?;
+    if !is_private(&from).map_err(|e| e.context(source.display()))? {
+        return adopt(source, work_dir, expect);
+    }
+    let (bootstrap, digest) = check(source, &mut from, expect)?;
+    let own = work_dir.join(format!("{digest}.boot"));
+    let failed = |e| Error::io(format!("rename {} to {}", source.display(), own.display()), e);
+    std::fs::rename(source, &own).map_err(failed)?;
+    Ok((bootstrap, digest))
+}
+
+/// Opens the bootstrap at `source`, which is open as `from`, where it is.
+fn check(source: &Path, from: &mut File, expect: Option<Digest>) -> Result<(Box<dyn Bootstrap>, Digest)> {
+    let named = |e: Error| e.context(source.display());
+    let digest = hash(source, from, |_| Ok(()))?;
+    check_digest(source, digest, expect)?;
+    from.rewind().map_err(|e| named(Error::io("read", e)))?;
+    Ok((validate(from, &OpenOptions::default()).map_err(named)?, digest))
 }
 
 fn check_digest(source: &Path, found: Digest, expect: Option<Digest>) -> Result<()> {

@@ -35,8 +35,14 @@ const PARTS_A_SECOND: u64 = 4;
 /// Bytes that an order is taken to name before any of it is known.
 const TRUST_ADVANCE: u64 = 8 << 20;
 
-/// Chunks of one part: each takes about a kilobyte while it is on its way.
-pub(super) const MAX_PART_CHUNKS: usize = 2048;
+/// What a chunk takes of memory while it is on its way, beside its bytes: its waiters, lock and place. A window of
+/// small files would be thousands of them.
+const CHUNK_COST: u64 = 1 << 10;
+
+/// What `chunks` of `bytes` stored bytes take of the link's window.
+pub(super) fn cost(chunks: usize, bytes: u64) -> u64 {
+    bytes + chunks as u64 * CHUNK_COST
+}
 
 /// Chunks of other blobs that are looked past for more of the one that is wanted next.
 const IN_SIGHT: usize = 8192;
@@ -140,13 +146,14 @@ async fn each_part(
         }
         // Chosen only now: what has come meanwhile is not asked for again.
         let Some(Part { blob, chunks, bytes }) = rest.part(shared, size, handle).await else { break };
-        slot.shrink(bytes);
+        let taken = cost(chunks.len(), bytes);
+        slot.shrink(taken);
         if options.class != Class::Background {
             shared.speculator.told(bytes);
         }
         let soon = link.rate().map_or(FIRST_PART * GROWTH, |rate| rate / PARTS_A_SECOND);
         // What a seldom blob gave little of says nothing about the order.
-        let grown = if bytes >= size / GROWTH { size * GROWTH } else { size };
+        let grown = if taken >= size / GROWTH { size * GROWTH } else { size };
         size = grown.min(soon.clamp(FIRST_PART, MAX_PART));
         if let Some(pace) = &mut pace {
             pace.charge(bytes, Instant::now());
@@ -221,7 +228,7 @@ impl Rest {
                 part.bytes += extent.unit.compressed.len();
             }
             part.chunks.push(extent);
-            if part.bytes >= size || part.chunks.len() >= MAX_PART_CHUNKS {
+            if cost(part.chunks.len(), part.bytes) >= size {
                 break;
             }
         }

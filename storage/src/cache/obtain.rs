@@ -12,7 +12,7 @@ use crate::ids::ChunkIndex;
 use crate::link::Slot;
 
 /// Chunks that one miss is widened by.
-const MAX_FOLLOWING: u32 = 4096;
+const MAX_FOLLOWING: u32 = 512;
 
 /// What became of a wish for chunks.
 #[derive(Default)]

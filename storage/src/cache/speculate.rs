@@ -19,7 +19,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use super::ahead::MAX_PART_CHUNKS;
+use super::ahead::cost;
 use super::duty::HeldDuty;
 use super::set::{Look, Shared};
 use tokio::sync::watch;
@@ -154,6 +154,12 @@ struct Step {
     blob: u32,
     chunks: Vec<ChunkExtent>,
     bytes: u64,
+}
+
+impl Step {
+    fn cost(&self) -> u64 {
+        cost(self.chunks.len(), self.bytes)
+    }
 }
 
 impl Speculator {
@@ -299,7 +305,7 @@ async fn run(shared: Weak<Shared>, _duty: HeldDuty) {
         news.mark_unchanged();
         if let Some(step) = next_step(&alive, max_step) {
             alive.speculator.lock().credit -= step.bytes as f64;
-            slot.shrink(step.bytes);
+            slot.shrink(step.cost());
             alive.fetch_ahead(step.blob, &step.chunks, slot);
             continue;
         }
@@ -328,14 +334,14 @@ fn next_step(shared: &Shared, max_step: u64) -> Option<Step> {
             let mut state = shared.speculator.lock();
             let credit = state.credit - all.bytes as f64;
             let least = if all.chunks.is_empty() { LEAST_CREDIT } else { 1.0 };
-            if credit < least || all.bytes >= max_step || all.chunks.len() >= MAX_PART_CHUNKS {
+            if credit < least || all.cost() >= max_step {
                 break;
             }
             let Some((seed, place)) = state.take_best(blob) else { break };
             (seed, place, credit)
         };
         let step = (FIRST_STEP << seed.steps.min(8)).max(seed.proved / 2);
-        let step = step.min(max_step - all.bytes).min(credit as u64);
+        let step = step.min(max_step - all.cost()).min(credit as u64);
         seed.steps += 1;
         let blob = seed.blob;
         let grown = seed.grow(shared, step);
@@ -441,7 +447,7 @@ impl Seed {
                 grown.bytes += extent.unit.compressed.len();
             }
             grown.chunks.push(extent);
-            if grown.bytes >= step {
+            if grown.cost() >= step {
                 return grown;
             }
         }
