@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use storage::backend::health::HealthPolicy;
-use storage::backend::http::HttpOptions;
 use storage::backend::http_proxy::HttpProxySource;
 use storage::backend::object::{ObjectStoreSource, StoreCredentials, StoreOptions};
 use storage::backend::registry::{MirrorOptions, ProxyOptions, RegistrySource, Rewrite};
@@ -64,12 +63,13 @@ fn plan_named(name: &str, args: &ImageArgs) -> anyhow::Result<Plan> {
         Ok(auth) => Login::Fixed(Credentials::from_base64(&auth).with_context(|| PULL_AUTH.to_owned())?),
         Err(_) => Login::Files(AuthFiles::from_environment()),
     };
+    let transport = TransportConfig {
+        ca_cert_files: args.ca_cert.clone(),
+        proxy_from_environment: args.proxy_from_environment,
+        ..TransportConfig::default()
+    };
     let options = RegistryOptions {
-        http: HttpOptions {
-            ca_files: args.ca_cert.clone(),
-            proxy_from_environment: args.proxy_from_environment,
-            ..HttpOptions::default()
-        },
+        http: transport.http_options(),
         scheme: if args.plain_http { Scheme::Http } else { Scheme::Auto },
         login,
         ..RegistryOptions::default()
@@ -77,11 +77,7 @@ fn plan_named(name: &str, args: &ImageArgs) -> anyhow::Result<Plan> {
     let backend = match &name {
         ImageName::Layout { path, .. } => BackendConfig::OciLayout(path.clone()),
         ImageName::Registry(reference) => BackendConfig::Registry(RegistryConfig {
-            transport: TransportConfig {
-                ca_cert_files: args.ca_cert.clone(),
-                proxy_from_environment: args.proxy_from_environment,
-                ..TransportConfig::default()
-            },
+            transport,
             ..RegistryConfig::new(reference.host(), reference.repository())
         }),
     };

@@ -66,8 +66,15 @@ impl MirrorConfig {
         for mut mirror in section.take_sections("mirrors")? {
             let limit_name = mirror.name("failure_limit");
             let limit = mirror.take_u64("failure_limit")?.unwrap_or(5);
+            let host_name = mirror.name("host");
+            let host = mirror.require_string("host")?;
+            if host.contains('@') {
+                // Not repeated: it may be a login.
+                let why = "want [http[s]://]HOST[:PORT]; logins belong into `headers`";
+                return Err(ConfigError::new(format!("`{host_name}`: {why}")));
+            }
             mirrors.push(Self {
-                host: mirror.require_string("host")?,
+                host,
                 ping_url: mirror.take_string("ping_url")?.unwrap_or_default(),
                 headers: mirror.take_string_map("headers")?,
                 health_check_interval: seconds(mirror.take_u64("health_check_interval")?, 5),

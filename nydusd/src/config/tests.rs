@@ -234,6 +234,7 @@ fn refusals_name_the_key() {
         (registry(r#","auth":"no base64!""#), "device.backend.config.auth"),
         (registry(r#","scheme":"ftp""#), "device.backend.config.scheme"),
         (registry(r#","mirrors":[{"host":""}]"#), "device.backend.config.mirrors[0].host"),
+        (registry(r#","mirrors":[{"host":"http://u:pw@m"}]"#), "mirrors[0].host"),
         (registry(r#","mirrors":[{"host":"m"},{"host":"n","headers":{"a":1}}]"#), "mirrors[1].headers"),
         (registry(r#","client_cert_file":"a""#), "client_key_file"),
         (registry("").replace("\"repo\":\"r/x\"", "\"repo\":\"\""), "device.backend.config.repo"),

@@ -14,10 +14,14 @@
 //! that it says can ask for more than each chunk of that image once.
 
 use std::collections::HashSet;
+use std::fmt;
+use std::marker::PhantomData;
 
 use anyhow::{Context as _, bail, ensure};
 use rafs::bootstrap::Blob;
-use serde::{Deserialize, Serialize};
+use rafs::format::limits::MAX_BLOBS;
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use storage::digest::{Digest, TaggedDigest};
 use storage::ids::BlobId;
 
@@ -54,7 +58,9 @@ pub struct Document {
     root: Option<String>,
     starts: u8,
     complete: bool,
+    #[serde(deserialize_with = "bounded::<MAX_BLOBS, _, _>")]
     blobs: Vec<String>,
+    #[serde(deserialize_with = "bounded::<MAX_CHUNKS, _, _>")]
     order: Vec<(u32, u32, u32, u8)>,
 }
 
@@ -153,5 +159,53 @@ impl Document {
     /// None that happens: it holds numbers and strings.
     pub fn to_json(&self) -> anyhow::Result<Vec<u8>> {
         Ok(serde_json::to_vec(self)?)
+    }
+}
+
+/// A list of at most `MAX` items: more would be held many times larger than they are written, only to be refused.
+fn bounded<'de, const MAX: usize, T: Deserialize<'de>, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<T>, D::Error> {
+    struct Bounded<const MAX: usize, T>(PhantomData<T>);
+
+    impl<'de, const MAX: usize, T: Deserialize<'de>> Visitor<'de> for Bounded<MAX, T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a list of at most {MAX} items")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Vec<T>, A::Error> {
+            let mut all = Vec::new();
+            while let Some(item) = items.next_element()? {
+                if all.len() == MAX {
+                    return Err(A::Error::invalid_length(MAX + 1, &self));
+                }
+                all.push(item);
+            }
+            Ok(all)
+        }
+    }
+
+    deserializer.deserialize_seq(Bounded::<MAX, T>(PhantomData))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_bounded_while_they_are_read() {
+        let with = |blobs: usize, runs: usize| {
+            let list = |item: &str, count: usize| vec![item; count].join(",");
+            let (blobs, runs) = (list("\"b\"", blobs), list("[0,0,1,1]", runs));
+            let head = r#""version":1,"bootstrap":"sha256:00","starts":1,"complete":true"#;
+            Document::parse(format!(r#"{{{head},"blobs":[{blobs}],"order":[{runs}]}}"#).as_bytes())
+        };
+        assert!(with(MAX_BLOBS, MAX_CHUNKS).is_ok());
+        for (blobs, runs) in [(MAX_BLOBS + 1, 1), (1, MAX_CHUNKS + 1)] {
+            let error = format!("{:#}", with(blobs, runs).unwrap_err());
+            assert!(error.contains("not a trace") && error.contains("invalid length"), "{error}");
+        }
     }
 }

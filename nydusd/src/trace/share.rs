@@ -9,7 +9,6 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use chrono::{SecondsFormat, Utc};
 use storage::backend::{Priority, ReadContext};
 use storage::oci::referrers::Subject;
 
@@ -17,6 +16,9 @@ use super::{Document, Identity, MAX_DOCUMENT, Trace};
 
 /// Type of the artifact and of the document in it.
 pub const ARTIFACT_TYPE: &str = "application/vnd.nydus.trace.v1+json";
+
+/// One new chunk in so many is worth a push: starts differ a little, and many nodes would push each time.
+const WORTH: usize = 50;
 
 /// How long a registry may take: a start is over by then, or a command has waited enough.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -40,7 +42,7 @@ pub(super) async fn pull(subject: &Subject, identity: &Identity) -> anyhow::Resu
 }
 
 /// Pushes `ours`, merged with what the registry has. Answers the artifact's digest; `None` if
-/// the registry has all of it.
+/// the registry has about all of it.
 ///
 /// # Errors
 /// Those of the registry.
@@ -55,17 +57,36 @@ pub(super) async fn push(
         None
     });
     let known: HashSet<_> = theirs.iter().flat_map(|trace| &trace.entries).map(|entry| entry.chunk).collect();
-    if ours.entries.iter().all(|entry| known.contains(&entry.chunk)) {
+    let new = ours.entries.iter().filter(|entry| !known.contains(&entry.chunk)).count();
+    if !is_worth(new, known.len()) {
         return Ok(None);
     }
     let order: Vec<_> = ours.entries.iter().map(|entry| entry.chunk).collect();
     let merged = theirs.map_or_else(|| ours.clone(), |theirs| theirs.merged(&order));
-    let created = Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true);
     let bytes = document(&merged).to_json()?;
-    let digest = subject.push(ARTIFACT_TYPE, bytes, &created, &context()).await.context("push the trace")?;
+    let digest = subject.push(ARTIFACT_TYPE, bytes, &context()).await.context("push the trace")?;
     Ok(Some(digest.to_string()))
+}
+
+/// Are `new` chunks worth a push to who knows `known`?
+fn is_worth(new: usize, known: usize) -> bool {
+    new > 0 && new.saturating_mul(WORTH) >= known
 }
 
 fn context() -> ReadContext {
     ReadContext { priority: Priority::Prefetch, ..ReadContext::on_demand(Some(Instant::now() + PATIENCE)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_worth;
+
+    #[test]
+    fn a_little_that_is_new_is_not_pushed() {
+        for (new, known, worth) in
+            [(0, 0, false), (1, 0, true), (1, 50, true), (1, 51, false), (9, 1000, false), (20, 1000, true)]
+        {
+            assert_eq!(is_worth(new, known), worth, "{new} new, {known} known");
+        }
+    }
 }

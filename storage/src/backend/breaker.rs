@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 /// When and for how long a breaker opens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BreakerPolicy {
     /// Failures in a row that open it.
     pub failures: u32,

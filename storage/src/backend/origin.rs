@@ -1,5 +1,5 @@
 //! What is known about each server that was spoken to, and how it is spared: one [`Origin`]
-//! a scheme, host and port.
+//! a scheme, host and port, with what all clients of this process know together behind it.
 //!
 //! ```text
 //!   request ─▶ asked to wait? ─▶ a place among its requests ─▶ breaker ─▶ sent
@@ -7,11 +7,15 @@
 //!                                                               prefetch fails at once
 //! ```
 //!
+//! Many mounts of one registry are one client to it: they share its budget, its breaker and its
+//! `Retry-After`. Clients with other limits, or that go another way, are told apart.
+//!
 //! Every wait ends at the deadline of its request and on cancellation.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use reqwest::Url;
@@ -22,13 +26,14 @@ use super::hedge::Hedge;
 use super::retry::{Failure, within};
 use super::{Priority, ReadContext};
 use crate::metrics::OriginSnapshot;
+use crate::oci::auth::Secret;
 use crate::{Error, ErrorKind, Result};
 
-/// Servers remembered at once. Redirects name them, so hostile registries could name many.
+/// Servers that one client remembers at once. Redirects name them, so hostile registries could name many.
 const MAX_ORIGINS: usize = 256;
 
 /// How a server is spared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Limits {
     /// Requests at once, answers being read included; at least 4. Prefetch takes at most three
     /// quarters of them.
@@ -63,11 +68,29 @@ struct Counters {
     bytes: AtomicU64,
 }
 
-/// One server.
+/// How a client reaches its servers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Route {
+    /// Through this proxy.
+    pub proxy: Option<Secret>,
+    /// Through those that the environment names.
+    pub proxy_from_environment: bool,
+    /// Through this socket.
+    pub unix_socket: Option<PathBuf>,
+}
+
+/// One server, as one client of this process sees it.
 #[derive(Debug)]
 pub struct Origin {
     name: String,
     limits: Limits,
+    server: Arc<Server>,
+    counters: Counters,
+}
+
+/// What all clients know of a server.
+#[derive(Debug)]
+struct Server {
     /// It does not answer several ranges with one body. Relaxed, as it guards nothing: a late
     /// look costs one request.
     single: AtomicBool,
@@ -80,7 +103,46 @@ pub struct Origin {
     probe: Arc<tokio::sync::Mutex<()>>,
     /// Short, never held across an await.
     state: Mutex<State>,
-    counters: Counters,
+}
+
+/// What tells servers apart.
+#[derive(PartialEq, Eq, Hash)]
+struct Key {
+    name: String,
+    route: Route,
+    limits: Limits,
+}
+
+/// The servers that some client of this process remembers. Short, never held across an await; taken with the lock
+/// of one client's servers held.
+static SERVERS: LazyLock<Mutex<HashMap<Key, Weak<Server>>>> = LazyLock::new(Mutex::default);
+
+impl Server {
+    fn new(limits: Limits) -> Self {
+        let places = limits.requests.max(4);
+        let state = State { breaker: Breaker::new(limits.breaker), hedge: Hedge::default(), paused: None };
+        Self {
+            single: AtomicBool::new(false),
+            whole: AtomicBool::new(false),
+            places: Arc::new(Semaphore::new(places)),
+            prefetch_places: Arc::new(Semaphore::new(places - places / 4)),
+            probe: Arc::default(),
+            state: Mutex::new(state),
+        }
+    }
+
+    /// The one that other clients know by `key`, or a new one.
+    fn shared(key: Key) -> Arc<Self> {
+        // No code panics while holding it; were it so, the map is still valid.
+        let mut servers = SERVERS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(server) = servers.get(&key).and_then(Weak::upgrade) {
+            return server;
+        }
+        servers.retain(|_, server| server.strong_count() > 0);
+        let server = Arc::new(Self::new(key.limits));
+        servers.insert(key, Arc::downgrade(&server));
+        server
+    }
 }
 
 #[derive(Debug)]
@@ -113,35 +175,24 @@ enum Body {
 }
 
 impl Origin {
-    fn new(name: String, limits: Limits) -> Self {
-        let places = limits.requests.max(4);
-        let state = State { breaker: Breaker::new(limits.breaker), hedge: Hedge::default(), paused: None };
-        Self {
-            name,
-            limits,
-            single: AtomicBool::new(false),
-            whole: AtomicBool::new(false),
-            places: Arc::new(Semaphore::new(places)),
-            prefetch_places: Arc::new(Semaphore::new(places - places / 4)),
-            probe: Arc::default(),
-            state: Mutex::new(state),
-            counters: Counters::default(),
-        }
+    fn new(name: &str, limits: Limits, route: &Route) -> Self {
+        let server = Server::shared(Key { name: name.to_owned(), route: route.clone(), limits });
+        Self { name: name.to_owned(), limits, server, counters: Counters::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         // No code panics while holding it; were it so, every field is still valid.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.server.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// May several ranges be asked for at once?
     pub fn takes_many(&self) -> bool {
-        !self.single.load(Relaxed)
+        !self.server.single.load(Relaxed)
     }
 
     /// It was asked for several ranges and answered something else.
     pub fn refuses_many(&self, why: &str) {
-        if !self.single.swap(true, Relaxed) {
+        if !self.server.single.swap(true, Relaxed) {
             let server = &self.name;
             tracing::debug!(server, why, "no multi-range requests; ranges are asked for one by one");
         }
@@ -149,12 +200,12 @@ impl Origin {
 
     /// Does it send whole objects whatever the range?
     pub fn ignores_range(&self) -> bool {
-        self.whole.load(Relaxed)
+        self.server.whole.load(Relaxed)
     }
 
     /// It was asked for a part of an object and sent that, or all of it.
     pub(super) fn set_ignores_range(&self, ignores: bool) {
-        if self.whole.swap(ignores, Relaxed) != ignores && ignores {
+        if self.server.whole.swap(ignores, Relaxed) != ignores && ignores {
             let server = &self.name;
             tracing::warn!(server, "it ignores Range; its blobs are read whole, once, from front to end");
         }
@@ -179,10 +230,10 @@ impl Origin {
             let what = format!("a place among the requests to {}", self.name);
             let places = within(context, &what, async {
                 let prefetch = match context.priority {
-                    Priority::Prefetch => Some(place(&self.prefetch_places).await?),
+                    Priority::Prefetch => Some(place(&self.server.prefetch_places).await?),
                     Priority::OnDemand => None,
                 };
-                Ok::<_, Failure>((place(&self.places).await?, prefetch))
+                Ok::<_, Failure>((place(&self.server.places).await?, prefetch))
             })
             .await?;
             if self.paused().is_none() {
@@ -233,9 +284,10 @@ impl Origin {
             state.breaker.streak()
         };
         let what = format!("server {} fails all the time; wait for another reader's attempt", self.name);
-        let probe =
-            within(context, &what, async { Ok::<_, Failure>(Arc::clone(&self.probe).lock_owned().await) })
-                .await?;
+        let probe = within(context, &what, async {
+            Ok::<_, Failure>(Arc::clone(&self.server.probe).lock_owned().await)
+        })
+        .await?;
         let state = self.state();
         if !state.breaker.is_open() {
             return Ok(None);
@@ -263,7 +315,7 @@ impl Origin {
 
     /// A place for a second request, if it can be afforded.
     pub(super) fn second(&self) -> Option<OwnedSemaphorePermit> {
-        let place = Arc::clone(&self.places).try_acquire_owned().ok()?;
+        let place = Arc::clone(&self.server.places).try_acquire_owned().ok()?;
         if !self.state().hedge.spend() {
             return None;
         }
@@ -396,16 +448,23 @@ impl Drop for Ticket {
 #[derive(Clone, Debug, Default)]
 pub struct Origins {
     limits: Limits,
-    known: Arc<Mutex<HashMap<String, Arc<Origin>>>>,
+    route: Route,
+    known: Arc<Mutex<HashMap<String, Known>>>,
+}
+
+#[derive(Debug)]
+struct Known {
+    origin: Arc<Origin>,
+    used: Instant,
 }
 
 impl Origins {
     /// None yet; each is spared as `limits` say.
-    pub fn new(limits: Limits) -> Self {
-        Self { limits, known: Arc::default() }
+    pub fn new(limits: Limits, route: Route) -> Self {
+        Self { limits, route, known: Arc::default() }
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<String, Arc<Origin>>> {
+    fn known(&self) -> MutexGuard<'_, HashMap<String, Known>> {
         // No code panics while holding it; were it so, the map is still valid.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -415,105 +474,29 @@ impl Origins {
         let name = url.origin().ascii_serialization();
         let mut known = self.known();
         if known.len() >= MAX_ORIGINS && !known.contains_key(&name) {
-            known.retain(|_, origin| Arc::strong_count(origin) > 1);
+            // The one that was not used for longest, of those that nobody uses now if there are any.
+            let in_use = |known: &Known| Arc::strong_count(&known.origin) > 1;
+            let oldest = known.iter().min_by_key(|(_, known)| (in_use(known), known.used));
+            if let Some(oldest) = oldest.map(|(name, _)| name.clone()) {
+                known.remove(&oldest);
+            }
         }
-        let new = || Arc::new(Origin::new(name.clone(), self.limits));
-        Arc::clone(known.entry(name.clone()).or_insert_with(new))
+        let used = Instant::now();
+        let known = known.entry(name).or_insert_with_key(|name| {
+            let origin = Arc::new(Origin::new(name, self.limits, &self.route));
+            Known { origin, used }
+        });
+        known.used = used;
+        Arc::clone(&known.origin)
     }
 
     /// All servers, by name.
     pub fn snapshot(&self) -> Vec<OriginSnapshot> {
-        let mut all: Vec<_> = self.known().values().map(|origin| origin.snapshot()).collect();
+        let mut all: Vec<_> = self.known().values().map(|known| known.origin.snapshot()).collect();
         all.sort_by(|a, b| a.origin.cmp(&b.origin));
         all
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn origin(limits: Limits) -> Arc<Origin> {
-        Origins::new(limits).of(&Url::parse("https://a.io/").unwrap())
-    }
-
-    fn prefetch() -> ReadContext {
-        ReadContext { priority: Priority::Prefetch, ..ReadContext::on_demand(None) }
-    }
-
-    #[test]
-    fn servers_are_told_apart_and_bounded() {
-        let origins = Origins::default();
-        let of = |url: &str| origins.of(&Url::parse(url).unwrap());
-        let first = of("https://a.io/x");
-        first.refuses_many("test");
-        assert!(!of("https://a.io:443/y?z").takes_many());
-        assert!(of("http://a.io/").takes_many() && of("https://a.io:444/").takes_many());
-        for i in 0..MAX_ORIGINS * 2 {
-            of(&format!("https://h{i}.io/"));
-        }
-        assert!(origins.known().len() <= MAX_ORIGINS);
-        assert!(!of("https://a.io/").takes_many(), "what is in use was forgotten");
-    }
-
-    #[tokio::test]
-    async fn places_are_bounded_and_prefetch_leaves_some() {
-        let origin = origin(Limits { requests: 8, ..Limits::default() });
-        let now = ReadContext::on_demand(Some(Instant::now()));
-        let late = ReadContext { deadline: now.deadline, ..prefetch() };
-        let mut held = Vec::new();
-        for _ in 0..6 {
-            held.push(origin.admit(&late).await.unwrap());
-        }
-        assert_eq!(origin.admit(&late).await.unwrap_err().error.kind(), ErrorKind::TimedOut);
-        for _ in 0..2 {
-            held.push(origin.admit(&now).await.unwrap());
-        }
-        let err = origin.admit(&now).await.unwrap_err().error;
-        assert!(err.kind() == ErrorKind::TimedOut && err.to_string().contains("https://a.io"), "{err}");
-        held.pop();
-        assert!(origin.admit(&now).await.is_ok());
-    }
-
-    #[tokio::test]
-    async fn retry_after_holds_all_back_to_their_deadline() {
-        let origin = origin(Limits { retry_after_cap: Duration::from_secs(3600), ..Limits::default() });
-        let mut ticket = origin.admit(&ReadContext::on_demand(None)).await.unwrap();
-        ticket.answered(None, Some(Duration::from_secs(7200)));
-        drop(ticket);
-        assert!(origin.snapshot().paused);
-        let soon = ReadContext::on_demand(Some(Instant::now() + Duration::from_secs(60)));
-        let err = origin.admit(&soon).await.unwrap_err().error;
-        assert!(err.kind() == ErrorKind::TimedOut && err.to_string().contains("Retry-After"), "{err}");
-        let context = prefetch();
-        context.cancel.cancel();
-        assert_eq!(origin.admit(&context).await.unwrap_err().error.kind(), ErrorKind::Cancelled);
-    }
-
-    #[tokio::test]
-    async fn an_open_breaker_lets_one_reader_try_for_all() {
-        let origin = origin(Limits::default());
-        let context = ReadContext::on_demand(None);
-        for _ in 0..5 {
-            origin.admit(&context).await.unwrap().failed("GET x: 503".to_owned(), None);
-        }
-        let failure = origin.admit(&prefetch()).await.unwrap_err();
-        assert!(!failure.passing && failure.error.to_string().contains("GET x: 503"), "{failure:?}");
-
-        let mut probe = origin.admit(&context).await.unwrap();
-        let waiting = tokio::spawn({
-            let origin = Arc::clone(&origin);
-            async move { origin.admit(&ReadContext::on_demand(None)).await }
-        });
-        // The other reader queues before the probe ends.
-        tokio::task::yield_now().await;
-        probe.failed("GET x: 502".to_owned(), None);
-        let failure = waiting.await.unwrap().unwrap_err();
-        assert!(failure.passing && failure.error.to_string().contains("GET x: 502"), "{failure:?}");
-
-        origin.admit(&context).await.unwrap().answered(None, None);
-        assert!(origin.admit(&prefetch()).await.is_ok());
-        let snapshot = origin.snapshot();
-        assert_eq!((snapshot.failures, snapshot.breaker_opens, snapshot.breaker_open), (6, 1, false));
-    }
-}
+mod tests;

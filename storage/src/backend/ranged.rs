@@ -26,9 +26,9 @@ use crate::{Error, ErrorKind, Result};
 
 /// A connection that brought this much before it broke counts as progress.
 const PROGRESS_SIZE: u64 = 64 << 10;
-/// Where a server ignores `Range`, at most this much is thrown away to reach one
-/// ([`Segment::near`]).
-const MAX_SKIP: u64 = 64 << 20;
+/// Where a server ignores `Range` and nothing of what it sends is kept, at most this much is thrown away to reach a
+/// range ([`Segment::near`]): small objects are read so, and of a large one each read would transfer half.
+const MAX_SKIP: u64 = 4 << 20;
 
 /// An object that can be asked for ranges, one attempt a call.
 pub(super) trait Ranged: Clone + Send + Sync + 'static {

@@ -30,7 +30,7 @@ const HELPER_TIMEOUT: Duration = Duration::from_secs(30);
 const HELPER_PAUSE: Duration = Duration::from_millis(5);
 
 /// A password, token or header value that never shows.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Secret(String);
 
 impl Secret {

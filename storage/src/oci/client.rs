@@ -5,25 +5,23 @@
 //! attaches it only there, whatever URL it is given, and redirects are followed one by one
 //! through it.
 
+mod reads;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use reqwest::header::{
-    ACCEPT, AUTHORIZATION, CONTENT_LENGTH, HeaderMap, HeaderValue, LOCATION, WWW_AUTHENTICATE,
-};
+use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, LOCATION, WWW_AUTHENTICATE};
 use reqwest::{Body, Method, Request, StatusCode, Url};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::auth::{AuthFiles, Credentials, Secret};
 use super::challenge::Challenge;
-use super::manifest::{self, Document, MAX_MANIFEST_SIZE};
-use super::reference::{Reference, api_host, check_host, is_loopback};
+use super::reference::{api_host, check_host, is_loopback};
 use super::token::{Access, Authenticator, Login, header_value};
 use crate::backend::ReadContext;
-use crate::backend::http::{Answer, Http, HttpOptions, parse_url, same_origin};
+use crate::backend::http::{Answer, Http, HttpOptions, is_tls_refused, parse_url, same_origin};
 use crate::backend::origin::Origin;
-use crate::backend::retry::{Failure, RetryPolicy, with_retries, within};
-use crate::digest::TaggedDigest;
+use crate::backend::retry::{Failure, RetryPolicy, within};
 use crate::metrics::OriginSnapshot;
 use crate::{Error, ErrorKind, Result};
 
@@ -112,7 +110,7 @@ struct Inner {
     secure_base: Url,
     plain_base: Url,
     /// Spoken to without TLS now. Relaxed: it guards nothing, a late look costs one request.
-    plain: AtomicBool,
+    plain: Arc<AtomicBool>,
     /// May `plain` change to what the server turns out to speak? Only until it has answered:
     /// a server that is down for a while must not be sent logins in clear.
     switch: Switch,
@@ -142,7 +140,8 @@ enum Switch {
     Never,
     /// Loopback: a server that answers plain http with 400 may want TLS.
     ToSecure,
-    /// Loopback, `skip_verify`: a server that does not speak TLS is accepted without.
+    /// Loopback, `skip_verify`: a server that answers, and not in TLS, is accepted without. One that does not answer
+    /// may only be down.
     ToPlain,
 }
 
@@ -163,14 +162,14 @@ impl RegistryClient {
         };
         let http = Http::new(&options.http)?;
         let base = |scheme| parse_url(host, &format!("{scheme}://{}/v2/", api_host(host)));
-        let in_clear = plain || switch != Switch::Never;
+        let plain = Arc::new(AtomicBool::new(plain));
         let inner = Inner {
             secure_base: base("https")?,
             plain_base: base("http")?,
-            plain: AtomicBool::new(plain),
+            plain: Arc::clone(&plain),
             switch,
             settled: AtomicBool::new(switch == Switch::Never),
-            auth: Authenticator::new(http.clone(), host, options.login, options.token, in_clear),
+            auth: Authenticator::new(http.clone(), host, options.login, options.token, plain),
             http,
             host: host.to_owned(),
             retry: options.retry,
@@ -286,18 +285,48 @@ impl RegistryClient {
         }
         let again = request.try_clone();
         let answer = self.exchange(request, hedged, context).await?;
+        let forbidden = answer.status() == StatusCode::FORBIDDEN;
+        if let (true, Some(used), Some(mut request)) =
+            (forbidden, &used, again.as_ref().and_then(Request::try_clone))
+        {
+            let Some(header) = self.inner.auth.reconsider(&access, used, context).await? else {
+                return Ok(answer);
+            };
+            drop(answer);
+            request.headers_mut().insert(AUTHORIZATION, header_value(&header)?);
+            return self.exchange(request, hedged, context).await;
+        }
         if answer.status() != StatusCode::UNAUTHORIZED {
+            self.inner.auth.note_acceptance(&access);
             return Ok(answer);
         }
         let values = answer.headers().get_all(WWW_AUTHENTICATE);
         let challenges: Vec<_> =
             values.iter().filter_map(|v| v.to_str().ok()).flat_map(Challenge::parse).collect();
         let what = answer.what().to_owned();
-        let refused = answer.into_failure(self.host(), context).await;
+        let refused = answer.into_failure(self.host(), context);
         if challenges.is_empty() {
-            return Err(refused);
+            return Err(refused.await);
         }
-        let Some(header) = self.inner.auth.renew(&access, challenges, used.as_ref(), context).await? else {
+        // The page is read meanwhile: that leaves the connection to the next request, and its server keeps nobody
+        // waiting.
+        let mut refused = std::pin::pin!(refused);
+        let renewed = self.inner.auth.renew(&access, challenges, used.as_ref(), context);
+        let mut renewed = std::pin::pin!(renewed);
+        let mut page = None;
+        let header = loop {
+            tokio::select! {
+                biased;
+                refused = &mut refused, if page.is_none() => page = Some(refused),
+                header = &mut renewed => break header?,
+            }
+        };
+        let Some(header) = header else {
+            let refused = match page {
+                Some(refused) => refused,
+                None => refused.await,
+            };
+            self.inner.auth.note_refusal(&access, &refused.error);
             return Err(refused);
         };
         let Some(mut request) = again else {
@@ -305,7 +334,14 @@ impl RegistryClient {
             return Err(Failure::passing(Error::new(ErrorKind::Unavailable, why)));
         };
         request.headers_mut().insert(AUTHORIZATION, header_value(&header)?);
-        self.exchange(request, hedged, context).await
+        let answer = self.exchange(request, hedged, context).await?;
+        if answer.status() != StatusCode::UNAUTHORIZED {
+            self.inner.auth.note_acceptance(&access);
+            return Ok(answer);
+        }
+        let refused = answer.into_failure(self.host(), context).await;
+        self.inner.auth.note_refusal(&access, &refused.error);
+        Err(refused)
     }
 
     /// Held by the first [`FIRST_CONTACTS`] requests to the registry, whatever comes of them; the
@@ -359,7 +395,7 @@ impl RegistryClient {
         let result = self.inner.http.send(request, context).await;
         let other = match (&result, self.inner.switch) {
             (Ok(answer), Switch::ToSecure) => plain && answer.status() == StatusCode::BAD_REQUEST,
-            (Err(failure), Switch::ToPlain) => !plain && failure.passing,
+            (Err(failure), Switch::ToPlain) => !plain && failure.passing && is_tls_refused(&failure.error),
             _ => false,
         };
         let (true, Some(mut request)) = (other, again) else {
@@ -368,6 +404,8 @@ impl RegistryClient {
         };
         set(&mut request, !plain);
         match self.inner.http.send(request, context).await {
+            // Whatever else listens there, a page that leads to https for example, is not the registry.
+            Ok(answer) if self.inner.switch == Switch::ToPlain && !is_from_registry(&answer) => result,
             Ok(answer) => {
                 self.inner.plain.store(!plain, Ordering::Relaxed);
                 self.inner.settled.store(true, Ordering::Relaxed);
@@ -378,111 +416,16 @@ impl RegistryClient {
             Err(_) => result,
         }
     }
+}
 
-    /// Sends GET or HEAD and follows redirects; any other status is an answer.
-    async fn follow(
-        &self,
-        method: Method,
-        url: Url,
-        access: &Access,
-        headers: &HeaderMap,
-        context: &ReadContext,
-    ) -> std::result::Result<Answer, Failure> {
-        let mut url = url;
-        for _ in 0..=MAX_REDIRECTS {
-            let mut call = Call::new(method.clone(), url, access.clone());
-            call.headers.clone_from(headers);
-            let answer = self.send(call, context).await?;
-            if !is_redirect(answer.status()) {
-                return Ok(answer);
-            }
-            url = Self::location(&answer)?;
-        }
-        Err(too_many_redirects(&method, &url).into())
-    }
-
-    /// The manifest or index that `reference` names, verified: against the digest of the
-    /// reference if it has one, against the one the registry states otherwise.
-    ///
-    /// # Errors
-    /// `NotFound`, `Denied`, `Unavailable`, `TimedOut`, `Cancelled`; `Corrupt`: another digest.
-    pub async fn get_manifest(&self, reference: &Reference, context: &ReadContext) -> Result<Document> {
-        let path = format!("{}/manifests/{}", reference.repository(), reference.manifest_name());
-        let access = Access::pull(reference.repository());
-        let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(manifest::ACCEPT))]);
-        with_retries(self.inner.retry, context, || async {
-            let answer = self.follow(Method::GET, self.url(&path)?, &access, &headers, context).await?;
-            if answer.status() != StatusCode::OK {
-                return Err(answer.into_failure(self.host(), context).await);
-            }
-            let stated = answer.header("docker-content-digest").and_then(|v| v.parse().ok());
-            let media_type = answer.header("content-type").unwrap_or_default().to_owned();
-            let bytes = answer.bytes(MAX_MANIFEST_SIZE, context).await?;
-            Ok(Document::new(bytes.into(), &media_type, reference.digest().or(stated))?)
-        })
-        .await
-        .map_err(|e| e.context(format_args!("manifest of {reference}")))
-    }
-
-    /// Digest of the manifest at `reference`, or `None` if there is none; fetches no body.
-    ///
-    /// # Errors
-    /// `Denied`, `Unavailable`, `TimedOut`, `Cancelled`; `Invalid`: the registry states no digest.
-    pub async fn manifest_digest(
-        &self,
-        reference: &Reference,
-        context: &ReadContext,
-    ) -> Result<Option<TaggedDigest>> {
-        let path = format!("{}/manifests/{}", reference.repository(), reference.manifest_name());
-        let access = Access::pull(reference.repository());
-        let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(manifest::ACCEPT))]);
-        with_retries(self.inner.retry, context, || async {
-            let answer = self.follow(Method::HEAD, self.url(&path)?, &access, &headers, context).await?;
-            match answer.status() {
-                StatusCode::OK => match answer.header("docker-content-digest").and_then(|v| v.parse().ok()) {
-                    Some(digest) => Ok(Some(digest)),
-                    None => {
-                        let why = format!("{}: no digest in the answer", answer.what());
-                        Err(Error::new(ErrorKind::Invalid, why).into())
-                    }
-                },
-                StatusCode::NOT_FOUND => Ok(None),
-                _ => Err(answer.into_failure(self.host(), context).await),
-            }
-        })
-        .await
-        .map_err(|e| e.context(format_args!("manifest of {reference}")))
-    }
-
-    /// Size of a blob, or `None` if the repository does not hold it.
-    ///
-    /// # Errors
-    /// `Denied`, `Unavailable`, `TimedOut`, `Cancelled`; `Unsupported`: the registry states no size.
-    pub async fn blob_size(
-        &self,
-        repository: &str,
-        digest: TaggedDigest,
-        context: &ReadContext,
-    ) -> Result<Option<u64>> {
-        let path = format!("{repository}/blobs/{digest}");
-        let access = Access::pull(repository);
-        with_retries(self.inner.retry, context, || async {
-            let answer =
-                self.follow(Method::HEAD, self.url(&path)?, &access, &HeaderMap::new(), context).await?;
-            match answer.status() {
-                StatusCode::OK => match answer.header(CONTENT_LENGTH).and_then(|v| v.parse().ok()) {
-                    Some(size) => Ok(Some(size)),
-                    None => {
-                        let why = format!("{}: no Content-Length in the answer", answer.what());
-                        Err(Error::new(ErrorKind::Unsupported, why).into())
-                    }
-                },
-                StatusCode::NOT_FOUND => Ok(None),
-                _ => Err(answer.into_failure(self.host(), context).await),
-            }
-        })
-        .await
-    }
+/// Could a registry have sent this?
+fn is_from_registry(answer: &Answer) -> bool {
+    let status = answer.status();
+    let page = answer.header(CONTENT_TYPE).is_some_and(|kind| kind.starts_with("text/html"));
+    let secure = |location: Url| location.scheme() == "https";
+    let leads_away =
+        is_redirect(status) && !RegistryClient::any_location(answer).is_ok_and(|location| !secure(location));
+    !page && !leads_away && !status.is_server_error()
 }
 
 /// True if what goes to `to` is less protected than what went to `from`.

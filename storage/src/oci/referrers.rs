@@ -10,16 +10,18 @@
 //! layer (OCI image specification 1.1). A registry that does not know the referrers API gets the
 //! index under the subject's tag from us, with the descriptors of other tools kept.
 //!
-//! Whoever may push to the repository may put anything here: sizes are bounded, digests compared,
-//! and what the document says is for its reader to check.
+//! Whoever may push to the repository may put anything here: sizes are bounded, digests compared, a time to come
+//! makes nothing newer, and what the document says is for its reader to check.
 
 use bytes::Bytes;
-use reqwest::{Method, StatusCode};
+use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
+use reqwest::header::LINK;
+use reqwest::{Method, StatusCode, Url};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::client::{Call, RegistryClient};
-use super::manifest::{Document, MAX_MANIFEST_SIZE, OCI_INDEX, OCI_MANIFEST};
+use super::manifest::{Document, OCI_INDEX, OCI_MANIFEST};
 use super::reference::Reference;
 use super::stream::{read_all, verified};
 use super::token::Access;
@@ -35,6 +37,15 @@ const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
 const EMPTY: &[u8] = b"{}";
 /// When an artifact was made, RFC 3339 in UTC.
 const CREATED: &str = "org.opencontainers.image.created";
+/// Clocks differ by less. What claims to be from later than that is older than all else.
+const CLOCKS: TimeDelta = TimeDelta::minutes(10);
+/// A list of referrers in bytes, or a page of it; and an artifact's manifest. The parsed form is several times larger.
+const MAX_INDEX_SIZE: u64 = 256 << 10;
+const MAX_ARTIFACT_SIZE: u64 = 64 << 10;
+/// Pages of such a list that are read.
+const MAX_PAGES: usize = 8;
+/// Artifacts that are deleted when they are superseded.
+const MAX_DELETED: usize = 8;
 
 /// An image manifest in a registry, for others to refer to. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -110,28 +121,53 @@ impl Subject {
         cap: u64,
         context: &ReadContext,
     ) -> Result<Option<Vec<u8>>> {
-        let index = match self.referrers(artifact_type, context).await? {
-            Some(index) => index,
-            None => self.tagged(context).await?.unwrap_or(Index { manifests: Vec::new() }),
-        };
-        let listed = index.manifests.iter().filter_map(|value| Listed::deserialize(value).ok());
-        let ours = listed.filter(|listed| listed.artifact_type.as_deref() == Some(artifact_type));
-        let Some(newest) = ours.max_by_key(Listed::age) else { return Ok(None) };
-        self.document(&newest, artifact_type, cap, context).await.map(Some)
+        let now = Utc::now();
+        let ours = self.listed(artifact_type, context).await?;
+        let Some(newest) = ours.iter().max_by_key(|listed| listed.age(now)) else { return Ok(None) };
+        self.document(newest, artifact_type, cap, context).await.map(Some)
     }
 
-    /// Asks the referrers API; `None` if the registry does not have it.
-    async fn referrers(&self, artifact_type: &str, context: &ReadContext) -> Result<Option<Index>> {
+    /// What is listed of `artifact_type`.
+    async fn listed(&self, artifact_type: &str, context: &ReadContext) -> Result<Vec<Listed>> {
+        let ours = |index: Index| {
+            let listed = index.manifests.iter().filter_map(|value| Listed::deserialize(value).ok());
+            listed.filter(|listed| listed.artifact_type.as_deref() == Some(artifact_type)).collect::<Vec<_>>()
+        };
         let path = format!("{}/referrers/{}", self.reference.repository(), self.digest);
+        let mut url = self.client.url(&path)?;
+        url.query_pairs_mut().append_pair("artifactType", artifact_type);
+        let mut all = Vec::new();
+        for page in 0..MAX_PAGES {
+            let found = self.page(url, context).await;
+            match found.map_err(|e| e.context(format_args!("referrers of {}", self.reference)))? {
+                Some((index, next)) => {
+                    all.extend(ours(index));
+                    match next {
+                        Some(next) => url = next,
+                        None => break,
+                    }
+                }
+                None if page == 0 => {
+                    return Ok(self.tagged(context).await?.map(ours).unwrap_or_default());
+                }
+                None => break,
+            }
+        }
+        Ok(all)
+    }
+
+    /// Asks the referrers API for a page and the place of the next; `None` if the registry does not have it.
+    async fn page(&self, url: Url, context: &ReadContext) -> Result<Option<(Index, Option<Url>)>> {
         let access = Access::pull(self.reference.repository());
         with_retries(self.client.retry(), context, || async {
-            let mut url = self.client.url(&path)?;
-            url.query_pairs_mut().append_pair("artifactType", artifact_type);
-            let answer = self.client.send(Call::new(Method::GET, url, access.clone()), context).await?;
+            let call = Call::new(Method::GET, url.clone(), access.clone());
+            let answer = self.client.send(call, context).await?;
             match answer.status() {
                 StatusCode::OK => {
-                    let bytes = answer.bytes(MAX_MANIFEST_SIZE, context).await?;
-                    Ok(Some(parse(&bytes, "list of referrers")?))
+                    let next = answer.header(LINK).and_then(next_link).and_then(|next| url.join(next).ok());
+                    let next = next.filter(|next| self.client.is_own(next));
+                    let bytes = answer.bytes(MAX_INDEX_SIZE, context).await?;
+                    Ok(Some((parse(&bytes, MAX_INDEX_SIZE, "list of referrers")?, next)))
                 }
                 // What registries without the API answer to a path they do not know.
                 StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::BAD_REQUEST => Ok(None),
@@ -139,14 +175,13 @@ impl Subject {
             }
         })
         .await
-        .map_err(|e| e.context(format_args!("referrers of {}", self.reference)))
     }
 
     /// The index under the subject's tag, where registries without the API keep it.
     async fn tagged(&self, context: &ReadContext) -> Result<Option<Index>> {
         let reference = self.reference.at_tag(&self.tag())?;
         match self.client.get_manifest(&reference, context).await {
-            Ok(document) => parse(&document.bytes, "index of referrers").map(Some),
+            Ok(document) => parse(&document.bytes, MAX_INDEX_SIZE, "index of referrers").map(Some),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e),
         }
@@ -165,7 +200,7 @@ impl Subject {
     ) -> Result<Vec<u8>> {
         let reference = self.reference.at_digest(listed.digest.parse()?);
         let manifest = self.client.get_manifest(&reference, context).await?;
-        let artifact: Artifact = parse(&manifest.bytes, "artifact")?;
+        let artifact: Artifact = parse(&manifest.bytes, MAX_ARTIFACT_SIZE, "artifact")?;
         let what = |kind, why: String| Error::new(kind, format!("artifact {}: {why}", manifest.digest));
         let subject = artifact.subject.map(|subject| subject.digest).unwrap_or_default();
         if artifact.artifact_type.as_deref() != Some(artifact_type) || subject != self.digest.to_string() {
@@ -184,8 +219,8 @@ impl Subject {
         read_all(verified(stream, digest, layer.size), cap).await
     }
 
-    /// Pushes a document of `artifact_type` that refers to this image; `created` is the present
-    /// time, RFC 3339 in UTC. Answers the digest of the artifact's manifest.
+    /// Pushes a document of `artifact_type` that refers to this image, as the newest one. Those that were there before
+    /// are deleted where the registry does that. Answers the digest of the artifact's manifest.
     ///
     /// # Errors
     /// Those of [`RegistryClient::put_manifest`].
@@ -193,9 +228,17 @@ impl Subject {
         &self,
         artifact_type: &str,
         document: Vec<u8>,
-        created: &str,
         context: &ReadContext,
     ) -> Result<TaggedDigest> {
+        let earlier = self.listed(artifact_type, context).await.unwrap_or_else(|error| {
+            tracing::debug!(%error, "what is there already is not known");
+            Vec::new()
+        });
+        let now = Utc::now();
+        // Another node's clock may be ahead of ours.
+        let theirs = earlier.iter().filter_map(|listed| listed.age(now).0).max();
+        let created = theirs.map_or(now, |theirs| now.max(theirs + TimeDelta::milliseconds(1)));
+        let created = created.to_rfc3339_opts(SecondsFormat::Millis, true);
         let repository = self.reference.repository();
         let context_of = |e: Error| e.context(format_args!("push to {}", self.reference));
         let size = document.len();
@@ -236,7 +279,27 @@ impl Subject {
             });
             self.list(artifact_type, descriptor, context).await.map_err(context_of)?;
         }
+        let superseded = earlier.iter().filter(|listed| listed.digest != name).take(MAX_DELETED);
+        for listed in superseded {
+            if let Err(error) = self.delete(listed, context).await {
+                tracing::debug!(%error, "what was superseded is not deleted");
+                break;
+            }
+        }
         Ok(stored.digest)
+    }
+
+    /// Deletes a manifest that nobody needs any more.
+    async fn delete(&self, listed: &Listed, context: &ReadContext) -> Result<()> {
+        let digest: TaggedDigest = listed.digest.parse()?;
+        let repository = self.reference.repository();
+        let url = self.client.url(&format!("{repository}/manifests/{digest}"))?;
+        let call = Call::new(Method::DELETE, url, Access::delete(repository));
+        let answer = self.client.send(call, context).await.map_err(|failure| failure.error)?;
+        match answer.status() {
+            status if status.is_success() || status == StatusCode::NOT_FOUND => Ok(()),
+            _ => Err(answer.into_failure(self.client.host(), context).await.error),
+        }
     }
 
     /// Puts `descriptor` into the index under the subject's tag, in place of older ones of its
@@ -247,6 +310,10 @@ impl Subject {
         manifests.push(descriptor);
         let index = json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests });
         let index = Bytes::from(index.to_string());
+        if index.len() as u64 > MAX_INDEX_SIZE {
+            let why = format!("the index of referrers would have more than {MAX_INDEX_SIZE} bytes");
+            return Err(Error::new(ErrorKind::Invalid, why));
+        }
         self.client
             .put_manifest(self.reference.repository(), &self.tag(), OCI_INDEX, index, context)
             .await
@@ -255,14 +322,28 @@ impl Subject {
 }
 
 impl Listed {
-    /// Orders by time; without one a document is older than all others.
-    fn age(&self) -> (String, String) {
+    /// Orders by time; without one that has come by `now` a document is older than all others.
+    fn age(&self, now: DateTime<Utc>) -> (Option<DateTime<Utc>>, &str) {
         let created = self.annotations.as_ref().and_then(|all| all.get(CREATED));
-        (created.cloned().unwrap_or_default(), self.digest.clone())
+        let created = created.and_then(|text| DateTime::parse_from_rfc3339(text).ok());
+        let created = created.map(|at| at.with_timezone(&Utc)).filter(|at| *at <= now + CLOCKS);
+        (created, &self.digest)
     }
 }
 
-fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T> {
+/// The address in `<ADDRESS>; rel="next"` (RFC 8288, as far as registries write it).
+fn next_link(link: &str) -> Option<&str> {
+    link.split(',').find_map(|link| {
+        let (address, parameters) = link.trim().strip_prefix('<')?.split_once('>')?;
+        let mut parameters = parameters.split(';').map(str::trim);
+        parameters.any(|parameter| matches!(parameter, "rel=next" | "rel=\"next\"")).then_some(address)
+    })
+}
+
+fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8], cap: u64, what: &str) -> Result<T> {
+    if bytes.len() as u64 > cap {
+        return Err(Error::new(ErrorKind::Invalid, format!("{what}: more than {cap} bytes")));
+    }
     serde_json::from_slice(bytes)
         .map_err(|e| Error::new(ErrorKind::Corrupt, format!("{what}: not of its shape")).with_source(e))
 }

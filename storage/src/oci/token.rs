@@ -10,14 +10,17 @@
 //! result; credentials go to the registry and to the realm it names, the latter never in
 //! clear unless the registry itself is spoken to in clear.
 
+mod request;
+
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
-use reqwest::{Method, Request, StatusCode, Url};
-use serde::Deserialize;
+use reqwest::{Method, Request, StatusCode};
 
+use self::request::{TokenRequest, parse_token};
 use super::auth::{AuthFiles, Credentials, Secret};
 use super::challenge::Challenge;
 use super::reference::is_loopback;
@@ -26,24 +29,22 @@ use crate::backend::http::{Http, shown};
 use crate::backend::retry::{Failure, within};
 use crate::{Error, ErrorKind, Result};
 
-/// How this client names itself to token servers (the contract's client id).
-const CLIENT_ID: &str = "nydus-registry-client";
 /// Life of a token whose server does not say (contract section 2.4).
 const DEFAULT_LIFE: Duration = Duration::from_secs(600);
-/// Shorter lives are taken for this one, as docker does: servers say 0 and mean nothing by it.
-/// A token that is over sooner is answered with 401 and renewed.
-const MIN_LIFE: Duration = Duration::from_secs(60);
-/// Longer lives are cut to this.
-const MAX_LIFE: Duration = Duration::from_secs(86_400);
 /// Tokens are renewed this long before they expire (contract section 2.4).
 const RENEW_BEFORE: Duration = Duration::from_secs(20);
+/// A refusal says nothing of the login while requests of its scope are answered otherwise: some places of a registry
+/// refuse everybody.
+const ACCEPTANCE_HOLDS: Duration = Duration::from_secs(60);
+/// A login that was refused is not presented again for so long: who asks for many chunks at once would lock the account.
+const REFUSAL_HOLDS: Duration = Duration::from_secs(10);
 /// A token answer is a few kilobytes.
 const MAX_ANSWER_SIZE: u64 = 1 << 20;
 
 /// Where logins come from.
 #[derive(Clone, Debug)]
 pub enum Login {
-    /// These files, read when a registry first asks.
+    /// These files, read when a registry first asks, and again when it refuses what they had.
     Files(AuthFiles),
     /// Given by configuration.
     Fixed(Credentials),
@@ -54,18 +55,24 @@ pub enum Login {
 pub struct Access {
     repository: String,
     push: bool,
+    delete: bool,
     mount_from: Option<String>,
 }
 
 impl Access {
     /// Reading from `repository`.
     pub fn pull(repository: impl Into<String>) -> Self {
-        Self { repository: repository.into(), push: false, mount_from: None }
+        Self { repository: repository.into(), push: false, delete: false, mount_from: None }
     }
 
     /// Reading from and writing to `repository`.
     pub fn push(repository: impl Into<String>) -> Self {
         Self { push: true, ..Self::pull(repository) }
+    }
+
+    /// Deleting manifests of `repository`.
+    pub fn delete(repository: impl Into<String>) -> Self {
+        Self { delete: true, ..Self::push(repository) }
     }
 
     /// Also reading from another repository of the registry, to mount its blobs.
@@ -76,7 +83,11 @@ impl Access {
     }
 
     fn scopes(&self) -> Vec<String> {
-        let actions = if self.push { "pull,push" } else { "pull" };
+        let actions = match (self.push, self.delete) {
+            (_, true) => "pull,push,delete",
+            (true, false) => "pull,push",
+            (false, false) => "pull",
+        };
         let mut scopes = vec![format!("repository:{}:{actions}", self.repository)];
         scopes.extend(self.mount_from.iter().map(|from| format!("repository:{from}:pull")));
         scopes
@@ -90,11 +101,25 @@ struct Token {
     renew: Instant,
 }
 
+/// A login that was refused.
+#[derive(Debug)]
+struct Refusal {
+    login: Credentials,
+    at: Instant,
+    error: Error,
+}
+
 #[derive(Debug)]
 struct State {
     login: Login,
-    /// Logins already looked up, by repository.
+    /// Logins already looked up in files, by repository; until they are refused.
     logins: HashMap<String, Credentials>,
+    /// By scope, the last one.
+    refusals: HashMap<Access, Refusal>,
+    /// When a request was last answered with something else than a refusal, by scope.
+    accepted: HashMap<Access, Instant>,
+    /// When files were last asked again because of a 403, by repository.
+    reconsidered: HashMap<String, Instant>,
     /// Configured token, used until the registry refuses it.
     given: Option<Secret>,
     /// What the registry asked for last.
@@ -109,8 +134,8 @@ struct State {
 pub struct Authenticator {
     http: Http,
     host: String,
-    /// The registry itself may be spoken to without TLS, so its token server may be, too.
-    in_clear: bool,
+    /// The registry itself is spoken to without TLS now, so its token server may be, too. Relaxed, as the client's.
+    in_clear: Arc<AtomicBool>,
     /// Short, never held across an await.
     state: Mutex<State>,
     /// Held by the one who asks the token server; taken before `state`.
@@ -119,12 +144,21 @@ pub struct Authenticator {
 
 impl Authenticator {
     /// For the registry that users name `host`.
-    /// `in_clear` allows logins to token servers without TLS.
-    pub fn new(http: Http, host: &str, login: Login, given: Option<Secret>, in_clear: bool) -> Self {
+    /// While `in_clear` is true, logins may go to token servers without TLS.
+    pub fn new(
+        http: Http,
+        host: &str,
+        login: Login,
+        given: Option<Secret>,
+        in_clear: Arc<AtomicBool>,
+    ) -> Self {
         let given = given.map(|token| Secret::new(format!("Bearer {}", token.expose())));
         let state = State {
             login,
             logins: HashMap::new(),
+            refusals: HashMap::new(),
+            accepted: HashMap::new(),
+            reconsidered: HashMap::new(),
             given,
             challenge: None,
             tokens: HashMap::new(),
@@ -144,6 +178,8 @@ impl Authenticator {
         let mut state = self.state();
         state.login = Login::Fixed(credentials);
         state.logins.clear();
+        state.refusals.clear();
+        state.accepted.clear();
         state.given = None;
         state.tokens.clear();
         state.generation += 1;
@@ -182,7 +218,7 @@ impl Authenticator {
         if let Some(fresh) = self.state().tokens.get(access).filter(|t| Instant::now() < t.renew) {
             return Ok(Some(fresh.header.clone()));
         }
-        match (self.obtain(access, &challenge, context).await, token) {
+        match (self.log_in(access, &challenge, None, context).await, token) {
             (Ok(header), _) => Ok(header),
             (Err(failure), Some(token)) if Instant::now() < token.expires => {
                 tracing::warn!(error = %failure.error, "a token could not be renewed yet, using the old one");
@@ -218,7 +254,6 @@ impl Authenticator {
                 state.tokens.remove(access);
             }
         }
-        let credentials = self.credentials(access, context).await?;
         // A user with a password can answer both kinds, anybody else only Bearer.
         let bearer = challenges.iter().find(|c| matches!(c, Challenge::Bearer { .. }));
         let basic = challenges.iter().find(|c| matches!(c, Challenge::Basic));
@@ -226,11 +261,138 @@ impl Authenticator {
             let why = format!("registry {} asks for a login this client does not know", self.host);
             return Err(Error::new(ErrorKind::Unsupported, why).into());
         };
-        if matches!(challenge, Challenge::Basic) && credentials.basic_header().as_ref() == used {
-            return Ok(None);
-        }
         self.state().challenge = Some(challenge.clone());
-        self.obtain(access, challenge, context).await
+        self.log_in(access, challenge, used, context).await
+    }
+
+    /// Another header after the registry answered 403 to `used`, which some say to a login that has expired: `None`
+    /// unless files and helpers have another one by now. They are asked once in a while.
+    ///
+    /// # Errors
+    /// As [`Authenticator::renew`].
+    pub async fn reconsider(
+        &self,
+        access: &Access,
+        used: &Secret,
+        context: &ReadContext,
+    ) -> std::result::Result<Option<Secret>, Failure> {
+        let _flight = self.take_flight(context).await?;
+        let (challenge, old) = {
+            let mut state = self.state();
+            // Only logins from files are here.
+            let old = state.logins.get(&access.repository).cloned();
+            let (Some(challenge), Some(old)) = (state.challenge.clone(), old) else { return Ok(None) };
+            let known = match challenge {
+                Challenge::Basic => old.basic_header(),
+                Challenge::Bearer { .. } => state.tokens.get(access).map(|token| token.header.clone()),
+            };
+            // Somebody else was here before.
+            if known.as_ref().is_some_and(|known| known != used) {
+                return Ok(known);
+            }
+            let last = state.reconsidered.insert(access.repository.clone(), Instant::now());
+            if let Some(at) = last.filter(|at| at.elapsed() < REFUSAL_HOLDS) {
+                state.reconsidered.insert(access.repository.clone(), at);
+                return Ok(None);
+            }
+            (challenge, old)
+        };
+        match self.look_again(access, &old, context).await {
+            Some(login) => {
+                self.state().tokens.remove(access);
+                self.obtain(access, &challenge, &login, Some(used), context).await
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// The registry answers requests for `access` as they are made now.
+    pub fn note_acceptance(&self, access: &Access) {
+        let now = Instant::now();
+        let mut state = self.state();
+        match state.accepted.get_mut(access) {
+            Some(last) => *last = now,
+            None => drop(state.accepted.insert(access.clone(), now)),
+        }
+    }
+
+    /// The registry refuses what was made of the login at hand: it is not presented again for a while.
+    pub fn note_refusal(&self, access: &Access, error: &Error) {
+        let login = {
+            let state = self.state();
+            if state.accepted.get(access).is_some_and(|at| at.elapsed() < ACCEPTANCE_HOLDS) {
+                return;
+            }
+            match &state.login {
+                Login::Fixed(login) => Some(login.clone()),
+                Login::Files(_) => state.logins.get(&access.repository).cloned(),
+            }
+        };
+        if let Some(login) = login {
+            self.keep_refusal(access, login, error.clone());
+        }
+    }
+
+    fn keep_refusal(&self, access: &Access, login: Credentials, error: Error) {
+        let mut state = self.state();
+        state.refusals.retain(|_, refusal| refusal.at.elapsed() < REFUSAL_HOLDS);
+        state.refusals.insert(access.clone(), Refusal { login, at: Instant::now(), error });
+    }
+
+    /// The header that answers `challenge` with the login at hand or, if that is refused, with the one that files and
+    /// helpers have by now. `None`: there is none beside `used`. The caller holds the flight.
+    async fn log_in(
+        &self,
+        access: &Access,
+        challenge: &Challenge,
+        used: Option<&Secret>,
+        context: &ReadContext,
+    ) -> std::result::Result<Option<Secret>, Failure> {
+        let login = self.credentials(access, context).await?;
+        let refusal = {
+            let state = self.state();
+            let last = state.refusals.get(access);
+            let last = last.filter(|last| last.login == login && last.at.elapsed() < REFUSAL_HOLDS);
+            last.map(|last| last.error.clone())
+        };
+        if let Some(error) = refusal {
+            return Err(error.context("refused a moment ago, and not tried again yet").into());
+        }
+        let first = self.obtain(access, challenge, &login, used, context).await;
+        if !is_refused(&first) {
+            return first;
+        }
+        let (login, result) = match self.look_again(access, &login, context).await {
+            Some(newer) => {
+                let second = self.obtain(access, challenge, &newer, used, context).await;
+                (newer, second)
+            }
+            None => (login, first),
+        };
+        if let Some(failure) = result.as_ref().err().filter(|_| is_refused(&result)) {
+            self.keep_refusal(access, login, failure.error.clone());
+        }
+        result
+    }
+
+    /// What files and helpers say by now, if it is something else than `old`.
+    async fn look_again(
+        &self,
+        access: &Access,
+        old: &Credentials,
+        context: &ReadContext,
+    ) -> Option<Credentials> {
+        {
+            let mut state = self.state();
+            if matches!(state.login, Login::Fixed(_)) {
+                return None;
+            }
+            state.logins.remove(&access.repository);
+        }
+        let found = self.credentials(access, context).await;
+        let found =
+            found.inspect_err(|error| tracing::warn!(%error, "the login could not be looked up again"));
+        found.ok().filter(|found| found != old)
     }
 
     async fn take_flight(
@@ -265,24 +427,29 @@ impl Authenticator {
         Ok(found)
     }
 
-    /// Makes or fetches the header that answers `challenge`; the caller holds the flight.
+    /// Makes or fetches the header that answers `challenge` with `login`; `None`: it is no other than `used`, or there
+    /// is none. The caller holds the flight.
     async fn obtain(
         &self,
         access: &Access,
         challenge: &Challenge,
+        login: &Credentials,
+        used: Option<&Secret>,
         context: &ReadContext,
     ) -> std::result::Result<Option<Secret>, Failure> {
         let generation = self.state().generation;
-        let credentials = self.credentials(access, context).await?;
-        let (header, life) = match (challenge, credentials) {
+        let (header, life) = match (challenge, login) {
             (_, Credentials::RegistryToken(token)) => {
-                (Secret::new(format!("Bearer {}", token.expose())), DEFAULT_LIFE)
+                let header = Secret::new(format!("Bearer {}", token.expose()));
+                if Some(&header) == used {
+                    return Ok(None);
+                }
+                (header, DEFAULT_LIFE)
             }
-            (Challenge::Basic, credentials) => match credentials.basic_header() {
-                Some(header) => return Ok(Some(header)),
-                None => return Ok(None),
-            },
-            (Challenge::Bearer { realm, service, scope }, credentials) => {
+            (Challenge::Basic, login) => {
+                return Ok(login.basic_header().filter(|header| Some(header) != used));
+            }
+            (Challenge::Bearer { realm, service, scope }, login) => {
                 let mut scopes = access.scopes();
                 // A registry that asks for something else than this client expects is believed.
                 if let Some(asked) = scope {
@@ -292,7 +459,7 @@ impl Authenticator {
                     scopes.extend(more.map(str::to_owned).collect::<Vec<_>>());
                 }
                 let ask = TokenRequest { realm, service: service.as_deref(), scopes: &scopes };
-                self.fetch(&ask, &credentials, context).await?
+                self.fetch(&ask, login, context).await?
             }
         };
         let now = Instant::now();
@@ -313,7 +480,7 @@ impl Authenticator {
         context: &ReadContext,
     ) -> std::result::Result<(Secret, Duration), Failure> {
         let open = ask.realm.scheme() == "http" && !ask.realm.host_str().is_some_and(is_loopback);
-        if open && !self.in_clear && *credentials != Credentials::Anonymous {
+        if open && !self.in_clear.load(Ordering::Relaxed) && *credentials != Credentials::Anonymous {
             let why = format!("registry {} wants its login sent in clear to {}", self.host, shown(ask.realm));
             return Err(Error::new(ErrorKind::Denied, why).into());
         }
@@ -350,73 +517,13 @@ impl Authenticator {
     }
 }
 
-/// What is asked of a token server.
-struct TokenRequest<'a> {
-    realm: &'a Url,
-    service: Option<&'a str>,
-    scopes: &'a [String],
-}
-
-impl TokenRequest<'_> {
-    fn query_url(&self) -> Url {
-        let mut url = self.realm.clone();
-        {
-            let mut query = url.query_pairs_mut();
-            if let Some(service) = self.service {
-                query.append_pair("service", service);
-            }
-            for scope in self.scopes {
-                query.append_pair("scope", scope);
-            }
-            query.append_pair("client_id", CLIENT_ID);
-        }
-        url
+/// True if a login was tried in vain, as far as the answer tells.
+fn is_refused(result: &std::result::Result<Option<Secret>, Failure>) -> bool {
+    match result {
+        Ok(header) => header.is_none(),
+        // 401, 403; 400.
+        Err(failure) => matches!(failure.error.kind(), ErrorKind::Denied | ErrorKind::Invalid),
     }
-
-    /// The OAuth2 form, for those who have something to present.
-    fn form(&self, credentials: &Credentials) -> Option<String> {
-        let mut form = Url::parse("form:").ok()?;
-        {
-            let mut pairs = form.query_pairs_mut();
-            match credentials {
-                Credentials::Basic { user, password } => {
-                    pairs.append_pair("grant_type", "password");
-                    pairs.append_pair("username", user).append_pair("password", password.expose());
-                }
-                Credentials::IdentityToken(token) => {
-                    pairs.append_pair("grant_type", "refresh_token");
-                    pairs.append_pair("refresh_token", token.expose());
-                }
-                Credentials::Anonymous | Credentials::RegistryToken(_) => return None,
-            }
-            if let Some(service) = self.service {
-                pairs.append_pair("service", service);
-            }
-            pairs.append_pair("client_id", CLIENT_ID).append_pair("scope", &self.scopes.join(" "));
-        }
-        form.query().map(str::to_owned)
-    }
-}
-
-fn parse_token(realm: &Url, answer: &[u8]) -> std::result::Result<(Secret, Duration), Failure> {
-    #[derive(Deserialize)]
-    struct TokenAnswer {
-        token: Option<String>,
-        access_token: Option<String>,
-        expires_in: Option<u64>,
-    }
-    // The parser's message could repeat a token: it is left out.
-    serde_json::from_slice::<TokenAnswer>(answer)
-        .ok()
-        .and_then(|a| {
-            let token = a.token.or(a.access_token).filter(|token| !token.is_empty())?;
-            let life = a.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs).clamp(MIN_LIFE, MAX_LIFE);
-            Some((Secret::new(format!("Bearer {token}")), life))
-        })
-        .ok_or_else(|| {
-            Error::new(ErrorKind::Invalid, format!("token server {}: no token in its answer", shown(realm)))
-                .into()
-        })
 }
 
 /// A header value that libraries do not log.
@@ -432,77 +539,4 @@ pub fn header_value(secret: &Secret) -> Result<HeaderValue> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::fault_server::{FaultServer, Reply};
-    use crate::backend::http::HttpOptions;
-
-    #[test]
-    fn token_requests_carry_service_and_scopes() {
-        let realm = Url::parse("https://auth.io/token?account=x").unwrap();
-        let scopes = Access::push("a/b").mounting_from("c").scopes();
-        assert_eq!(scopes, ["repository:a/b:pull,push", "repository:c:pull"]);
-        let ask = TokenRequest { realm: &realm, service: Some("r.io"), scopes: &scopes };
-        assert_eq!(
-            ask.query_url().as_str(),
-            "https://auth.io/token?account=x&service=r.io&scope=repository%3Aa%2Fb%3Apull%2Cpush\
-             &scope=repository%3Ac%3Apull&client_id=nydus-registry-client"
-        );
-        let login = Credentials::Basic { user: "u&".into(), password: Secret::new("p=") };
-        assert_eq!(
-            ask.form(&login).unwrap(),
-            "grant_type=password&username=u%26&password=p%3D&service=r.io&client_id=nydus-registry-client\
-             &scope=repository%3Aa%2Fb%3Apull%2Cpush+repository%3Ac%3Apull"
-        );
-        assert_eq!(ask.form(&Credentials::Anonymous), None);
-    }
-
-    #[test]
-    fn token_answers_are_read_in_both_spellings() {
-        let realm = Url::parse("https://auth.io/token?s=1").unwrap();
-        let (token, life) = parse_token(&realm, br#"{"token":"t"}"#).unwrap();
-        assert_eq!((token.expose(), life), ("Bearer t", DEFAULT_LIFE));
-        let (token, life) = parse_token(&realm, br#"{"access_token":"a","expires_in":60}"#).unwrap();
-        assert_eq!((token.expose(), life.as_secs()), ("Bearer a", 60));
-        for bad in ["{}", "", r#"{"token":""}"#, r#"{"token":7,"secret":"hunter2"}"#] {
-            let err = parse_token(&realm, bad.as_bytes()).unwrap_err().error;
-            assert!(err.kind() == ErrorKind::Invalid && !err.to_string().contains("hunter2"), "{err}");
-        }
-    }
-
-    #[tokio::test]
-    async fn tokens_are_renewed_before_they_expire_and_outlive_a_failed_renewal() {
-        let server = FaultServer::start(|asked| match asked.number {
-            0 | 1 => Reply::new(200, format!(r#"{{"token":"t{}","expires_in":0}}"#, asked.number)),
-            _ => Reply::new(503, ""),
-        })
-        .await;
-        let http = Http::new(&HttpOptions::default()).unwrap();
-        let auth = Authenticator::new(http, "r.io", Login::Fixed(Credentials::Anonymous), None, true);
-        let (access, context) = (Access::pull("a/b"), ReadContext::on_demand(None));
-        let challenge = Challenge::parse(&format!(r#"Bearer realm="http://{}/token""#, server.host()));
-        let first = auth.renew(&access, challenge, None, &context).await.unwrap().unwrap();
-        let header = async || auth.header(&access, &context).await.map(|header| header.unwrap());
-        assert_eq!((header().await.unwrap(), first.expose()), (first.clone(), "Bearer t0"));
-        let edit = |change: fn(&mut Token)| change(auth.state().tokens.get_mut(&access).unwrap());
-        edit(|token| token.renew = Instant::now());
-        assert_eq!(header().await.unwrap().expose(), "Bearer t1");
-        edit(|token| token.renew = Instant::now());
-        assert_eq!(header().await.unwrap().expose(), "Bearer t1");
-        edit(|token| token.expires = Instant::now());
-        assert!(header().await.unwrap_err().passing);
-        assert_eq!(server.asked().len(), 4);
-    }
-
-    #[tokio::test]
-    async fn logins_do_not_go_out_in_clear() {
-        let http = Http::new(&HttpOptions::default()).unwrap();
-        let login = Credentials::Basic { user: "u".into(), password: Secret::new("p") };
-        let auth = Authenticator::new(http, "r.io", Login::Fixed(login), None, false);
-        let challenge = Challenge::parse(r#"Bearer realm="http://auth.invalid/token?x=y""#);
-        let context = ReadContext::on_demand(None);
-        let failure = auth.renew(&Access::pull("a/b"), challenge, None, &context).await.unwrap_err();
-        assert!(failure.error.kind() == ErrorKind::Denied && !failure.passing, "{failure:?}");
-        assert!(failure.error.to_string().contains("in clear to http://auth.invalid/token"), "{failure:?}");
-    }
-}
+mod tests;

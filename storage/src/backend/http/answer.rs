@@ -13,8 +13,9 @@ use crate::backend::origin::Ticket;
 use crate::backend::retry::Failure;
 use crate::{Error, ErrorKind};
 
-/// An error page is read this far for its message.
+/// An error page is read this far for its message, and for so long.
 const MAX_ERROR_BODY: usize = 4096;
+const ERROR_PATIENCE: Duration = Duration::from_millis(500);
 
 /// The head of an answer, its body still to come.
 #[derive(Debug)]
@@ -98,12 +99,15 @@ impl Answer {
         let retry_after = retry_after(self.headers());
         let mut page = Vec::new();
         // The page only embellishes the message; what can not be read is left out.
-        while page.len() < MAX_ERROR_BODY && self.response.status() != StatusCode::NOT_MODIFIED {
-            match self.chunk(context).await {
-                Ok(Some(piece)) => page.extend_from_slice(&piece),
-                Ok(None) | Err(_) => break,
+        let read = async {
+            while page.len() < MAX_ERROR_BODY && self.response.status() != StatusCode::NOT_MODIFIED {
+                match self.chunk(context).await {
+                    Ok(Some(piece)) => page.extend_from_slice(&piece),
+                    Ok(None) | Err(_) => break,
+                }
             }
-        }
+        };
+        let _ = tokio::time::timeout(ERROR_PATIENCE, read).await;
         page.truncate(MAX_ERROR_BODY);
         let (kind, passing, meaning) = judge(status, help.into());
         let mut text = format!("{}: {status}", self.what);

@@ -118,6 +118,21 @@ pub(super) fn transport_failure(what: &str, error: reqwest::Error) -> Failure {
     Failure { error, passing, retry_after: None }
 }
 
+/// True if there is a server, and it does not speak TLS.
+pub(crate) fn is_tls_refused(error: &(dyn std::error::Error + 'static)) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    if error.is::<rustls::Error>() {
+        return true;
+    }
+    let io = error.downcast_ref::<std::io::Error>();
+    // A connection that was refused says so otherwise.
+    io.is_some_and(|io| matches!(io.kind(), BrokenPipe | ConnectionReset | UnexpectedEof))
+        || match io.and_then(std::io::Error::get_ref) {
+            Some(inner) => is_tls_refused(inner),
+            None => error.source().is_some_and(is_tls_refused),
+        }
+}
+
 /// Alerts of servers that do not accept a client's certificate, or miss it.
 const CLIENT_REFUSED: [AlertDescription; 8] = [
     AlertDescription::CertificateRequired,

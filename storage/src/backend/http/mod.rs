@@ -21,8 +21,9 @@ pub use reqwest::{Url, Version};
 pub use self::answer::Answer;
 use self::hedge::sooner;
 pub use self::meaning::Help;
+pub(crate) use self::meaning::is_tls_refused;
 use self::meaning::{judge, retry_after, transport_failure};
-use super::origin::{Limits, Origin, Origins};
+use super::origin::{Limits, Origin, Origins, Route};
 use super::retry::{Failure, within};
 use super::{Priority, ReadContext};
 use crate::oci::auth::Secret;
@@ -102,7 +103,12 @@ impl Http {
         let tls = tls::config(options)?;
         let client = client(options, tls.clone())?;
         let second = self::client(options, tls)?;
-        let origins = Origins::new(options.limits);
+        let route = Route {
+            proxy: options.proxy.clone(),
+            proxy_from_environment: options.proxy_from_environment,
+            unix_socket: options.unix_socket.clone(),
+        };
+        let origins = Origins::new(options.limits, route);
         Ok(Self { client, second, progress_timeout: options.progress_timeout, origins })
     }
 

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use super::*;
 use crate::backend::fault_server::{Asked, FaultServer, Reply};
-use crate::digest::DigestAlgorithm;
+use crate::digest::{DigestAlgorithm, TaggedDigest};
+use crate::oci::manifest::{Document, MAX_MANIFEST_SIZE};
+use crate::oci::reference::Reference;
 
 const MANIFEST: &str = r#"{"schemaVersion":2,"layers":[]}"#;
 
@@ -126,6 +128,14 @@ async fn refused_logins_name_the_remedy_and_no_secret() {
     let err = get(&client(&server, login()), &server).await.unwrap_err();
     assert_eq!((err.kind(), count(&server, "/token")), (ErrorKind::Denied, 1));
     assert!(!format!("{err} {err:?}").contains("useless"));
+
+    // Nor by many who ask one behind the other.
+    let server = bearer(Arc::default(), |_, _| Reply::new(403, "")).await;
+    let refused = client(&server, login());
+    for _ in 0..20 {
+        assert_eq!(get(&refused, &server).await.unwrap_err().kind(), ErrorKind::Denied);
+    }
+    assert_eq!(count(&server, "/token"), 2);
 
     let server = FaultServer::start(|_| Reply::unauthorized("Negotiate")).await;
     let err = get(&client(&server, login()), &server).await.unwrap_err();
@@ -326,5 +336,105 @@ fn tls_is_not_left_by_a_redirect() {
         ("http://r.io/v2/", "https://s.io/x", false),
     ] {
         assert_eq!(is_downgrade(&url(from), &url(to)), downgrade, "{from} {to}");
+    }
+}
+
+/// With `skip_verify`, any answer without TLS was taken for the registry's, and the client stayed there.
+#[tokio::test]
+async fn what_is_no_registry_is_not_spoken_to_without_tls() {
+    let pages: [fn() -> Reply; 3] = [
+        || Reply::new(301, "").header("location", "https://elsewhere.invalid/v2/"),
+        || Reply::new(200, "<html>").header("content-type", "text/html; charset=utf-8"),
+        || Reply::new(503, ""),
+    ];
+    for page in pages {
+        let server = FaultServer::start(move |asked| match asked.number {
+            0..3 => page(),
+            _ => Reply::new(200, MANIFEST),
+        })
+        .await;
+        let http = HttpOptions { skip_verify: true, ..HttpOptions::default() };
+        let login = Login::Fixed(Credentials::Anonymous);
+        let options = RegistryOptions { http, scheme: Scheme::Https, login, token: None, retry: quick() };
+        let client = RegistryClient::new(server.host(), options).unwrap();
+        let err = get(&client, &server).await.unwrap_err();
+        assert_eq!((err.kind(), server.asked().len()), (ErrorKind::Unavailable, 3), "{err}");
+        assert!(!client.inner.settled.load(Ordering::Relaxed) && !client.inner.plain.load(Ordering::Relaxed));
+        get(&client, &server).await.unwrap();
+        assert!(client.inner.plain.load(Ordering::Relaxed));
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_down_is_not_one_without_tls() {
+    let server = FaultServer::start(|_| Reply::new(200, MANIFEST)).await;
+    let http = Http::new(&HttpOptions::default()).unwrap();
+    let ask = async || {
+        let url = Url::parse(&format!("https://{}/v2/", server.host())).unwrap();
+        http.send(Request::new(Method::GET, url), &ReadContext::on_demand(None)).await.unwrap_err().error
+    };
+    assert!(is_tls_refused(&ask().await));
+    let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = Url::parse(&format!("https://{}/v2/", gone.local_addr().unwrap())).unwrap();
+    drop(gone);
+    let failure = http.send(Request::new(Method::GET, url), &ReadContext::on_demand(None)).await.unwrap_err();
+    assert!(failure.passing && !is_tls_refused(&failure.error), "{failure:?}");
+}
+
+/// A registry that answers in TLS has no login sent in clear, whatever it might have been.
+#[tokio::test]
+async fn the_clear_is_for_registries_in_the_clear() {
+    let server =
+        FaultServer::start(|_| Reply::unauthorized(r#"Bearer realm="http://0.0.0.0:1/token",service="s""#))
+            .await;
+    let with = |scheme| {
+        let http = HttpOptions { skip_verify: true, ..HttpOptions::default() };
+        let options =
+            RegistryOptions { http, scheme, login: Login::Fixed(login()), token: None, retry: quick() };
+        RegistryClient::new(server.host(), options).unwrap()
+    };
+    let (secure, plain) = (with(Scheme::Https), with(Scheme::Http));
+    let challenge = || Challenge::parse(r#"Bearer realm="http://0.0.0.0:1/token""#);
+    let (access, context) = (Access::pull("a/b"), ReadContext::on_demand(None));
+    let ask = async |client: &RegistryClient| {
+        client.inner.auth.renew(&access, challenge(), None, &context).await.unwrap_err().error
+    };
+    assert!(ask(&secure).await.to_string().contains("in clear"));
+    assert!(!ask(&plain).await.to_string().contains("in clear"));
+}
+
+/// A page of an error that drips held up the read that met it.
+#[tokio::test]
+async fn pages_of_errors_are_not_waited_for() {
+    let server = FaultServer::start(|asked| match asked.authorization() {
+        "" => Reply::new(401, vec![b'x'; 4000]).header("www-authenticate", "Basic realm=x").drip_after(1),
+        _ => Reply::new(200, MANIFEST),
+    })
+    .await;
+    // 40 seconds for all of it.
+    let context = ReadContext::on_demand(Some(std::time::Instant::now() + Duration::from_secs(20)));
+    client(&server, login()).get_manifest(&reference(&server), &context).await.unwrap();
+    let err = client(&server, Credentials::Anonymous)
+        .get_manifest(&reference(&server), &context)
+        .await
+        .unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::Denied, "{err}");
+}
+
+/// What one place refuses to everybody says nothing of the login: the blobs go on.
+#[tokio::test]
+async fn a_place_that_refuses_everybody_closes_no_other() {
+    let server = FaultServer::start(|asked| match asked.path.contains("/closed") {
+        false => Reply::new(200, MANIFEST),
+        true => Reply::unauthorized("Basic realm=x"),
+    })
+    .await;
+    for login in [login(), Credentials::Anonymous] {
+        let client = client(&server, login);
+        get(&client, &server).await.unwrap();
+        let closed = format!("{}/a/b:closed", server.host()).parse().unwrap();
+        let refused = client.get_manifest(&closed, &ReadContext::on_demand(None)).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Denied);
+        get(&client, &server).await.unwrap();
     }
 }
