@@ -36,10 +36,10 @@
 //! A chunk is fetched by one leader: in a process the first to enter the in-flight table,
 //! among processes the holder of a byte lock on the chunk map, which dies with its holder.
 //! A follower has its own deadline; if its leader gives up earlier, it leads itself. A
-//! process that does not get on (it may be stopped) is waited for until half the time is
-//! over; then the chunk is fetched here too, past the cache. A fetch that nobody waits for
-//! any more runs on to its own deadline and fills the cache; dropping the [`BlobCache`] or
-//! the engine cancels it.
+//! process that does not get on (it may be stopped) is waited for for a few seconds; then the
+//! chunk is fetched here too, past the cache. A fetch that nobody waits for any more runs on
+//! to its own deadline and fills the cache; dropping the [`BlobCache`] or the engine cancels
+//! it, and one without a deadline asks no more.
 
 mod ahead;
 mod chunk_map;
