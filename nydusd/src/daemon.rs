@@ -460,6 +460,7 @@ pub fn run(args: FuseArgs, host: Arc<Privileged>, rings: Option<Plan>) -> i32 {
     let log_is_file = args.global.log_file.is_some();
     let daemon = Arc::new(Daemon::new(args, host, rings, ends));
     let result = runtime.block_on(control(&daemon, receiver));
+    daemon.host.dismiss();
     // Never dropped: see above.
     std::mem::forget((daemon, runtime));
     match result {

@@ -5,7 +5,7 @@ use std::path::Path;
 use clap::CommandFactory as _;
 use nydusd::cli::{self, Cli, Command, GlobalArgs};
 use nydusd::failover::holder;
-use nydusd::sandbox::Sandbox;
+use nydusd::sandbox::{self, Sandbox};
 use nydusd::transport::uring::Plan;
 use nydusd::{daemon, limits, logging, pages, preheat, writable};
 
@@ -19,18 +19,27 @@ fn main() {
     limits::keep_heap_small();
     std::process::exit(match cli.command {
         Command::Fuse(args) => {
+            sandbox::leave_launcher();
             // Before there are threads, and before anything of anybody else is read.
             let sandbox = Sandbox::begin(&args);
             prepare(&args.global);
             let rings = if args.fuse_io_uring { Plan::new(&args) } else { None };
-            let host = sandbox.enter(&args);
-            daemon::run(*args, host, rings)
+            match sandbox.enter(&args) {
+                Ok(host) => daemon::run(*args, host, rings),
+                Err(e) => {
+                    logging::print_failure(&e);
+                    1
+                }
+            }
         }
         Command::Prefetch(args) => {
             prepare(&args.global);
             preheat::standalone::run(*args)
         }
-        Command::Supervise(args) => holder::run(&args),
+        Command::Supervise(args) => {
+            sandbox::leave_launcher();
+            holder::run(&args)
+        }
         Command::Overlay(args) => writable::run(&args),
         Command::Pages { directory } => write_pages(&directory),
     });

@@ -1,11 +1,13 @@
 //! The only unsafe code of this crate.
 
 use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 
+use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
-use nix::unistd::ForkResult;
+use nix::unistd::{ForkResult, Pid};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 /// A `statvfs64` of zeros, which has no constructor of its own.
 pub(crate) fn zeroed_statvfs() -> libc::statvfs64 {
@@ -53,42 +55,51 @@ pub(crate) fn keep_heap_small() {}
 #[cfg(not(target_env = "gnu"))]
 pub(crate) fn trim_heap() {}
 
-/// Most descriptors that the kernel lets one message carry (SCM_MAX_FD): none is ever cut off.
+/// Most descriptors that the kernel lets one message carry (SCM_MAX_FD).
 const MAX_FDS: usize = 253;
 
-/// Receives one message: its bytes into `buffer`, and the descriptors that came with them.
+/// Receives one message: its bytes into `buffer`, and the descriptors that came with them, as many of them as this process
+/// may still have open.
 ///
 /// # Errors
 /// The system's.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>)> {
-    let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [IoSliceMut::new(buffer)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;
-    let mut descriptors = Vec::new();
-    for part in message.cmsgs()? {
-        let ControlMessageOwned::ScmRights(fds) = part else { continue };
-        for fd in fds {
-            // SAFETY: `from_raw_fd` wants an open descriptor that nobody else owns. The kernel has
-            // just put it into this process for this message, and no other code has seen it.
-            descriptors.push(unsafe { OwnedFd::from_raw_fd(fd) });
-        }
-    }
-    Ok((message.bytes, descriptors))
+    let message = recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)
+        .map_err(|e| Errno::from_raw(e.raw_os_error()))?;
+    let rights = control.drain().filter_map(|part| match part {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    Ok((message.bytes, rights.flatten().collect()))
 }
 
-/// Forks a process that has one thread: true in the child.
+/// Forks a process that has one thread: its child's id, and none in the child.
 ///
 /// # Errors
 /// The system's, or `EBUSY`: there are other threads.
-pub(crate) fn fork() -> io::Result<bool> {
+pub(crate) fn fork() -> io::Result<Option<Pid>> {
     let threads = std::fs::read_dir("/proc/self/task")?.count();
     if threads != 1 {
         return Err(io::Error::from_raw_os_error(libc::EBUSY));
     }
     // SAFETY: `fork` wants no other thread, which could hold a lock that the child then waits for: there is none, as
     // was just seen, and only this thread could start one.
-    Ok(matches!(unsafe { nix::unistd::fork() }?, ForkResult::Child))
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { child } => Ok(Some(child)),
+        ForkResult::Child => Ok(None),
+    }
+}
+
+/// Closes every descriptor but the three standard ones. For a process that owns none by a value: one that has just been
+/// started, or forked.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn close_all() -> io::Result<()> {
+    close_from(FIRST_FD)
 }
 
 /// Closes every descriptor but the three standard ones and `kept`, which is another number afterwards. For a process
@@ -97,30 +108,75 @@ pub(crate) fn fork() -> io::Result<bool> {
 /// # Errors
 /// The system's.
 pub(crate) fn keep_only(kept: OwnedFd) -> io::Result<OwnedFd> {
-    const FIRST: RawFd = 3;
-    if kept.as_raw_fd() != FIRST {
+    if kept.as_raw_fd() != FIRST_FD {
         // SAFETY: `dup3` takes three integers. What number 3 was is nobody's here, as the caller promises.
-        nix::errno::Errno::result(unsafe { libc::dup3(kept.as_raw_fd(), FIRST, libc::O_CLOEXEC) })?;
+        Errno::result(unsafe { libc::dup3(kept.as_raw_fd(), FIRST_FD, libc::O_CLOEXEC) })?;
     }
-    // The number goes with the range below, or is the one that stays.
+    // The number goes with the others below, or is the one that stays.
     std::mem::forget(kept);
-    // SAFETY: `close_range` takes three integers. No value of this process owns one of these numbers: the caller
-    // promises so, and the one that did was just forgotten.
-    nix::errno::Errno::result(unsafe { libc::close_range(FIRST as u32 + 1, u32::MAX, 0) })?;
+    close_from(FIRST_FD + 1)?;
     // SAFETY: `from_raw_fd` wants an open descriptor that nobody else owns: number 3 is, as of the lines above.
-    Ok(unsafe { OwnedFd::from_raw_fd(FIRST) })
+    Ok(unsafe { OwnedFd::from_raw_fd(FIRST_FD) })
 }
 
-/// Has `signal` be ignored, or do what it does by default.
+/// The first descriptor behind the standard ones.
+const FIRST_FD: RawFd = 3;
+
+/// Closes the descriptors from `first` on. None of them is owned by a value of this process.
+fn close_from(first: RawFd) -> io::Result<()> {
+    // SAFETY: `close_range` takes three integers. No value of this process owns one of these numbers: both callers have
+    // their own callers promise so.
+    match Errno::result(unsafe { libc::close_range(first.cast_unsigned(), u32::MAX, 0) }) {
+        // Linux before 5.9, and filters that have not heard of it.
+        Err(Errno::ENOSYS | Errno::EPERM) => close_listed(first),
+        result => Ok(result.map(|_| ())?),
+    }
+}
+
+fn close_listed(first: RawFd) -> io::Result<()> {
+    let listed = std::fs::read_dir("/proc/self/fd")?;
+    let numbers: Vec<RawFd> =
+        listed.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    for number in numbers.into_iter().filter(|number| *number >= first) {
+        // SAFETY: `close` takes an integer, which no value owns: see above. That of the list itself is closed already,
+        // and closing it again is refused.
+        unsafe { libc::close(number) };
+    }
+    Ok(())
+}
+
+/// What a signal does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Disposition {
+    /// What it does by default.
+    Default,
+    /// Nothing, here and in programs that are started. An ignored SIGCHLD has the kernel forget children.
+    Ignored,
+    /// Nothing here; what it does by default in programs that are started.
+    Unheeded,
+}
+
+/// Has `signal` do that.
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn handle(signal: Signal, handler: SigHandler) -> io::Result<()> {
-    if !matches!(handler, SigHandler::SigIgn | SigHandler::SigDfl) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    // SAFETY: `signal` wants a handler that is safe to run at any time: no code of ours is one here.
+pub(crate) fn handle(signal: Signal, disposition: Disposition) -> io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    let handler = match disposition {
+        Disposition::Default => SigHandler::SigDfl,
+        Disposition::Ignored => SigHandler::SigIgn,
+        Disposition::Unheeded => SigHandler::Handler(nothing),
+    };
+    // SAFETY: `signal` wants a handler that is safe to run at any time: the one there is does nothing.
     unsafe { nix::sys::signal::signal(signal, handler) }?;
+    Ok(())
+}
+
+/// Has `file` signal nobody.
+#[cfg(test)]
+pub(crate) fn disown(file: BorrowedFd<'_>) -> nix::Result<()> {
+    // SAFETY: `fcntl` takes three integers with this command.
+    Errno::result(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETOWN, 0) })?;
     Ok(())
 }
 
@@ -157,6 +213,6 @@ fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64, propagation: u64, flags
             size_of_val(&attributes),
         )
     };
-    nix::errno::Errno::result(result)?;
+    Errno::result(result)?;
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::fs::{DirBuilder, File};
 use std::io::{self, Read as _};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -24,11 +25,11 @@ pub trait Outside: Send + Sync {
     /// The system's.
     fn make_directory(&self, path: &Path) -> io::Result<()>;
 
-    /// Has the socket at `path` in reach.
+    /// Connects to the unix socket at `path`. Blocks.
     ///
     /// # Errors
-    /// The system's.
-    fn admit_socket(&self, path: &Path) -> io::Result<()>;
+    /// The system's: nobody listens, or it is no socket.
+    fn connect(&self, path: &Path) -> io::Result<UnixStream>;
 
     /// The addresses of `host`. Blocks.
     ///
@@ -108,5 +109,16 @@ pub fn make_directory(path: &Path) -> io::Result<()> {
     match get() {
         Some(outside) => outside.make_directory(path),
         None => DirBuilder::new().recursive(true).mode(0o700).create(path),
+    }
+}
+
+/// Connects to the unix socket at `path`. Blocks.
+///
+/// # Errors
+/// The system's.
+pub fn connect(path: &Path) -> io::Result<UnixStream> {
+    match get() {
+        Some(outside) => outside.connect(path),
+        None => UnixStream::connect(path),
     }
 }

@@ -296,3 +296,187 @@ fn the_api_is_the_daemons_own() -> Result<()> {
     ensure!(daemon.socket().exists());
     Ok(())
 }
+
+/// Starts what its arguments from the third on say without the system call of the first, which fails with the second.
+const WITHOUT: &str = "\
+import ctypes,os,struct,sys
+number,errno=int(sys.argv[1]),int(sys.argv[2])
+step=lambda code,yes,no,value: struct.pack('HBBI',code,yes,no,value)
+steps=step(0x20,0,0,0)+step(0x15,0,1,number)+step(0x06,0,0,0x50000|errno)+step(0x06,0,0,0x7fff0000)
+buffer=ctypes.create_string_buffer(steps)
+class Filter(ctypes.Structure): _fields_=[('len',ctypes.c_ushort),('steps',ctypes.c_void_p)]
+assert ctypes.CDLL(None).prctl(22,2,ctypes.byref(Filter(4,ctypes.addressof(buffer))),0,0)==0
+os.execv(sys.argv[3],sys.argv[3:])
+";
+
+/// Whatever the jail fails at, and however far it was made by then, the daemon is back where it was and serves.
+#[test]
+fn a_jail_that_can_not_be_finished_is_left() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("umoci", "python3");
+    let scene = Scene::new()?;
+    let reference = scene.journey.reference()?;
+    let namespace = fs::read_link("/proc/self/ns/mnt")?;
+    for (number, what) in [
+        (libc::SYS_unshare, "a mount namespace"),
+        (libc::SYS_setns, "enter a mount namespace"),
+        (libc::SYS_open_tree, "what the jail shows"),
+        (libc::SYS_mount_setattr, "what the jail shows"),
+        (libc::SYS_fsopen, "the jail's root directory"),
+        (libc::SYS_move_mount, "mount the root directory"),
+        (libc::SYS_pivot_root, "change the root directory"),
+        (libc::SYS_umount2, "leave the old root directory"),
+    ] {
+        let number = number.to_string();
+        let launcher = ["python3", "-c", WITHOUT, &number, "1"];
+        let mut daemon = DaemonOptions::empty().through(&launcher).start()?;
+        let line = daemon.wait_for_log("sandbox without jail")?;
+        ensure!(line.contains(what), "{what}: {line}");
+        daemon.wait_for_log("sandboxed: broker, capabilities, landlock, seccomp")?;
+        let place = |name: &str| fs::read_link(format!("/proc/{}/{name}", daemon.pid()));
+        ensure!(place("ns/mnt")? == namespace && place("cwd")? == std::env::current_dir()?, "{what}");
+        ensure!(place("root")? == Path::new("/") && seen(&daemon, "/etc/passwd").exists(), "{what}");
+        let cache = scene.journey.path(&number);
+        let (code, answer) = scene.post(&daemon, "/tiny", &cache)?;
+        ensure!(code == 204 && cache.is_dir(), "{what}: {answer}");
+        tree::assert_same(&reference, &daemon.root().join("tiny"), Overlook::default())?;
+        let root = daemon.root().to_owned();
+        // Who may not unmount leaves that to the end of the connection.
+        let unmounts = number != libc::SYS_umount2.to_string();
+        ensure!(daemon.terminate()?.code() == Some(0), "{what}");
+        ensure!(!unmounts || !mounted(&root), "{what}");
+    }
+    Ok(())
+}
+
+/// What a launcher has open, and what it ignores, goes no further.
+#[test]
+fn nothing_of_the_launcher_stays() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("python3");
+    let directory = tempfile::tempdir()?;
+    let secret = directory.path().join("secret");
+    fs::write(&secret, "secret")?;
+    let careless = format!(
+        "import os,signal,sys\n\
+         for _ in range(20): os.set_inheritable(os.open({secret:?},os.O_RDWR),True)\n\
+         signal.signal(signal.SIGCHLD,signal.SIG_IGN)\n"
+    );
+    let close_range = libc::SYS_close_range.to_string();
+    let plain = format!("{careless}os.execv(sys.argv[1],sys.argv[1:])");
+    let older = format!("{careless}{WITHOUT}");
+    for launcher in [vec!["python3", "-c", &plain], vec!["python3", "-c", &older, &close_range, "38"]] {
+        let daemon = DaemonOptions::empty().through(&launcher).start()?;
+        let broker = broker(&daemon)?.context("no broker")?;
+        for process in [daemon.pid(), broker] {
+            for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
+                // One that is closed meanwhile is not the one that is looked for.
+                let Ok(name) = fs::read_link(entry?.path()) else { continue };
+                ensure!(name != secret, "process {process} has it");
+            }
+        }
+        let ignored = |process: Pid| -> Result<u64> {
+            let text = fs::read_to_string(format!("/proc/{process}/status"))?;
+            let set = text.lines().find_map(|line| line.strip_prefix("SigIgn:")).context("no SigIgn")?;
+            Ok(u64::from_str_radix(set.trim(), 16)?)
+        };
+        let bit = |signal: Signal| 1 << (signal as i32 - 1);
+        ensure!(ignored(daemon.pid())? & bit(Signal::SIGCHLD) != 0);
+        // What it starts inherits what it ignores.
+        let signals = [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+        ensure!(signals.iter().all(|signal| ignored(broker).is_ok_and(|set| set & bit(*signal) == 0)));
+    }
+    Ok(())
+}
+
+/// A file server that does not answer holds up those who asked for its files, and not the end.
+#[test]
+fn files_that_hang_do_not_delay_the_end() -> Result<()> {
+    needs_mounts!();
+    let shown = tempfile::tempdir()?;
+    let server = DaemonOptions::empty().start()?;
+    let (code, answer) = post_directory(&server, "/shown", shown.path())?;
+    ensure!(code == 204, "{answer}");
+    let mut daemon = DaemonOptions::empty().start()?;
+    let broker = broker(&daemon)?.context("no broker")?;
+    kill(server.pid(), Signal::SIGSTOP)?;
+    let hanging = server.root().join("shown");
+    std::thread::scope(|scope| -> Result<()> {
+        let asked: Vec<_> = (0..70)
+            .map(|number| {
+                let (daemon, source) = (&daemon, hanging.join(format!("none-{number}")));
+                scope.spawn(move || post_directory(daemon, &format!("/hangs-{number}"), &source))
+            })
+            .collect();
+        // As many as it works on at once, and the one that takes requests.
+        let threads = || -> Result<usize> { Ok(fs::read_dir(format!("/proc/{broker}/task"))?.count()) };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while threads()? < 65 {
+            ensure!(std::time::Instant::now() < deadline, "{} threads", threads()?);
+            // The threads of another process are only to be counted.
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        kill(daemon.pid(), Signal::SIGTERM)?;
+        // Their connections end with it.
+        let answers = asked.into_iter().map(|thread| thread.join());
+        ensure!(answers.flatten().all(|answer| !answer.is_ok_and(|(code, _)| code == 204)));
+        Ok(())
+    })?;
+    let root = daemon.root().to_owned();
+    ensure!(daemon.wait_ended()?.code() == Some(0), "{}", daemon.log());
+    ensure!(!mounted(&root) && !daemon.socket().exists(), "{}", daemon.log());
+    gone(broker)?;
+    kill(server.pid(), Signal::SIGCONT)?;
+    ensure!(fs::read_dir(&hanging)?.count() == 0);
+    Ok(())
+}
+
+/// A broker that may open nothing more says so, and goes on when it may again.
+#[test]
+fn a_broker_without_descriptors_goes_on() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("umoci", "prlimit");
+    let scene = Scene::new()?;
+    let mut daemon = DaemonOptions::empty().start()?;
+    let broker = broker(&daemon)?.context("no broker")?;
+    let limit = |files: &str| {
+        let mut command = Command::new("prlimit");
+        tests::command::run(command.args(["--pid", &broker.to_string(), &format!("--nofile={files}")]))
+    };
+    limit("6:4096")?;
+    for _ in 0..20 {
+        let (code, answer) = scene.post(&daemon, "/tiny", &scene.journey.path("cache"))?;
+        ensure!(code == 500, "{answer}");
+    }
+    limit("4096:4096")?;
+    let (code, answer) = scene.post(&daemon, "/tiny", &scene.journey.path("cache"))?;
+    ensure!(code == 204, "{answer}");
+    ensure!(daemon.terminate()?.code() == Some(0));
+    gone(broker)
+}
+
+/// In a container whose first process waits for nobody's children: what is left there when a daemon has ended.
+#[test]
+fn nothing_is_left_where_nobody_waits_for_it() -> Result<()> {
+    const FIRST: &str = "\
+import os,signal,subprocess,sys,time
+program,mountpoint,socket=sys.argv[1:]
+daemon=subprocess.Popen([program,'fuse','--mountpoint',mountpoint,'--apisock',socket],stdout=sys.stderr)
+while daemon.poll() is None and not os.path.exists(socket): time.sleep(0.01)
+helper=open(f'/proc/{daemon.pid}/task/{daemon.pid}/children').read()
+assert helper.strip()
+daemon.send_signal(signal.SIGTERM)
+print(daemon.wait(),*[pid for pid in os.listdir('/proc') if pid.isdigit()])
+";
+    needs_mounts!();
+    needs_programs!("unshare", "python3");
+    let directory = tempfile::tempdir()?;
+    let mountpoint = tests::mount::Mount::guard(directory.path().join("mount"));
+    fs::create_dir(mountpoint.path())?;
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--mount-proc", "--propagation=slave", "python3", "-c", FIRST]);
+    command.arg(tests::binaries::nydusd()).arg(mountpoint.path()).arg(directory.path().join("api.sock"));
+    let left = tests::command::run(&mut command)?;
+    ensure!(left.trim() == "0 1", "{left}");
+    Ok(())
+}

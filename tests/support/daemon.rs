@@ -27,6 +27,7 @@ const LOG_TAIL: usize = 60;
 /// How to start a daemon: the flags of `nydusd fuse` beyond mount point, API socket and log.
 #[derive(Clone, Debug)]
 pub struct DaemonOptions {
+    launcher: Vec<OsString>,
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
 }
@@ -34,21 +35,17 @@ pub struct DaemonOptions {
 impl DaemonOptions {
     /// Serves `--image REFERENCE` with its cache in `cache`.
     pub fn image(reference: &str, cache: &Path) -> Self {
-        Self { arguments: Vec::new(), environment: Vec::new() }
-            .flag("--image", reference)
-            .flag("--cache-dir", cache)
+        Self::empty().flag("--image", reference).flag("--cache-dir", cache)
     }
 
     /// Serves a bootstrap with a configuration file.
     pub fn bootstrap(bootstrap: &Path, config: &Path) -> Self {
-        Self { arguments: Vec::new(), environment: Vec::new() }
-            .flag("--bootstrap", bootstrap)
-            .flag("--config", config)
+        Self::empty().flag("--bootstrap", bootstrap).flag("--config", config)
     }
 
     /// Serves nothing until the API says what to mount.
     pub fn empty() -> Self {
-        Self { arguments: Vec::new(), environment: Vec::new() }
+        Self { launcher: Vec::new(), arguments: Vec::new(), environment: Vec::new() }
     }
 
     /// The same with one more flag and its value.
@@ -66,6 +63,12 @@ impl DaemonOptions {
     /// The same with one more environment variable.
     pub fn environment(mut self, name: &str, value: impl Into<OsString>) -> Self {
         self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// The same started by a command that ends in executing what its last arguments say.
+    pub fn through(mut self, launcher: &[&str]) -> Self {
+        self.launcher = launcher.iter().map(OsString::from).collect();
         self
     }
 
@@ -95,7 +98,9 @@ impl DaemonOptions {
         fs::create_dir(&mountpoint)?;
         let log = fs::File::create(directory.path().join("log"))?;
         let socket = directory.path().join("api.sock");
-        let child = Command::new(binaries::nydusd())
+        let mut words = self.launcher.iter().cloned().chain([binaries::nydusd().into()]);
+        let child = Command::new(words.next().context("nothing to start")?)
+            .args(words)
             .arg("fuse")
             .arg("--mountpoint")
             .arg(&mountpoint)

@@ -100,7 +100,7 @@ pub(super) fn receive(mut stream: UnixStream) -> anyhow::Result<(Vec<u8>, OwnedF
 ///
 /// # Errors
 /// It does not listen.
-pub(crate) fn dial(path: &Path) -> anyhow::Result<UnixStream> {
+pub(crate) fn dial(path: &Path) -> io::Result<UnixStream> {
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&socket, sockopt::SendTimeout, &TimeVal::new(LIMIT.as_secs().cast_signed(), 0))?;
     let address = UnixAddr::new(path)?;
@@ -130,7 +130,7 @@ mod tests {
         let path = directory.path().join("supervisor.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let server = std::thread::spawn(move || serve(listener.accept().unwrap().0));
-        let result = dial(&path).and_then(receive);
+        let result = dial(&path).map_err(anyhow::Error::from).and_then(receive);
         server.join().unwrap();
         result
     }

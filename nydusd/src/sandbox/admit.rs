@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -85,12 +85,12 @@ impl Jail {
     /// Has the daemon see what is at `real`, a canonical path, by that name, and by `named`, unless it does.
     ///
     /// # Errors
-    /// It is no directory, file or socket, or the system refuses.
+    /// It is neither a directory nor a file, or the system refuses.
     pub fn admit(&self, named: &Path, real: &Path, writable: bool) -> anyhow::Result<()> {
         let meta = real.metadata()?;
         let kind = meta.file_type();
-        if !(kind.is_dir() || kind.is_file() || kind.is_socket()) {
-            bail!("{} is neither a directory, a file nor a socket", real.display());
+        if !(kind.is_dir() || kind.is_file()) {
+            bail!("{} is neither a directory nor a file", real.display());
         }
         let wanted = Admitted { device: meta.dev(), inode: meta.ino(), writable };
         let named = std::path::absolute(named)?;

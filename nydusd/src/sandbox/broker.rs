@@ -1,131 +1,311 @@
 //! The broker: a process that stays outside of the sandbox and does what its daemon may not.
 //!
 //! It comes from a fork before the daemon has read anything of anybody, keeps nothing open that the daemon opens, and
-//! ends when the daemon does. Each request has a thread, for some wait: a name server, a mount that is busy.
+//! ends when the daemon does. One thread takes requests and waits for nothing else; others work on them, each
+//! [`Kind`] in threads of its own: what hangs (a name server, a file server) holds up neither the mount's end nor that of
+//! the broker.
 
-use std::io::Write as _;
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::ops::RangeInclusive;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
+use std::time::Instant;
 
-use anyhow::Context as _;
-use nix::sys::signal::{SigHandler, Signal};
+use anyhow::{Context as _, anyhow};
+use nix::poll::PollFlags;
+use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+use rustix::process::{PidfdFlags, pidfd_open};
 
 use super::host::{Host, Places};
+use super::pool::Pool;
 use super::privileged::Broker;
-use super::protocol::{self, Reply, Request};
+use super::protocol::{self, Kind, MAX_DESCRIPTORS, Refusal, Reply, Request};
 use crate::cli::GlobalArgs;
-use crate::{logging, sys};
+use crate::sys::{self, Disposition};
+use crate::{limits, logging};
 
-/// Requests that are worked on at once; more wait.
-const AT_ONCE: usize = 64;
-/// Stack of a thread that works on one: modules that resolve names are not ours.
-const STACK_SIZE: usize = 1 << 20;
+/// Threads for requests of each kind.
+const URGENT: usize = 8;
+const ATTRIBUTES: usize = 16;
+const NAMED: usize = 64;
+/// How many of a kind may wait for one: a part of the descriptors that this process may have.
+const PART: u64 = 8;
+const QUEUE: RangeInclusive<u64> = 64..=4096;
 /// What the kernel calls the process.
 const NAME: &std::ffi::CStr = c"nydusd-broker";
 
-/// Starts the broker of this process, which must have no other thread yet. The broker comes back from here only to end.
+/// Starts the broker of this process, which must have no other thread yet, and waits until it is ready. The broker comes
+/// back from here only to end.
 ///
 /// # Errors
 /// The system refuses; there is no broker then.
 pub(super) fn start(places: Places, global: &GlobalArgs) -> anyhow::Result<Broker> {
     let directory = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-    if !sys::fork().context("fork the broker")? {
-        // It has no other child, and waits for none: one that ends is gone.
-        sys::handle(Signal::SIGCHLD, SigHandler::SigIgn)?;
-        return Ok(Broker { socket: ours, directory });
+    let Some(child) = sys::fork().context("fork the broker")? else {
+        drop(ours);
+        std::process::exit(run(places, theirs, global))
+    };
+    drop(theirs);
+    if let Err(e) = ready(&ours) {
+        // What may be left of it is in nobody's way, and no zombie.
+        let _ = kill(child, Signal::SIGKILL);
+        let _ = waitpid(child, None);
+        return Err(e);
     }
-    drop(ours);
-    let code = match serve(places, theirs, global) {
+    // The daemon has no other child, and waits for none: one that ends is gone. One that has ended before is waited for.
+    sys::handle(Signal::SIGCHLD, Disposition::Ignored)?;
+    let _ = waitpid(child, Some(WaitPidFlag::WNOHANG));
+    Ok(Broker { socket: ours, process: process(child), directory })
+}
+
+/// Its end is seen through this, if the kernel has it.
+fn process(child: Pid) -> Option<OwnedFd> {
+    pidfd_open(rustix::process::Pid::from_raw(child.as_raw())?, PidfdFlags::empty()).ok()
+}
+
+/// Waits for the broker's first word.
+fn ready(socket: &OwnedFd) -> anyhow::Result<()> {
+    let (bytes, _) = protocol::receive(socket, None)?.context("the broker ended at once")?;
+    match protocol::parse(&bytes)? {
+        Reply::Failed(refusal) => Err(anyhow!(refusal)),
+        _ => Ok(()),
+    }
+}
+
+/// The broker's life, and its exit code.
+fn run(places: Places, socket: OwnedFd, global: &GlobalArgs) -> i32 {
+    let result = prepare(socket, global).and_then(|socket| {
+        protocol::send(&socket, &Reply::Done, &[], None)?;
+        serve(places, &socket)
+    });
+    match result {
         Ok(()) => 0,
         Err(e) => {
             // Nobody is left to tell when standard error is gone.
-            let _ = writeln!(std::io::stderr(), "Error: the broker: {e:#}");
+            let _ = writeln!(io::stderr(), "Error: the broker: {e:#}");
             1
         }
-    };
-    std::process::exit(code)
+    }
 }
 
-fn serve(places: Places, socket: OwnedFd, global: &GlobalArgs) -> anyhow::Result<()> {
+fn prepare(socket: OwnedFd, global: &GlobalArgs) -> anyhow::Result<OwnedFd> {
     let socket = sys::keep_only(socket).context("close what the daemon has open")?;
-    let _ = nix::sys::prctl::set_name(NAME);
-    // Its end is the daemon's end.
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        sys::handle(signal, SigHandler::SigIgn)?;
+    let prepare = || -> anyhow::Result<()> {
+        let _ = nix::sys::prctl::set_name(NAME);
+        // Its end is the daemon's end.
+        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT] {
+            sys::handle(signal, Disposition::Unheeded)?;
+        }
+        super::forbid_core_dumps();
+        logging::init_occasional(global)
+    };
+    if let Err(e) = prepare() {
+        let refusal = Refusal::from(anyhow!("the broker: {e:#}"));
+        protocol::send(&socket, &Reply::Failed(refusal), &[], None)?;
+        return Err(e);
     }
-    super::forbid_core_dumps();
-    logging::init_occasional(global)?;
+    limits::raise_nofile(global.rlimit_nofile);
+    Ok(socket)
+}
+
+/// A request, and where its answer goes.
+#[derive(Debug)]
+struct Job {
+    request: Request,
+    descriptors: Vec<OwnedFd>,
+    answer_to: OwnedFd,
+}
+
+/// Takes requests until the daemon ends.
+fn serve(places: Places, socket: &OwnedFd) -> anyhow::Result<()> {
     let host = Arc::new(Host::new(places));
-    let places = Arc::new(Room::default());
-    while let Some((bytes, descriptors)) = protocol::receive(&socket).context("read a request")? {
-        let mut descriptors = descriptors.into_iter();
-        let Some(answer_to) = descriptors.next() else { continue };
-        let request = match protocol::parse::<Request>(&bytes) {
-            Ok(request) => request,
-            Err(e) => {
+    let (most, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let queue = usize::try_from((most / PART).clamp(*QUEUE.start(), *QUEUE.end()))?;
+    let pool = |threads| {
+        let host = Arc::clone(&host);
+        Pool::new(threads, queue, move |job: Job| {
+            let answer = host.answer(job.request, job.descriptors);
+            give(&job.answer_to, answer.unwrap_or_else(|refusal| (Reply::Failed(refusal), None)));
+        })
+    };
+    let (urgent, attributes, named) = (pool(URGENT), pool(ATTRIBUTES), pool(NAMED));
+    let mut reserve = Reserve::default();
+    loop {
+        // What this process may have open can be used up: the room that a message takes is given up for it alone.
+        reserve.take();
+        protocol::wait(socket.as_fd(), PollFlags::POLLIN, None)?;
+        reserve.give_up();
+        let Some((bytes, descriptors)) = protocol::receive(socket, None).context("read a request")? else {
+            return Ok(());
+        };
+        let job = match read(&bytes, descriptors) {
+            Ok(Some(job)) => job,
+            // Whoever asked sees that nobody answers.
+            Ok(None) => {
+                tracing::warn!("the daemon sent what is no request, or there was no room for its answer");
+                continue;
+            }
+            Err((answer_to, e)) => {
                 tracing::warn!("the daemon sent what is no request: {e}");
+                give(&answer_to, (Reply::Failed(anyhow!(e).into()), None));
                 continue;
             }
         };
-        let rest: Vec<OwnedFd> = descriptors.collect();
-        // No wait in it, and there may be one for each read.
-        if matches!(request, Request::Thread { .. } | Request::Xattr(_)) {
-            answer(&host, request, rest, &answer_to);
-            continue;
-        }
-        let (host, place) = (Arc::clone(&host), places.enter());
-        let work = move || {
-            answer(&host, request, rest, &answer_to);
-            drop(place);
+        let pool = match job.request.kind() {
+            Kind::Urgent => &urgent,
+            Kind::Attributes => &attributes,
+            Kind::Named => &named,
         };
-        let thread = std::thread::Builder::new().name("broker".to_owned()).stack_size(STACK_SIZE);
-        // Without a thread the daemon sees the end of the connection for its answer.
-        if let Err(e) = thread.spawn(work) {
-            tracing::warn!("start a thread: {e}");
+        if let Err(job) = pool.put(job) {
+            give(&job.answer_to, (Reply::Failed(anyhow!("the broker has too much to do").into()), None));
         }
     }
-    Ok(())
 }
 
-fn answer(host: &Host, request: Request, descriptors: Vec<OwnedFd>, answer_to: &OwnedFd) {
-    use std::os::fd::AsRawFd as _;
-    let (reply, descriptor) = match host.answer(request, descriptors) {
-        Ok(answer) => answer,
-        Err(refusal) => (Reply::Failed(refusal), None),
-    };
+/// What a message asks for; `None` if nobody is to be answered.
+fn read(bytes: &[u8], descriptors: Vec<OwnedFd>) -> Result<Option<Job>, (OwnedFd, io::Error)> {
+    let count = descriptors.len();
+    let mut descriptors = descriptors.into_iter();
+    let Some(answer_to) = descriptors.next() else { return Ok(None) };
+    if count > MAX_DESCRIPTORS {
+        return Err((answer_to, io::Error::new(io::ErrorKind::InvalidData, format!("{count} descriptors"))));
+    }
+    match protocol::parse(bytes) {
+        Ok(request) => Ok(Some(Job { request, descriptors: descriptors.collect(), answer_to })),
+        Err(e) => Err((answer_to, e)),
+    }
+}
+
+/// Answers, unless nobody has room for that: who asks has.
+fn give(answer_to: &OwnedFd, (reply, descriptor): (Reply, Option<OwnedFd>)) {
     let descriptors: Vec<_> = descriptor.iter().map(|fd| fd.as_raw_fd()).collect();
-    if let Err(e) = protocol::send(answer_to, &reply, &descriptors) {
+    if let Err(e) = protocol::send(answer_to, &reply, &descriptors, Some(Instant::now())) {
         // Whoever asked may be gone.
         tracing::debug!("answer: {e}");
     }
 }
 
-/// How many may work at once.
+/// As many descriptors as a message brings.
 #[derive(Default)]
-struct Room {
-    inside: Mutex<usize>,
-    left: Condvar,
-}
+struct Reserve(Vec<File>);
 
-/// A place among them.
-struct Place(Arc<Room>);
+impl Reserve {
+    /// As far as there are any.
+    fn take(&mut self) {
+        while self.0.len() < MAX_DESCRIPTORS {
+            let Ok(another) = File::open("/dev/null") else { return };
+            self.0.push(another);
+        }
+    }
 
-impl Room {
-    /// Waits for one.
-    fn enter(self: &Arc<Self>) -> Place {
-        let inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
-        let inside = self.left.wait_while(inside, |inside| *inside >= AT_ONCE);
-        *inside.unwrap_or_else(PoisonError::into_inner) += 1;
-        Place(Arc::clone(self))
+    fn give_up(&mut self) {
+        self.0.clear();
     }
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        *self.0.inside.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-        self.0.left.notify_one();
+#[cfg(test)]
+mod tests {
+    use std::os::fd::RawFd;
+
+    use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+
+    use super::*;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    /// A broker in a thread, and what speaks to it.
+    fn broker() -> (Broker, std::thread::JoinHandle<anyhow::Result<()>>) {
+        let (ours, theirs) = pair();
+        let thread = std::thread::spawn(move || serve(Places::default(), &theirs));
+        (Broker { socket: ours, process: None, directory: "/".into() }, thread)
+    }
+
+    fn raw(to: &Broker, bytes: &[u8], descriptors: &[RawFd]) {
+        let rights = [ControlMessage::ScmRights(descriptors)];
+        let control = if descriptors.is_empty() { &rights[..0] } else { &rights[..] };
+        let parts = [io::IoSlice::new(bytes)];
+        sendmsg::<UnixAddr>(to.socket.as_raw_fd(), &parts, control, MsgFlags::empty(), None).unwrap();
+    }
+
+    fn answer(to: &OwnedFd) -> Option<Reply> {
+        let (bytes, _) = protocol::receive(to, None).unwrap()?;
+        Some(protocol::parse(&bytes).unwrap())
+    }
+
+    #[test]
+    fn hostile_messages_are_refused_and_the_next_is_answered() {
+        let (broker, thread) = broker();
+        let whole = serde_json::to_vec(&Request::ApiCheck).unwrap();
+        let long = vec![b' '; protocol::MAX_MESSAGE + 100];
+        let garbage: &[&[u8]] = &[b"\xff\0", b"{}", b"\"Nothing\"", b"{\"Open\":{\"path\":7}}", &long];
+        for message in garbage {
+            raw(&broker, message, &[]);
+            let (ours, theirs) = pair();
+            raw(&broker, message, &[theirs.as_raw_fd()]);
+            drop(theirs);
+            assert!(matches!(answer(&ours), Some(Reply::Failed(_))), "{message:?}");
+        }
+        // Nowhere to answer to: what is no socket, and nothing at all.
+        raw(&broker, &whole, &[]);
+        let null = File::open("/dev/null").unwrap();
+        raw(&broker, &whole, &[null.as_raw_fd()]);
+        // As many descriptors as a message takes.
+        let (ours, theirs) = pair();
+        raw(&broker, &whole, &[theirs.as_raw_fd(); 253]);
+        drop(theirs);
+        let Some(Reply::Failed(refusal)) = answer(&ours) else { panic!("253 descriptors were taken") };
+        assert!(refusal.message.contains("253 descriptors"), "{refusal}");
+        // A jail of what is none, and attributes of nothing.
+        let refused = broker.ask(&Request::Jail, &[null.as_fd(), null.as_fd()]).unwrap();
+        assert!(matches!(refused.0, Reply::Failed(_)), "{refused:?}");
+        // An answer that nobody has room for holds nobody up.
+        let (ours, theirs) = pair();
+        while protocol::send(&theirs, &Request::Abort, &[], Some(Instant::now())).is_ok() {}
+        raw(&broker, &whole, &[theirs.as_raw_fd()]);
+        assert_eq!(broker.ask(&Request::ApiCheck, &[]).unwrap().0, Reply::Yes(false));
+        drop((ours, theirs, broker));
+        thread.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn hundreds_of_requests_at_once_are_all_answered() {
+        let (broker, thread) = broker();
+        let request = serde_json::to_vec(&Request::Open { path: "/dev/null".into(), device: false }).unwrap();
+        let waiting: Vec<_> = (0..300)
+            .map(|_| {
+                let (ours, theirs) = pair();
+                raw(&broker, &request, &[theirs.as_raw_fd()]);
+                ours
+            })
+            .collect();
+        for socket in &waiting {
+            let Some(Reply::Failed(refusal)) = answer(socket) else { panic!("no answer, or another") };
+            let known = ["not a regular file", "the broker has too much to do"];
+            assert!(known.iter().any(|text| refusal.message == *text), "{refusal}");
+        }
+        drop(broker);
+        thread.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_broker_that_never_began_says_why() {
+        let (ours, theirs) = pair();
+        let refusal = Refusal { message: "no log".into(), errno: None };
+        protocol::send(&theirs, &Reply::Failed(refusal), &[], None).unwrap();
+        assert_eq!(ready(&ours).unwrap_err().to_string(), "no log");
+        drop(theirs);
+        assert_eq!(ready(&ours).unwrap_err().to_string(), "the broker ended at once");
+        let (ours, theirs) = pair();
+        protocol::send(&theirs, &Reply::Done, &[], None).unwrap();
+        ready(&ours).unwrap();
     }
 }

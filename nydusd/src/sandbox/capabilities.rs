@@ -1,4 +1,5 @@
-//! What root keeps: the rights that serving a directory of the host needs, and those that a cache of any owner does.
+//! What root keeps: the rights that a cache of any owner needs, and those that making files in a directory of the host
+//! does, if that is wanted.
 
 use rustix::thread::{
     CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities, capabilities_secure_bits,
@@ -8,12 +9,11 @@ use rustix::thread::{
 
 use crate::cli::FuseArgs;
 
-/// To read and write files whoever owns them, and to make them as whoever asks.
-const FILES: CapabilitySet = CapabilitySet::CHOWN
-    .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::DAC_READ_SEARCH)
-    .union(CapabilitySet::FOWNER)
-    .union(CapabilitySet::FSETID)
+/// To read and write files whoever owns them.
+const FILES: CapabilitySet =
+    CapabilitySet::CHOWN.union(CapabilitySet::DAC_OVERRIDE).union(CapabilitySet::FOWNER);
+/// To make files as whoever asks, of any kind.
+const MAKING: CapabilitySet = CapabilitySet::FSETID
     .union(CapabilitySet::SETUID)
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETFCAP)
@@ -31,6 +31,9 @@ pub(super) fn drop(args: &FuseArgs) -> anyhow::Result<bool> {
         return Ok(false);
     }
     let mut kept = FILES;
+    if args.writable {
+        kept |= MAKING;
+    }
     if args.global.metrics_addr.is_some_and(|address| address.port() < FIRST_FREE_PORT) {
         kept |= CapabilitySet::NET_BIND_SERVICE;
     }

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, getsockopt, socket, sockopt};
@@ -25,6 +26,8 @@ use crate::transport::mounted;
 use crate::transport::seat::{SOURCE, Seat, usable_mountpoint};
 use crate::writable::{self, OverlayConfig};
 
+/// Longest wait for the end of the mount.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// Most addresses of a host that are told.
 const MAX_ADDRESSES: usize = 64;
 
@@ -98,8 +101,9 @@ impl Host {
                 done(())
             }
             Request::ConnectionFile(file) => descriptor(self.seat()?.connection_file(file)?.into()),
-            Request::IsGone(limit) => yes(self.seat()?.is_gone_within(limit)),
+            Request::IsGone(limit) => yes(self.seat()?.is_gone_within(limit.min(LONGEST_WAIT))),
             Request::Open { path, device } => descriptor(self.open(Path::new(&path), device)?.into()),
+            Request::Connect { path } => descriptor(self.connect(Path::new(&path))?),
             Request::Directory { path } => {
                 let named = Path::new(&path);
                 self.check_to_be_made(named)?;
@@ -270,6 +274,19 @@ impl Host {
         let place = if self.jail.get().is_some() { admit::clone_of(&place)? } else { place };
         let link = format!("/proc/self/fd/{}", place.as_raw_fd());
         File::options().read(true).custom_flags(flags).open(link)
+    }
+
+    /// Connects to a unix socket.
+    fn connect(&self, path: &Path) -> Result<OwnedFd, Refusal> {
+        let place = File::options().read(true).custom_flags(libc::O_PATH).open(path)?;
+        if !place.metadata()?.file_type().is_socket() {
+            return Err(anyhow::anyhow!("not a socket").into());
+        }
+        let link = PathBuf::from(format!("/proc/self/fd/{}", place.as_raw_fd()));
+        self.check(&std::fs::read_link(&link)?, false)?;
+        let stream = supervisor::dial(&link)?;
+        tracing::info!("connected to {}", path.display());
+        Ok(stream.into())
     }
 
     /// Opens a regular file, or with `device` a block device, to be read.

@@ -1,13 +1,15 @@
 //! The jail: a mount namespace whose root directory is empty but for what the daemon cannot do without.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use nix::mount::{MntFlags, umount2};
-use nix::sched::{CloneFlags, unshare};
-use nix::unistd::pivot_root;
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::unistd::{chroot, fchdir, pivot_root};
 use rustix::fs::CWD;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
@@ -45,25 +47,59 @@ const SIZE: &str = "4m";
 const INODES: &str = "65536";
 /// A directory of every host that can be covered while the jail is made.
 const SCAFFOLD: &str = "/proc";
+/// The mount namespace of this process.
+const NAMESPACE: &str = "/proc/self/ns/mnt";
 
-/// Puts this process, which must have one thread, into a new jail, and has the broker admit things into it.
+/// Puts this process, which must have one thread, into a new jail, and has the broker admit things into it. The inner
+/// error says why there is none: a privilege is missing, or the kernel refuses; the process sees the host's files then.
 ///
 /// # Errors
-/// A privilege is missing, or the kernel refuses; the process sees the host's files then.
-pub(super) fn enter(broker: &Broker) -> anyhow::Result<()> {
+/// There is none, and the process can not get back to where it was.
+pub(super) fn enter(broker: &Broker) -> anyhow::Result<anyhow::Result<()>> {
+    let (before, prepared) = match prepare() {
+        Ok(ready) => ready,
+        Err(e) => return Ok(Err(e)),
+    };
+    match move_into(broker, prepared) {
+        Ok(()) => Ok(Ok(())),
+        Err(e) => {
+            let back = || format!("get out of a jail that could not be finished ({e:#}); see --no-jail");
+            before.restore().with_context(back)?;
+            Ok(Err(e))
+        }
+    }
+}
+
+/// What a jail is made of.
+struct Prepared {
+    /// Its root directory, not mounted yet.
+    root: OwnedFd,
+    /// What is shown there, under which name.
+    kept: Vec<(PathBuf, OwnedFd)>,
+}
+
+/// Makes what can be made before the process goes anywhere.
+fn prepare() -> anyhow::Result<(Before, Prepared)> {
     let needed = CapabilitySet::SYS_ADMIN | CapabilitySet::SYS_CHROOT;
     if !capabilities(None)?.effective.contains(needed) {
         bail!("CAP_SYS_ADMIN and CAP_SYS_CHROOT are needed");
     }
+    let before = Before::here().context("where this process is")?;
+    let kept = keep().context("what the jail shows of the host")?;
+    let root = make_root().context("the jail's root directory")?;
+    // Without a way back there is no going. The broker needs the same to admit things.
+    before.restore().context("enter a mount namespace")?;
+    Ok((before, Prepared { root, kept }))
+}
+
+fn move_into(broker: &Broker, prepared: Prepared) -> anyhow::Result<()> {
+    let Prepared { root, kept } = prepared;
     let directory = &broker.directory;
     unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace")?;
     // What happens here is not seen outside; what is unmounted there goes here, too.
     let quiet = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     mount_change("/", quiet).context("separate the mounts")?;
-    let namespace = OwnedFd::from(File::open("/proc/self/ns/mnt").context("the mount namespace")?);
-    let kept = keep().context("what the jail shows of the host")?;
-
-    let root = make_root().context("the jail's root directory")?;
+    let namespace = OwnedFd::from(File::open(NAMESPACE).context("the mount namespace")?);
     let onto = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     move_mount(&root, "", CWD, SCAFFOLD, onto).context("mount the root directory")?;
     // The other way to the same directory: it stays writable, and is not reached from within.
@@ -86,8 +122,33 @@ pub(super) fn enter(broker: &Broker) -> anyhow::Result<()> {
     umount2(".", MntFlags::MNT_DETACH).context("leave the old root directory")?;
     std::env::set_current_dir("/")?;
     std::env::set_current_dir(directory)?;
+    // The last, so that the broker knows of a jail only if there is one.
     broker.ask(&Request::Jail, &[namespace.as_fd(), back.as_fd()]).map_err(anyhow::Error::from)?;
     Ok(())
+}
+
+/// Where the process was.
+struct Before {
+    namespace: OwnedFd,
+    root: OwnedFd,
+    directory: OwnedFd,
+}
+
+impl Before {
+    fn here() -> io::Result<Self> {
+        let place =
+            |path| File::options().read(true).custom_flags(libc::O_PATH).open(path).map(OwnedFd::from);
+        Ok(Self { namespace: File::open(NAMESPACE)?.into(), root: place("/")?, directory: place(".")? })
+    }
+
+    /// Goes back there.
+    fn restore(&self) -> nix::Result<()> {
+        setns(&self.namespace, CloneFlags::CLONE_NEWNS)?;
+        // That of the namespace need not have been this process's.
+        fchdir(&self.root)?;
+        chroot(".")?;
+        fchdir(&self.directory)
+    }
 }
 
 /// Mounts that can be put into a jail, and where they go.

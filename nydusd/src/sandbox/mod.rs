@@ -13,7 +13,8 @@
 //!  protocol.rs      what is asked and answered           jail.rs          an empty root directory
 //!  privileged.rs    the daemon's side                    capabilities.rs  what root keeps
 //!  broker.rs        the process beside it                landlock.rs      what even root may not do to files
-//!  host.rs          what is done, and refused            seccomp.rs       which system calls there are
+//!  pool.rs          its threads                          seccomp.rs       which system calls there are
+//!  host.rs          what is done, and refused
 //!  admit.rs         directories into the jail
 //! ```
 //!
@@ -26,19 +27,23 @@ mod capabilities;
 mod host;
 mod jail;
 mod landlock;
+mod pool;
 mod privileged;
 mod protocol;
 mod seccomp;
 
+use std::io::{self, Write as _};
 use std::sync::{Arc, OnceLock};
 
 use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::Signal;
 use nix::unistd::geteuid;
 
 pub use self::host::Places;
 pub use self::privileged::Privileged;
 pub(crate) use self::protocol::packed;
 use crate::cli::FuseArgs;
+use crate::sys::{self, Disposition};
 
 /// Set where there is a broker.
 static OUTSIDE: OnceLock<Arc<Privileged>> = OnceLock::new();
@@ -49,6 +54,16 @@ pub struct Sandbox {
     host: Privileged,
     /// Why there is no broker.
     missing: Option<String>,
+}
+
+/// Parts with what came from whoever started this process, which has one thread and has opened nothing: its descriptors
+/// are no business of ours, and a SIGCHLD that it ignores would keep us from waiting for programs.
+pub fn leave_launcher() {
+    let parted = sys::close_all().and_then(|()| sys::handle(Signal::SIGCHLD, Disposition::Default));
+    if let Err(e) = parted {
+        // There is no log yet, nor need there be standard error.
+        let _ = writeln!(io::stderr(), "Warning: what was open at the start stays open: {e}");
+    }
 }
 
 impl Sandbox {
@@ -78,7 +93,10 @@ impl Sandbox {
 
     /// Confines this process, which still has one thread, as far as it is wanted and possible. What is not possible is
     /// logged.
-    pub fn enter(self, args: &FuseArgs) -> Arc<Privileged> {
+    ///
+    /// # Errors
+    /// It was left half confined, where nothing can be served.
+    pub fn enter(self, args: &FuseArgs) -> anyhow::Result<Arc<Privileged>> {
         let flags = &args.sandbox;
         let host = Arc::new(self.host);
         if !flags.core_dumps && !flags.no_sandbox {
@@ -87,7 +105,7 @@ impl Sandbox {
         if let Some(why) = self.missing {
             tracing::warn!("the daemon is not sandboxed: {why}");
         }
-        let Privileged::Broker(broker) = &*host else { return host };
+        let Privileged::Broker(broker) = &*host else { return Ok(host) };
         let warn = |layer: &str, e: anyhow::Error| tracing::warn!("sandbox without {layer}: {e:#}");
         let mut layers = vec!["broker"];
         let mut has = |layer: &'static str, result: anyhow::Result<bool>| match result {
@@ -98,7 +116,7 @@ impl Sandbox {
         storage::outside::set(Arc::clone(&host) as Arc<dyn storage::outside::Outside>);
         let jailed = match flags.no_jail {
             true => Ok(false),
-            false => jail::enter(broker).map(|()| true),
+            false => jail::enter(broker)?.map(|()| true),
         };
         // Nobody set it before.
         let _ = OUTSIDE.set(Arc::clone(&host));
@@ -110,7 +128,7 @@ impl Sandbox {
         has("landlock", if flags.no_landlock { Ok(false) } else { landlock::restrict(args) });
         has("seccomp", if flags.no_seccomp { Ok(false) } else { seccomp::restrict(args.fuse_io_uring) });
         tracing::info!("sandboxed: {}", layers.join(", "));
-        host
+        Ok(host)
     }
 }
 

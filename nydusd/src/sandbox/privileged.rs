@@ -4,19 +4,23 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
 
 use super::host::{Answer, Host, Places};
 use super::protocol::{self, Refusal, Reply, Request};
 use crate::passthrough::xattr::XattrCall;
 use crate::transport::seat::ConnectionFile;
 use crate::writable::OverlayConfig;
+
+/// Longest wait for the end of the broker, at the daemon's own.
+const LAST_WAIT: Duration = Duration::from_millis(500);
 
 /// Who does what this process may not.
 #[derive(Debug)]
@@ -31,6 +35,8 @@ pub enum Privileged {
 #[derive(Debug)]
 pub struct Broker {
     pub(super) socket: OwnedFd,
+    /// Readable when its process has ended; `None` if the kernel has no such thing.
+    pub(super) process: Option<OwnedFd>,
     /// The daemon's working directory, by its name: what it admits may cover the directory itself.
     pub(super) directory: PathBuf,
 }
@@ -39,6 +45,13 @@ impl Privileged {
     /// This process itself, which mounts and listens at `places`.
     pub fn direct(places: Places) -> Self {
         Self::Direct(Box::new(Host::new(places)))
+    }
+
+    /// Ends what works for this process, which ends itself.
+    pub fn dismiss(&self) {
+        if let Self::Broker(broker) = self {
+            broker.dismiss();
+        }
     }
 
     /// Asks, and waits for the answer.
@@ -175,7 +188,7 @@ impl Privileged {
         self.ask_for_yes(Request::IsGone(limit))
     }
 
-    /// Has a directory, or a socket, of the host under its path here; its canonical path.
+    /// Has a directory of the host under its path here; its canonical path.
     ///
     /// # Errors
     /// There is none, or the broker does not admit it.
@@ -226,9 +239,8 @@ impl storage::outside::Outside for Privileged {
         Ok(())
     }
 
-    fn admit_socket(&self, path: &Path) -> io::Result<()> {
-        self.ask(Request::Admit { path: path.into(), writable: false })?;
-        Ok(())
+    fn connect(&self, path: &Path) -> io::Result<UnixStream> {
+        Ok(self.ask_for_descriptor(Request::Connect { path: path.into() })?.into())
     }
 
     fn resolve(&self, host: &str) -> io::Result<Vec<IpAddr>> {
@@ -250,26 +262,49 @@ impl storage::outside::Outside for Privileged {
 impl Broker {
     /// Sends a request with `descriptors`, and waits for what comes back.
     pub(super) fn ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<Answer, Refusal> {
+        let limit = request.limit();
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let exchange = || -> io::Result<Option<Answer>> {
             let (ours, theirs) =
                 socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
             let mut all = vec![theirs.as_raw_fd()];
             all.extend(descriptors.iter().map(|fd| fd.as_raw_fd()));
-            protocol::send(&self.socket, request, &all)?;
+            protocol::send(&self.socket, request, &all, deadline)?;
             // Whoever has the last other end tells of its end.
             drop(theirs);
-            let Some((bytes, descriptors)) = protocol::receive(&ours)? else { return Ok(None) };
+            let Some((bytes, descriptors)) = protocol::receive(&ours, deadline)? else { return Ok(None) };
             Ok(Some((protocol::parse(&bytes)?, descriptors.into_iter().next())))
         };
         let ended = "the broker has ended: mounting and unmounting is over, and so is opening files; what is mounted \
                      is served on";
-        match exchange() {
-            Ok(Some(answer)) => Ok(answer),
-            Ok(None) => Err(Refusal { message: ended.to_owned(), errno: None }),
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EPIPE | libc::ECONNRESET)) => {
-                Err(Refusal { message: ended.to_owned(), errno: None })
+        let message = match exchange() {
+            Ok(Some(answer)) => return Ok(answer),
+            Ok(None) if self.has_ended() => ended.to_owned(),
+            Ok(None) => "the broker gave no answer; its log may say why".to_owned(),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EPIPE | libc::ECONNRESET)) => ended.to_owned(),
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+                format!("the broker did not answer in {:?}", limit.unwrap_or_default())
             }
-            Err(e) => Err(Refusal { message: format!("ask the broker: {e}"), errno: None }),
+            Err(e) => format!("ask the broker: {e}"),
+        };
+        Err(Refusal { message, errno: None })
+    }
+
+    /// True if nobody takes requests any more.
+    fn has_ended(&self) -> bool {
+        let mut socket = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
+        poll(&mut socket, PollTimeout::ZERO).is_ok()
+            && socket[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
+    }
+
+    /// Has it end, and waits for that a little: whoever is left the children of a process that has ended may never
+    /// wait for them.
+    fn dismiss(&self) {
+        // It may have ended.
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+        if let Some(process) = &self.process {
+            // What keeps it is a file system that does not answer.
+            let _ = protocol::wait(process.as_fd(), PollFlags::POLLIN, Some(Instant::now() + LAST_WAIT));
         }
     }
 }

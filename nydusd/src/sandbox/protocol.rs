@@ -7,10 +7,11 @@
 use std::ffi::OsString;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
-use std::time::Duration;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -21,6 +22,10 @@ use crate::transport::seat::ConnectionFile;
 
 /// Longest message. The value of an extended attribute has up to 64 KiB, which base64 makes a third longer.
 pub(super) const MAX_MESSAGE: usize = 128 << 10;
+/// Most descriptors beside one: the socket for the answer, and the jail's two.
+pub(super) const MAX_DESCRIPTORS: usize = 3;
+/// Longest wait for what is urgent. Taking an overlay away may write back what was changed through it.
+const URGENT_LIMIT: Duration = Duration::from_secs(60);
 
 /// What the daemon wants. Which rights it has to that is decided where it is done, in [`super::host`].
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,7 +62,9 @@ pub(crate) enum Request {
     Open { path: OsString, device: bool },
     /// A directory to keep things in, made if need be, its mode 0700 then.
     Directory { path: OsString },
-    /// A directory or socket of the host, where the daemon sees it under the same path.
+    /// A connection to a unix socket.
+    Connect { path: OsString },
+    /// A directory of the host, where the daemon sees it under the same path.
     Admit { path: OsString, writable: bool },
     /// Addresses of a host.
     Resolve { host: String },
@@ -69,6 +76,56 @@ pub(crate) enum Request {
     Xattr(XattrCall),
     /// The mount namespace to admit things into, and its root, writable: two descriptors.
     Jail,
+}
+
+/// Who works on a request, so that none waits for what has nothing to do with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// The daemon's own mount and its end. Nothing that others name is touched.
+    Urgent,
+    /// Extended attributes: of files, which may be on a server that does not answer.
+    Attributes,
+    /// What is named by others, and may be as slow as they please.
+    Named,
+}
+
+impl Request {
+    /// Who works on it.
+    pub(super) fn kind(&self) -> Kind {
+        match self {
+            Self::ApiRemove
+            | Self::Keeper { .. }
+            | Self::Unmount { .. }
+            | Self::Abort
+            | Self::ConnectionFile(_)
+            | Self::IsGone(_)
+            | Self::Thread { .. } => Kind::Urgent,
+            Self::Xattr(_) => Kind::Attributes,
+            Self::ApiCheck
+            | Self::ApiBind
+            | Self::Usable
+            | Self::IsListed
+            | Self::Mount { .. }
+            | Self::Inherit { .. }
+            | Self::Upper { .. }
+            | Self::Cover { .. }
+            | Self::Open { .. }
+            | Self::Connect { .. }
+            | Self::Directory { .. }
+            | Self::Admit { .. }
+            | Self::Resolve { .. }
+            | Self::Login { .. }
+            | Self::Jail => Kind::Named,
+        }
+    }
+
+    /// How long the daemon waits for the answer, if not for as long as it takes.
+    pub(super) fn limit(&self) -> Option<Duration> {
+        match self {
+            Self::IsGone(limit) => Some(URGENT_LIMIT.saturating_add(*limit)),
+            other => (other.kind() == Kind::Urgent).then_some(URGENT_LIMIT),
+        }
+    }
 }
 
 /// What became of it. A descriptor travels beside it where one was asked for.
@@ -148,32 +205,44 @@ pub(crate) mod packed {
     }
 }
 
-/// Sends one message.
+/// Sends one message, as soon as there is room for it, and until `deadline` if there is one.
 ///
 /// # Errors
-/// It is too long, or the system's: nobody listens.
-pub(super) fn send(socket: impl AsFd, message: &impl Serialize, descriptors: &[RawFd]) -> io::Result<()> {
+/// It is too long, `TimedOut`, or the system's: nobody listens.
+pub(super) fn send(
+    socket: impl AsFd,
+    message: &impl Serialize,
+    descriptors: &[RawFd],
+    deadline: Option<Instant>,
+) -> io::Result<()> {
     let bytes = serde_json::to_vec(message).map_err(io::Error::other)?;
     if bytes.len() > MAX_MESSAGE {
         return Err(io::Error::other(format!("a message of more than {MAX_MESSAGE} bytes")));
     }
     let rights = [ControlMessage::ScmRights(descriptors)];
     let control = if descriptors.is_empty() { &rights[..0] } else { &rights[..] };
-    let socket = socket.as_fd().as_raw_fd();
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
     loop {
         let parts = [io::IoSlice::new(&bytes)];
-        match sendmsg::<UnixAddr>(socket, &parts, control, MsgFlags::MSG_NOSIGNAL, None) {
+        match sendmsg::<UnixAddr>(socket.as_fd().as_raw_fd(), &parts, control, flags, None) {
             Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => wait(socket.as_fd(), PollFlags::POLLOUT, deadline)?,
             result => return Ok(result.map(|_| ())?),
         }
     }
 }
 
-/// Receives one message and its descriptors; `None` at the end of the connection.
+/// Receives one message and its descriptors, until `deadline` if there is one; `None` at the end of the connection.
 ///
 /// # Errors
-/// The system's.
-pub(super) fn receive(socket: impl AsFd) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+/// `TimedOut`, or the system's.
+pub(super) fn receive(
+    socket: impl AsFd,
+    deadline: Option<Instant>,
+) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+    if deadline.is_some() {
+        wait(socket.as_fd(), PollFlags::POLLIN, deadline)?;
+    }
     // One byte more than any message, so that a longer one shows.
     let mut buffer = vec![0; MAX_MESSAGE + 1];
     loop {
@@ -185,6 +254,22 @@ pub(super) fn receive(socket: impl AsFd) -> io::Result<Option<(Vec<u8>, Vec<Owne
                 buffer.truncate(len);
                 return Ok(Some((buffer, descriptors)));
             }
+        }
+    }
+}
+
+/// Waits for one of `events` on `socket`, or for its end.
+///
+/// # Errors
+/// `TimedOut`: `deadline` has passed.
+pub(super) fn wait(socket: BorrowedFd<'_>, events: PollFlags, deadline: Option<Instant>) -> io::Result<()> {
+    loop {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = left.map_or(PollTimeout::NONE, |left| left.try_into().unwrap_or(PollTimeout::MAX));
+        match poll(&mut [PollFd::new(socket, events)], timeout) {
+            Ok(0) if left.is_some_and(|left| left.is_zero()) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(0) | Err(Errno::EINTR) => {}
+            result => return Ok(result.map(|_| ())?),
         }
     }
 }
@@ -219,29 +304,38 @@ mod tests {
         let path = OsString::from_vec(b"/a\xff\n\"".to_vec());
         let request = Request::Open { path, device: false };
         let null = std::fs::File::open("/dev/null").unwrap();
-        send(&ours, &request, &[null.as_raw_fd()]).unwrap();
-        let (bytes, descriptors) = receive(&theirs).unwrap().unwrap();
+        send(&ours, &request, &[null.as_raw_fd()], None).unwrap();
+        let (bytes, descriptors) = receive(&theirs, None).unwrap().unwrap();
         assert_eq!(parse::<Request>(&bytes).unwrap(), request);
         assert_eq!(descriptors.len(), 1);
         // The longest paths there are fit.
         let long = OsString::from_vec(vec![0xff; 4096]);
         let request = Request::Upper { upper: long.clone(), work: long, make: Some(((1, 2), 0o755)) };
-        send(&ours, &request, &[]).unwrap();
-        let (bytes, descriptors) = receive(&theirs).unwrap().unwrap();
+        send(&ours, &request, &[], None).unwrap();
+        let (bytes, descriptors) = receive(&theirs, None).unwrap().unwrap();
         assert_eq!(parse::<Request>(&bytes).unwrap(), request);
         assert!(descriptors.is_empty());
+        let past = Some(Instant::now());
+        assert_eq!(receive(&theirs, past).unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let full = loop {
+            if let Err(e) = send(&ours, &request, &[], past) {
+                break e;
+            }
+        };
+        assert_eq!(full.kind(), io::ErrorKind::TimedOut);
+        while receive(&theirs, past).is_ok() {}
         drop(ours);
-        assert!(receive(&theirs).unwrap().is_none());
-        assert!(send(&theirs, &Request::Abort, &[]).is_err());
+        assert!(receive(&theirs, None).unwrap().is_none());
+        assert!(send(&theirs, &Request::Abort, &[], None).is_err());
     }
 
     #[test]
     fn what_is_too_long_is_neither_sent_nor_taken() {
         let (ours, theirs) = pair();
         let request = Request::Resolve { host: "x".repeat(MAX_MESSAGE) };
-        assert!(send(&ours, &request, &[]).is_err());
+        assert!(send(&ours, &request, &[], None).is_err());
         nix::unistd::write(&ours, &vec![b' '; MAX_MESSAGE + 100]).unwrap();
-        let (bytes, _) = receive(&theirs).unwrap().unwrap();
+        let (bytes, _) = receive(&theirs, None).unwrap().unwrap();
         assert_eq!(parse::<Request>(&bytes).unwrap_err().to_string(), "a message that is too long");
     }
 

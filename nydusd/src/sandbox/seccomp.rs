@@ -1,6 +1,6 @@
 //! The system calls that there are. Any other is refused with EPERM.
 //!
-//! Not among them: what starts programs, looks into other processes, mounts, makes or enters namespaces, loads into the
+//! Not among them: what starts programs or processes, signals others or looks into them, mounts, makes or enters namespaces, loads into the
 //! kernel, or changes the machine.
 
 use std::collections::BTreeMap;
@@ -37,7 +37,6 @@ const FILES: &[c_long] = &[
     libc::SYS_readlinkat,
     libc::SYS_faccessat,
     libc::SYS_faccessat2,
-    libc::SYS_fcntl,
     libc::SYS_flock,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
@@ -136,8 +135,6 @@ const PROCESS: &[c_long] = &[
     libc::SYS_membarrier,
     libc::SYS_exit,
     libc::SYS_exit_group,
-    libc::SYS_wait4,
-    libc::SYS_waitid,
     libc::SYS_sched_yield,
     libc::SYS_sched_getaffinity,
     libc::SYS_sched_setaffinity,
@@ -147,8 +144,6 @@ const PROCESS: &[c_long] = &[
     libc::SYS_rt_sigreturn,
     libc::SYS_rt_sigtimedwait,
     libc::SYS_sigaltstack,
-    libc::SYS_tgkill,
-    libc::SYS_kill,
     libc::SYS_getpid,
     libc::SYS_getppid,
     libc::SYS_gettid,
@@ -233,8 +228,9 @@ const OLDER: &[c_long] = &[];
 /// FUSE over io_uring, where it is asked for: what goes through a ring goes through no filter.
 const RINGS: &[c_long] = &[libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
 
-/// Kinds of sockets. The C library asks the kernel for addresses of this machine by the last.
-const SOCKETS: [i32; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
+/// Kinds of sockets. The C library asks the kernel for addresses of this machine by the last. Others are connected to unix
+/// sockets by the broker.
+const SOCKETS: [i32; 3] = [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
 
 /// Namespaces that `clone` makes.
 const NAMESPACES: i32 = libc::CLONE_NEWNS
@@ -256,8 +252,17 @@ const SAYINGS: [i32; 7] = [
     libc::PR_SET_TIMERSLACK,
 ];
 
-/// What puts words into a terminal's mouth.
-const TYPING: [u64; 2] = [libc::TIOCSTI, libc::TIOCLINUX];
+/// What is asked of files and sockets beyond reading and writing: another channel of a FUSE connection, whether to wait,
+/// how much is there, whether it is a terminal, and that programs do not get it.
+const REQUESTS: [u64; 5] = [FUSE_DEV_IOC_CLONE, libc::FIONBIO, libc::FIONREAD, libc::TCGETS, libc::FIOCLEX];
+/// `_IOR(229, 0, u32)`, from linux/fuse.h.
+const FUSE_DEV_IOC_CLONE: u64 = 0x8004_e500;
+
+/// What has the kernel send signals to others, or other signals.
+const OWNERS: [i32; 3] = [libc::F_SETOWN, F_SETOWN_EX, F_SETSIG];
+/// From linux/fcntl.h, on every architecture that there are filters for.
+const F_SETSIG: i32 = 10;
+const F_SETOWN_EX: i32 = 15;
 
 /// Confines this process and the threads that it will start.
 ///
@@ -282,16 +287,27 @@ fn allowed(rings: bool) -> anyhow::Result<BpfProgram> {
     rules.insert(libc::SYS_prctl, one_of(0, &SAYINGS)?);
     // A thread's own umask and working directory.
     rules.insert(libc::SYS_unshare, one_of(0, &[libc::CLONE_FS])?);
+    // Threads, and no processes: what is left behind would be in nobody's way but ours.
+    let thread = u64::from(libc::CLONE_THREAD.cast_unsigned());
     let spaces = u64::from(NAMESPACES.cast_unsigned());
-    let clone = low(0, SeccompCmpOp::MaskedEq(spaces), 0)?;
+    let clone = low(0, SeccompCmpOp::MaskedEq(thread | spaces), libc::CLONE_THREAD)?;
     rules.insert(libc::SYS_clone, vec![rule(vec![clone])?]);
+    // Signals go to this process.
+    let own = std::process::id().cast_signed();
+    for number in [libc::SYS_kill, libc::SYS_tgkill] {
+        rules.insert(number, one_of(0, &[own])?);
+    }
+    let own = OWNERS.map(|command| low(1, SeccompCmpOp::Ne, command));
+    rules.insert(libc::SYS_fcntl, vec![rule(own.into_iter().collect::<anyhow::Result<_>>()?)?]);
     // Limits are looked at, of this process alone, and not changed.
     let look =
         [0, 2].map(|argument| SeccompCondition::new(argument, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0));
     rules.insert(libc::SYS_prlimit64, vec![rule(look.into_iter().collect::<Result<_, _>>()?)?]);
-    let typing =
-        TYPING.map(|number| SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, number));
-    rules.insert(libc::SYS_ioctl, vec![rule(typing.into_iter().collect::<Result<_, _>>()?)?]);
+    let requests = REQUESTS.map(|number| {
+        let is = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, number)?;
+        rule(vec![is])
+    });
+    rules.insert(libc::SYS_ioctl, requests.into_iter().collect::<anyhow::Result<_>>()?);
     compile(rules, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
 }
 
@@ -317,4 +333,56 @@ fn rule(conditions: Vec<SeccompCondition>) -> anyhow::Result<SeccompRule> {
 fn low(argument: u8, operator: SeccompCmpOp, value: i32) -> anyhow::Result<SeccompCondition> {
     let value = u64::from(value.cast_unsigned());
     Ok(SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::os::fd::AsFd as _;
+    use std::process::Command;
+
+    use nix::errno::Errno;
+    use nix::fcntl::{FcntlArg, fcntl};
+    use nix::sys::signal::kill;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket, socketpair};
+    use nix::unistd::{getpid, getppid};
+
+    use super::*;
+    use crate::sys;
+
+    /// A filter is a thread's, and that of those it starts.
+    fn confined<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+        let run = || {
+            restrict(false).unwrap();
+            work()
+        };
+        std::thread::scope(|scope| scope.spawn(run).join().unwrap())
+    }
+
+    #[test]
+    fn neither_programs_nor_processes_are_started() {
+        confined(|| {
+            let refused = Command::new("/bin/true").status().unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+            assert_eq!(std::thread::spawn(|| 7).join().unwrap(), 7);
+        });
+        assert!(Command::new("/bin/true").status().unwrap().success());
+    }
+
+    #[test]
+    fn neither_signals_nor_sockets_reach_other_processes() {
+        confined(|| {
+            kill(getpid(), None).unwrap();
+            for other in [getppid(), nix::unistd::Pid::from_raw(0), nix::unistd::Pid::from_raw(-1)] {
+                assert_eq!(kill(other, None), Err(Errno::EPERM), "{other}");
+            }
+            let (ours, _theirs) =
+                socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::empty()).unwrap();
+            fcntl(&ours, FcntlArg::F_GETFL).unwrap();
+            assert_eq!(sys::disown(ours.as_fd()), Err(Errno::EPERM));
+            let unix = socket(AddressFamily::Unix, SockType::Stream, SockFlag::empty(), None);
+            assert_eq!(unix.map(drop), Err(Errno::EPERM));
+            socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap();
+        });
+    }
 }

@@ -1,5 +1,6 @@
 //! What an unwelcome answer, or none, means: its kind, whether it may pass, and the remedy.
 
+use std::io;
 use std::time::{Duration, SystemTime};
 
 use reqwest::StatusCode;
@@ -102,19 +103,57 @@ fn parse_retry_after(value: &str, now: SystemTime) -> Option<Duration> {
     }
 }
 
+/// What broke below HTTP.
+#[derive(Debug)]
+pub(super) enum Broken {
+    /// On the network.
+    Network(reqwest::Error),
+    /// At a unix socket.
+    Unix(hyper_util::client::legacy::Error),
+    /// On the way to either.
+    Io(io::Error),
+}
+
+impl From<reqwest::Error> for Broken {
+    fn from(error: reqwest::Error) -> Self {
+        Self::Network(error)
+    }
+}
+
+impl From<hyper_util::client::legacy::Error> for Broken {
+    fn from(error: hyper_util::client::legacy::Error) -> Self {
+        Self::Unix(error)
+    }
+}
+
+impl From<io::Error> for Broken {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
 /// A failure below HTTP.
-pub(super) fn transport_failure(what: &str, error: reqwest::Error) -> Failure {
-    let certificate = certificate_error(&error);
+pub(super) fn transport_failure(what: &str, broken: Broken) -> Failure {
+    let (certificate, is_builder, is_connect) = match &broken {
+        Broken::Network(error) => (certificate_error(error), error.is_builder(), error.is_connect()),
+        Broken::Unix(error) => (None, false, error.is_connect()),
+        Broken::Io(_) => (None, false, false),
+    };
     let (kind, passing, why) = if let Some(remedy) = certificate {
         (ErrorKind::Denied, false, remedy)
-    } else if error.is_builder() {
+    } else if is_builder {
         (ErrorKind::Invalid, false, "not a valid request")
-    } else if error.is_connect() {
+    } else if is_connect {
         (ErrorKind::Unavailable, true, "no connection")
     } else {
         (ErrorKind::Unavailable, true, "the connection broke")
     };
-    let error = Error::new(kind, format!("{what}: {why}")).with_source(error.without_url());
+    let error = Error::new(kind, format!("{what}: {why}"));
+    let error = match broken {
+        Broken::Network(source) => error.with_source(source.without_url()),
+        Broken::Unix(source) => error.with_source(source),
+        Broken::Io(source) => error.with_source(source),
+    };
     Failure { error, passing, retry_after: None }
 }
 

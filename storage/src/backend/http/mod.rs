@@ -9,20 +9,22 @@ mod hedge;
 mod meaning;
 mod names;
 mod tls;
+mod unix;
 
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use reqwest::{Method, Request, StatusCode};
+use reqwest::{Method, Request, Response, StatusCode};
 pub use reqwest::{Url, Version};
 
 pub use self::answer::Answer;
 use self::hedge::sooner;
 pub use self::meaning::Help;
 pub(crate) use self::meaning::is_tls_refused;
-use self::meaning::{judge, retry_after, transport_failure};
+use self::meaning::{Broken, judge, retry_after, transport_failure};
+use self::unix::UnixClient;
 use super::origin::{Limits, Origin, Origins, Route};
 use super::retry::{Failure, within};
 use super::{Priority, ReadContext};
@@ -86,10 +88,10 @@ impl Default for HttpOptions {
 /// A pool of connections. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Http {
-    client: reqwest::Client,
+    client: Client,
     /// The connections of second requests: over HTTP/2 one of the first pool would wait behind
     /// the very stream that is late.
-    second: reqwest::Client,
+    second: Client,
     progress_timeout: Option<Duration>,
     origins: Origins,
 }
@@ -101,8 +103,8 @@ impl Http {
     /// `NotFound`, `Io`, `Invalid`: a CA file is missing, unreadable or holds no certificate.
     pub fn new(options: &HttpOptions) -> Result<Self> {
         let tls = tls::config(options)?;
-        let client = client(options, tls.clone())?;
-        let second = self::client(options, tls)?;
+        let client = Client::new(options, tls.clone())?;
+        let second = Client::new(options, tls)?;
         let route = Route {
             proxy: options.proxy.clone(),
             proxy_from_environment: options.proxy_from_environment,
@@ -195,8 +197,33 @@ impl Http {
     }
 }
 
-/// Connections made as `options` say.
-fn client(options: &HttpOptions, tls: rustls::ClientConfig) -> Result<reqwest::Client> {
+/// Who makes the connections.
+#[derive(Clone, Debug)]
+enum Client {
+    Network(reqwest::Client),
+    Unix(Box<UnixClient>),
+}
+
+impl Client {
+    /// Makes them as `options` say.
+    fn new(options: &HttpOptions, tls: rustls::ClientConfig) -> Result<Self> {
+        Ok(match &options.unix_socket {
+            Some(path) => Self::Unix(Box::new(UnixClient::new(path, options))),
+            None => Self::Network(network(options, tls)?),
+        })
+    }
+
+    /// Sends `request`, and awaits the head of its answer.
+    async fn execute(&self, request: Request) -> std::result::Result<Response, Broken> {
+        match self {
+            Self::Network(client) => Ok(client.execute(request).await?),
+            Self::Unix(client) => client.execute(request).await,
+        }
+    }
+}
+
+/// Connections over the network, made as `options` say.
+fn network(options: &HttpOptions, tls: rustls::ClientConfig) -> Result<reqwest::Client> {
     let mut builder = reqwest::Client::builder()
         .tls_backend_preconfigured(tls)
         .user_agent(USER_AGENT)
@@ -212,11 +239,6 @@ fn client(options: &HttpOptions, tls: rustls::ClientConfig) -> Result<reqwest::C
     }
     if crate::outside::get().is_some() {
         builder = builder.dns_resolver(Arc::new(names::Names));
-    }
-    if let Some(path) = &options.unix_socket {
-        let what = || format!("the unix socket {}", path.display());
-        crate::outside::get().map_or(Ok(()), |o| o.admit_socket(path)).map_err(|e| Error::io(what(), e))?;
-        builder = builder.unix_socket(path.as_path());
     }
     builder = builder.no_proxy();
     if options.proxy_from_environment {
@@ -234,11 +256,11 @@ fn client(options: &HttpOptions, tls: rustls::ClientConfig) -> Result<reqwest::C
 }
 
 /// Awaits `step` of an exchange no longer than `silence` and the context allow.
-async fn progress<T>(
+async fn progress<T, E: Into<Broken>>(
     silence: Option<Duration>,
     what: &str,
     context: &ReadContext,
-    step: impl Future<Output = std::result::Result<T, reqwest::Error>>,
+    step: impl Future<Output = std::result::Result<T, E>>,
 ) -> std::result::Result<T, Failure> {
     within(context, what, async {
         let result = match silence {
@@ -248,7 +270,7 @@ async fn progress<T>(
             })?,
             None => step.await,
         };
-        result.map_err(|e| transport_failure(what, e))
+        result.map_err(|e| transport_failure(what, e.into()))
     })
     .await
 }
