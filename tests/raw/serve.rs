@@ -9,12 +9,14 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use tests::{Context, Result};
-use zerocopy::{FromBytes as _, IntoBytes};
 
 use crate::Data;
 use crate::sys;
 use crate::tree::{FOR_EVER, Node, Tree};
-use crate::wire::{self, AttrOut, InHeader, InitIn, InitOut, OpenOut, OutHeader, ReadIn, StatfsOut};
+use crate::wire::{
+    self, AttrOut, ByteValued as _, InHeader, InitIn, InitIn2, InitOut, Kstatfs, OpenOut, OutHeader, ReadIn,
+    StatfsOut,
+};
 
 /// Bytes of the largest read.
 const MAX_TRANSFER: u32 = 1 << 20;
@@ -60,7 +62,7 @@ impl Worker {
     }
 
     fn answer(&self, request: &[u8], data: &mut [u8]) -> Result<()> {
-        let (header, body) = InHeader::read_from_prefix(request).ok().context("a short request")?;
+        let (header, body) = wire::split::<InHeader>(request).context("a short request")?;
         if matches!(header.opcode, wire::FORGET | wire::BATCH_FORGET | wire::INTERRUPT) {
             return Ok(());
         }
@@ -77,7 +79,7 @@ impl Worker {
 
     fn reply(&self, unique: u64, error: i32, body: &[u8]) -> Result<()> {
         let out = OutHeader { len: 16 + body.len() as u32, error, unique };
-        match nix::sys::uio::writev(&self.device, &[IoSlice::new(out.as_bytes()), IoSlice::new(body)]) {
+        match nix::sys::uio::writev(&self.device, &[IoSlice::new(out.as_slice()), IoSlice::new(body)]) {
             Ok(_) | Err(Errno::ENOENT) => Ok(()),
             Err(e) => Err(e).context("answer"),
         }
@@ -88,18 +90,18 @@ impl Worker {
         let node = || tree.node(header.nodeid).ok_or(Errno::ESTALE);
         let name = || body.split(|byte| *byte == 0).next().unwrap_or_default();
         match header.opcode {
-            wire::INIT => Ok(self.init(body)?.as_bytes().to_owned()),
+            wire::INIT => Ok(self.init(body)?.as_slice().to_owned()),
             wire::LOOKUP => {
                 let entry = tree.lookup(header.nodeid, name()).ok_or(Errno::ESTALE)?;
-                Ok(entry.as_bytes().to_owned())
+                Ok(entry.as_slice().to_owned())
             }
             wire::GETATTR => {
-                let out = AttrOut { valid: FOR_EVER, attr: node()?.attr, ..AttrOut::default() };
-                Ok(out.as_bytes().to_owned())
+                let out = AttrOut { attr_valid: FOR_EVER, attr: node()?.attr, ..AttrOut::default() };
+                Ok(out.as_slice().to_owned())
             }
             wire::READLINK => node()?.link().map_err(|_| Errno::EIO),
             wire::READDIR | wire::READDIRPLUS => {
-                let (read, _) = ReadIn::read_from_prefix(body).map_err(|_| Errno::EINVAL)?;
+                let (read, _) = wire::split::<ReadIn>(body).ok_or(Errno::EINVAL)?;
                 let plus = header.opcode == wire::READDIRPLUS;
                 let mut out = Vec::new();
                 tree.list(header.nodeid, read.offset, read.size as usize, plus, &mut out)
@@ -116,12 +118,14 @@ impl Worker {
                     }
                 };
                 let open_flags = wire::NO_FLUSH | wire::OPEN_PASSTHROUGH;
-                Ok(OpenOut { fh: 0, open_flags, backing_id }.as_bytes().to_owned())
+                Ok(OpenOut { fh: 0, open_flags, passthrough: backing_id.cast_unsigned() }
+                    .as_slice()
+                    .to_owned())
             }
             wire::RELEASE => Ok(Vec::new()),
             wire::STATFS => {
-                let out = StatfsOut { bsize: 4096, frsize: 4096, namelen: 255, ..StatfsOut::default() };
-                Ok(out.as_bytes().to_owned())
+                let out = Kstatfs { bsize: 4096, frsize: 4096, namelen: 255, ..Kstatfs::default() };
+                Ok(StatfsOut { st: out }.as_slice().to_owned())
             }
             wire::GETXATTR => Err(Errno::ENODATA),
             // OPEN, OPENDIR and FLUSH, too: from then on the kernel does without.
@@ -130,13 +134,16 @@ impl Worker {
     }
 
     fn init(&self, body: &[u8]) -> Result<InitOut, Errno> {
-        let (init, _) = InitIn::read_from_prefix(body).map_err(|_| Errno::EPROTO)?;
+        let (init, more) = wire::split::<InitIn>(body).ok_or(Errno::EPROTO)?;
+        let (more, _) = wire::split::<InitIn2>(more).ok_or(Errno::EPROTO)?;
         let passthrough = if self.server.data == Data::Passthrough { wire::PASSTHROUGH } else { 0 };
-        let offered = u64::from(init.flags) | u64::from(init.flags2) << 32;
+        let offered = u64::from(init.flags) | u64::from(more.flags2) << 32;
         let flags = offered & (wire::FLAGS | passthrough);
         if flags & passthrough != passthrough {
             return Err(Errno::EOPNOTSUPP);
         }
+        let mut unused = [0; 7];
+        unused[wire::MAX_STACK_DEPTH] = u32::from(passthrough != 0);
         Ok(InitOut {
             major: 7,
             minor: 45.min(init.minor),
@@ -148,13 +155,13 @@ impl Worker {
             time_gran: 1,
             max_pages: (MAX_TRANSFER / 4096) as u16,
             flags2: (flags >> 32) as u32,
-            max_stack_depth: u32::from(passthrough != 0),
+            unused,
             ..InitOut::default()
         })
     }
 
     fn read(&self, header: &InHeader, body: &[u8], node: &Node, data: &mut [u8]) -> Result<()> {
-        let (read, _) = ReadIn::read_from_prefix(body).ok().context("a short READ")?;
+        let (read, _) = wire::split::<ReadIn>(body).context("a short READ")?;
         let len = u64::from(read.size.min(MAX_TRANSFER)).min(node.attr.size.saturating_sub(read.offset));
         let file = self.server.tree.file(node)?;
         match self.server.data {
@@ -170,7 +177,7 @@ impl Worker {
 
     fn splice(&self, unique: u64, file: &File, offset: u64, len: usize) -> Result<()> {
         let out = OutHeader { len: 16 + len as u32, error: 0, unique };
-        nix::unistd::write(&self.pipe.1, out.as_bytes())?;
+        nix::unistd::write(&self.pipe.1, out.as_slice())?;
         let mut at = offset.cast_signed();
         let mut rest = len;
         while rest > 0 {

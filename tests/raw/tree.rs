@@ -11,9 +11,8 @@ use std::sync::{Arc, OnceLock};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tests::{Context, Result};
-use zerocopy::IntoBytes as _;
 
-use crate::wire::{Attr, Dirent, EntryOut};
+use crate::wire::{Attr, ByteValued as _, Dirent, EntryOut};
 
 /// Answers hold for ever.
 pub const FOR_EVER: u64 = 1 << 32;
@@ -110,15 +109,15 @@ impl Tree {
             let before = out.len();
             if plus {
                 let entry = if number < 2 { EntryOut::default() } else { self.entry(place) };
-                out.extend_from_slice(entry.as_bytes());
+                out.extend_from_slice(entry.as_slice());
             }
             let dirent = Dirent {
                 ino: attr.ino,
-                offset: number as u64 + 1,
+                off: number as u64 + 1,
                 namelen: u32::try_from(name.len()).ok()?,
-                kind: (attr.mode & libc::S_IFMT) >> 12,
+                type_: (attr.mode & libc::S_IFMT) >> 12,
             };
-            out.extend_from_slice(dirent.as_bytes());
+            out.extend_from_slice(dirent.as_slice());
             out.extend_from_slice(name);
             out.resize(out.len().next_multiple_of(8), 0);
             if out.len() > size {
