@@ -240,6 +240,10 @@ pub struct FuseArgs {
     #[arg(long, value_name = "FILE")]
     pub dedup_db: Option<PathBuf>,
 
+    /// Let the sandboxed daemon have this directory or block device, whatever it is. May be repeated
+    #[arg(long, value_name = "PATH")]
+    pub admit: Vec<PathBuf>,
+
     /// Sent by some clients; no effect
     #[arg(long, value_name = "URL", hide = true)]
     pub backend_source: Option<String>,

@@ -20,6 +20,7 @@ use tracing_subscriber::{Registry, reload};
 
 use crate::cli::{GlobalArgs, LogFormat, LogLevel};
 use crate::metrics::events::Errors;
+use crate::sandbox::place::{self, Place};
 
 /// Rotated files that are kept (contract 1.2).
 const KEPT_FILES: usize = 10;
@@ -81,11 +82,13 @@ pub fn init_occasional(args: &GlobalArgs) -> anyhow::Result<()> {
     match &args.log_file {
         None => install(filter, args.log_format, io::stderr().is_terminal(), io::stderr),
         Some(path) => {
-            let path = std::path::absolute(with_extension(path)).context("log file")?;
+            let path = place::settle_parent(&with_extension(path)).context("log file")?;
+            // Who may write to its directory can not have another file written to.
+            let append = move || Place::fixed(path.parent()?).ok()?.append(path.file_name()?).ok();
             let open = move || -> Box<dyn io::Write> {
-                match std::fs::OpenOptions::new().create(true).append(true).open(&path) {
-                    Ok(file) => Box::new(file),
-                    Err(_) => Box::new(io::sink()),
+                match append() {
+                    Some(file) => Box::new(file),
+                    None => Box::new(io::sink()),
                 }
             };
             install(filter, args.log_format, false, open)

@@ -181,14 +181,16 @@ pub(crate) fn disown(file: BorrowedFd<'_>) -> nix::Result<()> {
 }
 
 /// Lets nothing be executed, no device be used, and unless `writable` nothing be written, through a mount and all below
-/// it; what is mounted there by others shows, and not the other way round.
+/// it. What is mounted there by others later shows if it `follows`, with the flags that it has there; never the other
+/// way round.
 ///
 /// # Errors
 /// The system's.
-pub(crate) fn confine_mount(mount: BorrowedFd<'_>, writable: bool) -> io::Result<()> {
+pub(crate) fn confine_mount(mount: BorrowedFd<'_>, writable: bool, follows: bool) -> io::Result<()> {
     let set = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
     let read_only = if writable { 0 } else { libc::MOUNT_ATTR_RDONLY };
-    set_mount_attributes(mount, set | read_only, libc::MS_SLAVE, libc::AT_RECURSIVE)
+    let propagation = if follows { libc::MS_SLAVE } else { libc::MS_PRIVATE };
+    set_mount_attributes(mount, set | read_only, propagation, libc::AT_RECURSIVE)
 }
 
 /// Lets nothing be written through a mount.

@@ -14,10 +14,10 @@
 //! whoever unmounts the overlay ends the daemon. Another process mounts it: a thread of the daemon that waited for
 //! an answer of the daemon would make it unkillable.
 
-use std::fs::{DirBuilder, File, TryLockError};
+use std::fs::{File, Permissions, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown};
+use std::os::unix::fs::{PermissionsExt as _, fchown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -26,7 +26,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use nix::mount::{MntFlags, umount2};
 use rafs::bootstrap::Attr;
-use rustix::fs::{CWD, Mode, OFlags, RenameFlags, renameat_with};
+use rustix::fs::{RenameFlags, renameat_with};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_string, fsmount,
@@ -34,6 +34,7 @@ use rustix::mount::{
 };
 
 use crate::config::IdMapping;
+use crate::sandbox::place::Place;
 
 /// Where changes go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,18 +52,13 @@ const SETTINGS: [(&str, &str); 3] = [("redirect_dir", "off"), ("metacopy", "off"
 /// When a predecessor that still locks the upper directory is worth a warning: it ends within moments otherwise.
 const LOCK_LATE: Duration = Duration::from_secs(5);
 
-/// What `nydusd overlay` is told.
+/// What `nydusd overlay` is told. The directory for changes is its standard input, and overlayfs's own its standard
+/// output: which ones they are, not what they are called.
 #[derive(clap::Args, Clone, Debug)]
 pub struct OverlayArgs {
     /// The FUSE mount to be covered.
     #[arg(long)]
     at: PathBuf,
-    /// Directory for changes.
-    #[arg(long)]
-    upper: PathBuf,
-    /// Directory for overlayfs.
-    #[arg(long)]
-    work: PathBuf,
     /// What the mount table names as source.
     #[arg(long)]
     source: String,
@@ -82,17 +78,22 @@ impl OverlayConfig {
         ((shown(root.uid), shown(root.gid)), root.mode & 0o7777)
     }
 
-    /// Makes the directories, if need be, the upper one with this owner and mode.
+    /// Makes the directories, if need be, the upper one, which it answers, with this owner and mode. `allow` is asked
+    /// for the real paths of both.
     ///
     /// # Errors
-    /// They can not be made.
-    pub(crate) fn make(&self, owner: (u32, u32), mode: u32) -> anyhow::Result<()> {
-        if !self.upper_dir.exists() {
-            make_owned(&self.upper_dir, owner, mode & 0o7777).with_context(|| self.named())?;
-        }
+    /// Those of `allow`, or they can not be made.
+    pub(crate) fn make(
+        &self,
+        owner: (u32, u32),
+        mode: u32,
+        allow: impl Fn(&Path) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Place> {
+        let upper =
+            make_owned(&self.upper_dir, owner, mode & 0o7777, &allow).with_context(|| self.named())?;
         let work = &self.work_dir;
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(work);
-        made.with_context(|| format!("`overlay.work_dir` {}", work.display()))
+        Place::make(work, 0o700, allow).with_context(|| format!("`overlay.work_dir` {}", work.display()))?;
+        Ok(upper)
     }
 
     /// Keeps others from using the upper directory, which `directory` is.
@@ -158,22 +159,21 @@ impl OverlayConfig {
     }
 }
 
-/// Puts the overlay in the place of the FUSE mount at `mountpoint`, which must be served.
+/// Puts an overlay with these directories in the place of the FUSE mount at `mountpoint`, which must be served.
 ///
 /// # Errors
 /// The kernel refuses; the mount may be gone then.
-pub(crate) fn cover(overlay: &OverlayConfig, mountpoint: &Path, source: &str) -> anyhow::Result<()> {
+pub(crate) fn cover(upper: &Place, work: &Place, mountpoint: &Path, source: &str) -> anyhow::Result<()> {
+    let directory =
+        |place: &Place| place.open(libc::O_DIRECTORY).with_context(|| place.real().display().to_string());
     let program = std::env::current_exe().context("find this program")?;
     let output = Command::new(program)
         .arg("overlay")
         .arg("--at")
         .arg(mountpoint)
-        .arg("--upper")
-        .arg(&overlay.upper_dir)
-        .arg("--work")
-        .arg(&overlay.work_dir)
         .args(["--source", source])
-        .stdin(Stdio::null())
+        .stdin(Stdio::from(directory(upper)?))
+        .stdout(Stdio::from(directory(work)?))
         .output()
         .context("start the process that mounts the overlay")?;
     if !output.status.success() {
@@ -183,25 +183,46 @@ pub(crate) fn cover(overlay: &OverlayConfig, mountpoint: &Path, source: &str) ->
     Ok(())
 }
 
-/// Makes a directory, and those it is in. It is there with its owner and mode or not at all: an end in between
-/// leaves an empty directory beside it, which nobody takes for it.
-fn make_owned(path: &Path, (uid, gid): (u32, u32), mode: u32) -> io::Result<()> {
-    let parent = path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::AlreadyExists))?;
-    DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
-    let made = tempfile::Builder::new().prefix(".nydusd-upper-").tempdir_in(parent)?;
-    chown(made.path(), Some(uid), Some(gid))?;
+/// Makes a directory, and those it is in, as far as `allow` has nothing against its real path. It is there with its
+/// owner and mode or not at all: an end in between leaves an empty directory beside it, which nobody takes for it.
+fn make_owned(
+    path: &Path,
+    (uid, gid): (u32, u32),
+    mode: u32,
+    allow: impl Fn(&Path) -> anyhow::Result<()>,
+) -> anyhow::Result<Place> {
+    match Place::find(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        found => {
+            let found = found?;
+            allow(found.real())?;
+            return Ok(found);
+        }
+    }
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        bail!("it is no name of a directory")
+    };
+    let parent = Place::make(parent, 0o755, |real| allow(&real.join(name)))?;
+    let temporary = tempfile::Builder::new().prefix(".nydusd-upper-").tempdir_in(parent.link())?;
+    let own_name = temporary.path().file_name().context("a directory without a name")?;
+    let made = parent.enter(own_name)?;
+    allow(made.real())?;
+    let directory = made.open(libc::O_DIRECTORY)?;
+    fchown(&directory, Some(uid), Some(gid))?;
     // After the owner, whose change takes set-id bits away.
-    std::fs::set_permissions(made.path(), std::fs::Permissions::from_mode(mode))?;
-    match renameat_with(CWD, made.path(), CWD, path, RenameFlags::NOREPLACE) {
+    directory.set_permissions(Permissions::from_mode(mode))?;
+    match renameat_with(&parent, own_name, &parent, name, RenameFlags::NOREPLACE) {
         Ok(()) => {
             // There is nothing to remove under the other name.
-            let _ = made.keep();
-            Ok(())
+            let _ = temporary.keep();
         }
         // Another daemon was faster.
-        Err(Errno::EXIST) => Ok(()),
-        Err(e) => Err(e.into()),
+        Err(Errno::EXIST) => {}
+        Err(e) => return Err(e.into()),
     }
+    let upper = parent.enter(name)?;
+    allow(upper.real())?;
+    Ok(upper)
 }
 
 /// `nydusd overlay`: mounts it and ends. Answers the exit code.
@@ -216,27 +237,32 @@ pub fn run(args: &OverlayArgs) -> i32 {
 }
 
 fn mount(args: &OverlayArgs) -> anyhow::Result<()> {
-    let open = |path: &Path| {
-        rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .with_context(|| path.display().to_string())
-    };
-    let (lower, upper, work) = (open(&args.at)?, open(&args.upper)?, open(&args.work)?);
+    let at = || args.at.display();
+    let lower = Place::fixed(&args.at).with_context(|| at().to_string())?;
+    let (upper, work) = (io::stdin(), io::stdout());
     let overlay = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
         .context("this kernel has no overlayfs for us; `modprobe overlay`, and start nydusd as root")?;
-    let made = configure(&overlay, &args.source, [&lower, &upper, &work].map(OwnedFd::as_fd));
+    let made = configure(&overlay, &args.source, [lower.as_fd(), upper.as_fd(), work.as_fd()]);
     let made = made.with_context(|| {
+        let changes = std::fs::read_link(link(upper.as_fd())).unwrap_or_default();
         format!(
             "overlayfs over {} with changes in {} refused{}; both directories have to be on one file system, and not \
              on an overlay",
-            args.at.display(),
-            args.upper.display(),
+            at(),
+            changes.display(),
             complaints(&overlay)
         )
     })?;
-    umount2(&args.at, MntFlags::MNT_DETACH).with_context(|| format!("uncover {}", args.at.display()))?;
-    move_mount(&made, "", CWD, &args.at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .with_context(|| format!("mount on {}", args.at.display()))?;
+    umount2(&lower.link(), MntFlags::MNT_DETACH).with_context(|| format!("uncover {}", at()))?;
+    let under = Place::fixed(&args.at).with_context(|| at().to_string())?;
+    let onto = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(&made, "", &under, "", onto).with_context(|| format!("mount on {}", at()))?;
     Ok(())
+}
+
+/// A path that leads to what a descriptor stands for.
+fn link(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
 /// The overlay as a mount that is nowhere yet. Directories are named by descriptors, so that no name needs escaping
@@ -248,7 +274,7 @@ fn configure(
 ) -> io::Result<OwnedFd> {
     fsconfig_set_string(overlay, "source", source)?;
     for (key, directory) in [("lowerdir", lower), ("upperdir", upper), ("workdir", work)] {
-        fsconfig_set_string(overlay, key, format!("/proc/self/fd/{}", directory.as_raw_fd()))?;
+        fsconfig_set_string(overlay, key, link(directory))?;
     }
     for (key, value) in SETTINGS {
         fsconfig_set_string(overlay, key, value)?;
@@ -289,12 +315,12 @@ mod tests {
         let own = std::fs::metadata(scratch.path()).unwrap();
         // Ids that anybody may give away: one's own, as others of the image.
         let mapping = IdMapping { internal: 7, external: own.uid(), count: 1 };
-        make_owned(&config.upper_dir, (mapping.shown(7), own.gid()), 0o2751).unwrap();
+        make_owned(&config.upper_dir, (mapping.shown(7), own.gid()), 0o2751, |_| Ok(())).unwrap();
         let made = std::fs::metadata(&config.upper_dir).unwrap();
         assert_eq!((made.uid(), made.gid(), made.mode() & 0o7777), (own.uid(), own.gid(), 0o2751));
         // What is there stays as it is.
         std::fs::write(config.upper_dir.join("kept"), "").unwrap();
-        make_owned(&config.upper_dir, (own.uid(), own.gid()), 0o700).unwrap();
+        make_owned(&config.upper_dir, (own.uid(), own.gid()), 0o700, |_| Ok(())).unwrap();
         let kept = std::fs::metadata(&config.upper_dir).unwrap();
         assert_eq!((kept.ino(), kept.mode() & 0o7777), (made.ino(), 0o2751));
         assert!(config.upper_dir.join("kept").exists());

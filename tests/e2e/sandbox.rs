@@ -211,6 +211,83 @@ fn directories_are_admitted_by_name() -> Result<()> {
     tree::assert_same(&scene.journey.reference()?, &daemon.root().join("one"), Overlook::default())
 }
 
+/// What the lists refuse is had by who writes the command line, and by nobody else.
+#[test]
+fn the_command_line_admits_what_else_is_refused() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("umoci");
+    let scene = Scene::new()?;
+    // A home's directories that begin with a dot hold what tells programs what to do.
+    let home = tempfile::Builder::new().prefix(".nydusd-of-a-test-").tempdir_in("/root")?;
+    let cache = home.path().join("cache");
+    let daemon = DaemonOptions::empty().start()?;
+    let (code, answer) = scene.post(&daemon, "/tiny", &cache)?;
+    ensure!(code == 500 && answer.to_string().contains("--admit") && !cache.exists(), "{code} {answer}");
+    drop(daemon);
+    let daemon = DaemonOptions::empty().flag("--admit", home.path()).start()?;
+    let (code, answer) = scene.post(&daemon, "/tiny", &cache)?;
+    ensure!(code == 204, "{answer}");
+    tree::assert_same(&scene.journey.reference()?, &daemon.root().join("tiny"), Overlook::default())?;
+    let (code, answer) = scene.post(&daemon, "/other", Path::new("/root/.nydusd-of-no-test/cache"))?;
+    ensure!(code == 500, "{code} {answer}");
+    Ok(())
+}
+
+/// A directory that was admitted keeps its rights when one above it is admitted with fewer.
+#[test]
+fn a_cache_below_what_is_shown_is_still_written_to() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("umoci");
+    let scene = Scene::new()?;
+    let shown = scene.journey.path("shown");
+    let cache = shown.join("cache");
+    let daemon = DaemonOptions::empty().start()?;
+    ensure!(scene.post(&daemon, "/one", &cache)?.0 == 204);
+    let (code, answer) = post_directory(&daemon, "/shown", &shown)?;
+    ensure!(code == 204, "{answer}");
+    let (code, answer) = daemon.request("DELETE", "/api/v1/mount?mountpoint=/one", &Value::Null)?;
+    ensure!(code == 204, "{answer}");
+    let (code, answer) = scene.post(&daemon, "/two", &cache)?;
+    ensure!(code == 204, "{answer}");
+    tree::assert_same(&scene.journey.reference()?, &daemon.root().join("two"), Overlook::default())
+}
+
+/// A link that is put on the way of mountpoint and socket while a daemon runs: nothing behind it is touched.
+#[test]
+fn a_link_on_the_way_leads_no_broker_astray() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("umoci");
+    let scene = Scene::new()?;
+    for own in ["--no-sandbox", "--core-dumps"] {
+        let mut daemon = DaemonOptions::empty().switch(own).start()?;
+        let (code, answer) = scene.post(&daemon, "/tiny", &scene.journey.path("cache"))?;
+        ensure!(code == 204, "{answer}");
+        let way = daemon.socket().parent().context("no directory")?.to_owned();
+        let was = way.with_extension("was");
+        let elsewhere = tempfile::tempdir()?;
+        let (mountpoint, socket) = (elsewhere.path().join("mount"), elsewhere.path().join("api.sock"));
+        fs::create_dir(&mountpoint)?;
+        let _listener = UnixListener::bind(&socket)?;
+        let none = None::<&str>;
+        nix::mount::mount(Some("rafs"), &mountpoint, Some("tmpfs"), nix::mount::MsFlags::empty(), none)?;
+
+        fs::rename(&way, &was)?;
+        std::os::unix::fs::symlink(elsewhere.path(), &way)?;
+        kill(daemon.pid(), Signal::SIGTERM)?;
+        let ended = daemon.wait_ended();
+        let is_there = mounted(&mountpoint);
+        let detached = nix::mount::umount2(&mountpoint, nix::mount::MntFlags::MNT_DETACH);
+        // Back, so that the daemon's guard finds what is to be cleaned up.
+        fs::remove_file(&way)?;
+        fs::rename(&was, &way)?;
+        ended?;
+        detached?;
+        ensure!(is_there && socket.exists(), "{own}: {is_there}");
+        ensure!(daemon.socket().exists(), "{own}: what was not found was not removed");
+    }
+    Ok(())
+}
+
 /// Neither goes on without the other, and readers do not notice what their daemon has lost.
 #[test]
 fn a_broker_ends_with_its_daemon_and_readers_outlive_it() -> Result<()> {

@@ -38,6 +38,7 @@ use tokio::time::MissedTickBehavior;
 
 use super::{state, supervisor};
 use crate::cli::{GlobalArgs, SuperviseArgs};
+use crate::sandbox::place::Place;
 use crate::transport::mounted::{self, MountIdentity};
 use crate::{logging, process};
 
@@ -359,11 +360,14 @@ impl Holder {
             return Ok(());
         }
         let flags = MntFlags::MNT_FORCE | MntFlags::MNT_DETACH;
-        umount2(&self.mountpoint, flags).with_context(|| format!("unmount {}", self.mountpoint.display()))
+        let place = Place::fixed(&self.mountpoint);
+        let unmounted = place.and_then(|place| Ok(umount2(&place.link(), flags)?));
+        unmounted.with_context(|| format!("unmount {}", self.mountpoint.display()))
     }
 
     fn unmount(&self) -> anyhow::Result<()> {
-        mounted::detach(&self.mountpoint).with_context(|| format!("unmount {}", self.mountpoint.display()))
+        let detached = Place::fixed(&self.mountpoint).and_then(|place| mounted::detach(&place));
+        detached.with_context(|| format!("unmount {}", self.mountpoint.display()))
     }
 }
 

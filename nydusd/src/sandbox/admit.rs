@@ -18,42 +18,8 @@ use rustix::fs::{CWD, Mode, OFlags, RawMode, mkdirat, mknodat, openat};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
+use super::place::Place;
 use crate::sys;
-
-/// Never admitted to be written to, nor is anything below.
-const SYSTEM: [&str; 10] =
-    ["/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr"];
-/// Not admitted to be written to themselves.
-const SHARED: [&str; 7] = ["/home", "/opt", "/root", "/run", "/srv", "/tmp", "/var"];
-/// Never opened: no image, login or certificate is there.
-const SECRET: [&str; 8] = [
-    "/etc/shadow",
-    "/etc/shadow-",
-    "/etc/gshadow",
-    "/etc/gshadow-",
-    "/etc/sudoers",
-    "/etc/ssh",
-    "/proc",
-    "/sys",
-];
-
-/// True for files that no daemon needs.
-fn is_secret(real: &Path) -> bool {
-    SECRET.iter().any(|secret| real.starts_with(secret)) || real.components().any(|c| c.as_os_str() == ".ssh")
-}
-
-/// Why a daemon does not get to see what is really at `real`.
-pub(super) fn refusal(real: &Path, writable: bool) -> Option<&'static str> {
-    let below = |places: &[&str]| places.iter().any(|place| real.starts_with(place));
-    let is = |places: &[&str]| places.iter().any(|place| real == Path::new(place));
-    if real == Path::new("/") {
-        return Some("all of the host");
-    }
-    if is_secret(real) || SECRET.iter().any(|secret| Path::new(secret).starts_with(real)) {
-        return Some("nothing that an image needs");
-    }
-    (writable && (below(&SYSTEM) || is(&SHARED))).then_some("a directory of the system")
-}
 
 /// The jail of a daemon, seen from outside.
 #[derive(Debug)]
@@ -65,12 +31,31 @@ pub(super) struct Jail {
     admitted: Mutex<HashMap<PathBuf, Admitted>>,
 }
 
+/// How a directory is admitted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Access {
+    /// To be written to, too.
+    pub writable: bool,
+    /// It is shown to others: what is mounted below it on the host later, shows there.
+    pub shown: bool,
+}
+
+impl Access {
+    fn covers(self, other: Self) -> bool {
+        (self.writable || !other.writable) && (self.shown || !other.shown)
+    }
+
+    fn and(self, other: Self) -> Self {
+        Self { writable: self.writable || other.writable, shown: self.shown || other.shown }
+    }
+}
+
 /// What was admitted under a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Admitted {
-    device: u64,
-    inode: u64,
-    writable: bool,
+    /// Device and inode.
+    file: (u64, u64),
+    access: Access,
 }
 
 impl Jail {
@@ -82,59 +67,84 @@ impl Jail {
         Ok(jail)
     }
 
-    /// Has the daemon see what is at `real`, a canonical path, by that name, and by `named`, unless it does.
+    /// Has the daemon see `place` by its path, and by `named`, unless it does.
     ///
     /// # Errors
     /// It is neither a directory nor a file, or the system refuses.
-    pub fn admit(&self, named: &Path, real: &Path, writable: bool) -> anyhow::Result<()> {
-        let meta = real.metadata()?;
+    pub fn admit(&self, named: &Path, place: &Place, access: Access) -> anyhow::Result<()> {
+        let (real, meta) = (place.real(), place.metadata()?);
         let kind = meta.file_type();
         if !(kind.is_dir() || kind.is_file()) {
             bail!("{} is neither a directory nor a file", real.display());
         }
-        let wanted = Admitted { device: meta.dev(), inode: meta.ino(), writable };
+        let file = (meta.dev(), meta.ino());
         let named = std::path::absolute(named)?;
         let mut admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
         let has = |path: &Path, admitted: &HashMap<PathBuf, Admitted>| {
-            admitted
-                .get(path)
-                .is_some_and(|has| *has == wanted || *has == Admitted { writable: true, ..wanted })
+            admitted.get(path).is_some_and(|has| has.file == file && has.access.covers(access))
         };
         if has(&named, &admitted) {
             return Ok(());
         }
         // What it named before may have been removed: nothing can be mounted on that.
         for path in [real, &named] {
-            let had = admitted.get(path).map(|had| (had.device, had.inode));
-            if had.is_some_and(|had| had != (wanted.device, wanted.inode)) {
+            if admitted.get(path).is_some_and(|had| had.file != file) {
                 self.take_away(path)?;
                 admitted.retain(|other, _| !other.starts_with(path));
             }
         }
+        // Who was admitted with other rights keeps those.
+        let access = admitted.get(real).map_or(access, |had| had.access.and(access));
+        let wanted = Admitted { file, access };
         if !has(real, &admitted) {
-            self.put(real, real, kind.is_dir(), writable)?;
-            tracing::info!("admitted {}{}", real.display(), if writable { ", writable" } else { "" });
+            self.put(place, real, kind.is_dir(), access)?;
+            let rights = if access.writable { ", writable" } else { "" };
+            tracing::info!("admitted {}{rights}", real.display());
             admitted.insert(real.to_owned(), wanted);
+            self.uncover(real, access, &mut admitted)?;
         }
         if named != real {
             // A link on the way may be inside of what was admitted before: then it leads there.
-            let leads_there = self.inside(|| {
-                Ok(named.metadata().is_ok_and(|m| (m.dev(), m.ino()) == (wanted.device, wanted.inode)))
-            })?;
+            let leads_there =
+                self.inside(|| Ok(named.metadata().is_ok_and(|meta| (meta.dev(), meta.ino()) == file)))?;
             if !leads_there {
-                self.put(real, &named, kind.is_dir(), writable)?;
+                self.put(place, &named, kind.is_dir(), access)?;
             }
             admitted.insert(named, wanted);
         }
         Ok(())
     }
 
-    /// Mounts what is at `real` where the daemon sees `path`.
-    fn put(&self, real: &Path, path: &Path, is_dir: bool, writable: bool) -> anyhow::Result<()> {
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let all = if is_dir { OpenTreeFlags::AT_RECURSIVE } else { OpenTreeFlags::empty() };
-        let tree = open_tree(CWD, real, flags | all).context("clone its mount")?;
-        sys::confine_mount(tree.as_fd(), writable).context("confine its mount")?;
+    /// What was admitted below `real` before, which was just admitted, has the rights again that it had.
+    fn uncover(
+        &self,
+        real: &Path,
+        access: Access,
+        admitted: &mut HashMap<PathBuf, Admitted>,
+    ) -> anyhow::Result<()> {
+        let hidden =
+            |path: &Path, had: Admitted| path != real && path.starts_with(real) && !access.covers(had.access);
+        let mut below: Vec<_> = admitted
+            .iter()
+            .filter(|(path, had)| hidden(path, **had))
+            .map(|(path, had)| (path.clone(), *had))
+            .collect();
+        // What is above others first.
+        below.sort_unstable_by(|one, other| one.0.cmp(&other.0));
+        for (path, had) in below {
+            let still = |place: &Place| place.metadata().is_ok_and(|m| (m.dev(), m.ino()) == had.file);
+            match Place::find(&path).ok().filter(still) {
+                Some(place) => self.put(&place, &path, place.metadata()?.is_dir(), had.access)?,
+                // Whoever wants it asks again.
+                None => drop(admitted.remove(&path)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Mounts `place` where the daemon sees `path`.
+    fn put(&self, place: &Place, path: &Path, is_dir: bool, access: Access) -> anyhow::Result<()> {
+        let tree = clone_mount(place, is_dir, access).context("clone its mount")?;
         self.inside(|| {
             let flags = OFlags::PATH | OFlags::CLOEXEC;
             let at = match openat(CWD, path, flags, Mode::empty()) {
@@ -179,11 +189,17 @@ impl Jail {
 ///
 /// # Errors
 /// The system's.
-pub(super) fn clone_of(place: &OwnedFd) -> io::Result<OwnedFd> {
+pub(super) fn clone_of(place: &Place) -> io::Result<Place> {
+    Ok(Place::at(clone_mount(place, false, Access::default())?, place.real()))
+}
+
+/// A mount of `place`, with `all` of those below it.
+fn clone_mount(place: &Place, all: bool, access: Access) -> io::Result<OwnedFd> {
     let flags =
         OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    let tree = open_tree(place, "", flags)?;
-    sys::confine_mount(tree.as_fd(), false)?;
+    let below = if all { OpenTreeFlags::AT_RECURSIVE } else { OpenTreeFlags::empty() };
+    let tree = open_tree(place, "", flags | below)?;
+    sys::confine_mount(tree.as_fd(), access.writable, access.shown)?;
     Ok(tree)
 }
 
@@ -235,32 +251,6 @@ mod tests {
     use std::fs::File;
 
     use super::*;
-
-    #[test]
-    fn the_system_is_not_admitted() {
-        for (path, readable, writable) in [
-            ("/", false, false),
-            ("/etc", false, false),
-            ("/etc/nydus", true, false),
-            ("/etc/ssh", false, false),
-            ("/etc/shadow", false, false),
-            ("/root/.ssh/id_ed25519", false, false),
-            ("/proc/1/root/var", false, false),
-            ("/sys/fs", false, false),
-            ("/dev", true, false),
-            ("/usr/share/images", true, false),
-            ("/usrlocal", true, true),
-            ("/run", true, false),
-            ("/run/nydus", true, true),
-            ("/var", true, false),
-            ("/var/lib/nydus/cache", true, true),
-            ("/tmp/x", true, true),
-        ] {
-            let path = Path::new(path);
-            assert_eq!(refusal(path, false).is_none(), readable, "read {}", path.display());
-            assert_eq!(refusal(path, true).is_none(), writable, "write {}", path.display());
-        }
-    }
 
     #[test]
     fn places_are_made_below_the_root_and_nowhere_else() {

@@ -3,12 +3,13 @@
 //! The daemon parses what strangers send, so its requests are not believed: it mounts, listens and connects only where
 //! its command line says, unmounts nothing but the mount that was made for it, and has files opened only to be read.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, ToSocketAddrs as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -18,8 +19,10 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, getsoc
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::Pid;
 
-use super::admit::{self, Jail};
+use super::admit::{self, Access, Jail};
+use super::place::{self, Place};
 use super::protocol::{Refusal, Reply, Request};
+use super::refuse::Rules;
 use crate::failover::supervisor;
 use crate::process;
 use crate::transport::mounted;
@@ -31,10 +34,14 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// Most addresses of a host that are told.
 const MAX_ADDRESSES: usize = 64;
 
+/// How often a device must turn out to be in use.
+const PROBES: usize = 4;
+const PROBE_PAUSE: Duration = Duration::from_millis(5);
+
 /// The answer, and the descriptor that goes with it.
 pub(super) type Answer = (Reply, Option<OwnedFd>);
 
-/// What the command line names, as it names it.
+/// What the command line names.
 #[derive(Clone, Debug, Default)]
 pub struct Places {
     /// Directory to mount on.
@@ -47,12 +54,35 @@ pub struct Places {
     pub holder: Option<PathBuf>,
     /// Directory of the host that is to be shown.
     pub shared_dir: Option<PathBuf>,
+    /// It is to be written to, too.
+    pub writable: bool,
+    /// What is admitted whatever it is.
+    pub admit: Vec<PathBuf>,
+}
+
+impl Places {
+    /// The same by the absolute paths that these have now. Nobody who changes links later changes what is meant; what
+    /// can not be told is left to whoever wants to use it.
+    fn settled(self) -> Self {
+        let settled = |path: PathBuf| place::settle(&path).unwrap_or(path);
+        Self {
+            // It may be the mount of a daemon that is gone.
+            mountpoint: mounted::resolve(&self.mountpoint).unwrap_or_else(|_| settled(self.mountpoint)),
+            apisock: self.apisock.map(|path| place::settle_parent(&path).unwrap_or(path)),
+            supervisor: self.supervisor.map(settled),
+            holder: self.holder.map(settled),
+            shared_dir: self.shared_dir.map(settled),
+            writable: self.writable,
+            admit: self.admit.into_iter().map(settled).collect(),
+        }
+    }
 }
 
 /// Does what is asked for.
 #[derive(Debug)]
 pub struct Host {
     places: Places,
+    rules: Rules,
     /// The mount that was made or inherited.
     seat: Mutex<Option<Arc<Seat>>>,
     /// Device and inode of the API's socket file: a successor's at the same path is not ours to remove.
@@ -63,7 +93,9 @@ pub struct Host {
 
 impl Host {
     pub(super) fn new(places: Places) -> Self {
-        Self { places, seat: Mutex::default(), api: Mutex::default(), jail: OnceLock::new() }
+        let places = places.settled();
+        let rules = Rules::new(&places);
+        Self { places, rules, seat: Mutex::default(), api: Mutex::default(), jail: OnceLock::new() }
     }
 
     /// Does what `request` says, with the descriptors that came with it.
@@ -77,22 +109,22 @@ impl Host {
             Request::ApiBind => descriptor(self.bind_api()?),
             Request::ApiRemove => done(self.remove_api()?),
             Request::Keeper { holder } => descriptor(self.keeper(holder)?),
-            Request::Usable => path(usable_mountpoint(&self.places.mountpoint)?),
+            Request::Usable => path(usable_mountpoint(&self.places.mountpoint)?.real().to_owned()),
             Request::IsListed => yes(mounted::is_listed(&self.places.mountpoint, SOURCE)?),
             Request::Mount { writable } => self.mount(writable)?,
             Request::Inherit { number } => path(self.inherit(number)?),
             Request::Upper { upper, work, make } => {
                 let overlay = OverlayConfig { upper_dir: upper.into(), work_dir: work.into() };
-                self.check_to_be_made(&overlay.upper_dir)?;
-                self.check_to_be_made(&overlay.work_dir)?;
-                make.map_or(Ok(()), |(owner, mode)| overlay.make(owner, mode))?;
-                descriptor(self.shielded(&overlay.upper_dir)?.into())
+                let upper = match make {
+                    Some((owner, mode)) => overlay.make(owner, mode, |real| self.check(real, true))?,
+                    None => self.find_to_be_written(&overlay.upper_dir)?,
+                };
+                descriptor(self.shielded(&upper, libc::O_DIRECTORY)?.into())
             }
             Request::Cover { upper, work } => {
-                let overlay = OverlayConfig { upper_dir: upper.into(), work_dir: work.into() };
-                self.check_to_be_made(&overlay.upper_dir)?;
-                self.check_to_be_made(&overlay.work_dir)?;
-                let cover = |at: &Path, source: &str| writable::cover(&overlay, at, source);
+                let upper = self.find_to_be_written(Path::new(&upper))?;
+                let work = self.find_to_be_written(Path::new(&work))?;
+                let cover = |at: &Path, source: &str| writable::cover(&upper, &work, at, source);
                 done(self.seat()?.cover(cover)?)
             }
             Request::Unmount { ended } => done(self.seat()?.unmount(ended)?),
@@ -106,12 +138,13 @@ impl Host {
             Request::Connect { path } => descriptor(self.connect(Path::new(&path))?),
             Request::Directory { path } => {
                 let named = Path::new(&path);
-                self.check_to_be_made(named)?;
-                std::fs::DirBuilder::new().recursive(true).mode(0o700).create(named)?;
-                self.admit(named, true)?;
+                let place = Place::make(named, 0o700, |real| self.check(real, true))?;
+                self.put_into_jail(named, &place, Access { writable: true, shown: false })?;
                 done(())
             }
-            Request::Admit { path: named, writable } => path(self.admit(Path::new(&named), writable)?),
+            Request::Admit { path: named, writable, shown } => {
+                path(self.admit(Path::new(&named), Access { writable, shown })?)
+            }
             Request::Resolve { host } => (Reply::Addresses(resolve(&host)?), None),
             Request::Login { helper, server } => {
                 let answer = storage::oci::auth::run_credential_helper(&helper, &server);
@@ -159,21 +192,31 @@ impl Host {
     fn keeper(&self, holder: bool) -> anyhow::Result<OwnedFd> {
         let path = if holder { &self.places.holder } else { &self.places.supervisor };
         let path = path.as_deref().context("this daemon has no supervisor")?;
-        Ok(supervisor::dial(path)?.into())
+        // Connecting follows links, so by what was opened without any.
+        Ok(supervisor::dial(&Place::fixed(path)?.link())?.into())
+    }
+
+    /// The directory where the API's socket belongs, and its name there.
+    fn api_place<'a>(&self, path: &'a Path) -> anyhow::Result<(Place, &'a OsStr)> {
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            bail!("it is no name of a file")
+        };
+        Ok((Place::fixed(parent)?, name))
     }
 
     /// A live daemon's socket is not ours to take, nor is a file that is no socket. True if there is one.
     fn check_api(&self) -> anyhow::Result<bool> {
         let Some(path) = &self.places.apisock else { return Ok(false) };
-        match path.symlink_metadata() {
-            Ok(meta) if !meta.file_type().is_socket() => {
-                bail!("the API socket {} exists and is no socket; name another path", path.display())
-            }
-            _ if is_answered(path) => {
-                bail!("another daemon answers on the API socket {}; stop it first", path.display())
-            }
-            found => Ok(found.is_ok()),
+        // What can not be looked at can not be bound either, and that says why.
+        let Ok((directory, name)) = self.api_place(path) else { return Ok(false) };
+        let Ok(found) = directory.look(name) else { return Ok(false) };
+        if !found.metadata()?.file_type().is_socket() {
+            bail!("the API socket {} exists and is no socket; name another path", path.display())
         }
+        if is_answered(&found) {
+            bail!("another daemon answers on the API socket {}; stop it first", path.display())
+        }
+        Ok(true)
     }
 
     /// Binds the API's socket, for this user alone from the first moment on: the mode of the descriptor
@@ -181,11 +224,12 @@ impl Host {
     fn bind_api(&self) -> anyhow::Result<OwnedFd> {
         let path = self.places.apisock.as_deref().context("this daemon has no API socket")?;
         let context = || format!("API socket {}", path.display());
-        match path.symlink_metadata() {
+        let (directory, name) = self.api_place(path).with_context(context)?;
+        match directory.look(name).and_then(|found| found.metadata()) {
             Ok(found) if !found.file_type().is_socket() => {
                 bail!("the API socket {} exists and is no socket; name another path", path.display())
             }
-            Ok(_) => std::fs::remove_file(path).with_context(context)?,
+            Ok(_) => directory.remove(name).with_context(context)?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(e).with_context(context),
         }
@@ -193,11 +237,11 @@ impl Host {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
             let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
             fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
-            bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+            bind(socket.as_raw_fd(), &UnixAddr::new(&directory.link().join(name))?)?;
             Ok(socket)
         };
         let socket = bound().with_context(context)?;
-        let made = path.symlink_metadata().with_context(context)?;
+        let made = directory.look(name).and_then(|made| made.metadata()).with_context(context)?;
         *self.api.lock().unwrap_or_else(PoisonError::into_inner) = Some((made.dev(), made.ino()));
         Ok(socket)
     }
@@ -205,12 +249,12 @@ impl Host {
     fn remove_api(&self) -> anyhow::Result<()> {
         let ours = *self.api.lock().unwrap_or_else(PoisonError::into_inner);
         let (Some(path), Some(ours)) = (&self.places.apisock, ours) else { return Ok(()) };
-        let is_ours = |found: &std::fs::Metadata| (found.dev(), found.ino()) == ours;
-        match path.symlink_metadata() {
-            Ok(found) if is_ours(&found) => Ok(std::fs::remove_file(path)?),
-            Ok(_) => Ok(()),
-            Err(e) => Err(e.into()),
+        let (directory, name) = self.api_place(path)?;
+        let found = directory.look(name)?.metadata()?;
+        if (found.dev(), found.ino()) == ours {
+            directory.remove(name)?;
         }
+        Ok(())
     }
 
     /// Admits things into the jail from now on.
@@ -225,97 +269,110 @@ impl Host {
     }
 
     /// Has the daemon see `path`; where it really is.
-    fn admit(&self, path: &Path, writable: bool) -> Result<PathBuf, Refusal> {
-        let real = path.canonicalize()?;
-        let Some(jail) = self.jail.get() else { return Ok(real) };
-        let shared = self.places.shared_dir.as_ref().and_then(|path| path.canonicalize().ok());
-        // What the command line names is its author's business.
-        let admitted = match shared.is_some_and(|shared| shared == real) {
-            true => Ok(()),
-            false => self.check(&real, writable),
-        };
-        let admitted = admitted.and_then(|()| jail.admit(path, &real, writable));
-        admitted.with_context(|| format!("{} can not be used", path.display()))?;
-        Ok(real)
+    fn admit(&self, path: &Path, access: Access) -> Result<PathBuf, Refusal> {
+        if self.jail.get().is_none() {
+            return Ok(path.canonicalize()?);
+        }
+        let place = Place::find(path)?;
+        self.check(place.real(), access.writable).with_context(|| unusable(path))?;
+        self.put_into_jail(path, &place, access)?;
+        Ok(place.real().to_owned())
+    }
+
+    /// Has the daemon, if it is in a jail, see a place.
+    fn put_into_jail(&self, path: &Path, place: &Place, access: Access) -> anyhow::Result<()> {
+        let Some(jail) = self.jail.get() else { return Ok(()) };
+        jail.admit(path, place, access).with_context(|| unusable(path))
     }
 
     /// Refuses what a daemon in a jail has no business with. `real` is a canonical path.
     fn check(&self, real: &Path, writable: bool) -> anyhow::Result<()> {
-        let what = self.jail.get().and_then(|_| admit::refusal(real, writable));
-        match what {
-            Some(what) => {
-                bail!("{} is {what}, which a sandboxed daemon does not get; see --no-jail", real.display())
-            }
+        match self.jail.get().and_then(|_| self.rules.refusal(real, writable)) {
+            Some(what) => bail!(
+                "{} is {what}, which a sandboxed daemon does not get; see --admit and --no-jail",
+                real.display()
+            ),
             None => Ok(()),
         }
     }
 
-    /// The same for a directory that may have to be made.
-    fn check_to_be_made(&self, path: &Path) -> anyhow::Result<()> {
-        let absolute = std::path::absolute(path)?;
-        let there = absolute.ancestors().find_map(|above| Some((above, above.canonicalize().ok()?)));
-        let (above, real) = there.context("there is no root directory")?;
-        let rest = absolute.strip_prefix(above)?;
-        if rest.components().any(|component| !matches!(component, std::path::Component::Normal(_))) {
-            bail!("{}: `..` behind what does not exist", path.display());
+    /// Something that is there and may be written to.
+    fn find_to_be_written(&self, path: &Path) -> anyhow::Result<Place> {
+        let place = Place::find(path).with_context(|| path.display().to_string())?;
+        self.check(place.real(), true)?;
+        Ok(place)
+    }
+
+    /// Opens a place to be read. A daemon in a jail gets the descriptor through a mount of its own: no way leads out of
+    /// that, and nothing can be written through it.
+    fn shielded(&self, place: &Place, flags: i32) -> io::Result<File> {
+        match self.jail.get() {
+            Some(_) => admit::clone_of(place)?.open(flags),
+            None => place.open(flags),
         }
-        self.check(&real.join(rest), true)
-    }
-
-    /// Opens a directory to be read. Who gets the descriptor of a jailed daemon gets no way out of the directory, nor
-    /// to write to it.
-    fn shielded(&self, path: &Path) -> io::Result<File> {
-        let place = File::options().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(path)?;
-        self.open_place(place.into(), libc::O_DIRECTORY)
-    }
-
-    /// Opens what `place` names, through a mount of its own that is read-only, if the daemon is in a jail.
-    fn open_place(&self, place: OwnedFd, flags: i32) -> io::Result<File> {
-        let place = if self.jail.get().is_some() { admit::clone_of(&place)? } else { place };
-        let link = format!("/proc/self/fd/{}", place.as_raw_fd());
-        File::options().read(true).custom_flags(flags).open(link)
     }
 
     /// Connects to a unix socket.
     fn connect(&self, path: &Path) -> Result<OwnedFd, Refusal> {
-        let place = File::options().read(true).custom_flags(libc::O_PATH).open(path)?;
+        let place = Place::find(path)?;
         if !place.metadata()?.file_type().is_socket() {
             return Err(anyhow::anyhow!("not a socket").into());
         }
-        let link = PathBuf::from(format!("/proc/self/fd/{}", place.as_raw_fd()));
-        self.check(&std::fs::read_link(&link)?, false)?;
-        let stream = supervisor::dial(&link)?;
+        // Who speaks to a service of root's may have it do as much as who writes to its directory.
+        self.check(place.real(), true)?;
+        let stream = supervisor::dial(&place.link())?;
         tracing::info!("connected to {}", path.display());
         Ok(stream.into())
     }
 
     /// Opens a regular file, or with `device` a block device, to be read.
     fn open(&self, path: &Path, device: bool) -> Result<File, Refusal> {
-        let place = File::options().read(true).custom_flags(libc::O_PATH).open(path)?;
+        let place = Place::find(path)?;
         let kind = place.metadata()?.file_type();
         if !(kind.is_file() || device && kind.is_block_device()) {
             let why = if device { "neither a block device nor a regular file" } else { "not a regular file" };
             return Err(anyhow::anyhow!("{why}").into());
         }
         // What it is, and not what it is called.
-        self.check(&std::fs::read_link(format!("/proc/self/fd/{}", place.as_raw_fd()))?, false)?;
+        self.check(place.real(), false)?;
         if kind.is_block_device() {
+            if self.jail.get().is_some() && !self.rules.admit(place.real()) && is_in_use(&place) {
+                let real = place.real().display();
+                let why = format!("{real} is a disk that the host itself uses; see --admit and --no-jail");
+                return Err(anyhow::anyhow!(why).into());
+            }
             // Through a mount of that kind no device can be opened.
-            let link = format!("/proc/self/fd/{}", place.as_raw_fd());
-            return Ok(File::options().read(true).custom_flags(libc::O_NONBLOCK).open(link)?);
+            return Ok(place.open(libc::O_NONBLOCK)?);
         }
         tracing::debug!("opened {}", path.display());
-        Ok(self.open_place(place.into(), libc::O_NONBLOCK | libc::O_NOCTTY)?)
+        Ok(self.shielded(&place, libc::O_NONBLOCK | libc::O_NOCTTY)?)
     }
 }
 
-/// True if whoever listens on the socket at `path` may still answer. A daemon that was killed can be kept from going away by
+/// True if whoever listens on a socket may still answer. A daemon that was killed can be kept from going away by
 /// a thread that waits in the kernel, and its socket with it.
-fn is_answered(path: &Path) -> bool {
-    let Ok(stream) = std::os::unix::net::UnixStream::connect(path) else { return false };
+fn is_answered(place: &Place) -> bool {
+    let Ok(stream) = UnixStream::connect(place.link()) else { return false };
     let listener = getsockopt(&stream, sockopt::PeerCredentials).map(|peer| peer.pid());
     // Processes outside of our namespace have number 0.
     !listener.is_ok_and(|pid| pid > 0 && process::has_ended(Pid::from_raw(pid)))
+}
+
+/// True for a block device that is mounted, a part of a volume or the like, or has a partition that is.
+fn is_in_use(device: &Place) -> bool {
+    // Another daemon that looks at the same moment is none of these, and done at once.
+    (0..PROBES).all(|_| {
+        let probe = device.open(libc::O_EXCL | libc::O_NONBLOCK);
+        let is_busy = probe.is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY));
+        if is_busy {
+            std::thread::sleep(PROBE_PAUSE);
+        }
+        is_busy
+    })
+}
+
+fn unusable(path: &Path) -> String {
+    format!("{} can not be used", path.display())
 }
 
 fn resolve(host: &str) -> io::Result<Vec<IpAddr>> {

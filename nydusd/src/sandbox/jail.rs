@@ -166,7 +166,7 @@ fn keep() -> anyhow::Result<Vec<(PathBuf, OwnedFd)>> {
         }
     }
     for (path, tree) in &kept {
-        sys::confine_mount(tree.as_fd(), false).with_context(|| path.display().to_string())?;
+        sys::confine_mount(tree.as_fd(), false, false).with_context(|| path.display().to_string())?;
     }
     Ok(kept)
 }

@@ -14,7 +14,8 @@
 //!  privileged.rs    the daemon's side                    capabilities.rs  what root keeps
 //!  broker.rs        the process beside it                landlock.rs      what even root may not do to files
 //!  pool.rs          its threads                          seccomp.rs       which system calls there are
-//!  host.rs          what is done, and refused
+//!  host.rs          what is done, and refused            refuse.rs        what a jail never gets
+//!  place.rs         paths, looked up once
 //!  admit.rs         directories into the jail
 //! ```
 //!
@@ -25,14 +26,19 @@ mod admit;
 mod broker;
 mod capabilities;
 mod host;
+#[cfg(test)]
+mod hostile;
 mod jail;
 mod landlock;
+pub(crate) mod place;
 mod pool;
 mod privileged;
 mod protocol;
+mod refuse;
 mod seccomp;
 
 use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use nix::sys::resource::{Resource, setrlimit};
@@ -76,6 +82,8 @@ impl Sandbox {
             supervisor: global.supervisor.clone(),
             holder: global.holder.clone(),
             shared_dir: args.shared_dir.clone(),
+            writable: args.writable,
+            admit: named(args),
         };
         let without = |places, missing| Self { host: Privileged::direct(places), missing };
         if args.sandbox.no_sandbox {
@@ -132,13 +140,27 @@ impl Sandbox {
     }
 }
 
+/// Directories that the command line has things kept in: its author's business.
+fn named(args: &FuseArgs) -> Vec<PathBuf> {
+    let image = &args.image;
+    let whole = args.admit.iter().chain(&image.cache_dir).chain(&image.localfs_dir).cloned();
+    whole.chain(args.dedup_db.as_deref().map(directory_of)).chain(log_directory(args)).collect()
+}
+
+fn directory_of(file: &Path) -> PathBuf {
+    let directory = file.parent().filter(|parent| !parent.as_os_str().is_empty());
+    directory.unwrap_or(Path::new(".")).to_owned()
+}
+
 /// A log that is rotated needs its directory.
-fn admit_log(host: &Privileged, args: &FuseArgs) {
+fn log_directory(args: &FuseArgs) -> Option<PathBuf> {
     let global = &args.global;
-    let Some(path) = global.log_file.as_deref().filter(|_| global.log_rotation_size > 0) else { return };
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    let directory = directory.unwrap_or(std::path::Path::new("."));
-    if let Err(e) = host.admit(directory, true) {
+    global.log_file.as_deref().filter(|_| global.log_rotation_size > 0).map(directory_of)
+}
+
+fn admit_log(host: &Privileged, args: &FuseArgs) {
+    let Some(directory) = log_directory(args) else { return };
+    if let Err(e) = host.admit(&directory, true) {
         tracing::warn!("the log is not rotated: {e:#}");
     }
 }

@@ -193,7 +193,19 @@ impl Privileged {
     /// # Errors
     /// There is none, or the broker does not admit it.
     pub fn admit(&self, path: &Path, writable: bool) -> anyhow::Result<PathBuf> {
-        let admitted = self.ask(Request::Admit { path: path.into(), writable })?.0;
+        self.admit_as(path, writable, false)
+    }
+
+    /// The same for one that is shown to others, with what is mounted below it later.
+    ///
+    /// # Errors
+    /// There is none, or the broker does not admit it.
+    pub fn admit_shown(&self, path: &Path, writable: bool) -> anyhow::Result<PathBuf> {
+        self.admit_as(path, writable, true)
+    }
+
+    fn admit_as(&self, path: &Path, writable: bool, shown: bool) -> anyhow::Result<PathBuf> {
+        let admitted = self.ask(Request::Admit { path: path.into(), writable, shown })?.0;
         self.settle(path);
         match admitted {
             Reply::Path(path) => Ok(path.into()),

@@ -64,8 +64,9 @@ pub(crate) enum Request {
     Directory { path: OsString },
     /// A connection to a unix socket.
     Connect { path: OsString },
-    /// A directory of the host, where the daemon sees it under the same path.
-    Admit { path: OsString, writable: bool },
+    /// A directory of the host, where the daemon sees it under the same path; with `shown` what is mounted below it
+    /// later, too.
+    Admit { path: OsString, writable: bool, shown: bool },
     /// Addresses of a host.
     Resolve { host: String },
     /// What a credential helper knows of a server.

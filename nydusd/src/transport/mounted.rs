@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::{self, Read as _, Seek as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,6 +12,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::seat::SOURCE;
+use crate::sandbox::place::Place;
 
 /// The mounts that this process sees; see proc_pid_mountinfo(5).
 const TABLE: &str = "/proc/self/mountinfo";
@@ -54,14 +54,33 @@ fn is_mount_of(row: &[u8], source: &str) -> bool {
 }
 
 impl MountIdentity {
-    /// The topmost mount at `path`. Asks nothing of the file system mounted there.
+    /// The topmost mount at `path`, which has no links. Asks nothing of the file system mounted there.
     ///
     /// # Errors
     /// No such path, or no proc file system.
     pub fn at(path: &Path) -> io::Result<Self> {
-        // No request goes to a file system for that.
-        let place = File::options().read(true).custom_flags(libc::O_PATH).open(path)?;
-        let info = std::fs::read(format!("/proc/self/fdinfo/{}", place.as_raw_fd()))?;
+        Self::of(&Place::fixed(path)?)
+    }
+
+    /// The mount that `place` is in. Asks nothing of its file system.
+    ///
+    /// # Errors
+    /// No proc file system.
+    pub fn of(place: &Place) -> io::Result<Self> {
+        Ok(Self::look(place, SOURCE)?.0)
+    }
+
+    /// The same if it begins there and is a FUSE mount of `source`, or covers one.
+    ///
+    /// # Errors
+    /// No proc file system.
+    pub fn of_ours(place: &Place, source: &str) -> io::Result<Option<Self>> {
+        let (here, ours) = Self::look(place, source)?;
+        Ok(ours.then_some(here))
+    }
+
+    fn look(place: &Place, source: &str) -> io::Result<(Self, bool)> {
+        let info = std::fs::read(format!("/proc/self/fdinfo/{}", place.as_fd().as_raw_fd()))?;
         let id = info
             .split(|byte| *byte == b'\n')
             .find_map(|line| line.strip_prefix(b"mnt_id:"))
@@ -72,26 +91,13 @@ impl MountIdentity {
         let (row, (_, device)) = row
             .and_then(|row| Some((row, rows(row).next()?)))
             .ok_or_else(|| io::Error::other("the mount is not in the mount table"))?;
-        Ok(Self { id: id.to_vec(), device: device.to_vec(), covers: covered(row, SOURCE) })
+        let here = Self { id: id.to_vec(), device: device.to_vec(), covers: covered(row, source) };
+        Ok((here, is_at(row, &escaped(place.real())) && is_mount_of(row, source)))
     }
 
     /// True if it is an overlay that covers a FUSE mount.
     pub fn is_cover(&self) -> bool {
         self.covers.is_some()
-    }
-
-    /// True if a mount begins at the directory `path`, and is a FUSE mount of `source`.
-    ///
-    /// # Errors
-    /// As [`MountIdentity::at`].
-    pub fn is_fuse_of(path: &Path, source: &str) -> io::Result<bool> {
-        let here = Self::at(path)?;
-        if here == Self::at(&path.join(".."))? {
-            return Ok(false);
-        }
-        let table = std::fs::read(TABLE)?;
-        let row = table.split(|byte| *byte == b'\n').find(|line| rows(line).any(|(id, _)| id == here.id));
-        Ok(row.is_some_and(|row| is_mount_of(row, source)))
     }
 
     /// The kernel's number of what is mounted, major << 20 | minor; of a FUSE mount it names the
@@ -149,17 +155,19 @@ pub(crate) fn resolve(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
-/// True if the mount table has a FUSE mount of `source` at exactly `path`. Asks nothing of it.
+/// True if the mount table has a FUSE mount of `source` at exactly `path`, which has no links. Asks nothing of it.
 ///
 /// # Errors
-/// No such path, or no proc file system.
+/// No proc file system.
 pub(crate) fn is_listed(path: &Path, source: &str) -> io::Result<bool> {
-    let path = escaped(&resolve(path)?);
+    let path = escaped(path);
     let table = std::fs::read(TABLE)?;
-    Ok(table.split(|byte| *byte == b'\n').any(|line| {
-        let here = line.split(|byte| *byte == b' ').nth(4) == Some(&path[..]);
-        here && is_mount_of(line, source)
-    }))
+    Ok(table.split(|byte| *byte == b'\n').any(|line| is_at(line, &path) && is_mount_of(line, source)))
+}
+
+/// True if a row is of a mount at `path`, as the table writes it.
+fn is_at(row: &[u8], path: &[u8]) -> bool {
+    row.split(|byte| *byte == b' ').nth(4) == Some(path)
 }
 
 /// A path as the mount table writes it.
@@ -174,15 +182,15 @@ fn escaped(path: &Path) -> Vec<u8> {
     escaped
 }
 
-/// Takes the topmost mount at `path` out of the tree at once, whoever still uses it.
+/// Takes the mount that begins at `place` out of the tree at once, whoever still uses it.
 ///
 /// # Errors
 /// The kernel refuses, and so does `fusermount3` where only that may.
-pub(crate) fn detach(path: &Path) -> io::Result<()> {
-    match umount2(path, MntFlags::MNT_DETACH) {
+pub(crate) fn detach(place: &Place) -> io::Result<()> {
+    match umount2(&place.link(), MntFlags::MNT_DETACH) {
         Err(Errno::EPERM) => {
-            let status =
-                std::process::Command::new("fusermount3").args(["-u", "-z", "--"]).arg(path).status()?;
+            let mut helper = std::process::Command::new("fusermount3");
+            let status = helper.args(["-u", "-z", "--"]).arg(place.real()).status()?;
             if status.success() { Ok(()) } else { Err(io::Error::other(format!("fusermount3: {status}"))) }
         }
         result => Ok(result?),
@@ -232,10 +240,12 @@ mod tests {
     #[test]
     fn a_mount_is_found_by_its_path_and_not_gone() {
         let proc = MountIdentity::at(Path::new("/proc")).unwrap();
-        assert_eq!(proc, MountIdentity::at(Path::new("/proc/self")).unwrap());
+        let own = PathBuf::from(format!("/proc/{}", std::process::id()));
+        assert_eq!(proc, MountIdentity::at(&own).unwrap());
         assert_ne!(proc, MountIdentity::at(Path::new("/")).unwrap());
         assert!(!proc.wait_gone(Duration::ZERO).unwrap());
-        assert!(!MountIdentity::is_fuse_of(Path::new("/proc"), "proc").unwrap());
+        let place = Place::fixed(Path::new("/proc")).unwrap();
+        assert_eq!(MountIdentity::of_ours(&place, "proc").unwrap(), None);
         assert!(!is_listed(Path::new("/proc"), "proc").unwrap());
         let device = std::fs::metadata("/proc").unwrap().dev();
         let number = nix::sys::stat::major(device) << 20 | nix::sys::stat::minor(device);

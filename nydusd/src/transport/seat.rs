@@ -1,8 +1,9 @@
 //! The mount as the host has it: what only somebody in the host's mount namespace, and with its rights, can do to it.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, SystemTime};
@@ -10,13 +11,22 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, bail};
 use fuse_backend_rs::transport::FuseSession;
 use nix::errno::Errno;
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::statvfs::fstatvfs;
+use nix::unistd::{getgid, getuid};
 use serde::{Deserialize, Serialize};
 
 use super::mounted::{self, MountIdentity};
+use crate::sandbox::place::Place;
 
 /// Source in the mount table (contract 1.8).
 pub(crate) const SOURCE: &str = "rafs";
+
+/// Where connections come from.
+const DEVICE: &str = "/dev/fuse";
+
+/// Longest read that the kernel asks for, with room for what comes before its data.
+const MAX_READ: usize = (1 << 20) + 4096;
 
 /// How long a mount may take to say that nobody serves it: the kernel itself says so, at once.
 const PROBE_LIMIT: Duration = Duration::from_secs(1);
@@ -54,42 +64,41 @@ pub(crate) struct Seat {
 }
 
 impl Seat {
-    /// Mounts on the directory `mountpoint`, read-only unless `writable`; with the descriptor of the connection,
-    /// of which nothing stays here.
+    /// Mounts on the directory `mountpoint`, a path without links, read-only unless `writable`; with the descriptor of
+    /// the connection, of which nothing stays here.
     ///
     /// # Errors
     /// Not a usable directory, a dead mount in its place, or the kernel refuses.
     pub fn mount(mountpoint: &Path, writable: bool) -> anyhow::Result<(Self, OwnedFd)> {
-        let mountpoint = usable_mountpoint(mountpoint)?;
-        let mut session = FuseSession::new(&mountpoint, SOURCE, "", !writable)?;
-        session.mount().with_context(|| format!("mount on {}", mountpoint.display()))?;
-        let identity = MountIdentity::at(&mountpoint)
+        let place = usable_mountpoint(mountpoint)?;
+        let context = || format!("mount on {}", mountpoint.display());
+        let device = File::options().read(true).write(true).open(DEVICE).context("open /dev/fuse")?;
+        let descriptor = match mount_on(&place, &device, writable) {
+            Err(Errno::EPERM) => mount_by_helper(mountpoint, writable).with_context(context)?,
+            mounted => mounted.map(|()| device.into()).with_context(context)?,
+        };
+        let identity = MountIdentity::at(mountpoint)
             .inspect_err(|e| tracing::warn!("the mount on {} has no identity: {e}", mountpoint.display()))
             .ok();
-        let file = session.get_fuse_file().context("the FUSE session has no descriptor")?;
-        let descriptor = OwnedFd::from(file.try_clone().context("duplicate the FUSE descriptor")?);
-        // Its own descriptor would keep the connection alive after the daemon, and its drop would unmount.
-        session.set_fuse_file(File::open("/dev/null").context("open /dev/null")?);
-        std::mem::forget(session);
-        Ok((Self { mountpoint, identity: Mutex::new(identity) }, descriptor))
+        Ok((Self { mountpoint: mountpoint.to_owned(), identity: Mutex::new(identity) }, descriptor))
     }
 
-    /// Goes on with the mount on `mountpoint` of connection `number`. Asks nothing of it.
+    /// Goes on with the mount on `mountpoint`, a path without links, of connection `number`. Asks nothing of it.
     ///
     /// # Errors
     /// Another connection's mount is there, or none.
     pub fn inherit(mountpoint: &Path, number: u64) -> anyhow::Result<Self> {
         let context = || format!("take over the mount on {}", mountpoint.display());
-        let mountpoint = mounted::resolve(mountpoint).with_context(context)?;
-        let identity = MountIdentity::at(&mountpoint).with_context(context)?;
-        if identity.connection() != Some(number) {
+        let place = Place::fixed(mountpoint).with_context(context)?;
+        let ours = MountIdentity::of_ours(&place, SOURCE).with_context(context)?;
+        let Some(identity) = ours.filter(|identity| identity.connection() == Some(number)) else {
             bail!(
                 "the saved state is of FUSE connection {number}, but {} is not its mount; give the \
                  --mountpoint of the daemon that saved it",
                 mountpoint.display()
-            );
-        }
-        Ok(Self { mountpoint, identity: Mutex::new(Some(identity)) })
+            )
+        };
+        Ok(Self { mountpoint: mountpoint.to_owned(), identity: Mutex::new(Some(identity)) })
     }
 
     /// The canonical mountpoint.
@@ -132,21 +141,24 @@ impl Seat {
     /// # Errors
     /// The kernel refuses.
     pub fn unmount(&self, ended: bool) -> anyhow::Result<()> {
-        let path = &self.mountpoint;
         let ours = self.identity();
-        match &ours {
-            Some(ours) if ours.wait_gone(Duration::ZERO)? => return Ok(()),
-            Some(ours) if MountIdentity::at(path)? != *ours => {
-                bail!("another mount covers it; unmount both by hand")
-            }
-            _ => {}
+        if let Some(ours) = &ours
+            && ours.wait_gone(Duration::ZERO)?
+        {
+            return Ok(());
+        }
+        let place = Place::fixed(&self.mountpoint)?;
+        if let Some(ours) = &ours
+            && MountIdentity::of(&place)? != *ours
+        {
+            bail!("another mount covers it; unmount both by hand")
         }
         // The numbers of a mount that is gone may be a successor's: that one answers.
         let is_cover = ours.is_some_and(|ours| ours.is_cover());
-        if ended && !is_cover && nix::sys::statvfs::statvfs(path) != Err(Errno::ENOTCONN) {
+        if ended && !is_cover && fstatvfs(&place) != Err(Errno::ENOTCONN) {
             return Ok(());
         }
-        match mounted::detach(path) {
+        match mounted::detach(&place) {
             // Somebody else was faster.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             result => Ok(result?),
@@ -155,10 +167,11 @@ impl Seat {
 
     /// Ends the connection, and with it whatever waits for its answers.
     pub fn abort(&self) {
-        let ours = self.identity().zip(MountIdentity::at(&self.mountpoint).ok());
+        let Ok(place) = Place::fixed(&self.mountpoint) else { return };
+        let ours = self.identity().zip(MountIdentity::of(&place).ok());
         if ours.is_some_and(|(ours, there)| ours == there) {
             // A mount that is gone already has no connection to end.
-            let _ = umount2(&self.mountpoint, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
+            let _ = umount2(&place.link(), MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
         }
     }
 
@@ -182,20 +195,47 @@ impl Seat {
     }
 }
 
-/// Canonical path of a directory to mount on.
+/// Mounts a connection. Its attributes and options are the contract's (1.8).
+fn mount_on(place: &Place, device: &File, writable: bool) -> nix::Result<()> {
+    let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
+    flags.set(MsFlags::MS_RDONLY, !writable);
+    let options = format!(
+        "default_permissions,allow_other,fd={},rootmode={:o},user_id={},group_id={},max_read={}",
+        device.as_raw_fd(),
+        libc::S_IFDIR,
+        getuid(),
+        getgid(),
+        MAX_READ
+    );
+    mount(Some(SOURCE), &place.link(), Some("fuse"), flags, Some(options.as_str()))
+}
+
+/// The same by `fusermount3`, where only that may.
+fn mount_by_helper(mountpoint: &Path, writable: bool) -> anyhow::Result<OwnedFd> {
+    let mut session = FuseSession::new(mountpoint, SOURCE, "", !writable)?;
+    session.mount()?;
+    let file = session.get_fuse_file().context("the FUSE session has no descriptor")?;
+    let descriptor = OwnedFd::from(file.try_clone().context("duplicate the FUSE descriptor")?);
+    // Its own descriptor would keep the connection alive after the daemon, and its drop would unmount.
+    session.set_fuse_file(File::open("/dev/null").context("open /dev/null")?);
+    std::mem::forget(session);
+    Ok(descriptor)
+}
+
+/// A directory to mount on: `path`, which has no links.
 ///
 /// # Errors
 /// Not a directory, the mount of another daemon, or the dead mount of one that is gone. The kernel
 /// may answer a stat of a dead mount from its cache, but never a statfs.
-pub(crate) fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
-    let probe = || -> io::Result<(bool, PathBuf)> {
-        let real = path.canonicalize()?;
-        nix::sys::statvfs::statvfs(&real)?;
-        Ok((std::fs::metadata(&real)?.is_dir(), real))
+pub(crate) fn usable_mountpoint(path: &Path) -> anyhow::Result<Place> {
+    let probe = || -> io::Result<(bool, Place)> {
+        let place = Place::fixed(path)?;
+        fstatvfs(&place)?;
+        Ok((place.metadata()?.is_dir(), place))
     };
+    let is_ours = |place: &Place| MountIdentity::of_ours(place, SOURCE).is_ok_and(|ours| ours.is_some());
     match probe() {
-        Ok((true, real)) if MountIdentity::is_fuse_of(&real, SOURCE).unwrap_or(false) => match is_dead(&real)
-        {
+        Ok((true, place)) if is_ours(&place) => match is_dead(&place) {
             true => bail!(
                 "the mountpoint {0} holds the overlay of a daemon that is gone; remove it with `umount -l {0}`: what \
                  was changed is kept in `overlay.upper_dir`",
@@ -206,8 +246,8 @@ pub(crate) fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
                 path.display()
             ),
         },
-        Ok((true, real)) => Ok(real),
-        Ok((false, real)) => bail!("the mountpoint {} is not a directory", real.display()),
+        Ok((true, place)) => Ok(place),
+        Ok((false, _)) => bail!("the mountpoint {} is not a directory", path.display()),
         Err(e) if e.raw_os_error() == Some(Errno::ENOTCONN as i32) => bail!(
             "the mountpoint {0} holds the dead mount of a daemon that is gone; remove it with `umount -l {0}`",
             path.display()
@@ -219,16 +259,16 @@ pub(crate) fn usable_mountpoint(path: &Path) -> anyhow::Result<PathBuf> {
     }
 }
 
-/// True if what is mounted on `path`, which is the root of a mount of ours, has nobody who serves it. An overlay
+/// True if what is mounted at `place`, which is the root of a mount of ours, has nobody who serves it. An overlay
 /// answers from what it covers no more than names that nobody has asked for. Somebody who takes requests and does not
 /// answer keeps a thread waiting, and is no dead one.
-fn is_dead(path: &Path) -> bool {
+fn is_dead(place: &Place) -> bool {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let name = format!(".nydusd-{}-{}", std::process::id(), now.as_nanos());
-    let probed = path.join(name);
+    let name = OsString::from(format!(".nydusd-{}-{}", std::process::id(), now.as_nanos()));
+    let Ok(place) = place.try_clone() else { return false };
     let (answer, answered) = mpsc::channel();
     let probe = move || {
-        let found = probed.symlink_metadata();
+        let found = place.look(&name);
         // Nobody listens any more if it came late.
         let _ = answer.send(found.is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN)));
     };

@@ -149,7 +149,7 @@ impl Daemon {
     pub(super) fn open_host(&self, mut spec: HostSpec) -> anyhow::Result<Opened> {
         // The kernel asks its mount for leave before it asks this daemon, so what may be written to is told by that.
         if spec.source.is_absolute() {
-            let admitted = self.host().admit(&spec.source, self.args().writable);
+            let admitted = self.host().admit_shown(&spec.source, self.args().writable);
             // Where it is, not a link to it: that is what a successor looks for.
             spec.source = admitted
                 .with_context(|| format!("the directory {} can not be served", spec.source.display()))?;
@@ -295,7 +295,7 @@ impl Daemon {
     /// Mounts the command line's directory.
     pub(crate) fn mount_shared(&self, source: &Path) -> anyhow::Result<()> {
         let path = self.virtual_mountpoint()?;
-        let admitted = self.host().admit(source, self.args().writable);
+        let admitted = self.host().admit_shown(source, self.args().writable);
         let source = admitted.with_context(|| format!("--shared-dir {}", source.display()))?;
         let mountpoint = path.to_string();
         let spec = HostSpec { mountpoint, source, command: None, expected: None, plain: false };

@@ -234,7 +234,7 @@ impl Daemon {
             (Some(_), _) | (None, None) => None,
             (None, Some(_)) if saved.shared_dir.is_some() => saved.shared_dir.clone(),
             (None, Some(source)) => {
-                let admitted = self.host().admit(source, self.args().writable);
+                let admitted = self.host().admit_shown(source, self.args().writable);
                 Some(admitted.with_context(|| format!("--shared-dir {}", source.display()))?)
             }
         })
