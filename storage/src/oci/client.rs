@@ -270,6 +270,15 @@ impl RegistryClient {
     /// Transport failures; those of the token server; `Denied`: 401 and no login helps. A
     /// passing failure if the login was renewed but the body is a stream that is spent.
     pub async fn send(&self, call: Call, context: &ReadContext) -> std::result::Result<Answer, Failure> {
+        // Callers send at many places, and each would hold all of it on its stack.
+        Box::pin(self.send_once_or_again(call, context)).await
+    }
+
+    async fn send_once_or_again(
+        &self,
+        call: Call,
+        context: &ReadContext,
+    ) -> std::result::Result<Answer, Failure> {
         let Call { method, url, access, headers, body, hedged } = call;
         let own = self.is_own(&url);
         let mut request = Request::new(method, url);

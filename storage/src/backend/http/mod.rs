@@ -137,7 +137,8 @@ impl Http {
         request: Request,
         context: &ReadContext,
     ) -> std::result::Result<Answer, Failure> {
-        self.exchange(request, false, context).await
+        // Whoever sends waits at many places, and each would hold all of this on its stack.
+        Box::pin(self.exchange(request, false, context)).await
     }
 
     /// As [`Http::send`], for a request that may be sent twice if somebody waits for it and its
@@ -150,7 +151,7 @@ impl Http {
         request: Request,
         context: &ReadContext,
     ) -> std::result::Result<Answer, Failure> {
-        self.exchange(request, true, context).await
+        Box::pin(self.exchange(request, true, context)).await
     }
 
     async fn exchange(

@@ -210,3 +210,18 @@ async fn what_is_pushed_is_the_newest_and_the_only_one() {
         |listed: &Value| pages.contains_key(&format!("manifests/{}", listed["digest"].as_str().unwrap()));
     assert!(!kept(&theirs) && kept(&foreign));
 }
+
+/// Engine threads have stacks of 1 MiB, and a future that is moved about is on them several times.
+#[tokio::test]
+async fn futures_leave_room_on_the_stack() {
+    let server = FaultServer::start(|_| Reply::new(404, "")).await;
+    let (subject, context) = (subject(&server), ReadContext::on_demand(None));
+    let call = Call::new(Method::GET, subject.client.url("x").unwrap(), Access::pull("x"));
+    let sizes = [
+        size_of_val(&subject.client.send(call, &context)),
+        size_of_val(&subject.fetch("a/b", 1, &context)),
+        size_of_val(&subject.push("a/b", Vec::new(), &context)),
+    ];
+    eprintln!("{sizes:?}");
+    assert!(sizes.iter().all(|size| *size <= 32 << 10), "{sizes:?}");
+}
