@@ -22,8 +22,9 @@ const FILE_SIZE: u64 = 8 << 20;
 const READERS: u64 = 4;
 /// What one read asks for.
 const PIECE: u64 = 64 << 10;
-/// Kills on one cache directory before it is read whole, compared, and replaced by an empty one.
-const KILLS_A_CACHE: u32 = 10;
+/// Kills on one cache directory before it is read whole, compared, and replaced by an empty one. After many more all is
+/// there, and nothing is in flight.
+const KILLS_A_CACHE: u32 = 5;
 
 /// 30 kills, or as many as `NYDUS_TEST_KILLS` says (`make soak`: 500).
 #[test]
@@ -119,8 +120,9 @@ fn kill_under_readers(
         for reader in readers {
             reader.join().expect("readers do not panic")?;
         }
-        waited?;
-        Ok((flying, reads.load(Ordering::Relaxed)))
+        let reads = reads.load(Ordering::Relaxed);
+        waited.with_context(|| format!("{reads} reads compared meanwhile"))?;
+        Ok((flying, reads))
     })
 }
 
