@@ -557,3 +557,20 @@ print(daemon.wait(),*[pid for pid in os.listdir('/proc') if pid.isdigit()])
     ensure!(left.trim() == "0 1", "{left}");
     Ok(())
 }
+
+/// What the daemon sees of its cache does not hold on to the mount that lies below it.
+#[test]
+fn a_cache_above_the_mountpoint_does_not_keep_the_mount() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("umoci");
+    let scene = Scene::new()?;
+    let mut daemon = DaemonOptions::empty().start()?;
+    let above = daemon.root().parent().context("no parent")?.to_owned();
+    let (code, answer) = scene.post(&daemon, "/tiny", &above)?;
+    ensure!(code == 204, "{answer}");
+    tree::assert_same(&scene.journey.reference()?, &daemon.root().join("tiny"), Overlook::default())?;
+    nix::mount::umount2(daemon.root(), nix::mount::MntFlags::MNT_DETACH)?;
+    let status = daemon.wait_ended()?;
+    ensure!(status.code() == Some(0), "{status}");
+    Ok(())
+}

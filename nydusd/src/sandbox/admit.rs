@@ -161,7 +161,7 @@ impl Jail {
     }
 
     /// Takes away what the daemon sees at `path`, and all below it. What it has open of that stays open.
-    fn take_away(&self, path: &Path) -> anyhow::Result<()> {
+    pub fn take_away(&self, path: &Path) -> anyhow::Result<()> {
         let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
         self.inside(|| match umount2(path, flags) {
             // The kernel takes a mount away itself if what it covers is removed.

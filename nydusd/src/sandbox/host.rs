@@ -282,7 +282,12 @@ impl Host {
     /// Has the daemon, if it is in a jail, see a place.
     fn put_into_jail(&self, path: &Path, place: &Place, access: Access) -> anyhow::Result<()> {
         let Some(jail) = self.jail.get() else { return Ok(()) };
-        jail.admit(path, place, access).with_context(|| unusable(path))
+        jail.admit(path, place, access).with_context(|| unusable(path))?;
+        // The daemon's own mount below it came along, and would last as long as the jail does. From what is shown it
+        // goes when it goes outside.
+        let seat = self.seat().ok().filter(|_| !access.shown);
+        let seat = seat.filter(|seat| seat.mountpoint().starts_with(place.real()));
+        seat.map_or(Ok(()), |seat| jail.take_away(seat.mountpoint()))
     }
 
     /// Refuses what a daemon in a jail has no business with. `real` is a canonical path.
