@@ -6,32 +6,23 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use storage::digest::{Digest, TaggedDigest};
 use storage::prefetch::Prefer;
 
 use crate::config::{OnOutage, parse_prefer};
-use crate::preheat;
-use crate::trace::{self, Document, MAX_DOCUMENT};
+use crate::trace;
 use crate::writable::OverlayArgs;
 
-/// Services that clients know of and this build does not have, with what to use instead.
-const NO_SERVICE: [(&str, &str); 4] = [
-    (
-        "singleton",
-        "serves EROFS over fscache; `nydusd fuse` serves the same images (nydus-snapshotter: fs_driver = \"fusedev\")",
-    ),
-    ("nbd", "exports an image as a block device; `nydusd fuse --mountpoint DIR` serves its tree without one"),
-    (
-        "uffd",
-        "serves page faults of virtual machines; mount with `nydusd fuse` and share the directory with the guest",
-    ),
-    (
-        "virtiofs",
-        "serves a virtual machine; mount with `nydusd fuse` and let virtiofsd share the directory with the guest",
-    ),
-];
+mod missing;
+mod values;
+mod what;
+
+pub use missing::no_service;
+pub(crate) use values::parse_sha256;
+pub use values::{FailoverPolicy, LogFormat, LogLevel};
+use values::{parse_seconds, parse_tagged};
+pub use what::{Part, PartArgs, WhatArgs};
 
 /// Command line of `nydusd`.
 #[derive(Debug, Parser)]
@@ -309,150 +300,6 @@ pub struct SuperviseArgs {
     pub arguments: Vec<OsString>,
 }
 
-/// What to fetch ahead, and how fast.
-#[derive(Args, Clone, Debug)]
-pub struct WhatArgs {
-    /// What.
-    #[command(flatten)]
-    pub part: PartArgs,
-
-    /// Bytes a second at most, as stored: 10MiB, 500kB
-    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
-    pub bandwidth: Option<std::num::NonZeroU64>,
-}
-
-/// One of these.
-#[derive(Args, Clone, Debug)]
-#[group(required = true, multiple = false)]
-pub struct PartArgs {
-    /// The whole image
-    #[arg(long)]
-    pub all: bool,
-
-    /// What this list names, one absolute path a line, directories with all below them; - for standard input
-    #[arg(long, value_name = "LIST")]
-    pub files: Option<PathBuf>,
-
-    /// What starts of the image read: the document of `nydusctl trace --json`
-    #[arg(long, value_name = "FILE")]
-    pub trace: Option<PathBuf>,
-}
-
-/// What to fetch, as read from the files that were named.
-#[derive(Debug)]
-pub enum Part {
-    /// The whole image.
-    All,
-    /// Absolute paths.
-    Files(Vec<Vec<u8>>),
-    /// A trace, of whatever image.
-    Trace(Box<Document>),
-}
-
-impl Part {
-    /// The word for it.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::All => "all",
-            Self::Files(_) => "files",
-            Self::Trace(_) => "trace",
-        }
-    }
-}
-
-impl PartArgs {
-    /// Reads the list or the trace.
-    ///
-    /// # Errors
-    /// It can not be read, the list is not one, or the trace is larger than any.
-    pub fn load(&self) -> anyhow::Result<Part> {
-        use std::io::Read as _;
-        if let Some(path) = &self.trace {
-            let context = || format!("trace {}", path.display());
-            let file = std::fs::File::open(path).with_context(context)?;
-            let mut bytes = Vec::new();
-            // One byte more than any trace has, so that a larger file is refused as such.
-            file.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes).with_context(context)?;
-            return Ok(Part::Trace(Box::new(Document::parse(&bytes).with_context(context)?)));
-        }
-        Ok(match &self.files {
-            None => Part::All,
-            Some(path) if path.as_os_str() == "-" => {
-                Part::Files(preheat::list::read(std::io::stdin().lock())?)
-            }
-            Some(path) => Part::Files(preheat::list::load(path)?),
-        })
-    }
-}
-
-/// Severity threshold of the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogLevel {
-    /// Everything.
-    Trace,
-    /// For developers.
-    Debug,
-    /// State changes.
-    Info,
-    /// What we coped with.
-    Warn,
-    /// A user's request failed.
-    Error,
-}
-
-/// How the log is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// For programs.
-    Json,
-}
-
-/// What becomes of requests that a daemon took and did not answer before it was gone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum FailoverPolicy {
-    /// Leave them.
-    None,
-    /// Ask the kernel to send them again.
-    Resend,
-    /// Ask the kernel to fail them.
-    Flush,
-}
-
-fn parse_tagged(text: &str) -> Result<TaggedDigest, String> {
-    text.parse::<TaggedDigest>().map_err(|e| e.to_string())
-}
-
-/// A SHA-256 in hex, with or without its `sha256:` tag.
-pub(crate) fn parse_sha256(text: &str) -> Result<Digest, String> {
-    let hex = text.strip_prefix("sha256:").unwrap_or(text);
-    Digest::from_hex(hex).map_err(|_| format!("{text:?}: want sha256: and 64 hex digits"))
-}
-
-fn parse_rate(text: &str) -> Result<std::num::NonZeroU64, String> {
-    text.parse::<bytesize::ByteSize>()
-        .ok()
-        .and_then(|size| std::num::NonZeroU64::new(size.as_u64()))
-        .ok_or_else(|| format!("{text:?}: want a number of bytes above 0, as in 10MiB"))
-}
-
-fn parse_seconds(text: &str) -> Result<std::time::Duration, String> {
-    text.parse::<f64>()
-        .ok()
-        .and_then(|seconds| std::time::Duration::try_from_secs_f64(seconds).ok())
-        .filter(|duration| !duration.is_zero())
-        .ok_or_else(|| format!("{text:?}: want a number of seconds above 0"))
-}
-
-/// Why nothing runs where `arguments` (the program's name first) ask for a service that this build
-/// does not have, whatever else they say.
-pub fn no_service(arguments: &[OsString]) -> Option<String> {
-    let asked = arguments.get(1)?.to_str()?;
-    let (name, instead) = NO_SERVICE.iter().find(|(name, _)| *name == asked)?;
-    Some(format!("this build has no service `{name}`, which {instead}"))
-}
-
 impl Cli {
     /// Parses `arguments` (the program's name first), or says how to end: help and
     /// version with exit code 0, a usage error with 2.
@@ -569,13 +416,6 @@ mod tests {
     }
 
     #[test]
-    fn rates_have_units() {
-        for (text, rate) in [("1", 1), ("10MiB", 10 << 20), ("1.5 KiB", 1536), ("2GB", 2_000_000_000)] {
-            assert_eq!(parse_rate(text).map(std::num::NonZeroU64::get), Ok(rate), "{text}");
-        }
-    }
-
-    #[test]
     fn mistakes_end_with_2_and_say_what() {
         for (line, text) in [
             ("fuse", "--mountpoint"),
@@ -602,23 +442,6 @@ mod tests {
             let error = parse(&line.split_whitespace().collect::<Vec<_>>()).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");
             assert!(error.to_string().contains(text), "{line}: {error}");
-        }
-    }
-
-    #[test]
-    fn services_that_are_missing_name_another() {
-        for (line, instead) in [
-            ("nydusd singleton --fscache /d --apisock /a", "fusedev"),
-            ("nydusd nbd /dev/nbd0", "nydusd fuse"),
-            ("nydusd uffd --sock /s", "nydusd fuse"),
-            ("nydusd virtiofs --hybrid-mode --log-level info --apisock a --sock s", "virtiofsd"),
-        ] {
-            let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
-            assert!(no_service(&arguments).unwrap().contains(instead), "{line}");
-        }
-        for line in ["nydusd", "nydusd fuse -M /m", "nydusd --apisock singleton"] {
-            let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
-            assert_eq!(no_service(&arguments), None, "{line}");
         }
     }
 

@@ -9,7 +9,7 @@
 //! too. The API socket appears only when the mount has answered, or when the daemon waits for its
 //! takeover ([`crate::failover`]).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -17,8 +17,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow, bail};
 use storage::cache::dedup::{DedupDb, open_cache_file};
 use storage::engine::{Engine, EngineConfig};
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
 use crate::adapter::Adapter;
 use crate::cli::FuseArgs;
@@ -33,43 +32,14 @@ use crate::vfs::turns::Turns;
 use crate::writable::{OverlayConfig, UpperLock};
 use crate::{api, image};
 
+mod control;
+mod state;
+
+pub use control::run;
+pub use state::State;
+
 /// Longest wait for the disk at an orderly end: whoever stops us waits a second in all.
 const FLUSH_LIMIT: Duration = Duration::from_millis(400);
-
-/// Where the daemon is in its life. The names are the API's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum State {
-    /// Not mounted.
-    Init = 0,
-    /// Mounted, not served.
-    Ready = 1,
-    /// Mounted and served.
-    Running = 2,
-    /// Going away.
-    Stopped = 3,
-}
-
-impl State {
-    /// The API's word.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Init => "INIT",
-            Self::Ready => "READY",
-            Self::Running => "RUNNING",
-            Self::Stopped => "STOPPED",
-        }
-    }
-
-    fn from_u8(value: u8) -> Self {
-        match value {
-            0 => Self::Init,
-            1 => Self::Ready,
-            2 => Self::Running,
-            _ => Self::Stopped,
-        }
-    }
-}
 
 /// What ends the daemon.
 #[derive(Debug)]
@@ -441,137 +411,4 @@ impl Daemon {
             let _ = flushed.recv_timeout(FLUSH_LIMIT);
         }
     }
-}
-
-/// Runs one daemon to its end and answers the exit code. Does not return before the mount,
-/// if any, is gone or meant to stay.
-///
-/// The caller exits without dropping anything: fetches may still be waiting for their source,
-/// and joining them would take as long as the source does.
-pub fn run(args: FuseArgs, host: Arc<Privileged>, rings: Option<Plan>) -> i32 {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(e) => {
-            crate::logging::print_failure(&anyhow::Error::new(e).context("start the control plane"));
-            return 1;
-        }
-    };
-    let (ends, receiver) = mpsc::unbounded_channel();
-    let log_is_file = args.global.log_file.is_some();
-    let daemon = Arc::new(Daemon::new(args, host, rings, ends));
-    let result = runtime.block_on(control(&daemon, receiver));
-    daemon.host.dismiss();
-    // Never dropped: see above.
-    std::mem::forget((daemon, runtime));
-    match result {
-        Ok(()) => 0,
-        Err(e) => {
-            // Once where the log goes to standard error, too.
-            if log_is_file {
-                tracing::error!("{e:#}");
-            }
-            crate::logging::print_failure(&e);
-            1
-        }
-    }
-}
-
-/// Signals that end a daemon.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    /// Only where `nydusd supervise` has another daemon take over.
-    hangup: Option<Signal>,
-}
-
-/// Waits for a signal, for ever where there is none to wait for.
-async fn told(signal: &mut Option<Signal>) {
-    match signal {
-        Some(signal) => {
-            signal.recv().await;
-        }
-        None => std::future::pending().await,
-    }
-}
-
-/// The control plane: waits for the start, serves the API, waits for the end.
-async fn control(daemon: &Arc<Daemon>, mut ends: mpsc::UnboundedReceiver<End>) -> anyhow::Result<()> {
-    let supervised = daemon.args.global.holder.is_some();
-    let hangup = supervised.then(|| signal(SignalKind::hangup())).transpose().context("catch SIGHUP")?;
-    let mut signals = Signals {
-        terminate: signal(SignalKind::terminate()).context("catch SIGTERM")?,
-        interrupt: signal(SignalKind::interrupt()).context("catch SIGINT")?,
-        hangup,
-    };
-    let (started, start) = oneshot::channel();
-    let starter = Arc::clone(daemon);
-    std::thread::Builder::new()
-        .name("start".to_owned())
-        .spawn(move || {
-            // The receiver is gone if a signal came first.
-            if let Err(Err(e)) = started.send(starter.start()) {
-                tracing::info!("the start was given up: {e:#}");
-            }
-        })
-        .context("start the start thread")?;
-
-    let unmount = tokio::select! {
-        biased;
-        _ = signals.terminate.recv() => daemon.unmounts(),
-        _ = signals.interrupt.recv() => daemon.unmounts(),
-        result = start => {
-            if let Err(e) = result.context("the start thread panicked").flatten() {
-                daemon.stop(!daemon.is_inherited());
-                return Err(e);
-            }
-            return serve(daemon, &mut ends, signals).await;
-        }
-    };
-    daemon.stop(unmount);
-    Ok(())
-}
-
-/// Serves the API until something ends the daemon.
-async fn serve(
-    daemon: &Arc<Daemon>,
-    ends: &mut mpsc::UnboundedReceiver<End>,
-    mut signals: Signals,
-) -> anyhow::Result<()> {
-    let socket: Option<PathBuf> = daemon.args.global.apisock.clone();
-    let server = match &socket {
-        Some(path) => match api::Server::bind(path, Arc::clone(daemon)) {
-            Ok(server) => Some(server),
-            Err(e) => {
-                daemon.stop(!daemon.is_inherited());
-                return Err(e);
-            }
-        },
-        None => None,
-    };
-    let exporter = match daemon.args.global.metrics_addr {
-        Some(address) => match api::Exporter::bind(address, Arc::clone(daemon)).await {
-            Ok(exporter) => Some(exporter),
-            Err(e) => {
-                daemon.stop(!daemon.is_inherited());
-                return Err(e);
-            }
-        },
-        None => None,
-    };
-    let result = tokio::select! {
-        _ = signals.terminate.recv() => Ok(daemon.unmounts()),
-        _ = signals.interrupt.recv() => Ok(daemon.unmounts()),
-        () = told(&mut signals.hangup) => Ok(false),
-        end = ends.recv() => match end {
-            Some(End::Exit) => Ok(false),
-            Some(End::Fuse(result)) => result.and_then(|()| daemon.unmounted()).map(|()| true),
-            None => Ok(true),
-        },
-    };
-    drop(exporter);
-    if let Some(server) = server {
-        server.close().await;
-    }
-    daemon.stop(*result.as_ref().unwrap_or(&!daemon.is_survived()));
-    result.map(|_| ())
 }

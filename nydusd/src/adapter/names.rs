@@ -9,7 +9,7 @@ use std::sync::Arc;
 use fuse_backend_rs::api::filesystem::{DirEntry, Entry};
 use rafs::bootstrap::{FileType, Nid};
 
-use super::{Adapter, directory, hosts, os_error, refuse};
+use super::{Adapter, answers, directory, hosts, os_error, refuse};
 use crate::mount::Mount;
 use crate::node::NodeId;
 use crate::passthrough::{Held, HostMount};
@@ -30,7 +30,7 @@ impl Adapter {
     /// The answer to a lookup of `node`.
     pub(super) fn entry(&self, node: &Node) -> io::Result<Entry> {
         match node {
-            Node::Image { mount, nid, .. } => super::entry(mount, *nid),
+            Node::Image { mount, nid, .. } => answers::entry(mount, *nid),
             Node::Own(number) => directory::entry(&self.table, *number),
             Node::Host { host, held: Some(held), .. } => hosts::host_entry(host, held),
             Node::Host { host, nid, .. } => hosts::root_entry(host, *nid),
