@@ -20,19 +20,19 @@ pub(super) fn config(options: &HttpOptions) -> Result<rustls::ClientConfig> {
     let builder = rustls::ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|e| Error::new(ErrorKind::Unsupported, "set up TLS").with_source(e))?;
-    let builder = if options.skip_verify {
-        builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
-    } else {
-        let private = private_roots(&options.ca_files)?;
-        let trusted = Arc::new(Trusted { private, provider, verifier: OnceLock::new() });
+    let trust = match options.skip_verify {
+        true => None,
+        false => Some(Trust { private: private_roots(&options.ca_files)?, verifier: OnceLock::new() }),
+    };
+    let verifier = Arc::new(Verifier { provider, trust });
+    if verifier.trust.is_some() {
         // The answer to the first handshake is two round trips away: it is done by then. Should there be no
         // thread for it, whoever verifies first does it.
-        let early = Arc::clone(&trusted);
-        let _ = std::thread::Builder::new()
-            .name("tls-roots".to_owned())
-            .spawn(move || early.verifier().map(drop));
-        builder.dangerous().with_custom_certificate_verifier(trusted)
-    };
+        let early = Arc::clone(&verifier);
+        let read = move || early.trust.as_ref().map(|trust| trust.verifier(&early.provider).map(drop));
+        let _ = std::thread::Builder::new().name("tls-roots".to_owned()).spawn(read);
+    }
+    let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
     let mut config = match &options.client_certificate {
         None => builder.with_no_client_auth(),
         Some((chain, key)) => {
@@ -92,24 +92,25 @@ fn private_roots(ca_files: &[PathBuf]) -> Result<RootCertStore> {
     Ok(roots)
 }
 
-/// Certificates of the private authorities and of the system's, which are asked for when a server
-/// shows its own.
+/// Whom to trust: the private authorities and the system's, which are asked for when a server shows its own.
 #[derive(Debug)]
-struct Trusted {
+struct Trust {
     private: RootCertStore,
-    provider: Arc<CryptoProvider>,
     verifier: OnceLock<Arc<WebPkiServerVerifier>>,
 }
 
-impl Trusted {
+impl Trust {
     /// Reads the system's roots, once.
-    fn verifier(&self) -> std::result::Result<&WebPkiServerVerifier, rustls::Error> {
+    fn verifier(
+        &self,
+        provider: &Arc<CryptoProvider>,
+    ) -> std::result::Result<&WebPkiServerVerifier, rustls::Error> {
         if let Some(verifier) = self.verifier.get() {
             return Ok(verifier);
         }
         let mut roots = system_roots();
         roots.roots.extend(self.private.roots.iter().cloned());
-        let made = WebPkiServerVerifier::builder_with_provider(roots.into(), Arc::clone(&self.provider))
+        let made = WebPkiServerVerifier::builder_with_provider(roots.into(), Arc::clone(provider))
             .build()
             // There are no roots at all.
             .map_err(|_| rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer))?;
@@ -117,7 +118,15 @@ impl Trusted {
     }
 }
 
-impl ServerCertVerifier for Trusted {
+/// Checks the signature of a handshake always, and the server's certificate where somebody is trusted: without
+/// (`skip_verify`) any will do.
+#[derive(Debug)]
+struct Verifier {
+    provider: Arc<CryptoProvider>,
+    trust: Option<Trust>,
+}
+
+impl ServerCertVerifier for Verifier {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
@@ -126,7 +135,16 @@ impl ServerCertVerifier for Trusted {
         ocsp: &[u8],
         now: UnixTime,
     ) -> std::result::Result<ServerCertVerified, rustls::Error> {
-        self.verifier()?.verify_server_cert(certificate, intermediates, name, ocsp, now)
+        match &self.trust {
+            Some(trust) => trust.verifier(&self.provider)?.verify_server_cert(
+                certificate,
+                intermediates,
+                name,
+                ocsp,
+                now,
+            ),
+            None => Ok(ServerCertVerified::assertion()),
+        }
     }
 
     fn verify_tls12_signature(
@@ -149,44 +167,5 @@ impl ServerCertVerifier for Trusted {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-/// `skip_verify`: any certificate will do; handshake signatures are still checked.
-#[derive(Debug)]
-struct AnyCertificate(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for AnyCertificate {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> std::result::Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
     }
 }
