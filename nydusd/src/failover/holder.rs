@@ -36,6 +36,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::MissedTickBehavior;
 
+use super::directory::Directory;
 use super::{state, supervisor};
 use crate::cli::{GlobalArgs, SuperviseArgs};
 use crate::sandbox::place::Place;
@@ -89,13 +90,15 @@ struct Holder {
     mountpoint: PathBuf,
     socket: PathBuf,
     listener: UnixListener,
-    /// Holds the socket; only this user may enter.
-    _directory: tempfile::TempDir,
+    /// Holds the socket.
+    _directory: Directory,
     saved: Option<Saved>,
     /// The next connection of the child is for taking, not for saving.
     takes: bool,
     /// The child has taken or saved, so it handles signals.
     met: bool,
+    /// The child was told to make room for another one.
+    upgrades: bool,
     /// Children that are dead but for a thread that waits in the kernel.
     unreaped: Vec<Child>,
 }
@@ -151,7 +154,7 @@ struct Signals {
 impl Holder {
     fn new(arguments: Vec<OsString>, mountpoint: PathBuf) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("find this program")?;
-        let directory = tempfile::Builder::new().prefix("nydusd-supervise-").tempdir()?;
+        let directory = Directory::make(&std::env::temp_dir()).context("make a directory for the socket")?;
         let socket = directory.path().join("holder.sock");
         let listener =
             UnixListener::bind(&socket).with_context(|| format!("listen at {}", socket.display()))?;
@@ -168,6 +171,7 @@ impl Holder {
             saved: None,
             takes: false,
             met: false,
+            upgrades: false,
             unreaped: Vec::new(),
         })
     }
@@ -176,7 +180,7 @@ impl Holder {
         let mut command = Command::new(&self.program);
         command.args(&self.arguments).arg("--holder").arg(&self.socket).stdin(Stdio::null());
         self.takes = self.saved.is_some();
-        self.met = false;
+        (self.met, self.upgrades) = (false, false);
         if self.takes {
             command.arg("--upgrade");
         }
@@ -211,7 +215,11 @@ impl Holder {
                 if told || !self.mount_lives() {
                     return self.end(status, told);
                 }
-                tracing::warn!("nydusd ended ({status}) and its mount did not; another one takes over");
+                if self.upgrades && status.success() {
+                    tracing::info!("nydusd ended as it was told to; another one takes its mount over");
+                } else {
+                    tracing::warn!("nydusd ended ({status}) and its mount did not; another one takes over");
+                }
                 end = match status.signal() == Some(libc::SIGKILL) || status.success() {
                     _ if began.elapsed() >= SHORT_LIFE => Ended::Lasted,
                     true => Ended::Killed,
@@ -246,6 +254,7 @@ impl Holder {
             // Before its first exchange it need not handle the signal, which would kill it.
             if hangs_up && self.met {
                 hangs_up = false;
+                self.upgrades = true;
                 tell(pid, SignalNumber::SIGHUP);
             }
             if let Some(status) = child.try_wait().context("wait for nydusd")? {

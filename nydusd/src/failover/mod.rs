@@ -19,6 +19,7 @@
 //! INIT until the API's `takeover`, and serves from the API's `start` on, so that the predecessor can
 //! be ended in between.
 
+mod directory;
 pub mod holder;
 mod recovery;
 pub mod state;
