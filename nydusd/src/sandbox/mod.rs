@@ -114,6 +114,14 @@ impl Sandbox {
             tracing::warn!("the daemon is not sandboxed: {why}");
         }
         let Privileged::Broker(broker) = &*host else { return Ok(host) };
+        for path in &args.admit {
+            if let Err(e) = path.metadata() {
+                tracing::warn!(
+                    "--admit {}: {e}; it admits nothing until that is there: make it, or give another path",
+                    path.display()
+                );
+            }
+        }
         let warn = |layer: &str, e: anyhow::Error| tracing::warn!("sandbox without {layer}: {e:#}");
         let mut layers = vec!["broker"];
         let mut has = |layer: &'static str, result: anyhow::Result<bool>| match result {
