@@ -37,6 +37,7 @@ pub mod transport;
 pub mod version;
 pub mod vfs;
 pub mod why;
+pub mod words;
 pub mod writable;
 
 #[expect(

@@ -15,6 +15,7 @@ use tokio::sync::Semaphore;
 use super::order::{Total, total};
 use super::{Chunks, Request, Wish};
 use crate::mount::Mount;
+use crate::words::counted;
 
 /// Jobs that run at once. Each holds a few requests open; more of them fetch no faster. As many more
 /// may run that came with mounts.
@@ -326,15 +327,18 @@ impl Drop for End {
         let report = self.0.report();
         let Report { id, progress, seconds, missing_files, .. } = &report;
         let figures = format!(
-            "{} chunks ({} were there), {} bytes fetched in {seconds:.1} s",
-            progress.chunks, progress.present_chunks, progress.bytes
+            "{} ({} there before), {} bytes fetched in {seconds:.1} s",
+            counted(progress.chunks, "chunk"),
+            progress.present_chunks,
+            progress.bytes
         );
         match report.state {
             State::Incomplete => tracing::warn!(
-                "prefetch {id} ({}): {} chunks could not be had, {missing_files} files are not in the image; \
+                "prefetch {id} ({}): {} could not be had, {} not found in the image; \
                  {figures}{}",
                 report.what,
-                progress.failed_chunks,
+                counted(progress.failed_chunks, "chunk"),
+                counted(*missing_files, "file"),
                 progress.error.as_ref().map_or_else(String::new, |e| format!("; first: {e}")),
             ),
             state => tracing::info!("prefetch {id} ({}) {state:?}: {figures}", report.what),

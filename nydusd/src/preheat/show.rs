@@ -1,6 +1,7 @@
 //! Progress for people: a bar on a terminal, a line now and then otherwise. On standard error;
 //! standard output is for results.
 
+use crate::words::counted;
 use std::io::{IsTerminal as _, Write as _};
 use std::time::{Duration, Instant};
 
@@ -60,12 +61,14 @@ impl Show {
 /// A job's report in one line, and its troubles in further ones.
 pub fn text(report: &Value) -> String {
     let mut text = format!(
-        "prefetch {} ({}) {}: {} of {} chunks, {} were there, {} fetched in {:.1} s",
+        "prefetch {} ({}) {}: {} of {}, {} there before, {} fetched in {:.1} s",
         report["id"],
         report["what"].as_str().unwrap_or_default(),
         report["state"].as_str().unwrap_or_default(),
         report["chunks"],
-        report["total_chunks"].as_u64().map_or_else(|| "?".to_owned(), |total| total.to_string()),
+        report["total_chunks"]
+            .as_u64()
+            .map_or_else(|| "? chunks".to_owned(), |total| counted(total, "chunk")),
         report["present_chunks"],
         HumanBytes(number(report, "bytes")),
         report["seconds"].as_f64().unwrap_or_default(),
@@ -73,11 +76,11 @@ pub fn text(report: &Value) -> String {
     let failed = number(report, "failed_chunks");
     if failed > 0 {
         let first = report["error"].as_str().unwrap_or("unknown");
-        text.push_str(&format!("\n  {failed} chunks could not be had; the first: {first}"));
+        text.push_str(&format!("\n  {} could not be had; the first: {first}", counted(failed, "chunk")));
     }
     let missing = number(report, "missing_files");
     if missing > 0 {
-        text.push_str(&format!("\n  {missing} files are not in the image:"));
+        text.push_str(&format!("\n  not in the image, {}:", counted(missing, "file")));
         let named = report["missing"].as_array().into_iter().flatten().filter_map(Value::as_str);
         named.for_each(|path| text.push_str(&format!("\n    {}", path.escape_debug())));
     }

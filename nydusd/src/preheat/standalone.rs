@@ -17,6 +17,7 @@ use super::{Request, Wish};
 use crate::cli::{Part, PrefetchArgs};
 use crate::vfs::known::Known;
 use crate::vfs::place::Place;
+use crate::words::counted;
 use crate::{image, mount};
 
 /// Longest wait for the disk after a signal.
@@ -108,7 +109,10 @@ fn fetch(args: &PrefetchArgs, jobs: &Jobs) -> anyhow::Result<()> {
     let lost = mount.cache_metrics().snapshot().write_errors;
     let directory = mount.config().work_dir.display();
     if lost > 0 || !mount.caches().iter().all(|cache| cache.keeps_chunks()) {
-        bail!("{lost} chunks were fetched but not kept: is the disk of {directory} full or read-only?");
+        bail!(
+            "{} fetched but not kept: is the disk of {directory} full or read-only?",
+            counted(lost, "chunk")
+        );
     }
     let text = text(&serde_json::to_value(&report)?);
     match report.state {

@@ -28,6 +28,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+use crate::words::counted;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -389,7 +390,9 @@ impl Shared {
         };
         let document = self.document(&merged, true);
         match store::save(&self.path, &document) {
-            Ok(()) => tracing::info!("the start was recorded: {} chunks", merged.entries.len()),
+            Ok(()) => {
+                tracing::info!("the start was recorded: {}", counted(merged.entries.len() as u64, "chunk"))
+            }
             Err(e) => tracing::warn!("the trace {} can not be kept: {e:#}", self.path.display()),
         }
         true

@@ -10,6 +10,8 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
+use nydusd::words::counted;
+
 use crate::cli::Check;
 
 /// How serious a finding is.
@@ -84,13 +86,13 @@ fn text(findings: &[Finding]) -> String {
             text.push_str(&format!("{:<8} {:<22} -> {remedy}\n", "", ""));
         }
     }
-    let count = |state| findings.iter().filter(|finding| finding.state == state).count();
+    let count = |state| findings.iter().filter(|finding| finding.state == state).count() as u64;
     let (missing, warnings) = (count(State::Missing), count(State::Warning));
     text.push_str(&match (missing, warnings) {
         (0, 0) => "This machine is ready.\n".to_owned(),
-        (0, warnings) => format!("This machine is ready, with {warnings} warnings.\n"),
+        (0, warnings) => format!("This machine is ready, with {}.\n", counted(warnings, "warning")),
         (missing, warnings) => {
-            format!("This machine is not ready: {missing} missing, {warnings} warnings.\n")
+            format!("This machine is not ready: {missing} missing, {}.\n", counted(warnings, "warning"))
         }
     });
     text
@@ -108,7 +110,7 @@ mod tests {
             Finding::warning("free space", "1 GiB", "make room"),
         ]);
         assert!(text.contains("MISSING  FUSE device") && text.contains("-> modprobe fuse"), "{text}");
-        assert!(text.ends_with("not ready: 1 missing, 1 warnings.\n"), "{text}");
+        assert!(text.ends_with("not ready: 1 missing, 1 warning.\n"), "{text}");
         assert!(super::text(&[Finding::ok("kernel", "6.12")]).ends_with("This machine is ready.\n"));
     }
 }

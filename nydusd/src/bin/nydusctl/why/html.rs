@@ -3,6 +3,7 @@
 
 use base64::Engine as _;
 use nydusd::why::Report;
+use nydusd::words::counted;
 use storage::digest::DigestAlgorithm;
 
 use super::timeline::{self, PHASES};
@@ -72,13 +73,13 @@ fn tiles(report: &Report) -> String {
         (
             "image",
             size(image.bytes),
-            format!("{} chunks, {} cached at the mount", image.chunks, image.cached_chunks),
+            format!("{}, {} cached at the mount", counted(image.chunks, "chunk"), image.cached_chunks),
         ),
         ("fetched", size(totals.fetched_bytes), format!("{share:.0} % of the image, {amplified}")),
         (
             "requests",
             totals.requests.to_string(),
-            format!("{} chunks", report.fetches.len() as u64 + report.dropped_fetches),
+            counted(report.fetches.len() as u64 + report.dropped_fetches, "chunk"),
         ),
         ("reads", totals.reads.to_string(), format!("{} waited, {} failed", totals.waited, totals.failed)),
         ("waited", duration(totals.waited_us), "summed over reads".to_owned()),

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use nydusd::why::Report;
 use nydusd::why::report::Waits;
+use nydusd::words::counted;
 
 use super::{
     amplification, chunk_name, duration, file_name, forgotten, process_name, saving, size, source_name,
@@ -22,14 +23,14 @@ fn write(out: &mut String, report: &Report, count: usize) -> std::fmt::Result {
     writeln!(out, "{}: {}", report.mountpoint, report.verdict.text)?;
     writeln!(
         out,
-        "Image of {} in {} chunks, {} of them in the cache now, {} when it was mounted {} ago.",
+        "Image of {} in {}, {} of them in the cache now, {} when it was mounted {} ago.",
         size(image.bytes),
-        image.chunks,
+        counted(image.chunks, "chunk"),
         image.ready_chunks,
         image.cached_chunks,
         duration(report.age_us)
     )?;
-    write!(out, "Fetched {} in {} requests", size(totals.fetched_bytes), totals.requests)?;
+    write!(out, "Fetched {} in {}", size(totals.fetched_bytes), counted(totals.requests, "request"))?;
     if let Some(factor) = amplification(report) {
         write!(out, ", x{factor:.2} of the {} that readers asked for", size(totals.asked_bytes))?;
     }
