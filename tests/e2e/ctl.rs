@@ -47,7 +47,28 @@ fn commands_tell_of_a_real_mount() -> Result<()> {
     }
     ask(&daemon, &["set", "log-level", "debug"])?;
     let refused = nydusctl(&["-S", &daemon.socket().to_string_lossy(), "set", "log-level", "loud"])?;
-    ensure!(refused.code == Some(1) && refused.stderr.contains("ResponsePayloadType"), "{refused:?}");
+    ensure!(refused.code == Some(1) && refused.stderr.contains("trace, debug, info"), "{refused:?}");
+
+    // One mount of several is named; what the daemon refuses is told in a sentence.
+    for family in ["backend", "cache", "fsstats"] {
+        ensure!(!ask(&daemon, &["metrics", family, "--id", "/"])?.is_empty(), "{family}");
+    }
+    ask(&daemon, &["trace", "--json", "--id", "/"])?;
+    let socket = daemon.socket().to_string_lossy().into_owned();
+    for (arguments, words) in [
+        (&["metrics", "fsstats", "--id", "/none"][..], "nydusd refuses: there is no such mount"),
+        (&["trace", "--id", "/none"], "nydusd refuses: there is no such mount"),
+        (&["trace", "push", "--id", "/none"], "nydusd refuses: there is no such mount"),
+        (&["umount", "-m", "/none"], "nydusd refuses: not found: nothing is mounted at /none"),
+        (
+            &["mount", "-m", "/", "-s", "/", "-t", "passthrough_fs"],
+            "something is mounted at /; take it away first",
+        ),
+    ] {
+        let refused = nydusctl(&[&["-S", &socket][..], arguments].concat())?;
+        ensure!(refused.code == Some(1) && refused.stderr.contains(words), "{arguments:?}: {refused:?}");
+        ensure!(!refused.stderr.contains("Mount("), "{refused:?}");
+    }
 
     let mounts = ask(&daemon, &["mounts"])?;
     let line = mounts.lines().find(|line| line.contains(&root)).context(mounts.clone())?;
@@ -114,6 +135,7 @@ fn the_daemon_is_found() -> Result<()> {
         until "$CTL" -S one.sock info >/dev/null 2>&1; do sleep 0.05; done
         "$CTL" info >info 2>taken; echo "one $?"
         "$CTL" mounts >mounts 2>&1; echo "mounts $?"
+        "$CTL" cache ls >cached 2>&1; echo "cached $?"
         "$NYDUSD" --image "$IMAGE" --cache-dir cache --mountpoint two --apisock="$SCRATCH/two.sock" &
         until "$CTL" -S two.sock info >/dev/null 2>&1; do sleep 0.05; done
         "$CTL" info 2>two-found; echo "two $?"
@@ -127,12 +149,14 @@ fn the_daemon_is_found() -> Result<()> {
         .env("NYDUSD", binaries::nydusd())
         .env("IMAGE", nydus.reference()))?;
     let read = |name: &str| fs::read_to_string(scratch.join(name)).with_context(|| name.to_owned());
-    ensure!(said.split_whitespace().eq("none 1 one 0 mounts 0 two 1 all 0".split(' ')), "{said}");
+    ensure!(said.split_whitespace().eq("none 1 one 0 mounts 0 cached 0 two 1 all 0".split(' ')), "{said}");
     ensure!(read("none")?.contains("no nydusd with an API socket"), "{}", read("none")?);
     ensure!(read("info")?.contains("RUNNING") && read("taken")?.contains("one.sock"), "{}", read("taken")?);
     // A relative mount point is one of the daemon's directory.
     let one = scratch.join("one").display().to_string();
     ensure!(read("mounts")?.contains(&one), "{}", read("mounts")?);
+    let cache = format!("items of {}", scratch.join("cache").canonicalize()?.display());
+    ensure!(read("cached")?.contains(&cache), "{}", read("cached")?);
     let two = read("two-found")?;
     ensure!(two.contains("2 daemons") && two.contains("one.sock") && two.contains("two.sock"), "{two}");
     ensure!(

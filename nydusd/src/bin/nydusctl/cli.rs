@@ -140,7 +140,8 @@ pub struct Top {
 /// A cache directory.
 #[derive(Args, Debug)]
 pub struct Cache {
-    /// The directory [default: that of nydusd: /var/lib/nydus/cache for root, else $XDG_CACHE_HOME/nydus]
+    /// The directory [default: /var/lib/nydus/cache for root, else $XDG_CACHE_HOME/nydus; `ls` also those of daemons
+    /// that run]
     #[arg(long, global = true, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
 
@@ -220,6 +221,10 @@ pub struct Trace {
     #[command(subcommand)]
     pub action: Option<TraceAction>,
 
+    /// Mountpoint or id of the image, if the daemon has several
+    #[arg(long, value_name = "ID")]
+    pub id: Option<String>,
+
     /// Print the trace as the daemon keeps it
     #[arg(long, conflicts_with = "optimize")]
     pub json: bool,
@@ -233,7 +238,11 @@ pub struct Trace {
 #[derive(Debug, Subcommand)]
 pub enum TraceAction {
     /// Push it to the image's repository, for other nodes to start with
-    Push,
+    Push {
+        /// Mountpoint or id of the image, if the daemon has several
+        #[arg(long, value_name = "ID")]
+        id: Option<String>,
+    },
 }
 
 /// Settings.
@@ -255,7 +264,7 @@ pub struct Prefetch {
     pub what: WhatArgs,
 
     /// Mountpoint or id of the image, if the daemon has several
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, alias = "id", value_name = "PATH")]
     pub mountpoint: Option<String>,
 
     /// Wait for the end and show how far it is
@@ -276,9 +285,13 @@ pub enum Metrics {
     Prometheus,
 }
 
-/// Repetition.
+/// Of which mount, and how often.
 #[derive(Args, Debug)]
 pub struct Repeat {
+    /// Mountpoint or id of the image, if the daemon has several
+    #[arg(long, value_name = "ID")]
+    pub id: Option<String>,
+
     /// Repeat every so many seconds and print what changed
     #[arg(short = 'I', long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     pub interval: Option<u64>,

@@ -9,6 +9,8 @@ use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 
+use crate::refusal::sentence;
+
 /// A connection to a daemon. Each request opens its own: a daemon is asked rarely.
 pub struct Client<'a> {
     socket: &'a Path,
@@ -76,11 +78,11 @@ impl<'a> Client<'a> {
             let status = response.status();
             let body = response.into_body().collect().await?.to_bytes();
             if status.is_client_error() || status.is_server_error() {
-                let text = serde_json::from_slice::<Value>(&body)
-                    .ok()
-                    .and_then(|error| error["message"].as_str().map(str::to_owned))
-                    .unwrap_or_else(|| String::from_utf8_lossy(&body).into_owned());
-                bail!("{path}: the daemon answers {status}: {text}");
+                let error = serde_json::from_slice::<Value>(&body).unwrap_or_default();
+                match error["message"].as_str() {
+                    Some(message) => bail!("nydusd refuses: {}", sentence(message)),
+                    None => bail!("{path}: what listens there answers {status}, and not as nydusd does"),
+                }
             }
             Ok(body.to_vec())
         };
@@ -88,6 +90,11 @@ impl<'a> Client<'a> {
             || format!("{path}: no answer within {} s; --timeout allows more", self.timeout.as_secs()),
         )?
     }
+}
+
+/// `path` of the mount that `id` names, or of the only one.
+pub fn of_mount(path: &str, id: Option<&str>) -> String {
+    id.map_or_else(|| path.to_owned(), |id| format!("{path}?id={}", encode(id)))
 }
 
 /// `text` for a query string.
@@ -98,6 +105,12 @@ pub fn encode(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_mount_is_named_where_one_was() {
+        assert_eq!(super::of_mount("/p", None), "/p");
+        assert_eq!(super::of_mount("/p", Some("/a&b")), "/p?id=/a%26b");
+    }
+
     #[test]
     fn a_query_value_is_encoded() {
         assert_eq!(super::encode("/a b&c=%\u{fc}"), "/a%20b%26c%3D%25%C3%BC");

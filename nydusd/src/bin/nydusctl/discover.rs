@@ -65,7 +65,7 @@ pub fn one(named: Option<&Path>) -> anyhow::Result<PathBuf> {
 }
 
 /// All daemons that answer, in order of their processes.
-fn running() -> Vec<Found> {
+pub fn running() -> Vec<Found> {
     let Ok(processes) = std::fs::read_dir("/proc") else { return Vec::new() };
     let mut found: Vec<Found> = processes
         .flatten()

@@ -18,6 +18,7 @@ mod metrics;
 mod mount;
 mod mounts;
 mod prefetch;
+mod refusal;
 mod top;
 mod trace;
 mod why;
@@ -55,7 +56,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     let timeout = Duration::from_secs(cli.timeout);
     match &cli.command {
         // Those that need no daemon, or ask them all.
-        Command::Cache(cache) => return cache::run(cache, cli.raw),
+        Command::Cache(options) => return cache::run(options, cli.sock.as_deref(), timeout, cli.raw),
         Command::Check(check) => return check::run(check, cli.raw),
         Command::Pages { directory } => {
             nydusd::pages::write(Cli::command(), nydusd::version::DESCRIBE, directory)

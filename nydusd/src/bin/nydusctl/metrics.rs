@@ -7,7 +7,7 @@ use nydusd::metrics::FOP_NAMES;
 use serde_json::Value;
 
 use crate::cli::Metrics;
-use crate::client::Client;
+use crate::client::{Client, of_mount};
 
 /// Prints the counters; with an interval, for ever.
 pub fn run(client: &Client<'_>, family: &Metrics, raw: bool) -> anyhow::Result<()> {
@@ -21,6 +21,7 @@ pub fn run(client: &Client<'_>, family: &Metrics, raw: bool) -> anyhow::Result<(
         }
     };
     let show = |document: &Value| if raw { document.to_string() } else { text(family, document) };
+    let path = &of_mount(path, repeat.id.as_deref());
     let mut last = client.get(path)?;
     say!("{}", show(&last));
     let Some(interval) = repeat.interval else { return Ok(()) };

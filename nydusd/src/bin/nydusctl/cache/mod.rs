@@ -1,15 +1,18 @@
 //! `nydusctl cache`: what lies in a cache directory, and taking it away.
 
+mod place;
 mod prune;
 mod users;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
 use serde_json::{Value, json};
 use storage::cache::stock::{self, Item, Kind, Removal, Usage};
+
+use nydusd::words::counted;
 
 use crate::cli::{Cache, CacheAction};
 use crate::why::size;
@@ -19,18 +22,34 @@ use users::Users;
 ///
 /// # Errors
 /// The directory can not be read, or a name means nothing in it.
-pub fn run(cache: &Cache, raw: bool) -> anyhow::Result<ExitCode> {
-    let dir = match &cache.cache_dir {
-        Some(dir) => dir.clone(),
-        None => nydusd::image::default_cache_dir()?,
+pub fn run(options: &Cache, socket: Option<&Path>, timeout: Duration, raw: bool) -> anyhow::Result<ExitCode> {
+    // What removes something does so where it was told to, or always in the same place.
+    let one = || match &options.cache_dir {
+        Some(dir) => Stock::open(dir),
+        None => Stock::open(&place::default(timeout)?),
     };
-    let stock = Stock::open(&dir)?;
-    match &cache.action {
-        CacheAction::Ls => stock.show(raw)?,
-        CacheAction::Rm { names } => return stock.remove_named(names),
-        CacheAction::Prune { size, dry_run } => return prune::run(&stock, *size, *dry_run, raw),
+    match &options.action {
+        CacheAction::Ls => {
+            let dirs = match &options.cache_dir {
+                Some(dir) => vec![dir.clone()],
+                None => place::all(socket, timeout)?,
+            };
+            let stocks = dirs.iter().map(|dir| Stock::open(dir)).collect::<anyhow::Result<Vec<_>>>()?;
+            show(&stocks, raw)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        CacheAction::Rm { names } => one()?.remove_named(names),
+        CacheAction::Prune { size, dry_run } => prune::run(&one()?, *size, *dry_run, raw),
     }
-    Ok(ExitCode::SUCCESS)
+}
+
+fn show(stocks: &[Stock], raw: bool) -> std::io::Result<()> {
+    if raw {
+        let items = stocks.iter().flat_map(|stock| stock.items.iter().map(|item| stock.document(item)));
+        say!("{}", items.collect::<Value>());
+        return Ok(());
+    }
+    stocks.iter().try_for_each(Stock::show)
 }
 
 /// A cache directory as it was when we looked.
@@ -42,7 +61,8 @@ struct Stock {
 
 impl Stock {
     fn open(dir: &Path) -> anyhow::Result<Self> {
-        let dir = dir.canonicalize().with_context(|| format!("cache directory {}", dir.display()))?;
+        let context = || format!("cache directory {}; --cache-dir names another", dir.display());
+        let dir = dir.canonicalize().with_context(context)?;
         // In this order: who opens something in between is seen.
         let items = stock::list(&dir)?;
         let users = Users::of(&dir, &items);
@@ -70,11 +90,7 @@ impl Stock {
         self.items.iter().map(|item| item.allocated_size).sum()
     }
 
-    fn show(&self, raw: bool) -> std::io::Result<()> {
-        if raw {
-            say!("{}", self.items.iter().map(|item| self.document(item)).collect::<Value>());
-            return Ok(());
-        }
+    fn show(&self) -> std::io::Result<()> {
         say!("{:<64} {:<10} {:>11} {:>20}  {:<19}  USED BY", "NAME", "KIND", "ON DISK", "CHUNKS", "LAST USE");
         for item in &self.items {
             say!(
@@ -87,7 +103,12 @@ impl Stock {
                 self.used_by(item)
             );
         }
-        say!("{} in {} items of {}", size(self.total()), self.items.len(), self.dir.display());
+        say!(
+            "{} in {} of {}",
+            size(self.total()),
+            counted(self.items.len() as u64, "item"),
+            self.dir.display()
+        );
         Ok(())
     }
 
@@ -109,6 +130,7 @@ impl Stock {
         let seconds = item.last_use.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
         json!({
             "name": item.name,
+            "directory": self.dir.to_string_lossy(),
             "kind": item.kind.name(),
             "allocated_size": item.allocated_size,
             "decoded_size": item.decoded_size,
