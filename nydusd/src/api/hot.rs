@@ -169,11 +169,25 @@ pub(super) fn put(daemon: &Daemon, id: Option<&str>, body: &[u8]) -> Reply {
     let is_login = |mount: &Arc<Mount>| matches!(mount.config().backend, BackendConfig::Registry(_));
     let credentials = match values.get(REGISTRY_AUTH).map(|auth| Credentials::from_base64(auth)) {
         Some(Ok(credentials)) => Some(credentials),
-        Some(Err(e)) if named().iter().any(is_login) => return invalid(&format!("{REGISTRY_AUTH}: {e}")),
-        _ => None,
+        Some(Err(e)) if named().iter().any(is_login) => {
+            return Reply::error(
+                400,
+                &format!("Configure(InvalidArguments({:?}))", format!("{REGISTRY_AUTH}: {e}")),
+            );
+        }
+        Some(Err(e)) => {
+            tracing::warn!(
+                "{REGISTRY_AUTH} for {id} is kept, but an image there would not mount with it: {e}"
+            );
+            None
+        }
+        None => None,
     };
     if !daemon.hot().set(id, values) {
         return invalid(&format!("values are kept for {MAX_IDS} ids at most"));
+    }
+    if named().is_empty() {
+        tracing::info!("nothing is mounted at {id}: its new configuration waits for an image there");
     }
     if let Some(credentials) = credentials {
         // Looked for only now: a mount that comes later reads what was set.

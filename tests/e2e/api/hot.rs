@@ -101,7 +101,7 @@ fn a_renewed_login_is_used_by_the_next_request() -> Result<()> {
     ensure!(put(&daemon, "?id=/renewed", &json!({ "registry_auth": right }))? == 204, "refused");
     ensure!(reads("data/noise-b"), "the right login was not used again");
     ensure!(relay.tokens_given() > given, "the old token came back");
-    ensure!(put(&daemon, "?id=/", &json!({ "registry_auth": "no base64" }))? == 500, "taken");
+    ensure!(put(&daemon, "?id=/", &json!({ "registry_auth": "no base64" }))? == 400, "taken");
     let kept = get(&daemon, "/api/v1/config?id=/")?;
     ensure!(kept == json!({ "registry_auth": right }), "{kept}");
 
