@@ -278,6 +278,12 @@ impl Daemon {
                 path.names().is_empty(),
                 "an `overlay` needs --virtual-mountpoint /, which is the default"
             );
+        } else if self.args().writable {
+            tracing::warn!(
+                "--writable does not make the image writable, only host directories that are mounted beside it: give \
+                 it with --bootstrap and a --config that has an `overlay`, or mount an overlay over {}",
+                self.args().mountpoint.display()
+            );
         }
         let spec = image::resolve(engine, plan, path.to_string())?;
         warn_of(&spec.config.warnings);
