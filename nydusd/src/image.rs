@@ -17,6 +17,7 @@ use storage::oci::client::{RegistryClient, RegistryOptions, Scheme};
 use storage::oci::image::{Image, ImageName};
 use storage::oci::manifest::Platform;
 use storage::oci::nydus::{FetchOptions, NydusImage};
+use storage::oci::reference::DEFAULT_HOST;
 use storage::oci::token::Login;
 
 use crate::cli::{FuseArgs, ImageArgs};
@@ -164,6 +165,12 @@ fn apply_pull_auth(config: &mut Config) -> anyhow::Result<()> {
 /// # Errors
 /// Its configuration or its list of files is refused.
 pub fn commanded(command: MountCommand, amend: impl FnOnce(&mut Config)) -> anyhow::Result<MountSpec> {
+    if command.config.trim().is_empty() {
+        bail!(
+            "invalid argument: `config` is empty, and an image needs one: the text of a configuration file, which says \
+             where its blobs are and where its cache is (`nydusctl mount --config FILE`)"
+        );
+    }
     let mut config = Config::parse(&command.config).context("the mount's `config`")?;
     if config.overlay.is_some() {
         bail!(
@@ -264,7 +271,16 @@ fn fetch(
         rewrite: Rewrite::default(),
     };
     let context = ReadContext::on_demand(config.outage_policy().deadline());
-    let nydus = engine.block_on(NydusImage::fetch(&image, fetch, &context))?;
+    let nydus = engine.block_on(NydusImage::fetch(&image, fetch, &context)).map_err(|e| {
+        let error = anyhow::Error::new(e);
+        match image.name() {
+            ImageName::Registry(reference) if reference.host() == DEFAULT_HOST => error.context(format!(
+                "a name without a registry is one of {DEFAULT_HOST}; for another write docker://HOST/REPOSITORY[:TAG], for \
+                 a layout on disk oci:PATH[:TAG]"
+            )),
+            _ => error,
+        }
+    })?;
     tracing::info!("image {} is manifest {}", image.name(), nydus.manifest_digest);
     Ok(MountSpec {
         mountpoint,

@@ -201,7 +201,14 @@ impl Host {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             bail!("it is no name of a file")
         };
-        Ok((Place::fixed(parent)?, name))
+        let directory = Place::fixed(parent).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => anyhow::anyhow!(
+                "there is no directory {0}; make it (`mkdir -p {0}`), or name another path",
+                parent.display()
+            ),
+            _ => e.into(),
+        });
+        Ok((directory?, name))
     }
 
     /// A live daemon's socket is not ours to take, nor is a file that is no socket. True if there is one.

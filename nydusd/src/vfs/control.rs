@@ -350,7 +350,10 @@ fn refused(error: AttachError, path: &VfsPath) -> MountError {
 }
 
 fn occupied(path: &VfsPath) -> MountError {
-    let message = format!("already exists: something is mounted at {path}; unmount it first, or remount");
+    let message = format!(
+        "already exists: something is mounted at {path}; take it away first (DELETE, `nydusctl umount -m {path}`), or \
+         put this in its place with PUT /api/v1/mount"
+    );
     MountError::new(MountErrorKind::AlreadyExists, message)
 }
 

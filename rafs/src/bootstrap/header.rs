@@ -46,6 +46,14 @@ pub fn unsupported(kind: &str) -> Error {
     )
 }
 
+/// The error for a file of another kind.
+fn not_a_bootstrap(found: &str) -> Error {
+    Error::corrupt(format!(
+        "not a RAFS bootstrap: {found}; a bootstrap is what `nydus-image create --bootstrap FILE` makes, or \
+         image/image.boot in the last layer of an image"
+    ))
+}
+
 impl Header {
     /// Reads and checks the header of `bytes`.
     ///
@@ -63,12 +71,14 @@ impl Header {
                 limits::MAX_BOOTSTRAP_SIZE
             )));
         }
-        let sb: &Superblock = record(bytes, SUPERBLOCK_OFFSET as u64, "superblock")?;
+        let sb: &Superblock = record(bytes, SUPERBLOCK_OFFSET as u64, "superblock")
+            .map_err(|_| not_a_bootstrap(&format!("{len} bytes end before a superblock")))?;
         if sb.magic.get() != EROFS_MAGIC || sb.feature_compat.get() & COMPAT_RAFS_V6 == 0 {
-            return Err(Error::corrupt(format!(
-                "not a RAFS bootstrap: magic {:#010x}, features {:#x} at byte {SUPERBLOCK_OFFSET}",
+            let found = format!(
+                "magic {:#010x}, features {:#x} at byte {SUPERBLOCK_OFFSET}",
                 sb.magic, sb.feature_compat
-            )));
+            );
+            return Err(not_a_bootstrap(&found));
         }
         let ext: &ExtSuperblock = record(bytes, EXT_SUPERBLOCK_OFFSET as u64, "extended superblock")?;
         let flags = image_flags(ext.flags.get())?;

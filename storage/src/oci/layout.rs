@@ -32,7 +32,14 @@ impl OciLayout {
     /// `Corrupt`: a malformed index.
     pub fn open(root: &Path) -> Result<Self> {
         let inner = || {
-            let marker = read_capped(&root.join("oci-layout"), MAX_MARKER_SIZE)?;
+            let marker = read_capped(&root.join("oci-layout"), MAX_MARKER_SIZE).map_err(|e| match e.kind() {
+                ErrorKind::NotFound => Error::new(
+                    ErrorKind::NotFound,
+                    "no file oci-layout is there, so it is no image layout; name the directory that one is in, such as \
+                     `skopeo copy docker://IMAGE oci:DIR` makes",
+                ),
+                _ => e,
+            })?;
             let version = serde_json::from_slice::<serde_json::Value>(&marker)
                 .ok()
                 .and_then(|v| v.get("imageLayoutVersion")?.as_str().map(str::to_owned))
