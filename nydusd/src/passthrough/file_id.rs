@@ -109,6 +109,16 @@ pub(super) fn look(file: OwnedFd, own: &OwnDevice) -> io::Result<Found> {
     Ok(Found { file, id, kind: FileType::from_raw_mode(st.stx_mode.into()) })
 }
 
+/// The device numbers of what `file` stands for, without asking whoever serves it.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn device_of(file: impl AsFd) -> io::Result<Device> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let st = rustix::fs::statx(file, "", flags, StatxFlags::TYPE)?;
+    Ok(Device(st.stx_dev_major, st.stx_dev_minor))
+}
+
 /// Attributes of what `file` stands for, under inode number `ino`.
 pub(super) fn stat(file: impl AsFd, ino: u64) -> io::Result<stat64> {
     let st = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;

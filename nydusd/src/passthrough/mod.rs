@@ -43,11 +43,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use rafs::bootstrap::Nid;
 use rustix::fs::{CWD, Mode, OFlags};
 
-pub(crate) use self::file_id::Device;
+pub(crate) use self::file_id::{Device, device_of};
 use self::file_id::{Found, look};
 use self::nodes::{Node, Nodes};
 use crate::metrics::{FileOptions, FsMetrics};
@@ -64,6 +64,10 @@ pub(crate) const BELIEVED: Duration = Duration::from_secs(1);
 /// Among the flags of [`HostMount::setxattr`], where no caller can have it: whoever sets the access ACL may not keep
 /// set-group-id.
 pub(crate) const KILL_SGID: u32 = 1 << 31;
+
+/// Why what this daemon serves is not to be served by it once more.
+pub(crate) const OWN_MOUNT: &str = "this daemon serves it itself, and would wait for its own answers; name what is \
+     behind it, or have another daemon serve it";
 
 /// The device numbers of what this daemon itself serves, once they are known.
 pub type OwnDevice = Arc<OnceLock<Device>>;
@@ -125,7 +129,13 @@ pub fn open(spec: HostSpec, own: &OwnDevice) -> anyhow::Result<OpenedHost> {
     let file =
         rustix::fs::openat(CWD, source, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .with_context(context)?;
-    let root = look(file, own).with_context(context)?;
+    let root = look(file, own)
+        .map_err(|e| match e.raw_os_error() {
+            // Links were followed when it was opened.
+            Some(libc::ELOOP) => anyhow!(OWN_MOUNT),
+            _ => e.into(),
+        })
+        .with_context(context)?;
     let identity = SavedHost {
         path: std::fs::read_link(path_of(&root.file)).with_context(context)?,
         device: (root.id.device.0, root.id.device.1),

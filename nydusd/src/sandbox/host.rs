@@ -24,6 +24,7 @@ use super::place::{self, Place};
 use super::protocol::{Refusal, Reply, Request};
 use super::refuse::Rules;
 use crate::failover::supervisor;
+use crate::passthrough::{Device, OWN_MOUNT, device_of};
 use crate::process;
 use crate::transport::mounted;
 use crate::transport::seat::{SOURCE, Seat, usable_mountpoint};
@@ -281,6 +282,9 @@ impl Host {
             return Ok(path.canonicalize()?);
         }
         let place = Place::find(path)?;
+        if self.is_own(&place)? {
+            return Err(anyhow::anyhow!(OWN_MOUNT).context(unusable(path)).into());
+        }
         self.check(place.real(), access.writable).with_context(|| unusable(path))?;
         self.put_into_jail(path, &place, access)?;
         Ok(place.real().to_owned())
@@ -290,11 +294,17 @@ impl Host {
     fn put_into_jail(&self, path: &Path, place: &Place, access: Access) -> anyhow::Result<()> {
         let Some(jail) = self.jail.get() else { return Ok(()) };
         jail.admit(path, place, access).with_context(|| unusable(path))?;
-        // The daemon's own mount below it came along, and would last as long as the jail does. From what is shown it
-        // goes when it goes outside.
-        let seat = self.seat().ok().filter(|_| !access.shown);
-        let seat = seat.filter(|seat| seat.mountpoint().starts_with(place.real()));
+        // The daemon's own mount below it came along, and would last as long as the jail does.
+        let seat = self.seat().ok().filter(|seat| seat.mountpoint().starts_with(place.real()));
         seat.map_or(Ok(()), |seat| jail.take_away(seat.mountpoint()))
+    }
+
+    /// True for what the daemon serves itself. Asks it nothing.
+    fn is_own(&self, place: &Place) -> io::Result<bool> {
+        match self.seat().ok().and_then(|seat| seat.number()) {
+            Some(number) => Ok(device_of(place)? == Device::of(number)),
+            None => Ok(false),
+        }
     }
 
     /// Refuses what a daemon in a jail has no business with. `real` is a canonical path.
