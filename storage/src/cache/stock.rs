@@ -220,7 +220,7 @@ pub struct Locks {
 /// # Errors
 /// `Denied`, `Io`: no file can be made there.
 pub fn try_locks(dir: &Path) -> Result<Locks> {
-    let failed = |e| Error::io(format!("make a file in {}", dir.display()), e);
+    let failed = |e| Error::io(format!("no file can be made in {}", dir.display()), e);
     let file = tempfile::NamedTempFile::with_prefix_in(".fetch-", dir).map_err(failed)?;
     let other = file.reopen().map_err(failed)?;
     let ranges = matches!(chunk_map::try_hold_alone(file.as_file()), Ok(Some(true)))

@@ -39,11 +39,11 @@ pub fn look(dir: &Path) -> Vec<Finding> {
     }
     match stock::try_locks(&present) {
         Err(e) => {
-            let remedy = format!("a directory where this user may write, or `chown` {}", present.display());
-            findings.push(Finding::missing("writable", e.to_string(), remedy));
+            let remedy = "name a directory on a local disk where this user may write (--cache-dir), or `chown` this one";
+            findings.push(Finding::missing("write access", nydusd::logging::chain(&e), remedy));
         }
         Ok(locks) => {
-            findings.push(Finding::ok("writable", present.display().to_string()));
+            findings.push(Finding::ok("write access", present.display().to_string()));
             findings.push(match (locks.ranges, locks.directory) {
                 (true, true) => Finding::ok("locks", "of byte ranges and directories"),
                 _ => Finding::warning(
@@ -152,6 +152,16 @@ mod tests {
         assert!(findings[0].found.contains("will be made"), "{findings:?}");
         assert!(findings.iter().all(|finding| finding.state != State::Missing), "{findings:?}");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_directory_that_can_not_be_written_is_told_with_the_cause() {
+        // Not even root makes a file there.
+        let findings = look(Path::new("/proc/self"));
+        let finding = findings.iter().find(|finding| finding.name == "write access").unwrap();
+        assert_eq!(finding.state, State::Missing);
+        assert!(finding.found.starts_with("no file can be made in /proc/self: "), "{finding:?}");
+        assert!(finding.remedy.as_ref().unwrap().contains("--cache-dir"), "{finding:?}");
     }
 
     #[test]
