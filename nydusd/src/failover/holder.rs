@@ -97,8 +97,6 @@ struct Holder {
     takes: bool,
     /// The child has taken or saved, so it handles signals.
     met: bool,
-    /// The child was told to make room for another one.
-    upgrades: bool,
     /// Children that are dead but for a thread that waits in the kernel.
     unreaped: Vec<Child>,
 }
@@ -171,7 +169,6 @@ impl Holder {
             saved: None,
             takes: false,
             met: false,
-            upgrades: false,
             unreaped: Vec::new(),
         })
     }
@@ -180,7 +177,7 @@ impl Holder {
         let mut command = Command::new(&self.program);
         command.args(&self.arguments).arg("--holder").arg(&self.socket).stdin(Stdio::null());
         self.takes = self.saved.is_some();
-        (self.met, self.upgrades) = (false, false);
+        self.met = false;
         if self.takes {
             command.arg("--upgrade");
         }
@@ -215,7 +212,8 @@ impl Holder {
                 if told || !self.mount_lives() {
                     return self.end(status, told);
                 }
-                if self.upgrades && status.success() {
+                if status.success() {
+                    // By SIGHUP or the API.
                     tracing::info!("nydusd ended as it was told to; another one takes its mount over");
                 } else {
                     tracing::warn!("nydusd ended ({status}) and its mount did not; another one takes over");
@@ -254,7 +252,6 @@ impl Holder {
             // Before its first exchange it need not handle the signal, which would kill it.
             if hangs_up && self.met {
                 hangs_up = false;
-                self.upgrades = true;
                 tell(pid, SignalNumber::SIGHUP);
             }
             if let Some(status) = child.try_wait().context("wait for nydusd")? {

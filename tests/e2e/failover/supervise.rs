@@ -121,6 +121,9 @@ fn an_early_hangup_kills_nobody() -> Result<()> {
     place.wait_child(2)?;
     holder.wait_state("RUNNING", &["INIT", "READY", "STOPPED"])?;
     ensure!(!place.log().contains("killed by signal") && !place.log().contains("SIGHUP)"), "{}", place.log());
+    // What was wanted is nothing to be warned of.
+    ensure!(place.log().contains("another one takes its mount over"), "{}", place.log());
+    ensure!(!place.log().contains(" WARN "), "{}", place.log());
     holder.signal(Signal::SIGTERM)?;
     let status = holder.wait()?;
     ensure!(status.code() == Some(0) && !mounted(place.root()), "{status}: {}", place.log());
