@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use storage::backend::health::HealthPolicy;
 use storage::backend::http_proxy::HttpProxySource;
 use storage::backend::object::{ObjectStoreSource, StoreCredentials, StoreOptions};
@@ -271,16 +271,15 @@ fn fetch(
         rewrite: Rewrite::default(),
     };
     let context = ReadContext::on_demand(config.outage_policy().deadline());
-    let nydus = engine.block_on(NydusImage::fetch(&image, fetch, &context)).map_err(|e| {
-        let error = anyhow::Error::new(e);
-        match image.name() {
-            ImageName::Registry(reference) if reference.host() == DEFAULT_HOST => error.context(format!(
-                "a name without a registry is one of {DEFAULT_HOST}; for another write docker://HOST/REPOSITORY[:TAG], for \
-                 a layout on disk oci:PATH[:TAG]"
-            )),
-            _ => error,
-        }
-    })?;
+    let nydus =
+        engine.block_on(NydusImage::fetch(&image, fetch, &context)).map_err(|e| match image.name() {
+            ImageName::Registry(reference) if reference.host() == DEFAULT_HOST => anyhow!(
+                "{} (a name without a registry is one of {DEFAULT_HOST}: for another write \
+                 docker://HOST/REPOSITORY[:TAG], for a layout on disk oci:PATH[:TAG])",
+                crate::logging::chain(&e)
+            ),
+            _ => e.into(),
+        })?;
     tracing::info!("image {} is manifest {}", image.name(), nydus.manifest_digest);
     Ok(MountSpec {
         mountpoint,

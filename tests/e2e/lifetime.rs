@@ -28,6 +28,44 @@ fn sigterm_unmounts() -> Result<()> {
     Ok(())
 }
 
+/// What a start lacks is told with what to do, and what has no effect is warned of.
+#[test]
+fn mistakes_at_the_start_are_told_with_their_remedy() -> Result<()> {
+    needs_mounts!();
+    let scratch = tempfile::tempdir()?;
+    let dir = scratch.path().to_string_lossy().into_owned();
+    let (short, noise) = (scratch.path().join("short"), scratch.path().join("noise"));
+    fs::write(&short, "short")?;
+    fs::write(&noise, recipes::noise(7, 8192))?;
+    let blobs = |bootstrap: &std::path::Path| {
+        DaemonOptions::empty().flag("--bootstrap", bootstrap).flag("--localfs-dir", scratch.path())
+    };
+    for (options, words) in [
+        (DaemonOptions::empty().flag("--image", format!("oci:{dir}")), "skopeo copy"),
+        (blobs(&short), "nydus-image create"),
+        (blobs(&noise), "nydus-image create"),
+    ] {
+        let (code, log) = options.refused()?;
+        ensure!(code == Some(1) && log.contains(words), "{code:?} {log}");
+    }
+    let socket = scratch.path().join("none/api.sock");
+    let mountpoint = scratch.path().join("mount");
+    fs::create_dir(&mountpoint)?;
+    let started =
+        command::finish(Command::new(binaries::nydusd()).arg("-M").arg(&mountpoint).arg("-A").arg(&socket))?;
+    ensure!(started.code == Some(1) && started.stderr.contains("mkdir -p"), "{started:?}");
+    ensure!(!mounted(&mountpoint), "still mounted");
+
+    let journey = Journey::start(&recipes::tiny())?;
+    let nydus = journey.convert("nydus", &[])?;
+    let options = DaemonOptions::image(&nydus.reference(), &journey.path("cache"));
+    let daemon = options.switch("--writable").flag("--admit", "/no/such").start()?;
+    let log = daemon.log();
+    ensure!(log.contains("--writable does not make the image writable"), "{log}");
+    ensure!(log.contains("--admit /no/such: No such file"), "{log}");
+    Ok(())
+}
+
 /// An unmount from outside ends the daemon with 0.
 #[test]
 fn external_unmount_ends_the_daemon() -> Result<()> {
