@@ -89,6 +89,14 @@ fn errors_have_their_status_and_text() -> Result<()> {
             400,
             r#"Upgrade(DaemonAbnormal(UnexpectedEvent("Takeover")))"#,
         ),
+        (
+            "POST",
+            "/api/v1/mount?mountpoint=/x",
+            r#"{"fs_type":"rafs","source":"/x","config":" "}"#,
+            500,
+            "Mount(MountFilesystem(Other(\"invalid argument: `config` is empty, and an image needs one: the text of a \
+             configuration file, which says where its blobs are and where its cache is (",
+        ),
         ("GET", "/api/v1/metrics?id=/none", "", 404, "GlobalMetrics(Metrics(Stats(NoCounter)))"),
         ("GET", "/api/v1/metrics/files?id=/none", "", 404, "FsFilesMetrics(Metrics(Stats(NoCounter)))"),
         ("GET", "/api/v1/metrics/pattern?id=/none", "", 404, "Pattern(Metrics(Stats(NoCounter)))"),
