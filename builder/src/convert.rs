@@ -251,11 +251,7 @@ fn finish_layers(
         Some(config) => {
             let blobs = spooled.iter().map(|(_, blob): &(_, SpooledBlob)| blob.reader());
             let blobs = blobs.collect::<Result<Vec<_>>>()?;
-            hints::find(
-                &merged,
-                &config.document,
-                &Contents::new(&chunks, blobs, data.codec, data.chunk_size),
-            )
+            hints::find(&merged, &config.document, Contents::new(&chunks, blobs, data.codec, data.chunk_size))
         }
         None => Vec::new(),
     };

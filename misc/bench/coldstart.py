@@ -14,8 +14,8 @@ trip and caps the bandwidth (`link-relay`, tests/support/link.rs). Medians of RU
 
 L is the program's time with all data local and the page cache warm, B the stored bytes of the chunks that
 the start touches over the link's rate (pages that the program faults in, with the kernel's readahead off), R
-the round trip. Bounds: without a trace k (L + B) + n R, k = 1.25 at 10 ms and 1.35 at 50 ms, n = 6 (node without the
-image's hints: 26, its imports depend on one another); with one 1.1 and 1.15, n = 4; never above 1.05 x the parallel pull.
+the round trip. Bounds: without a trace k (L + B) + n R, k = 1.25 at 10 ms and 1.35 at 50 ms, n = 6 (node converted
+without hints: 26, its imports depend on one another); with one 1.1 and 1.15, n = 4; never above 1.05 x the parallel pull.
 The program's time over nydusd with a full cache is what is left for FUSE once nothing has to be fetched.
 """
 
@@ -249,6 +249,7 @@ def bounds(local, round_trip, rate):
 
 def measure(image, work, host, local, table):
     table.memory_limit, table.hash_limit = image.memory_limit, image.hash_limit
+    plain = image.without_hints(host)
     for round_trip, rate in LINKS:
         setting = {"image": image.name, "round_trip_ms": round_trip, "rate_mbit": rate}
         log = os.environ.get("LINKLOG")
@@ -279,9 +280,12 @@ def measure(image, work, host, local, table):
                 "bytes: no trace, prefer = bytes": (
                     lambda: ours(image, work, between, prefer="bytes"), None, "pull", (60, 2 * touch),
                 ),
-                "guesses: no trace, and no hints of the image": (
-                    lambda: ours(image, work, between, prefetch={"enable": False}),
+                "followed: no trace, and an image without hints": (
+                    lambda: ours(plain, work, between),
                     free + 20 * round_trip / 1e3 if image.name == "node" else None, "pull", None,
+                ),
+                "guesses: the same, not followed either": (
+                    lambda: ours(plain, work, between, prefetch={"enable": False}), None, "pull", None,
                 ),
                 "trace: with the trace of another start": (
                     lambda: ours(image, work, between, traces=traces), traced, "pull", (12, None),

@@ -1,6 +1,7 @@
 """The images that benchmarks start, and nydusd serving them."""
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -30,25 +31,13 @@ class Image:
         self.program, self.environment = PROGRAMS[name]
         layout = f"oci:{LAYOUTS}/{name}:latest"
         run("skopeo", "copy", "--quiet", "--dest-tls-verify=false", layout, f"docker://{host}/{name}:oci")
-        told = f"{work}/{name}.json"
-        digester = ["--digester", os.environ["DIGESTER"]] if "DIGESTER" in os.environ else []
-        run(f"{BIN}/nydus-image", "convert", *digester, "--output-json", told, layout, f"docker://{host}/{name}:nydus")
-        with open(told, encoding="utf-8") as file:
-            told = json.load(file)
+        told, self.manifest, self.bootstrap = self.convert(layout, host, "nydus")
         chunks = sum(layer["chunks"] for layer in told["layers"])
         # What a daemon may hold while it streams.
         # Percent of a cold start that a core may hash.
         self.hash_limit = {"blake3": 3, "sha256": 8}[told["digester"]]
         self.memory_limit = 15_000_000 + 64 * chunks + 4 * told["chunk_size"]
-        kind = "application/vnd.oci.image.manifest.v1+json"
-        self.manifest = json.loads(fetch(f"http://{host}/v2/{name}/manifests/nydus", kind))
-        *self.layers, last = self.manifest["layers"]
-        blob = f"{work}/{name}.tgz"
-        with open(blob, "wb") as file:
-            file.write(fetch(f"http://{host}/v2/{name}/blobs/{last['digest']}"))
-        self.bootstrap = f"{work}/{name}.boot"
-        with tarfile.open(blob) as archive, open(self.bootstrap, "wb") as file:
-            shutil.copyfileobj(archive.extractfile("image/image.boot"), file)
+        *self.layers, _ = self.manifest["layers"]
         # The registry is to answer from memory: its disk is not what is measured.
         for layer in self.layers:
             fetch(f"http://{host}/v2/{name}/blobs/{layer['digest']}")
@@ -57,6 +46,32 @@ class Image:
         with open(f"{LAYOUTS}/{name}/blobs/{digest}", encoding="utf-8") as file:
             sizes = [layer["size"] for layer in json.load(file)["layers"]]
         self.source_bytes, self.bytes = sum(sizes), sum(layer["size"] for layer in self.layers)
+
+    def convert(self, layout, host, tag, *options):
+        """Converts it to NAME:tag; what was told, the manifest, and where its bootstrap lies."""
+        told = f"{self.work}/{self.name}-{tag}.json"
+        if "DIGESTER" in os.environ:
+            options = [*options, "--digester", os.environ["DIGESTER"]]
+        target = f"docker://{host}/{self.name}:{tag}"
+        run(f"{BIN}/nydus-image", "convert", *options, "--output-json", told, layout, target)
+        with open(told, encoding="utf-8") as file:
+            told = json.load(file)
+        kind = "application/vnd.oci.image.manifest.v1+json"
+        manifest = json.loads(fetch(f"http://{host}/v2/{self.name}/manifests/{tag}", kind))
+        blob = f"{self.work}/{self.name}-{tag}.tgz"
+        with open(blob, "wb") as file:
+            file.write(fetch(f"http://{host}/v2/{self.name}/blobs/{manifest['layers'][-1]['digest']}"))
+        bootstrap = f"{self.work}/{self.name}-{tag}.boot"
+        with tarfile.open(blob) as archive, open(bootstrap, "wb") as file:
+            shutil.copyfileobj(archive.extractfile("image/image.boot"), file)
+        return told, manifest, bootstrap
+
+    def without_hints(self, host):
+        """The same image as one that was converted without hints."""
+        other = copy.copy(self)
+        layout = f"oci:{LAYOUTS}/{self.name}:latest"
+        _, _, other.bootstrap = self.convert(layout, host, "plain", "--hints", "off")
+        return other
 
     def run(self, root, limit=LIMIT):
         """Runs the program in `root` until it says that it is ready."""

@@ -125,6 +125,7 @@ impl Adapter {
             refuse(error)
         })?;
         mount.tracer().touch(slices);
+        mount.watch().read(nid, offset);
         Ok(Planned::Chunks(ReadPlan { mount, nid, len }))
     }
 

@@ -19,6 +19,7 @@ pub mod daemon;
 pub mod echo;
 pub mod failover;
 pub mod failures;
+pub mod follow;
 pub mod image;
 pub mod limits;
 pub mod logging;

@@ -22,6 +22,7 @@ pub(crate) use self::open::make_cache_dir;
 pub use self::open::{MountSpec, Opened, open};
 use crate::config::Config;
 use crate::echo::Echoes;
+use crate::follow::Watch;
 use crate::metrics::{FetchMetrics, FsMetrics};
 use crate::node::NodeId;
 use crate::pending::Pending;
@@ -29,6 +30,7 @@ use crate::trace::{Trace, Tracer};
 use crate::vfs::command::{MountCommand, SavedMount};
 use crate::vfs::place::Place;
 use crate::why::Recorder;
+use crate::words::counted;
 
 /// One mounted image.
 pub struct Mount {
@@ -62,6 +64,7 @@ pub struct Mount {
     /// Held for a few moves, and to begin an order.
     orders: Mutex<Orders>,
     tracer: Tracer,
+    watch: Watch,
 }
 
 /// What is fetched ahead for a mount.
@@ -105,6 +108,7 @@ impl Mount {
             pending: Arc::default(),
             echoes: Echoes::default(),
             tracer: Tracer::off(Arc::clone(&rafs)),
+            watch: Watch::default(),
             rafs,
             reader,
             blobs: None,
@@ -230,8 +234,22 @@ impl Mount {
     }
 
     fn fetch_trace(&self, trace: &Trace) {
-        tracing::info!("fetching ahead {} chunks that earlier starts read", trace.entries.len());
-        self.prefetch(trace.order(&self.rafs), PrefetchOptions { class: Class::Trace, bandwidth: None });
+        self.watch.stop();
+        tracing::info!(
+            "fetching ahead {} that earlier starts read",
+            counted(trace.entries.len() as u64, "chunk")
+        );
+        self.prefetch(trace.order(&self.rafs), PrefetchOptions::of(Class::Trace));
+    }
+
+    /// Sees which files are opened.
+    pub fn watch(&self) -> &Watch {
+        &self.watch
+    }
+
+    /// The image with its data; `None` if it has no caches.
+    pub fn image(&self) -> Option<(Arc<Rafs>, Arc<BlobSet>)> {
+        Some((Arc::clone(&self.rafs), Arc::clone(self.blobs.as_ref()?)))
     }
 
     /// Its start-up trace.

@@ -6,6 +6,7 @@
 //! * [`fs`]: lookup, attributes, directories, reads and xattrs of one image.
 //! * [`merkle`]: the image root digest and proofs against it.
 //! * [`check`]: every fault of an image, not the first.
+//! * [`hints`]: the files that a start of an image surely reads.
 //!
 #![doc = include_str!("../FORMAT.md")]
 
@@ -16,6 +17,7 @@ pub mod check;
 pub mod error;
 pub mod format;
 pub mod fs;
+pub mod hints;
 pub mod merkle;
 #[expect(unsafe_code, reason = "mapping a file and giving its pages back have no safe form")]
 mod sys;

@@ -2,10 +2,11 @@
 
 mod support;
 
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use rafs::ErrorKind;
-use rafs::bootstrap::{Nid, OpenOptions, adopt, adopt_own, from_bytes, open};
+use rafs::bootstrap::{DirEntry, Nid, OpenOptions, Step, Walk, adopt, adopt_own, from_bytes, open};
 use storage::digest::{Digest, DigestAlgorithm};
 use support::{GoldenImage, expected, golden, golden_bytes, open_bytes};
 
@@ -119,6 +120,35 @@ fn prefetch_tables_name_their_inodes() {
     assert_eq!(bootstrap.prefetch(), ["files/one_byte", "dirs", "files/exact_4k"].map(find));
     assert_eq!(open_bytes(golden_bytes("merged/image.boot")).prefetch(), [Nid(128)]);
     assert_eq!(open_bytes(golden_bytes("default/image.boot")).prefetch(), []);
+}
+
+/// Of every directory, some larger than a block: a cursor stands before the first name that is not below.
+#[test]
+fn cursors_are_found_by_name() {
+    let bootstrap = open_bytes(golden_bytes("default/image.boot"));
+    let from = |dir: Nid, name: &[u8]| {
+        let mut names = Vec::new();
+        let cursor = bootstrap.cursor_at(dir, name).unwrap();
+        let visit = &mut |entry: DirEntry<'_>| {
+            names.push(entry.name.to_vec());
+            ControlFlow::Continue(())
+        };
+        bootstrap.children(dir, cursor, visit).unwrap();
+        names
+    };
+    let (mut walk, mut looked) = (Walk::new(&*bootstrap, bootstrap.root()), 0);
+    while let Some(step) = walk.step().unwrap() {
+        let Step::Enter(dir) = step else { continue };
+        let all = from(dir.nid, b"");
+        assert!(all.is_sorted());
+        for (at, name) in all.iter().enumerate() {
+            assert_eq!(from(dir.nid, name), all[at..]);
+            assert_eq!(from(dir.nid, &[name.as_slice(), b"\x01"].concat()), all[at + 1..]);
+            looked += 1;
+        }
+        assert!(from(dir.nid, b"\xff\xff").is_empty());
+    }
+    assert_eq!(looked, 416);
 }
 
 #[test]

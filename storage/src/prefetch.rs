@@ -66,6 +66,16 @@ pub struct PrefetchOptions {
     pub class: Class,
     /// Bytes a second at most, as stored; `None`: what the link gives.
     pub bandwidth: Option<NonZeroU64>,
+    /// It ends only when its chunks are in the cache, or can not be had: also those that were on their way
+    /// already.
+    pub until_stored: bool,
+}
+
+impl PrefetchOptions {
+    /// As fast as the link takes it; it ends when all has been asked for and has come.
+    pub fn of(class: Class) -> Self {
+        Self { class, bandwidth: None, until_stored: false }
+    }
 }
 
 /// How far an order has come.

@@ -13,6 +13,7 @@ mod dedup;
 mod digests;
 mod failover;
 mod faults;
+mod following;
 mod interrupts;
 mod judges;
 mod kernel;

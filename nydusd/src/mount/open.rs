@@ -30,6 +30,7 @@ use storage::read::Reader;
 use super::Mount;
 use crate::config::Config;
 use crate::echo::Echoes;
+use crate::follow::Watch;
 use crate::metrics::{FetchMetrics, FsMetrics};
 use crate::trace::share::Share;
 use crate::trace::{Tracer, TracerSpec};
@@ -216,6 +217,7 @@ impl Opened {
             backend_metrics: self.backend_metrics,
             echoes: Echoes::default(),
             tracer: self.tracer,
+            watch: Watch::default(),
         }
     }
 

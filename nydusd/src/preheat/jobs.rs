@@ -255,7 +255,7 @@ impl Job {
         let mount = self.mount.upgrade();
         let handle = match (state.cancelled, mount) {
             (false, Some(mount)) => {
-                let options = PrefetchOptions { class, bandwidth: self.bandwidth };
+                let options = PrefetchOptions { bandwidth: self.bandwidth, ..PrefetchOptions::of(class) };
                 mount.prefetch(chunks.order(mount.rafs_shared()), options)
             }
             _ => None,

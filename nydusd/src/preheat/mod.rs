@@ -91,6 +91,17 @@ pub fn hints(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request> {
     wanted.then_some(Request { what: "hints", stages, bandwidth: config.prefetch.bandwidth })
 }
 
+/// True if neither the image nor the configuration names files that a start reads, and nobody has
+/// forbidden to look for them.
+pub fn is_left_to_follow(config: &Config, bootstrap: &dyn Bootstrap) -> bool {
+    let table = bootstrap.prefetch();
+    let names_files = match &config.prefetch_files {
+        Some(_) => config.prefetch.enable,
+        None => !table.is_empty() && !table.contains(&bootstrap.root()),
+    };
+    config.prefetch.hints && !names_files
+}
+
 /// A wish as found in an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Chunks {

@@ -145,15 +145,29 @@ fn a_list_goes_before_the_table_and_both_before_the_rest() {
 #[test]
 fn hints_are_followed_unless_the_configuration_speaks_of_prefetch() {
     let (tabled, plain) = (golden("prefetch"), golden("tar-rafs"));
-    let hinted = |prefetch: &str, rafs: &Rafs| {
+    let config = |prefetch: &str| {
         let text = format!(
             r#"{{"version":2,"backend":{{"type":"localfs","localfs":{{"dir":"/b"}}}},
             "cache":{{"type":"filecache"}},"rafs":{{{prefetch}}}}}"#
         );
-        hints(&Config::parse(&text).unwrap(), &**rafs.bootstrap()).map(|request| request.stages)
+        Config::parse(&text).unwrap()
+    };
+    let hinted = |prefetch: &str, rafs: &Rafs| {
+        hints(&config(prefetch), &**rafs.bootstrap()).map(|request| request.stages)
     };
     assert_eq!(hinted("", &tabled), Some(vec![(Class::Predicted, Wish::Table)]));
     assert_eq!(hinted("", &plain), None, "there is no table");
     assert_eq!(hinted(r#""prefetch":{"enable":false}"#, &tabled), None);
     assert_eq!(hinted(r#""prefetch":{"enable":true}"#, &tabled), None, "the table is fetched as configured");
+    // A start is followed where neither image nor configuration says what it reads.
+    let follows = |prefetch: &str, rafs: &Rafs| is_left_to_follow(&config(prefetch), &**rafs.bootstrap());
+    assert!(follows("", &plain) && !follows("", &tabled));
+    assert!(follows("", &golden("merged")), "its table asks for everything");
+    assert!(
+        follows(r#""prefetch":{"enable":true}"#, &plain)
+            && !follows(r#""prefetch":{"enable":false}"#, &plain)
+    );
+    let listed =
+        Config { prefetch_files: Some(vec![b"/a".to_vec()]), ..config(r#""prefetch":{"enable":true}"#) };
+    assert!(!is_left_to_follow(&listed, &**plain.bootstrap()));
 }

@@ -17,7 +17,7 @@ use crate::daemon::{Daemon, State};
 use crate::image::{self, Plan};
 use crate::mount::{self, Mount};
 use crate::passthrough::{self, HostSpec};
-use crate::{preheat, trace};
+use crate::{follow, preheat, trace};
 
 /// How long who unmounts waits until the dedup database has no rows of files that are gone. What is
 /// not done by then goes on by itself.
@@ -315,13 +315,19 @@ impl Daemon {
         VfsPath::parse(&self.args().virtual_mountpoint).context("--virtual-mountpoint")
     }
 
-    /// Fetches what earlier starts of the image read, or what the image hints at.
+    /// Fetches what earlier starts of the image read, or what the image hints at. If nothing is told, the
+    /// start is followed.
     pub(crate) fn fetch_hints(&self, engine: &Arc<Engine>, mount: &Arc<Mount>) {
         engine.spawn(crate::why::log_start(Arc::downgrade(mount)));
         let known = mount.fetch_ahead(engine.handle());
         let hints = preheat::hints(mount.config(), &**mount.rafs().bootstrap());
-        if let Some(request) = hints.filter(|_| !known && mount.config().trace == trace::Mode::On) {
+        if known || mount.config().trace != trace::Mode::On {
+            return;
+        }
+        if let Some(request) = hints {
             self.preheat().queue(engine.handle(), mount, request);
+        } else if preheat::is_left_to_follow(mount.config(), &**mount.rafs().bootstrap()) {
+            follow::start(engine.handle(), mount);
         }
     }
 

@@ -233,6 +233,9 @@ pub trait Bootstrap: Send + Sync + fmt::Debug {
     /// The entry `name` of directory `dir`, by binary search. `.` and `..` are not found.
     fn lookup(&self, dir: Nid, name: &[u8]) -> Result<Option<DirEntry<'_>>>;
 
+    /// Cursor before the first entry of directory `dir` whose name is not below `name`.
+    fn cursor_at(&self, dir: Nid, name: &[u8]) -> Result<u64>;
+
     /// Visits the entries of `dir` in byte order of names, from `cursor` (0 = first), until
     /// the visitor breaks.
     fn children<'a>(

@@ -91,6 +91,11 @@ impl V6 {
 
     /// Finds `name` among all entries of a directory, `.` and `..` included.
     fn find(&self, dir: Nid, name: &[u8]) -> Result<Option<DirEntry<'_>>> {
+        self.search(dir, name).map(|(_, found)| found)
+    }
+
+    /// The cursor before the first entry that is not below `name`, and the entry if it has that name.
+    fn search(&self, dir: Nid, name: &[u8]) -> Result<(u64, Option<DirEntry<'_>>)> {
         let inode = self.typed(dir, FileType::Directory)?;
         let view = self.view();
         // The block to look in is the last one whose first name is not greater.
@@ -106,18 +111,21 @@ impl V6 {
                 high = middle;
             }
         }
-        let Some((number, block)) = candidate else { return Ok(None) };
+        let Some((number, block)) = candidate else { return Ok((0, None)) };
         let (mut low, mut high) = (0, block.len());
+        let cursor = |index: usize| number << CURSOR_BITS | index as u64;
         while low < high {
             let middle = low + (high - low) / 2;
             let (entry, found) = block.entry(middle)?;
             match found.cmp(name) {
-                Ordering::Equal => return dir_entry(entry, found, number, middle).map(Some),
+                Ordering::Equal => {
+                    return Ok((cursor(middle), Some(dir_entry(entry, found, number, middle)?)));
+                }
                 Ordering::Less => low = middle + 1,
                 Ordering::Greater => high = middle,
             }
         }
-        Ok(None)
+        Ok((cursor(low), None))
     }
 
     fn visit_block<'a>(
@@ -171,6 +179,10 @@ impl Bootstrap for V6 {
     fn lookup(&self, dir: Nid, name: &[u8]) -> Result<Option<DirEntry<'_>>> {
         let found = self.find(dir, name)?;
         Ok(found.filter(|_| !matches!(name, b"." | b"..")))
+    }
+
+    fn cursor_at(&self, dir: Nid, name: &[u8]) -> Result<u64> {
+        self.search(dir, name).map(|(cursor, _)| cursor)
     }
 
     fn children<'a>(

@@ -145,7 +145,10 @@ async fn each_part(
             others.extend(ended.into_iter().flatten());
         }
         // Chosen only now: what has come meanwhile is not asked for again.
-        let Some(Part { blob, chunks, bytes }) = rest.part(shared, size, handle).await else { break };
+        let Some(Part { blob, chunks, bytes }) = rest.part(shared, size, options.until_stored, handle).await
+        else {
+            break;
+        };
         let taken = cost(chunks.len(), bytes);
         slot.shrink(taken);
         if options.class != Class::Background {
@@ -159,7 +162,8 @@ async fn each_part(
             pace.charge(bytes, Instant::now());
             size = size.min(pace.rate());
         }
-        let fetch = fetch(Arc::clone(shared), blob, chunks, Arc::new(slot), handle.clone());
+        let part = Part { blob, chunks, bytes };
+        let fetch = fetch(Arc::clone(shared), part, Arc::new(slot), options.until_stored, handle.clone());
         shared.engine.spawn_in(&mut running, fetch);
     }
     while let Some(ended) = running.join_next().await {
@@ -189,7 +193,13 @@ struct Part {
 impl Rest {
     /// Takes about `size` bytes of missing chunks of the blob that is wanted next, as far as they
     /// are in sight: a blob that an order seldom comes to is not asked often. `None` at the end.
-    async fn part(&mut self, shared: &Shared, size: u64, handle: &Prefetch) -> Option<Part> {
+    async fn part(
+        &mut self,
+        shared: &Shared,
+        size: u64,
+        until_stored: bool,
+        handle: &Prefetch,
+    ) -> Option<Part> {
         let mut part: Option<Part> = None;
         let mut looked = 0;
         let mut later = VecDeque::new();
@@ -209,6 +219,7 @@ impl Rest {
             handle.looked_at(1, u64::from(matches!(look, Look::There | Look::Coming)));
             match look {
                 Look::Wanted => {}
+                Look::Coming if until_stored => {}
                 Look::There => continue,
                 Look::Coming => {
                     self.others.push((blob, extent));
@@ -242,9 +253,9 @@ impl Rest {
 /// Fetches a part. Answers what others are fetching.
 async fn fetch(
     shared: Arc<Shared>,
-    blob: u32,
-    chunks: Vec<ChunkExtent>,
+    Part { blob, chunks, .. }: Part,
     slot: Arc<Slot>,
+    until_stored: bool,
     handle: Prefetch,
 ) -> Vec<Chunk> {
     let context = context(handle.token());
@@ -252,7 +263,10 @@ async fn fetch(
     let mut waiting: FuturesUnordered<_> = waiters
         .into_iter()
         .zip(&chunks)
-        .map(|((waiter, led), extent)| async move { (waiter.wait().await, extent, led) })
+        .map(|((waiter, led), extent)| async move {
+            let outcome = if until_stored { waiter.wait_for_end().await } else { waiter.wait().await };
+            (outcome, extent, led)
+        })
         .collect();
     let mut units: HashSet<ByteRange> = HashSet::new();
     let mut others = Vec::new();

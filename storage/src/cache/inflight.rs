@@ -183,4 +183,12 @@ impl Waiter {
             _ => Outcome::Failed(Error::new(ErrorKind::Cancelled, "the fetch was abandoned")),
         }
     }
+
+    /// The same, when the lead is gone: the chunk is in the data file then, if it could be written.
+    pub(super) async fn wait_for_end(self) -> Outcome {
+        let mut news = self.0.clone();
+        let outcome = self.wait().await;
+        while news.changed().await.is_ok() {}
+        outcome
+    }
 }

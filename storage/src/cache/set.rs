@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -82,6 +82,12 @@ impl BlobSet {
         handle
     }
 
+    /// Says that what readers will want is being found out, and will be ordered: for `time` from now little is
+    /// guessed.
+    pub fn guide(&self, time: Duration) {
+        self.shared.speculator.guide(time);
+    }
+
     /// Bytes that units in flight hold now, of all images of the engine.
     pub fn buffered(&self) -> u64 {
         self.engine.budget().held()
@@ -99,6 +105,14 @@ impl BlobSet {
         self.abandon.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Fills `dst` as [`Reader::try_read`] does, for whoever looks ahead of readers: no access to learn from.
+    ///
+    /// # Errors
+    /// Those of [`Reader::try_read`].
+    pub fn peek(&self, slices: &[ReadSlice], dst: &mut [u8]) -> Result<bool> {
+        self.shared.try_copy(slices, dst)
+    }
+
     /// The blobs.
     pub fn blobs(&self) -> &[Arc<BlobCache>] {
         &self.shared.blobs
@@ -107,16 +121,7 @@ impl BlobSet {
 
 impl Reader for BlobSet {
     fn try_read(&self, slices: &[ReadSlice], dst: &mut [u8]) -> Result<bool> {
-        let mut total = 0;
-        for slice in slices {
-            self.shared.check(slice)?;
-            total += slice.len as usize;
-        }
-        if total != dst.len() {
-            let what = format!("read: {total} bytes into a buffer of {}", dst.len());
-            return Err(Error::new(ErrorKind::OutOfRange, what));
-        }
-        if !self.shared.copy_ready(slices, dst) {
+        if !self.shared.try_copy(slices, dst)? {
             return Ok(false);
         }
         for slice in slices {
@@ -271,6 +276,20 @@ impl Shared {
 
     fn is_ready(&self, slice: &ReadSlice) -> bool {
         self.blobs[slice.blob as usize].is_ready(&slice.extent)
+    }
+
+    /// Checks the slices and copies them if all are ready; true if so.
+    fn try_copy(&self, slices: &[ReadSlice], dst: &mut [u8]) -> Result<bool> {
+        let mut total = 0;
+        for slice in slices {
+            self.check(slice)?;
+            total += slice.len as usize;
+        }
+        if total != dst.len() {
+            let what = format!("read: {total} bytes into a buffer of {}", dst.len());
+            return Err(Error::new(ErrorKind::OutOfRange, what));
+        }
+        Ok(self.copy_ready(slices, dst))
     }
 
     /// Copies the slices, which fill `dst`, if all are ready; true if so. A chunk that is

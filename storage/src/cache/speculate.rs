@@ -13,7 +13,7 @@
 //!
 //! An order that tells what readers will want (a trace, an image's hints) leaves little to
 //! guess. As long as it is trusted, guesses stay close to misses; what readers need beside it
-//! uses the trust up.
+//! uses the trust up. So they do while somebody finds out what will be wanted.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -99,6 +99,8 @@ struct State {
     credit: f64,
     /// Bytes that orders have named, less what misses cost.
     trust: f64,
+    /// Until then somebody finds out what readers will want.
+    guided: Option<Instant>,
     /// Most recently proved right first.
     seeds: VecDeque<Seed>,
     /// A task works on them, or waits for news of them.
@@ -193,10 +195,15 @@ impl Speculator {
         state.trust = (state.trust - bytes as f64).max(0.0);
     }
 
+    /// Notes that what readers will want is being found out, and will be ordered, for so long from now.
+    pub(super) fn guide(&self, time: Duration) {
+        self.lock().guided = Instant::now().checked_add(time);
+    }
+
     fn mood(&self, link: &Link, state: &State) -> Mood {
         if self.read_ahead.prefer == Prefer::Bytes || link.round_trip().is_some_and(|time| time < NEAR) {
             Mood::Careful
-        } else if state.trust > 0.0 {
+        } else if state.trust > 0.0 || state.guided.is_some_and(|until| Instant::now() < until) {
             Mood::Guided
         } else {
             Mood::Free

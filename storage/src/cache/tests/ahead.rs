@@ -4,7 +4,8 @@ use super::*;
 use crate::cache::duty::Duty;
 use crate::prefetch::{Class, Order, Prefer, PrefetchOptions, ReadAhead};
 
-const OPTIONS: PrefetchOptions = PrefetchOptions { class: Class::Preheat, bandwidth: None };
+const OPTIONS: PrefetchOptions =
+    PrefetchOptions { class: Class::Preheat, bandwidth: None, until_stored: false };
 
 fn order(sample: &Sample) -> Order {
     let extents: Vec<_> = sample.extents.iter().map(|extent| (0, *extent)).collect();
@@ -69,12 +70,39 @@ fn what_comes_while_a_part_waits_is_not_fetched_again() {
     let completion = Box::new(move |result| drop(sender.send(result)));
     reader.submit(vec![slice], crate::backend::Priority::OnDemand, completion);
     answer.recv().unwrap().unwrap();
+    // Readers have their answer before it is stored.
+    settle_blob(&reader.blobs()[1]);
     gate.open();
     drop(rest);
     engine.block_on(prefetch.wait());
     let progress = prefetch.progress();
     assert_eq!((progress.bytes, progress.chunks), (sample.range(0).len(), 2));
     assert_eq!(backends[1].requests(), [sample.range(0)]);
+}
+
+#[test]
+fn an_order_may_wait_until_all_is_stored() {
+    let (engine, sample, dir) = (engine(), Sample::new(2), TempDir::new().unwrap());
+    let backend = sample.backend();
+    let gate = Gate::default();
+    backend.inner().fault(sample.range(0), Fault::Stall(gate.clone()), 1);
+    let reader = open(&engine, &sample, &dir, &backend, PATIENT);
+    let first = reader.prefetch(Box::new([(0, sample.extents[0])].into_iter()), OPTIONS);
+    engine.block_on(gate.arrivals(1));
+    // Its first chunk is on its way already.
+    let options = PrefetchOptions { until_stored: true, ..PrefetchOptions::of(Class::Trace) };
+    let second = reader.prefetch(order(&sample), options);
+    while second.progress().chunks < 2 {
+        std::thread::yield_now();
+    }
+    assert!(!second.progress().finished);
+    gate.open();
+    engine.block_on(second.wait());
+    let mut bytes = vec![0; sample.extents[0].len as usize];
+    let slice = ReadSlice { blob: 0, extent: sample.extents[0], offset: 0, len: sample.extents[0].len };
+    assert!(reader.peek(&[slice], &mut bytes).unwrap());
+    engine.block_on(first.wait());
+    assert_eq!(backend.requests().len(), 2);
 }
 
 #[test]

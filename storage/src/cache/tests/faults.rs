@@ -171,7 +171,7 @@ fn a_failing_disk_fails_no_read() {
         assert!((0..3).all(|i| !sample.try_read(&reader, i)));
         // An order of what can not be kept has failed.
         let order: Vec<_> = sample.extents.iter().map(|extent| (0, *extent)).collect();
-        let options = PrefetchOptions { class: Class::Preheat, bandwidth: None };
+        let options = PrefetchOptions::of(Class::Preheat);
         let prefetch = reader.prefetch(Box::new(order.into_iter()), options);
         engine.block_on(prefetch.wait());
         assert_eq!(prefetch.progress().failed_chunks, 3);

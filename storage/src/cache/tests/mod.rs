@@ -115,7 +115,12 @@ pub(super) fn open(
 
 /// Waits until what was answered is also written: readers are answered first.
 pub(super) fn settle(reader: &BlobSet) {
-    while !reader.blobs().iter().all(|blob| blob.inner.inflight.is_idle()) {
+    reader.blobs().iter().for_each(|blob| settle_blob(blob));
+}
+
+/// The same for one of them.
+pub(super) fn settle_blob(blob: &BlobCache) {
+    while !blob.inner.inflight.is_idle() {
         std::thread::yield_now();
     }
 }

@@ -1,6 +1,6 @@
 //! Paths inside the image's tree, symbolic links followed as a process in it would.
 
-use crate::tree::{Content, InodeId, Tree};
+use super::files::{Files, Inode, Kind};
 
 /// Symbolic links followed in one path, as in the kernel.
 const MAX_LINKS: usize = 40;
@@ -10,25 +10,25 @@ const MAX_PATH: usize = 4096;
 /// Where a path leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
-    pub inode: InodeId,
+    pub inode: Inode,
     /// Absolute, without links in it.
     pub path: Vec<u8>,
 }
 
 /// Follows the absolute path `path`; `None` if it leads nowhere.
-pub(super) fn resolve(tree: &Tree, path: &[u8]) -> Option<Place> {
+pub(super) fn resolve(files: &dyn Files, path: &[u8]) -> Option<Place> {
     // Components still to go, the next one last.
     let mut rest: Vec<Vec<u8>> = components(path);
-    let mut at: Vec<(InodeId, Vec<u8>)> = Vec::new();
+    let mut at: Vec<(Inode, Vec<u8>)> = Vec::new();
     let mut links = 0;
     while let Some(name) = rest.pop() {
         if name == b".." {
             at.pop();
             continue;
         }
-        let dir = at.last().map_or(tree.root(), |(inode, _)| *inode);
-        let inode = *tree.inode(dir).children()?.get(name.as_slice())?;
-        if let Content::Symlink(target) = &tree.inode(inode).content {
+        let dir = at.last().map_or(files.root(), |(inode, _)| *inode);
+        let inode = files.lookup(dir, &name)?;
+        if let Kind::Symlink(target) = files.kind(inode) {
             links += 1;
             if links > MAX_LINKS {
                 return None;
@@ -36,7 +36,7 @@ pub(super) fn resolve(tree: &Tree, path: &[u8]) -> Option<Place> {
             if target.starts_with(b"/") {
                 at.clear();
             }
-            rest.extend(components(target));
+            rest.extend(components(&target));
             if rest.len() > MAX_PATH {
                 return None;
             }
@@ -44,7 +44,7 @@ pub(super) fn resolve(tree: &Tree, path: &[u8]) -> Option<Place> {
             at.push((inode, name));
         }
     }
-    let inode = at.last().map_or(tree.root(), |(inode, _)| *inode);
+    let inode = at.last().map_or(files.root(), |(inode, _)| *inode);
     let path = at.iter().flat_map(|(_, name)| [b"/", name.as_slice()].concat()).collect();
     Some(Place { inode, path })
 }

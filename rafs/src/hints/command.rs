@@ -13,7 +13,7 @@ const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:
 
 /// What a container of the image runs.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Command {
+pub struct Command {
     /// Entrypoint and arguments.
     pub arguments: Vec<Vec<u8>>,
     /// `NAME=VALUE`.
@@ -23,7 +23,7 @@ pub(super) struct Command {
 }
 
 impl Command {
-    /// From an image's configuration.
+    /// From an image's configuration (OCI image specification, config.md).
     pub fn of(config: &Map<String, Value>) -> Self {
         let config = config.get("config");
         let list = |key: &str| -> Vec<Vec<u8>> {
@@ -55,7 +55,7 @@ fn step(finder: &mut Finder<'_>, arguments: &[Vec<u8>], directory: &[u8]) -> Opt
     let (program, rest) = arguments.split_first()?;
     let path = find(finder, program, directory)?;
     let place = finder.add(&path)?;
-    let head = finder.head(place.inode);
+    let head = finder.head(place.inode)?;
     if let Some(line) = head.strip_prefix(b"#!") {
         // One interpreter and at most one argument, as the kernel splits them.
         let line = line.split(|&b| b == b'\n').next().unwrap_or_default().trim_ascii();
@@ -66,7 +66,7 @@ fn step(finder: &mut Finder<'_>, arguments: &[Vec<u8>], directory: &[u8]) -> Opt
         next.extend_from_slice(rest);
         return Some(next);
     }
-    let elf = elf::parse(finder.open(place.inode)?)?;
+    let elf = finder.elf(place.inode)?;
     let is_dynamic = elf.interpreter.is_some();
     let loaded = elf::closure(finder, &place.path, elf);
     // By either name: `sh` may be a link to `busybox`, `python` one to `python3.11`.
@@ -152,7 +152,7 @@ fn shell(finder: &mut Finder<'_>, arguments: &[Vec<u8>], directory: &[u8]) -> Op
     }
     let script = join(directory, &arguments[at]);
     finder.add(&script)?;
-    let text = finder.text(&script)?;
+    let text = finder.text(&script, <[u8]>::to_vec)?;
     let hands_over = text.windows(9).any(|window| window == b"exec \"$@\"");
     hands_over.then(|| arguments[at + 1..].to_vec())
 }

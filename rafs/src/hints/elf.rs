@@ -3,6 +3,7 @@
 
 use std::io::{Read, Seek};
 use std::ops::Range;
+use std::sync::Arc;
 
 use object::Endianness;
 use object::elf;
@@ -10,7 +11,7 @@ use object::read::elf::{Dyn as _, FileHeader, ProgramHeader as _};
 use object::read::{ReadCache, ReadCacheOps, ReadRef};
 
 use super::finder::Finder;
-use super::paths::{base_name, join, parent};
+use super::paths::{Place, base_name, join, parent};
 use super::system;
 
 /// Largest part of a file read at once: program headers and dynamic sections take less.
@@ -21,8 +22,17 @@ const TABLE_SIZE: u64 = 1 << 20;
 /// Libraries named by one file at most.
 const MAX_NEEDED: usize = 1024;
 /// Where the linker looks without being told, of every distribution: the first that has a
-/// library of the right kind wins.
-const DEFAULT_DIRS: [&[u8]; 5] = [b"/lib", b"/usr/lib", b"/lib64", b"/usr/lib64", b"/usr/local/lib"];
+/// library of the right kind wins. Debian's is built with the directories of its architecture
+/// (wiki.debian.org/Multiarch).
+const DEFAULT_DIRS: [&[u8]; 7] = [
+    b"/usr/lib/x86_64-linux-gnu",
+    b"/usr/lib/aarch64-linux-gnu",
+    b"/lib",
+    b"/usr/lib",
+    b"/lib64",
+    b"/usr/lib64",
+    b"/usr/local/lib",
+];
 /// Files of `ld.so.conf` that are followed.
 const MAX_CONF_FILES: usize = 64;
 /// Directories of one search path.
@@ -158,10 +168,10 @@ pub(super) fn split_paths(list: &[u8]) -> Vec<Vec<u8>> {
 /// Adds the interpreter of the ELF file at `path` and all libraries that it is linked with,
 /// breadth first as the linker loads them. The file itself is added by the caller.
 ///
-/// Answers the file and the libraries that were not known before, each with its constants.
-pub(super) fn closure(finder: &mut Finder<'_>, path: &[u8], elf: Elf) -> Vec<(Vec<u8>, Vec<Range<u64>>)> {
+/// Answers the file and the libraries that were not known before.
+pub(super) fn closure(finder: &mut Finder<'_>, path: &[u8], elf: Arc<Elf>) -> Vec<(Vec<u8>, Arc<Elf>)> {
     if elf.interpreter.is_none() && elf.needed.is_empty() {
-        return vec![(path.to_vec(), elf.constants)];
+        return vec![(path.to_vec(), elf)];
     }
     if let Some(interpreter) = &elf.interpreter {
         finder.add(interpreter);
@@ -184,29 +194,43 @@ pub(super) fn closure(finder: &mut Finder<'_>, path: &[u8], elf: Elf) -> Vec<(Ve
                 queue.push_back((path, elf));
             }
         }
-        loaded.push((path, elf.constants));
+        loaded.push((path, elf));
     }
     loaded
 }
 
 /// Adds the library at `path` if it is one of the right kind: its real path, and what it is
 /// linked with unless it was known before.
-fn load(finder: &mut Finder<'_>, path: &[u8], kind: (u8, u16)) -> Option<(Vec<u8>, Option<Elf>)> {
+fn load(finder: &mut Finder<'_>, path: &[u8], kind: (u8, u16)) -> Option<(Vec<u8>, Option<Arc<Elf>>)> {
     let file = finder.regular(path)?;
     if finder.is_known(file.inode) {
         return Some((file.path, None));
     }
-    let elf = parse(finder.open(file.inode)?).filter(|elf| elf.kind == kind)?;
-    // Libraries may need each other, and those that are not added, too.
-    finder.note_library(file.inode);
-    let size = finder.size(file.inode);
-    if size < TABLE_SIZE || elf.code_size >= size / 64 {
-        finder.add(path);
-    }
+    let elf = finder.elf(file.inode).filter(|elf| elf.kind == kind)?;
+    add_library(finder, &file, &elf);
     if base_name(path).starts_with(b"libcrypto.so") {
         system::openssl(finder);
     }
     Some((file.path, Some(elf)))
+}
+
+fn add_library(finder: &mut Finder<'_>, file: &Place, elf: &Elf) {
+    // Libraries may need each other, and those that are not added, too.
+    finder.note_library(file.inode);
+    let size = finder.size(file.inode);
+    if size < TABLE_SIZE || elf.code_size >= size / 64 {
+        finder.add(&file.path);
+    }
+}
+
+/// Adds a library that was opened, and all that it is linked with.
+pub(super) fn opened(finder: &mut Finder<'_>, file: &Place) {
+    if !finder.is_known(file.inode)
+        && let Some(elf) = finder.elf(file.inode)
+    {
+        add_library(finder, file, &elf);
+        closure(finder, &file.path, elf);
+    }
 }
 
 /// A directory of `DT_RUNPATH` with `$ORIGIN` filled in.
@@ -225,7 +249,8 @@ pub(super) fn linker_dirs(finder: &mut Finder<'_>) -> Vec<Vec<u8>> {
     let mut at = 0;
     while let Some(path) = conf.get(at).cloned() {
         at += 1;
-        for line in finder.text(&path).unwrap_or_default().split(|&b| b == b'\n') {
+        let Some(text) = finder.text(&path, <[u8]>::to_vec) else { continue };
+        for line in text.split(|&b| b == b'\n') {
             let line = line.split(|&b| b == b'#').next().unwrap_or_default().trim_ascii();
             if let Some(pattern) = line.strip_prefix(b"include ") {
                 conf.extend(included(finder, pattern.trim_ascii()));

@@ -9,6 +9,7 @@
 //! A name that is computed, or compressed in an extension, is not seen.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use super::finder::Finder;
 use super::imports::{self, Import, Imports, MAX_LEN};
@@ -46,7 +47,15 @@ const STARTUP: [&str; 4] = ["encodings", "encodings.aliases", "encodings.utf_8",
 /// Imported behind the code of `.pth` files.
 const CUSTOM: [&str; 2] = ["sitecustomize", "usercustomize"];
 
-struct Python {
+/// What the text of a script imports: not the same as if it were a module.
+struct Script(Imports);
+
+/// Dotted names in the constants of a library.
+struct Dotted(Vec<String>);
+
+/// An interpreter and the modules that it has imported.
+#[derive(Debug)]
+pub(super) struct Python {
     /// Minor version of Python 3.
     minor: u32,
     /// `sys.path`.
@@ -111,7 +120,7 @@ pub(super) fn follow(
         python.import(finder, module, 0);
     }
     let site_code = std::mem::take(&mut python.site_code);
-    python.scan(finder, &site_code, "", "", 0);
+    python.run_code(finder, &site_code);
     for module in CUSTOM {
         python.import(finder, module, 0);
     }
@@ -123,16 +132,30 @@ pub(super) fn follow(
             python.import(finder, &name, 0);
             python.import(finder, &format!("{name}.__main__"), 0);
         }
-        Some((kind, Some(code))) if kind == b"-c" => python.scan(finder, &code, "", "", 0),
+        Some((kind, Some(code))) if kind == b"-c" => python.run_code(finder, &code),
         _ => {
-            if let Some(script) = script
-                && finder.add(&script).is_some()
-                && let Some(text) = finder.text(&script)
-            {
-                python.scan(finder, &text, "", "", 0);
+            if let Some(script) = script {
+                python.run_script(finder, &script);
             }
         }
     }
+    finder.python = Some(Box::new(python));
+}
+
+/// Adds what the source at `path`, or the source that it was compiled from, imports in the interpreter that
+/// was started last: as the module that it is by `sys.path`, else as a script.
+pub(super) fn opened(finder: &mut Finder<'_>, path: &[u8]) {
+    let Some(mut python) = finder.python.take() else { return };
+    match python.module_of(path) {
+        Some(module) => python.import(finder, &module, 0),
+        None if path.ends_with(b".py") => {
+            python.path.insert(0, parent(path));
+            python.packages.clear();
+            python.run_script(finder, path);
+        }
+        None => {}
+    }
+    finder.python = Some(python);
 }
 
 impl Python {
@@ -191,7 +214,8 @@ impl Python {
         for name in finder.names(&site).into_iter().filter(|name| name.ends_with(b".pth")) {
             let file = join(&site, &name);
             finder.add(&file);
-            for line in finder.text(&file).unwrap_or_default().split(|&b| b == b'\n') {
+            let Some(text) = finder.text(&file, <[u8]>::to_vec) else { continue };
+            for line in text.split(|&b| b == b'\n') {
                 let line = line.trim_ascii();
                 let dir = join(&site, line);
                 let is_new = self.path.len() < elf::MAX_DIRS && !self.path.contains(&dir);
@@ -230,13 +254,13 @@ impl Python {
         if self.minor < 11 || !FROZEN.contains(&name) {
             self.add_source(finder, &file);
         }
-        let Some(text) = finder.text(&file) else { return };
+        let Some(imports) = finder.text(&file, |text| read(text, false)) else { return };
         let own = match (package, name.rsplit_once('.')) {
             (Some(_), _) => name,
             (None, Some((package, _))) => package,
             (None, None) => "",
         };
-        self.scan(finder, &text, name, own, depth);
+        self.run_all(finder, &imports, name, own, depth);
         if name == "sysconfig" {
             // How the interpreter was built, in a module named by platform; other names are links.
             let dir = parent(&file);
@@ -254,12 +278,13 @@ impl Python {
     /// Adds a compiled module with its libraries, and the modules that it names.
     fn load_extension(&mut self, finder: &mut Finder<'_>, file: &[u8], depth: usize) {
         let Some(place) = finder.add(file) else { return };
-        let Some(mut elf) = finder.open(place.inode).and_then(elf::parse) else { return };
-        let constants = std::mem::take(&mut elf.constants);
-        elf::closure(finder, &place.path, elf);
-        for range in constants {
-            let bytes = finder.part(place.inode, range).unwrap_or_default();
-            for name in names::dotted(&bytes) {
+        let Some(elf) = finder.elf(place.inode) else { return };
+        elf::closure(finder, &place.path, Arc::clone(&elf));
+        for range in &elf.constants {
+            let names = finder.part(place.inode, range.clone(), |bytes| {
+                Dotted(names::dotted(bytes).into_iter().map(str::to_owned).collect())
+            });
+            for name in names.iter().flat_map(|names| &names.0) {
                 // Most are names of classes and functions.
                 let is_new = !self.seen.contains(name);
                 if is_new && self.find(finder, name).is_some_and(|found| found.file.is_some()) {
@@ -279,31 +304,72 @@ impl Python {
         }
     }
 
-    /// Adds what the text of module `name` imports at once; `package` is the one that dots begin
-    /// at. The text of no module is a script.
-    fn scan(&mut self, finder: &mut Finder<'_>, text: &[u8], name: &str, package: &str, depth: usize) {
-        let Imports { at_once, on_demand } = imports::read(&String::from_utf8_lossy(text), name.is_empty());
-        if let Some(imports) = on_demand {
-            self.lazy.insert(name.to_owned(), (package.to_owned(), imports));
+    /// Adds what code without a file imports.
+    fn run_code(&mut self, finder: &mut Finder<'_>, code: &[u8]) {
+        self.run_all(finder, &read(code, true), "", "", 0);
+    }
+
+    /// Adds the script at `path` and what it imports.
+    fn run_script(&mut self, finder: &mut Finder<'_>, path: &[u8]) {
+        finder.add(path);
+        if let Some(script) = finder.text(path, |text| Script(read(text, true))) {
+            self.run_all(finder, &script.0, "", "", 0);
         }
-        for import in at_once {
+    }
+
+    /// Adds what module `name` imports at once; `package` is the one that dots begin at. A script has no
+    /// name.
+    fn run_all(
+        &mut self,
+        finder: &mut Finder<'_>,
+        imports: &Imports,
+        name: &str,
+        package: &str,
+        depth: usize,
+    ) {
+        if let Some(imports) = &imports.on_demand {
+            self.lazy.insert(name.to_owned(), (package.to_owned(), imports.clone()));
+        }
+        for import in &imports.at_once {
             self.run(finder, import, package, depth);
         }
     }
 
+    /// The name of the module whose source, or compiled form, lies at `path`.
+    fn module_of(&self, path: &[u8]) -> Option<String> {
+        let (dir, name) = (parent(path), base_name(path));
+        let (dir, stem) = match name.strip_suffix(b".py") {
+            Some(stem) => (dir, stem),
+            // Compiled forms lie one deeper: `__pycache__/name.cpython-311.pyc`.
+            None if base_name(&dir) == b"__pycache__" => {
+                (parent(&dir), name.split(|&b| b == b'.').next().unwrap_or_default())
+            }
+            None => return None,
+        };
+        let inside = |root: &Vec<u8>| Some(dir.strip_prefix(root.as_slice())?.to_vec());
+        let inside =
+            self.path.iter().filter_map(inside).filter(|rest| matches!(rest.first(), None | Some(b'/')));
+        // Below the longest of the directories.
+        let package = inside.min_by_key(Vec::len)?;
+        let stem = (stem != b"__init__").then(|| stem.to_vec());
+        let parts = package.split(|&b| b == b'/').filter(|part| !part.is_empty()).map(<[u8]>::to_vec);
+        let parts: Vec<Vec<u8>> = parts.chain(stem).collect();
+        String::from_utf8(parts.join(&b'.')).ok().filter(|name| !name.is_empty())
+    }
+
     /// Adds what one statement of a module in `package` imports.
-    fn run(&mut self, finder: &mut Finder<'_>, import: Import, package: &str, depth: usize) {
+    fn run(&mut self, finder: &mut Finder<'_>, import: &Import, package: &str, depth: usize) {
         let Import { level, module, names, is_use } = import;
         let mut base = package;
-        for _ in 1..level {
+        for _ in 1..*level {
             base = base.rsplit_once('.').map_or("", |(above, _)| above);
         }
         let module = match (level, base.is_empty(), module.is_empty()) {
-            (0, _, _) | (_, true, _) => module,
+            (0, _, _) | (_, true, _) => module.clone(),
             (_, _, true) => base.to_owned(),
             _ => format!("{base}.{module}"),
         };
-        if is_use && !self.lazy.contains_key(&module) {
+        if *is_use && !self.lazy.contains_key(&module) {
             return;
         }
         self.import(finder, &module, depth + 1);
@@ -314,7 +380,7 @@ impl Python {
             }
             // Most names are no modules; those that are not found cost nothing.
             self.load(finder, &format!("{module}.{name}"), depth + 1);
-            self.ask(finder, &module, &name, depth + 1);
+            self.ask(finder, &module, name, depth + 1);
         }
     }
 
@@ -327,7 +393,7 @@ impl Python {
         let imports: Vec<Import> = imports.iter().filter(|import| import.gives(name)).cloned().collect();
         let package = package.clone();
         for import in imports {
-            self.run(finder, import, &package, depth);
+            self.run(finder, &import, &package, depth);
         }
     }
 
@@ -377,4 +443,8 @@ impl Python {
         }
         namespace
     }
+}
+
+fn read(text: &[u8], is_main: bool) -> Imports {
+    imports::read(&String::from_utf8_lossy(text), is_main)
 }

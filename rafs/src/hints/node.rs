@@ -6,11 +6,11 @@
 //! is.
 
 use std::collections::HashSet;
-use std::ops::Range;
+use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::elf::{self, split_paths};
+use super::elf::{self, Elf, split_paths};
 use super::finder::Finder;
 use super::names;
 use super::paths::{base_name, join, parent};
@@ -68,12 +68,14 @@ const GLOBAL_DIRS: [&[u8]; 3] = [b"/usr/lib/nodejs", b"/usr/share/nodejs", b"/us
 
 /// Adds modules of Node.js itself that a distribution keeps in files: it reads all of them first,
 /// by paths that are constants of the program or its library.
-pub(super) fn built_in(finder: &mut Finder<'_>, loaded: &[(Vec<u8>, Vec<Range<u64>>)]) {
-    for (path, constants) in loaded.iter().filter(|(path, _)| is_node(base_name(path))) {
+pub(super) fn built_in(finder: &mut Finder<'_>, loaded: &[(Vec<u8>, Arc<Elf>)]) {
+    for (path, elf) in loaded.iter().filter(|(path, _)| is_node(base_name(path))) {
         let Some(place) = finder.regular(path) else { continue };
-        for range in constants {
-            let bytes = finder.part(place.inode, range.clone()).unwrap_or_default();
-            for script in names::scripts(&bytes) {
+        for range in &elf.constants {
+            let scripts = finder.part(place.inode, range.clone(), |bytes| {
+                Scripts(names::scripts(bytes).into_iter().map(<[u8]>::to_vec).collect())
+            });
+            for script in scripts.iter().flat_map(|scripts| &scripts.0) {
                 finder.add(script);
             }
         }
@@ -82,38 +84,31 @@ pub(super) fn built_in(finder: &mut Finder<'_>, loaded: &[(Vec<u8>, Vec<Range<u6
 
 /// Adds what `node ARGUMENTS` loads.
 pub(super) fn follow(finder: &mut Finder<'_>, arguments: &[Vec<u8>], directory: &[u8]) {
-    let mut node = Node::new(finder);
-    let mut rest = arguments;
-    while let Some((first, behind)) = rest.split_first() {
-        rest = behind;
-        match first.as_slice() {
-            b"-r" | b"--require" | b"--import" => {
-                let name = behind.first().map(|name| String::from_utf8_lossy(name).into_owned());
-                node.load_name(finder, &name.unwrap_or_default(), directory, 0);
-                rest = behind.get(1..).unwrap_or_default();
-            }
-            b"-e" | b"--eval" | b"-p" | b"--print" => {
-                if let Some(code) = behind.first() {
-                    node.scan(finder, code, directory, 0);
-                }
-                return;
-            }
-            option if option.starts_with(b"-") => {}
-            script => {
-                if let Some(path) = node.file_or_dir(finder, &join(directory, script)) {
-                    node.load(finder, &path, 0);
-                }
-                return;
-            }
-        }
-    }
+    let mut node = finder.node.take().unwrap_or_else(|| Box::new(Node::new(finder)));
+    node.start(finder, arguments, directory);
+    finder.node = Some(node);
+}
+
+/// Adds what the module at `path` loads, of whatever program.
+pub(super) fn opened(finder: &mut Finder<'_>, path: &[u8]) {
+    let mut node = finder.node.take().unwrap_or_else(|| Box::new(Node::new(finder)));
+    node.load(finder, path, 0);
+    finder.node = Some(node);
 }
 
 fn is_node(file: &[u8]) -> bool {
     file.strip_prefix(b"lib").unwrap_or(file).starts_with(b"node")
 }
 
-struct Node {
+/// The paths of scripts in the constants of a library.
+struct Scripts(Vec<Vec<u8>>);
+
+/// The names of modules that a text loads.
+struct Modules(Vec<String>);
+
+/// The modules of a program.
+#[derive(Debug)]
+pub(super) struct Node {
     /// `NODE_PATH` and the global directories.
     dirs: Vec<Vec<u8>>,
     /// Files looked into.
@@ -127,6 +122,33 @@ impl Node {
         Self { dirs, seen: HashSet::new() }
     }
 
+    /// Adds what `node ARGUMENTS` loads.
+    fn start(&mut self, finder: &mut Finder<'_>, arguments: &[Vec<u8>], directory: &[u8]) {
+        let mut rest = arguments;
+        while let Some((first, behind)) = rest.split_first() {
+            rest = behind;
+            match first.as_slice() {
+                b"-r" | b"--require" | b"--import" => {
+                    let name = behind.first().map(|name| String::from_utf8_lossy(name).into_owned());
+                    self.load_name(finder, &name.unwrap_or_default(), directory, 0);
+                    rest = behind.get(1..).unwrap_or_default();
+                }
+                b"-e" | b"--eval" | b"-p" | b"--print" => {
+                    let names = behind.first().map(|code| modules(code)).unwrap_or_default();
+                    self.load_names(finder, &names, directory, 0);
+                    return;
+                }
+                option if option.starts_with(b"-") => {}
+                script => {
+                    if let Some(path) = self.file_or_dir(finder, &join(directory, script)) {
+                        self.load(finder, &path, 0);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
     /// Adds a module and what it loads in its turn.
     fn load(&mut self, finder: &mut Finder<'_>, path: &[u8], depth: usize) {
         // Node resolves links first: a module has one identity.
@@ -136,19 +158,19 @@ impl Node {
         }
         add_package(finder, &place.path);
         if place.path.ends_with(b".node") {
-            if let Some(elf) = finder.open(place.inode).and_then(elf::parse) {
+            if let Some(elf) = finder.elf(place.inode) {
                 elf::closure(finder, &place.path, elf);
             }
         } else if !place.path.ends_with(b".json")
-            && let Some(text) = finder.text(&place.path)
+            && let Some(names) = finder.text(&place.path, |text| Modules(modules(text)))
         {
-            self.scan(finder, &text, &parent(&place.path), depth);
+            self.load_names(finder, &names.0, &parent(&place.path), depth);
         }
     }
 
-    fn scan(&mut self, finder: &mut Finder<'_>, text: &[u8], dir: &[u8], depth: usize) {
-        for name in modules(text) {
-            self.load_name(finder, &name, dir, depth + 1);
+    fn load_names(&mut self, finder: &mut Finder<'_>, names: &[String], dir: &[u8], depth: usize) {
+        for name in names {
+            self.load_name(finder, name, dir, depth + 1);
         }
     }
 
@@ -191,11 +213,10 @@ impl Node {
         let slashes = usize::from(name.starts_with('@'));
         let end = name.match_indices('/').nth(slashes).map_or(name.len(), |(at, _)| at);
         let (package, path) = (join(dir, &name.as_bytes()[..end]), name[end..].trim_start_matches('/'));
-        if let Some(exports) =
-            document(finder, &package).and_then(|mut d| d.get_mut("exports").map(Value::take))
-        {
+        let document = document(finder, &package);
+        if let Some(exports) = document.as_ref().and_then(|document| document.0.get("exports")) {
             let wanted = if path.is_empty() { ".".to_owned() } else { format!("./{path}") };
-            let target = exported(&exports, &wanted)?;
+            let target = exported(exports, &wanted)?;
             return finder.regular(&join(&package, target.as_bytes())).map(|place| place.path);
         }
         self.file_or_dir(finder, &join(dir, name.as_bytes()))
@@ -213,7 +234,8 @@ impl Node {
         if !finder.is_dir(path) {
             return None;
         }
-        let main = document(finder, path).and_then(|d| Some(d.get("main")?.as_str()?.to_owned()));
+        let document = document(finder, path);
+        let main = document.as_ref().and_then(|document| document.0.get("main")?.as_str());
         let main = main.map(|main| join(path, main.as_bytes()));
         main.and_then(|main| file(finder, &main).or_else(|| file(finder, &join(&main, b"index"))))
             .or_else(|| file(finder, &join(path, b"index")))
@@ -231,12 +253,15 @@ fn add_package(finder: &mut Finder<'_>, path: &[u8]) {
     }
 }
 
+/// A `package.json`; null if it is none.
+struct Document(Value);
+
 /// The `package.json` in `dir`.
-fn document(finder: &mut Finder<'_>, dir: &[u8]) -> Option<Value> {
+fn document(finder: &mut Finder<'_>, dir: &[u8]) -> Option<Arc<Document>> {
     let path = join(dir, b"package.json");
-    let text = finder.text(&path)?;
+    let document = finder.text(&path, |text| Document(serde_json::from_slice(text).unwrap_or_default()))?;
     finder.add(&path);
-    serde_json::from_slice(&text).ok()
+    Some(document)
 }
 
 /// What `exports` gives for `wanted` (`.` or `./path`), by the conditions of `require`.

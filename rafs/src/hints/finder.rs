@@ -1,0 +1,259 @@
+//! The files found so far, and the means to look at more of them.
+
+use std::any::{Any, TypeId};
+use std::cell::Cell;
+use std::collections::{HashMap, HashSet};
+use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
+
+use super::elf::{self, Elf};
+use super::files::{FileReader, Files, Inode, Kind};
+use super::node::Node;
+use super::paths::{self, Place};
+use super::python::Python;
+
+/// Files named at most. A hint is no promise: what is behind it comes when it is read.
+const MAX_FILES: usize = 4096;
+/// Bytes of files named at most.
+const MAX_BYTES: u64 = 1 << 30;
+/// Bytes that tell a program from a script (BINPRM_BUF_SIZE of the kernel).
+const MAX_HEAD: u64 = 256;
+/// Largest text that is looked into.
+const MAX_TEXT: u64 = 4 << 20;
+/// Text looked into in all.
+const MAX_ALL_TEXT: u64 = 256 << 20;
+
+/// What files were found to say, kept from one look at an image to the next.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    /// By file, first byte, and what was made of it.
+    parsed: HashMap<(Inode, u64, TypeId), Arc<dyn Any + Send + Sync>>,
+    /// Bytes of text looked into.
+    text: u64,
+}
+
+/// Collects files in the order in which a start reads them.
+pub(super) struct Finder<'a> {
+    files: &'a dyn Files,
+    memory: &'a mut Memory,
+    environment: Vec<Vec<u8>>,
+    found: Vec<Inode>,
+    known: HashSet<Inode>,
+    /// Libraries looked into, added or not.
+    libraries: HashSet<Inode>,
+    bytes: u64,
+    /// Where the dynamic linker looks, once known.
+    pub linker_dirs: Option<Vec<Vec<u8>>>,
+    /// The interpreter of Python that was started last, with all that it has imported.
+    pub python: Option<Box<Python>>,
+    /// The modules of Node.js so far.
+    pub node: Option<Box<Node>>,
+}
+
+impl<'a> Finder<'a> {
+    /// Nothing found yet. `environment` holds `NAME=VALUE`.
+    pub fn new(files: &'a dyn Files, memory: &'a mut Memory, environment: Vec<Vec<u8>>) -> Self {
+        Self {
+            files,
+            memory,
+            environment,
+            found: Vec::new(),
+            known: HashSet::new(),
+            libraries: HashSet::new(),
+            bytes: 0,
+            linker_dirs: None,
+            python: None,
+            node: None,
+        }
+    }
+
+    /// What was found, in order.
+    pub fn into_found(self) -> Vec<Inode> {
+        self.found
+    }
+
+    /// Value of an environment variable that is set and not empty.
+    pub fn variable(&self, name: &str) -> Option<&[u8]> {
+        let entries = self.environment.iter();
+        let mut values = entries.filter_map(|entry| entry.strip_prefix(name.as_bytes())?.strip_prefix(b"="));
+        values.next().filter(|value| !value.is_empty())
+    }
+
+    /// Where `path` leads, whatever is there.
+    pub fn resolve(&self, path: &[u8]) -> Option<Place> {
+        paths::resolve(self.files, path)
+    }
+
+    /// The regular file that `path` leads to.
+    pub fn regular(&self, path: &[u8]) -> Option<Place> {
+        self.resolve(path).filter(|place| matches!(self.files.kind(place.inode), Kind::Regular(_)))
+    }
+
+    /// True if `path` leads to a directory.
+    pub fn is_dir(&self, path: &[u8]) -> bool {
+        self.resolve(path).is_some_and(|place| self.files.kind(place.inode) == Kind::Directory)
+    }
+
+    /// Names in the directory at `path`, in order; none if it is no directory.
+    pub fn names(&self, path: &[u8]) -> Vec<Vec<u8>> {
+        let mut names = Vec::new();
+        self.visit(path, b"", |name| {
+            names.push(name.to_vec());
+            ControlFlow::Continue(())
+        });
+        names
+    }
+
+    /// True if a name in the directory at `path` begins with `stem`.
+    pub fn has_prefix(&self, path: &[u8], stem: &[u8]) -> bool {
+        let mut found = false;
+        self.visit(path, stem, |name| {
+            found = name.starts_with(stem);
+            ControlFlow::Break(())
+        });
+        found
+    }
+
+    /// The first library in `dir` whose name begins with `stem` and a dash or dot.
+    pub fn libraries(&self, dir: &[u8], stem: &[u8]) -> Option<Vec<u8>> {
+        let mut found = None;
+        self.visit(dir, stem, |name| {
+            let Some(rest) = name.strip_prefix(stem) else { return ControlFlow::Break(()) };
+            if name.ends_with(b".so") && rest.first().is_some_and(|byte| b"-.".contains(byte)) {
+                found = Some(name.to_vec());
+                return ControlFlow::Break(());
+            }
+            ControlFlow::Continue(())
+        });
+        found
+    }
+
+    /// Visits the names in the directory at `path` from `from` on.
+    fn visit(&self, path: &[u8], from: &[u8], mut visit: impl FnMut(&[u8]) -> ControlFlow<()>) {
+        let place = self.resolve(path).filter(|place| self.files.kind(place.inode) == Kind::Directory);
+        if let Some(place) = place {
+            self.files.names(place.inode, from, &mut visit);
+        }
+    }
+
+    /// True if the file was added.
+    pub fn is_added(&self, inode: Inode) -> bool {
+        self.known.contains(&inode)
+    }
+
+    /// True if a library was added or [noted](Self::note_library): it is not looked into again.
+    pub fn is_known(&self, inode: Inode) -> bool {
+        self.is_added(inode) || self.libraries.contains(&inode)
+    }
+
+    /// Notes a library that is looked into, for which there may be no room.
+    pub fn note_library(&mut self, inode: Inode) {
+        self.libraries.insert(inode);
+    }
+
+    /// Adds the regular file that `path` leads to. `None` if there is none, or no room.
+    pub fn add(&mut self, path: &[u8]) -> Option<Place> {
+        let place = self.regular(path)?;
+        let size = self.size(place.inode);
+        if self.known.contains(&place.inode) {
+            return Some(place);
+        }
+        if self.found.len() >= MAX_FILES || self.bytes.saturating_add(size) > MAX_BYTES {
+            return None;
+        }
+        self.known.insert(place.inode);
+        // An empty file has nothing to fetch.
+        if size > 0 {
+            self.found.push(place.inode);
+            self.bytes += size;
+        }
+        Some(place)
+    }
+
+    /// Bytes of a regular file.
+    pub fn size(&self, inode: Inode) -> u64 {
+        match self.files.kind(inode) {
+            Kind::Regular(size) => size,
+            _ => 0,
+        }
+    }
+
+    /// The first bytes of a regular file: as many as tell a program from a script. `None` if they can not be
+    /// read.
+    pub fn head(&self, inode: Inode) -> Option<Vec<u8>> {
+        self.read(inode, 0..MAX_HEAD)
+    }
+
+    /// What a file says to the dynamic linker; `None` if it is no ELF file, or a damaged one.
+    pub fn elf(&mut self, inode: Inode) -> Option<Arc<Elf>> {
+        if let Some(known) = self.memory.recall::<Option<Arc<Elf>>>(inode, 0) {
+            return (*known).clone();
+        }
+        let failed = Cell::new(false);
+        let elf = elf::parse(FileReader::new(self.files, inode, self.size(inode), &failed)).map(Arc::new);
+        if failed.get() {
+            return None;
+        }
+        self.memory.keep(inode, 0, elf.clone());
+        elf
+    }
+
+    /// What `parse` makes of the whole text file at `path`; `None` if there is none, or it is too large to be
+    /// looked into. It is parsed once for each type that it can be made into.
+    pub fn text<T: Send + Sync + 'static>(
+        &mut self,
+        path: &[u8],
+        parse: impl FnOnce(&[u8]) -> T,
+    ) -> Option<Arc<T>> {
+        let inode = self.regular(path)?.inode;
+        let size = self.size(inode);
+        if size > MAX_TEXT { None } else { self.part(inode, 0..size, parse) }
+    }
+
+    /// The same for bytes of a file, cut to the size of text that is looked into.
+    pub fn part<T: Send + Sync + 'static>(
+        &mut self,
+        inode: Inode,
+        range: Range<u64>,
+        parse: impl FnOnce(&[u8]) -> T,
+    ) -> Option<Arc<T>> {
+        if let Some(known) = self.memory.recall(inode, range.start) {
+            return Some(known);
+        }
+        let len = range.end.min(self.size(inode)).saturating_sub(range.start).min(MAX_TEXT);
+        if self.memory.text + len > MAX_ALL_TEXT {
+            return None;
+        }
+        let bytes = self.read(inode, range.start..range.start + len)?;
+        self.memory.text += len;
+        Some(self.memory.keep(inode, range.start, parse(&bytes)))
+    }
+
+    /// Bytes of a file, cut at its end. They are asked for at once.
+    fn read(&self, inode: Inode, range: Range<u64>) -> Option<Vec<u8>> {
+        let len = range.end.min(self.size(inode)).saturating_sub(range.start);
+        let mut bytes = vec![0; usize::try_from(len).ok()?];
+        let mut done = 0;
+        while done < bytes.len() {
+            match self.files.read_at(inode, range.start + done as u64, &mut bytes[done..]) {
+                Ok(0) | Err(_) => return None,
+                Ok(n) => done += n,
+            }
+        }
+        Some(bytes)
+    }
+}
+
+impl Memory {
+    fn recall<T: Send + Sync + 'static>(&self, inode: Inode, at: u64) -> Option<Arc<T>> {
+        let known = self.parsed.get(&(inode, at, TypeId::of::<T>()))?;
+        Arc::clone(known).downcast().ok()
+    }
+
+    fn keep<T: Send + Sync + 'static>(&mut self, inode: Inode, at: u64, parsed: T) -> Arc<T> {
+        let parsed = Arc::new(parsed);
+        let any: Arc<dyn Any + Send + Sync> = parsed.clone();
+        self.parsed.insert((inode, at, TypeId::of::<T>()), any);
+        parsed
+    }
+}
