@@ -29,9 +29,9 @@ use crate::ids::ByteRange;
 use crate::link::Link;
 use crate::{Error, ErrorKind, Result};
 
-/// Bytes of stack of an engine thread. Deepest are TLS handshakes, well below 256 KiB
-/// in an unoptimised build; pages that are not touched cost nothing.
-const STACK_SIZE: usize = 1 << 20;
+/// Bytes of stack of an engine thread. Deepest are hundreds of modules that import one another
+/// (`rafs::hints`): 256 KiB, and about 1 MiB in an unoptimised build. Pages that are not touched cost nothing.
+const STACK_SIZE: usize = 2 << 20;
 
 /// Threads that may wait for a disk or a name server besides the CPU pool: one syncer a
 /// busy blob, and room for lookups.

@@ -32,9 +32,6 @@ const GROWTH: u64 = 2;
 /// want what comes last in it.
 const PARTS_A_SECOND: u64 = 4;
 
-/// Bytes that an order is taken to name before any of it is known.
-const TRUST_ADVANCE: u64 = 8 << 20;
-
 /// What a chunk takes of memory while it is on its way, beside its bytes: its waiters, lock and place. A window of
 /// small files would be thousands of them.
 const CHUNK_COST: u64 = 1 << 10;
@@ -74,18 +71,13 @@ pub(super) async fn work_off(shared: Arc<Shared>, order: Order, options: Prefetc
     // Cancelled, what runs ends by itself; nobody waits for it here.
     let cancelled = handle.token().clone();
     let _end = End(&handle);
-    let tells = options.class != Class::Background;
-    if tells {
-        // Readers may be at work before the first part is.
-        shared.speculator.told(TRUST_ADVANCE);
-    }
+    // What comes slowly on purpose, or is to be looked into first, says little of what is wanted next.
+    let tells = options.class <= Class::Predicted && options.bandwidth.is_none() && !options.until_stored;
+    let _telling = tells.then(|| shared.speculator.telling());
     tokio::select! {
         biased;
         () = cancelled.cancelled() => {}
         () = see_to(&shared, order, options, &handle) => {}
-    }
-    if tells {
-        shared.speculator.not_told(TRUST_ADVANCE);
     }
 }
 
@@ -98,12 +90,13 @@ impl Drop for End<'_> {
     }
 }
 
-/// Works off `order`, and for one that somebody asked for again what others were fetching meanwhile: they may have
-/// failed, and an order that ends well has all of it.
+/// Works off `order`, and for one that somebody asked for, or waits for, again what others were fetching
+/// meanwhile: they may have failed, and an order that ends well has all of it.
 async fn see_to(shared: &Arc<Shared>, order: Order, options: PrefetchOptions, handle: &Prefetch) {
     let mut others = each_part(shared, order, options, handle).await;
     let (mut before, mut since) = (others.len(), Instant::now());
-    while options.class == Class::Preheat && !others.is_empty() {
+    let all = options.class == Class::Preheat || options.until_stored;
+    while all && !others.is_empty() {
         if others.len() < before {
             (before, since) = (others.len(), Instant::now());
         } else if since.elapsed() >= PATIENCE {
@@ -151,7 +144,7 @@ async fn each_part(
         };
         let taken = cost(chunks.len(), bytes);
         slot.shrink(taken);
-        if options.class != Class::Background {
+        if options.class != Class::Background && !options.until_stored {
             shared.speculator.told(bytes);
         }
         let soon = link.rate().map_or(FIRST_PART * GROWTH, |rate| rate / PARTS_A_SECOND);
@@ -235,7 +228,9 @@ impl Rest {
                 }
             }
             let part = part.get_or_insert_with(|| Part { blob, chunks: Vec::new(), bytes: 0 });
-            if part.chunks.last().is_none_or(|last| last.unit != extent.unit) {
+            // What others fetch is waited for with it, and costs nothing more.
+            let is_first = part.chunks.last().is_none_or(|last| last.unit != extent.unit);
+            if is_first && look == Look::Wanted {
                 part.bytes += extent.unit.compressed.len();
             }
             part.chunks.push(extent);

@@ -12,8 +12,8 @@
 //! once readers fall silent or the guesses are wrong it runs dry.
 //!
 //! An order that tells what readers will want (a trace, an image's hints) leaves little to
-//! guess. As long as it is trusted, guesses stay close to misses; what readers need beside it
-//! uses the trust up. So they do while somebody finds out what will be wanted.
+//! guess. While it is under way, and as long as it is trusted then, guesses stay close to misses; what
+//! readers need beside it uses the trust up. So they do while somebody finds out what will be wanted.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -44,6 +44,9 @@ const MISS_GAIN: f64 = 2.0;
 
 /// Most credit.
 const MAX_CREDIT: f64 = (32 << 20) as f64;
+
+/// Most credit while an order tells what is wanted: guesses fill no link for it.
+const GUIDED_CREDIT: f64 = (1 << 20) as f64;
 
 /// Bytes that an order must name for each byte needed beside it, or before it came to that, to
 /// stay trusted.
@@ -99,6 +102,8 @@ struct State {
     credit: f64,
     /// Bytes that orders have named, less what misses cost.
     trust: f64,
+    /// Orders under way that name what readers will want.
+    orders: usize,
     /// Until then somebody finds out what readers will want.
     guided: Option<Instant>,
     /// Most recently proved right first.
@@ -121,6 +126,15 @@ struct Seed {
     /// Nothing is left behind it, or before it.
     ended: bool,
     begun: bool,
+}
+
+/// An order under way.
+pub(super) struct Telling<'a>(&'a Speculator);
+
+impl Drop for Telling<'_> {
+    fn drop(&mut self) {
+        self.0.lock().orders -= 1;
+    }
 }
 
 /// How far guesses go.
@@ -189,10 +203,11 @@ impl Speculator {
         self.lock().trust += bytes as f64;
     }
 
-    /// Takes back what an order was taken to name and did not.
-    pub(super) fn not_told(&self, bytes: u64) {
-        let mut state = self.lock();
-        state.trust = (state.trust - bytes as f64).max(0.0);
+    /// Notes that an order that names what readers will want is under way, until the answer goes: readers
+    /// who are faster than it do not prove it wrong, and the link has enough to do.
+    pub(super) fn telling(&self) -> Telling<'_> {
+        self.lock().orders += 1;
+        Telling(self)
     }
 
     /// Notes that what readers will want is being found out, and will be ordered, for so long from now.
@@ -203,7 +218,10 @@ impl Speculator {
     fn mood(&self, link: &Link, state: &State) -> Mood {
         if self.read_ahead.prefer == Prefer::Bytes || link.round_trip().is_some_and(|time| time < NEAR) {
             Mood::Careful
-        } else if state.trust > 0.0 || state.guided.is_some_and(|until| Instant::now() < until) {
+        } else if state.orders > 0
+            || state.trust > 0.0
+            || state.guided.is_some_and(|until| Instant::now() < until)
+        {
             Mood::Guided
         } else {
             Mood::Free
@@ -231,6 +249,7 @@ impl Speculator {
         let runs = {
             let mut state = this.lock();
             let mood = this.mood(link, &state);
+            state.restrain(mood);
             state.earn(needed as f64 * mood.gain());
             if mood == Mood::Free {
                 state.earn(wait * MISS_GAIN);
@@ -339,6 +358,8 @@ fn next_step(shared: &Shared, max_step: u64) -> Option<Step> {
         let blob = (!all.chunks.is_empty()).then_some(all.blob);
         let (mut seed, place, credit) = {
             let mut state = shared.speculator.lock();
+            let mood = shared.speculator.mood(shared.engine.link(), &state);
+            state.restrain(mood);
             let credit = state.credit - all.bytes as f64;
             let least = if all.chunks.is_empty() { LEAST_CREDIT } else { 1.0 };
             if credit < least || all.cost() >= max_step {
@@ -365,6 +386,13 @@ fn next_step(shared: &Shared, max_step: u64) -> Option<Step> {
 impl State {
     fn earn(&mut self, bytes: f64) {
         self.credit = (self.credit + bytes).min(MAX_CREDIT);
+    }
+
+    /// Forgets the credit of a time when nothing was told.
+    fn restrain(&mut self, mood: Mood) {
+        if mood == Mood::Guided {
+            self.credit = self.credit.min(GUIDED_CREDIT);
+        }
     }
 
     /// Notes that a reader needed `bytes` that no order had named.
@@ -520,8 +548,18 @@ mod tests {
         assert_eq!(mood(&time), Mood::Guided);
         time.lock().distrust(1);
         assert_eq!(mood(&time), Mood::Free);
-        time.told(5);
-        time.not_told(7);
+        let order = time.telling();
+        time.lock().distrust(1);
+        assert_eq!(mood(&time), Mood::Guided);
+        drop(order);
+        assert_eq!(mood(&time), Mood::Free);
+        time.guide(Duration::from_secs(3600));
+        assert_eq!(mood(&time), Mood::Guided);
+        time.lock().credit = MAX_CREDIT;
+        let guided = mood(&time);
+        time.lock().restrain(guided);
+        assert_eq!(time.lock().credit, GUIDED_CREDIT);
+        time.guide(Duration::ZERO);
         assert_eq!(mood(&time), Mood::Free);
         // Before anything is known of the link, a miss is widened; where bytes count, on credit only.
         assert!(time.widening(&link) > 0);
