@@ -249,7 +249,7 @@ impl Daemon {
         let engine = self.make_engine()?;
         let mount = plan.map(|plan| self.mount_planned(engine, plan)).transpose()?;
         if let Some(mount) = &mount {
-            self.fetch_hints(engine, mount);
+            self.expect_start(engine, mount);
         }
         if let Some(source) = &args.shared_dir {
             self.mount_shared(source)?;

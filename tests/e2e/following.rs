@@ -23,11 +23,39 @@ const SCRIPT: [(&str, &str); 6] = [
     ("srv/node_modules/p/c.mjs", "export default 1"),
 ];
 
+/// A program that is linked with nothing but an interpreter that is not there (elf(5)).
+fn program() -> Vec<u8> {
+    const INTERPRETER: &[u8] = b"/lib/ld.so\0";
+    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
+    file.resize(16, 0);
+    let header: [(u64, usize); 13] = [
+        (3, 2),
+        (62, 2),
+        (1, 4),
+        (0, 8),
+        (64, 8),
+        (0, 8),
+        (0, 4),
+        (64, 2),
+        (56, 2),
+        (1, 2),
+        (0, 2),
+        (0, 2),
+        (0, 2),
+    ];
+    let (at, len) = (64 + 56, INTERPRETER.len() as u64);
+    let segment = [(3, 4), (4, 4), (at, 8), (at, 8), (at, 8), (len, 8), (len, 8), (1, 8)];
+    for (value, size) in header.into_iter().chain(segment) {
+        file.extend_from_slice(&value.to_le_bytes()[..size]);
+    }
+    [file.as_slice(), INTERPRETER].concat()
+}
+
 fn ready(daemon: &Daemon) -> Result<u64> {
     daemon.get("/api/v1/metrics/blobcache")?["entries_count"].as_u64().context("entries_count")
 }
 
-/// With nothing read ahead for lying near: one read of a script brings what it loads and nothing else. Then
+/// With nothing read ahead for lying near: the script of a program brings what it loads and nothing else. Then
 /// the source is emptied, and all of that reads right.
 #[test]
 fn a_script_brings_its_modules() -> Result<()> {
@@ -35,7 +63,8 @@ fn a_script_brings_its_modules() -> Result<()> {
     needs_programs!("umoci");
     let mut files: Vec<(&str, &str)> = SCRIPT.to_vec();
     files.push(("srv/lib/unused.js", "'unused'"));
-    let mut entries = vec![Entry::dir("./")];
+    let mut entries = vec![Entry::dir("./"), Entry::file("bin/node", program())];
+    entries.push(Entry::file("noise/first", noise(99, APART)));
     for (number, (path, text)) in (0..).zip(&files) {
         entries.push(Entry::file(*path, *text));
         entries.push(Entry::file(format!("noise/{number}"), noise(number, APART)));
@@ -56,17 +85,19 @@ fn a_script_brings_its_modules() -> Result<()> {
 
     let daemon = DaemonOptions::bootstrap(&bootstrap, &config).start()?;
     let read = |path: &str| fs::read_to_string(daemon.root().join(path));
+    // A script says nothing without the program that runs it, and is opened first by the kernel.
     ensure!(read(SCRIPT[0].0)? == SCRIPT[0].1);
-    daemon.wait_until("the modules come by themselves", |daemon| {
-        Ok((ready(daemon)? >= SCRIPT.len() as u64).then_some(()))
-    })?;
+    ensure!(fs::read(daemon.root().join("bin/node"))? == program());
+    let all = SCRIPT.len() as u64 + 1;
+    daemon
+        .wait_until("the modules come by themselves", |daemon| Ok((ready(daemon)? >= all).then_some(())))?;
     for blob in nydus.data_blobs()? {
         fs::write(blobs.join(blob.digest.trim_start_matches("sha256:")), "")?;
     }
     for (path, text) in SCRIPT {
         ensure!(read(path)? == text, "{path}");
     }
-    ensure!(ready(&daemon)? == SCRIPT.len() as u64, "more than it leads to: {}", ready(&daemon)?);
+    ensure!(ready(&daemon)? == all, "more than it leads to: {}", ready(&daemon)?);
     let unused = read("srv/lib/unused.js");
     ensure!(unused.is_err(), "{unused:?}");
     Ok(())

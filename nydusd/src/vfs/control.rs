@@ -190,7 +190,7 @@ impl Daemon {
             Mounted::Host(_) => return,
         };
         self.hot().renew(mount);
-        self.fetch_hints(engine, mount);
+        self.expect_start(engine, mount);
         self.fetch_configured(engine, mount);
     }
 
@@ -315,20 +315,29 @@ impl Daemon {
         VfsPath::parse(&self.args().virtual_mountpoint).context("--virtual-mountpoint")
     }
 
-    /// Fetches what earlier starts of the image read, or what the image hints at. If nothing is told, the
-    /// start is followed.
-    pub(crate) fn fetch_hints(&self, engine: &Arc<Engine>, mount: &Arc<Mount>) {
+    /// Gets ready for a start of an image that was mounted: fetches what is known of it, or else follows it.
+    pub(crate) fn expect_start(&self, engine: &Arc<Engine>, mount: &Arc<Mount>) {
+        let is_told = self.fetch_hints(engine, mount);
+        let config = mount.config();
+        if !is_told
+            && config.trace == trace::Mode::On
+            && preheat::is_left_to_follow(config, &**mount.rafs().bootstrap())
+        {
+            follow::start(engine.handle(), mount);
+        }
+    }
+
+    /// Fetches what earlier starts of the image read, or what the image hints at. False if neither is known.
+    pub(crate) fn fetch_hints(&self, engine: &Arc<Engine>, mount: &Arc<Mount>) -> bool {
         engine.spawn(crate::why::log_start(Arc::downgrade(mount)));
         let known = mount.fetch_ahead(engine.handle());
         let hints = preheat::hints(mount.config(), &**mount.rafs().bootstrap());
-        if known || mount.config().trace != trace::Mode::On {
-            return;
-        }
+        let hints = hints.filter(|_| !known && mount.config().trace == trace::Mode::On);
+        let is_hinted = hints.is_some();
         if let Some(request) = hints {
             self.preheat().queue(engine.handle(), mount, request);
-        } else if preheat::is_left_to_follow(mount.config(), &**mount.rafs().bootstrap()) {
-            follow::start(engine.handle(), mount);
         }
+        known || is_hinted
     }
 
     /// Fetches what the configuration asks for.

@@ -115,19 +115,21 @@ fn find(finder: &Finder<'_>, program: &[u8], directory: &[u8]) -> Option<Vec<u8>
 
 /// What `env` starts: options and assignments are passed over.
 fn env(arguments: &[Vec<u8>]) -> Option<Vec<Vec<u8>>> {
-    let mut rest = arguments;
-    while let Some((first, behind)) = rest.split_first() {
-        if let Some(line) = first.strip_prefix(b"-S") {
-            let mut words = words(line);
-            words.extend_from_slice(behind);
-            return env(&words);
+    let mut rest = arguments.to_vec();
+    let mut splits = 0;
+    loop {
+        let at = rest
+            .iter()
+            .position(|word| word.starts_with(b"-S") || !(word.starts_with(b"-") || word.contains(&b'=')))?;
+        let Some(line) = rest[at].strip_prefix(b"-S") else { return Some(rest.split_off(at)) };
+        splits += 1;
+        if splits > MAX_DEPTH {
+            return None;
         }
-        if !first.starts_with(b"-") && !first.contains(&b'=') {
-            return Some(rest.to_vec());
-        }
-        rest = behind;
+        let mut split = words(line);
+        split.extend(rest.drain(at + 1..));
+        rest = split;
     }
-    None
 }
 
 /// The arguments behind `--`, or from the first that is no option.

@@ -2,7 +2,7 @@
 //! where the dynamic linker looks (ld.so(8)).
 
 use std::io::{Read, Seek};
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use object::Endianness;
@@ -10,8 +10,8 @@ use object::elf;
 use object::read::elf::{Dyn as _, FileHeader, ProgramHeader as _};
 use object::read::{ReadCache, ReadCacheOps, ReadRef};
 
-use super::finder::Finder;
-use super::paths::{Place, base_name, join, parent};
+use super::finder::{Finder, size_of_all};
+use super::paths::{MAX_PATH, Place, base_name, join, parent};
 use super::system;
 
 /// Largest part of a file read at once: program headers and dynamic sections take less.
@@ -21,6 +21,8 @@ const MAX_READ: u64 = 1 << 20;
 const TABLE_SIZE: u64 = 1 << 20;
 /// Libraries named by one file at most.
 const MAX_NEEDED: usize = 1024;
+/// Bytes of their names.
+const MAX_NAMES_SIZE: usize = 64 << 10;
 /// Where the linker looks without being told, of every distribution: the first that has a
 /// library of the right kind wins. Debian's is built with the directories of its architecture
 /// (wiki.debian.org/Multiarch).
@@ -53,6 +55,14 @@ pub(super) struct Elf {
     pub constants: Vec<Range<u64>>,
     /// `DT_RUNPATH`, or without it `DT_RPATH`, split at colons.
     pub paths: Vec<Vec<u8>>,
+}
+
+impl Elf {
+    /// About how many bytes it takes.
+    pub fn size(&self) -> usize {
+        let strings = size_of_all(&self.needed) + size_of_all(&self.paths);
+        size_of::<Self>() + strings + self.interpreter.as_ref().map_or(0, Vec::len)
+    }
 }
 
 /// A file of hostile content must not make us read it whole.
@@ -154,7 +164,15 @@ where
         // Of strings longer than a path only the beginning is read, so the end is not found.
         data.read_bytes_at_until(start..end.min(start.saturating_add(4096)), 0).ok().map(<[u8]>::to_vec)
     };
-    elf.needed = names.into_iter().filter_map(text).filter(|name| !name.is_empty()).collect();
+    // Entries may name one string again and again, and others inside it.
+    let mut size = 0;
+    let named = names.into_iter().filter_map(text).filter(|name| !name.is_empty());
+    elf.needed = named
+        .take_while(|name| {
+            size += name.len();
+            size <= MAX_NAMES_SIZE
+        })
+        .collect();
     let paths = runpath.or(rpath).and_then(text).unwrap_or_default();
     elf.paths = split_paths(&paths);
     Some(elf)
@@ -253,9 +271,8 @@ pub(super) fn linker_dirs(finder: &mut Finder<'_>) -> Vec<Vec<u8>> {
         for line in text.split(|&b| b == b'\n') {
             let line = line.split(|&b| b == b'#').next().unwrap_or_default().trim_ascii();
             if let Some(pattern) = line.strip_prefix(b"include ") {
-                conf.extend(included(finder, pattern.trim_ascii()));
-                conf.truncate(MAX_CONF_FILES);
-            } else if line.starts_with(b"/") && dirs.len() < MAX_DIRS {
+                included(finder, pattern.trim_ascii(), &mut conf);
+            } else if line.starts_with(b"/") && line.len() <= MAX_PATH && dirs.len() < MAX_DIRS {
                 dirs.push(line.to_vec());
             }
         }
@@ -264,16 +281,20 @@ pub(super) fn linker_dirs(finder: &mut Finder<'_>) -> Vec<Vec<u8>> {
     finder.linker_dirs.insert(dirs).clone()
 }
 
-/// The files of `include DIR/*.conf`, in order of names.
-fn included(finder: &Finder<'_>, pattern: &[u8]) -> Vec<Vec<u8>> {
-    let (dir, suffix) = (parent(pattern), pattern.rsplit(|&b| b == b'*').next().unwrap_or_default());
-    if !pattern.contains(&b'*') {
-        return vec![pattern.to_vec()];
+/// Adds the files of `include DIR/*.conf` to `conf`, in order of names, as far as there is room.
+fn included(finder: &Finder<'_>, pattern: &[u8], conf: &mut Vec<Vec<u8>>) {
+    if conf.len() >= MAX_CONF_FILES {
+        return;
     }
-    finder
-        .names(&dir)
-        .into_iter()
-        .filter(|name| name.ends_with(suffix))
-        .map(|name| join(&dir, &name))
-        .collect()
+    if !pattern.contains(&b'*') {
+        conf.push(pattern.to_vec());
+        return;
+    }
+    let (dir, suffix) = (parent(pattern), pattern.rsplit(|&b| b == b'*').next().unwrap_or_default());
+    finder.visit(&dir, b"", |name| {
+        if name.ends_with(suffix) {
+            conf.push(join(&dir, name));
+        }
+        if conf.len() < MAX_CONF_FILES { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    });
 }

@@ -37,6 +37,9 @@ pub trait Files {
     /// `from`, until the visitor breaks.
     fn names(&self, dir: Inode, from: &[u8], visit: &mut dyn FnMut(&[u8]) -> ControlFlow<()>);
 
+    /// Says that the beginning and the end of `inode` will be read: the tables of the dynamic linker lie there.
+    fn will_read_ends(&self, _inode: Inode) {}
+
     /// Reads bytes of a regular file from `offset` on: at least one, unless `into` is empty or the file ends
     /// there.
     ///

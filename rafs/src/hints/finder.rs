@@ -13,23 +13,61 @@ use super::paths::{self, Place};
 use super::python::Python;
 
 /// Files named at most. A hint is no promise: what is behind it comes when it is read.
-const MAX_FILES: usize = 4096;
+pub const MAX_FILES: usize = 4096;
 /// Bytes of files named at most.
-const MAX_BYTES: u64 = 1 << 30;
+pub const MAX_BYTES: u64 = 1 << 30;
+/// Steps that looking into an ELF file costs at least.
+const STEPS_AN_ELF: u64 = 100;
+/// What an entry of [`Memory`] takes beside what was parsed.
+const ENTRY_SIZE: usize = 128;
 /// Bytes that tell a program from a script (BINPRM_BUF_SIZE of the kernel).
 const MAX_HEAD: u64 = 256;
 /// Largest text that is looked into.
 const MAX_TEXT: u64 = 4 << 20;
-/// Text looked into in all.
-const MAX_ALL_TEXT: u64 = 256 << 20;
+/// What one image may cost, whatever it says.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Names looked up or passed in one look: a tenth of a microsecond to a microsecond each.
+    pub steps: u64,
+    /// Bytes of text looked into in all.
+    pub text: u64,
+    /// Bytes that what was parsed takes in memory. What is beyond is parsed again, and counts again.
+    pub memory: usize,
+}
+
+/// What was made of a text.
+pub(super) trait Parsed: Any + Send + Sync {
+    /// About how many bytes it takes.
+    fn size(&self) -> usize;
+}
+
+impl Parsed for Vec<u8> {
+    fn size(&self) -> usize {
+        self.len()
+    }
+}
+
+impl Parsed for Option<Arc<Elf>> {
+    fn size(&self) -> usize {
+        self.as_ref().map_or(0, |elf| elf.size())
+    }
+}
+
+/// What strings take.
+pub(super) fn size_of_all<T: AsRef<[u8]>>(strings: &[T]) -> usize {
+    strings.iter().map(|string| size_of::<T>() + string.as_ref().len()).sum()
+}
 
 /// What files were found to say, kept from one look at an image to the next.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Memory {
+    limits: Limits,
     /// By file, first byte, and what was made of it.
     parsed: HashMap<(Inode, u64, TypeId), Arc<dyn Any + Send + Sync>>,
     /// Bytes of text looked into.
     text: u64,
+    /// Bytes of what is kept.
+    kept: usize,
 }
 
 /// Collects files in the order in which a start reads them.
@@ -42,6 +80,8 @@ pub(super) struct Finder<'a> {
     /// Libraries looked into, added or not.
     libraries: HashSet<Inode>,
     bytes: u64,
+    /// Steps left.
+    steps: Cell<u64>,
     /// Where the dynamic linker looks, once known.
     pub linker_dirs: Option<Vec<Vec<u8>>>,
     /// The interpreter of Python that was started last, with all that it has imported.
@@ -55,6 +95,7 @@ impl<'a> Finder<'a> {
     pub fn new(files: &'a dyn Files, memory: &'a mut Memory, environment: Vec<Vec<u8>>) -> Self {
         Self {
             files,
+            steps: Cell::new(memory.limits.steps),
             memory,
             environment,
             found: Vec::new(),
@@ -79,9 +120,21 @@ impl<'a> Finder<'a> {
         values.next().filter(|value| !value.is_empty())
     }
 
+    /// Steps taken.
+    pub fn spent(&self) -> u64 {
+        self.memory.limits.steps - self.steps.get()
+    }
+
+    /// Takes `steps` from those that are left; false if there are none.
+    fn spend(&self, steps: u64) -> bool {
+        let left = self.steps.get().checked_sub(steps);
+        self.steps.set(left.unwrap_or(0));
+        left.is_some()
+    }
+
     /// Where `path` leads, whatever is there.
     pub fn resolve(&self, path: &[u8]) -> Option<Place> {
-        paths::resolve(self.files, path)
+        paths::resolve(self.files, path, || self.spend(1))
     }
 
     /// The regular file that `path` leads to.
@@ -129,10 +182,13 @@ impl<'a> Finder<'a> {
     }
 
     /// Visits the names in the directory at `path` from `from` on.
-    fn visit(&self, path: &[u8], from: &[u8], mut visit: impl FnMut(&[u8]) -> ControlFlow<()>) {
+    pub fn visit(&self, path: &[u8], from: &[u8], mut visit: impl FnMut(&[u8]) -> ControlFlow<()>) {
         let place = self.resolve(path).filter(|place| self.files.kind(place.inode) == Kind::Directory);
         if let Some(place) = place {
-            self.files.names(place.inode, from, &mut visit);
+            self.files.names(place.inode, from, &mut |name| match self.spend(1) {
+                true => visit(name),
+                false => ControlFlow::Break(()),
+            });
         }
     }
 
@@ -189,6 +245,10 @@ impl<'a> Finder<'a> {
         if let Some(known) = self.memory.recall::<Option<Arc<Elf>>>(inode, 0) {
             return (*known).clone();
         }
+        if !self.spend(STEPS_AN_ELF) {
+            return None;
+        }
+        self.files.will_read_ends(inode);
         let failed = Cell::new(false);
         let elf = elf::parse(FileReader::new(self.files, inode, self.size(inode), &failed)).map(Arc::new);
         if failed.get() {
@@ -200,18 +260,25 @@ impl<'a> Finder<'a> {
 
     /// What `parse` makes of the whole text file at `path`; `None` if there is none, or it is too large to be
     /// looked into. It is parsed once for each type that it can be made into.
-    pub fn text<T: Send + Sync + 'static>(
-        &mut self,
-        path: &[u8],
-        parse: impl FnOnce(&[u8]) -> T,
-    ) -> Option<Arc<T>> {
+    pub fn text<T: Parsed>(&mut self, path: &[u8], parse: impl FnOnce(&[u8]) -> T) -> Option<Arc<T>> {
         let inode = self.regular(path)?.inode;
         let size = self.size(inode);
         if size > MAX_TEXT { None } else { self.part(inode, 0..size, parse) }
     }
 
+    /// The same, for a file that is only looked into up to a size.
+    pub fn small_text<T: Parsed>(
+        &mut self,
+        path: &[u8],
+        most: u64,
+        parse: impl FnOnce(&[u8]) -> T,
+    ) -> Option<Arc<T>> {
+        let place = self.regular(path)?;
+        if self.size(place.inode) > most { None } else { self.text(&place.path, parse) }
+    }
+
     /// The same for bytes of a file, cut to the size of text that is looked into.
-    pub fn part<T: Send + Sync + 'static>(
+    pub fn part<T: Parsed>(
         &mut self,
         inode: Inode,
         range: Range<u64>,
@@ -221,7 +288,7 @@ impl<'a> Finder<'a> {
             return Some(known);
         }
         let len = range.end.min(self.size(inode)).saturating_sub(range.start).min(MAX_TEXT);
-        if self.memory.text + len > MAX_ALL_TEXT {
+        if self.memory.text + len > self.memory.limits.text {
             return None;
         }
         let bytes = self.read(inode, range.start..range.start + len)?;
@@ -245,13 +312,23 @@ impl<'a> Finder<'a> {
 }
 
 impl Memory {
-    fn recall<T: Send + Sync + 'static>(&self, inode: Inode, at: u64) -> Option<Arc<T>> {
+    /// Nothing known yet.
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, parsed: HashMap::new(), text: 0, kept: 0 }
+    }
+
+    fn recall<T: Parsed>(&self, inode: Inode, at: u64) -> Option<Arc<T>> {
         let known = self.parsed.get(&(inode, at, TypeId::of::<T>()))?;
         Arc::clone(known).downcast().ok()
     }
 
-    fn keep<T: Send + Sync + 'static>(&mut self, inode: Inode, at: u64, parsed: T) -> Arc<T> {
+    fn keep<T: Parsed>(&mut self, inode: Inode, at: u64, parsed: T) -> Arc<T> {
         let parsed = Arc::new(parsed);
+        let size = ENTRY_SIZE + parsed.size();
+        if self.kept + size > self.limits.memory {
+            return parsed;
+        }
+        self.kept += size;
         let any: Arc<dyn Any + Send + Sync> = parsed.clone();
         self.parsed.insert((inode, at, TypeId::of::<T>()), any);
         parsed

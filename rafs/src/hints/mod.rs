@@ -15,7 +15,7 @@
 //!   `sys.path` and `node_modules` searched as the programs do.
 //! - The order is that of a start, the same for the same image. Whatever can not be read or
 //!   resolved is left out: hints never fail.
-//! - Everything is bounded: files, bytes, depth, and text looked into.
+//! - Everything is bounded: files, bytes, depth, text looked into, names looked up, and memory.
 //!
 //! What they are worth: two images on Debian 12, in decoded bytes; python imports numpy, pandas and
 //! flask, node some ten packages. A file is in vain if a start reads nothing of it.
@@ -46,12 +46,20 @@ mod tests;
 
 pub use command::Command;
 pub use files::{Files, Inode, Kind};
-use finder::{Finder, Memory};
+use finder::{Finder, Limits, Memory};
+pub use finder::{MAX_BYTES, MAX_FILES};
+
+/// A builder has the image to itself.
+const WHOLE: Limits = Limits { steps: 1 << 26, text: 256 << 20, memory: 256 << 20 };
+/// Who serves it serves others beside.
+const SERVED: Limits = Limits { steps: 1 << 21, text: 64 << 20, memory: 8 << 20 };
+/// Steps of all looks of a [`Follower`].
+const ALL_STEPS: u64 = 1 << 25;
 
 /// The files that a start of `command` reads, in order.
 pub fn find(files: &dyn Files, command: Command) -> Vec<Inode> {
     let Command { arguments, environment, directory } = command;
-    let mut memory = Memory::default();
+    let mut memory = Memory::new(WHOLE);
     let mut finder = Finder::new(files, &mut memory, environment);
     command::follow(&mut finder, &arguments, &directory);
     finder.into_found()
@@ -61,11 +69,18 @@ pub fn find(files: &dyn Files, command: Command) -> Vec<Inode> {
 ///
 /// An image is looked at again and again: as more files are opened, and as more bytes of those looked into can
 /// be read. What they say is parsed once.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Follower {
     /// Paths of opened files, in order.
     opened: Vec<Vec<u8>>,
     memory: Memory,
+    steps: u64,
+}
+
+impl Default for Follower {
+    fn default() -> Self {
+        Self { opened: Vec::new(), memory: Memory::new(SERVED), steps: ALL_STEPS }
+    }
 }
 
 impl Follower {
@@ -75,39 +90,64 @@ impl Follower {
     }
 
     /// The files that the program reads, as far as it can be told now: opened ones first, each with what it
-    /// leads to. What leads nowhere is forgotten.
+    /// leads to. What leads nowhere is forgotten. Takes a second at most, mostly milliseconds.
     pub fn find(&mut self, files: &dyn Files) -> Vec<Inode> {
         let mut finder = Finder::new(files, &mut self.memory, Vec::new());
-        self.opened.retain(|path| follow(&mut finder, path));
+        let mut waiting = Vec::new();
+        self.opened.retain(|path| {
+            let lead = follow(&mut finder, path);
+            if lead == Lead::Waiting {
+                waiting.push(path.clone());
+            }
+            lead != Lead::Nowhere
+        });
+        // The kernel opens a script before its interpreter.
+        for path in waiting {
+            follow(&mut finder, &path);
+        }
+        self.steps = self.steps.saturating_sub(finder.spent());
         finder.into_found()
+    }
+
+    /// True when the image has cost as much as it may: nothing more is to be expected.
+    pub fn is_exhausted(&self) -> bool {
+        self.steps == 0
     }
 }
 
-/// Adds the file at `path` and what it leads to; false if it leads nowhere.
-fn follow(finder: &mut Finder<'_>, path: &[u8]) -> bool {
-    let Some(place) = finder.regular(path) else { return false };
+/// Where an opened file leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lead {
+    Nowhere,
+    Somewhere,
+    /// To what the program that runs it reads, which is not known yet.
+    Waiting,
+}
+
+/// Adds the file at `path` and what it leads to.
+fn follow(finder: &mut Finder<'_>, path: &[u8]) -> Lead {
+    let Some(place) = finder.regular(path) else { return Lead::Nowhere };
     if finder.is_added(place.inode) {
-        return true;
-    }
-    let ends = |endings: &[&[u8]]| endings.iter().any(|end| place.path.ends_with(end));
-    if ends(&[b".py", b".pyc"]) {
-        python::opened(finder, &place.path);
-        return true;
-    }
-    if ends(&[b".js", b".cjs", b".mjs"]) {
-        node::opened(finder, &place.path);
-        return true;
+        return Lead::Somewhere;
     }
     // Without a head it is looked at again.
-    let Some(head) = finder.head(place.inode) else { return true };
-    let is_program = match finder.elf(place.inode) {
-        Some(elf) => elf.interpreter.is_some(),
-        None => head.starts_with(b"#!"),
-    };
-    if is_program {
+    let Some(head) = finder.head(place.inode) else { return Lead::Somewhere };
+    let is_elf = head.starts_with(&object::elf::ELFMAG);
+    let elf = if is_elf { finder.elf(place.inode) } else { None };
+    if head.starts_with(b"#!") || elf.is_some_and(|elf| elf.interpreter.is_some()) {
         command::follow(finder, &[place.path], b"/");
-    } else if head.starts_with(&object::elf::ELFMAG) {
-        elf::opened(finder, &place);
+        return Lead::Somewhere;
     }
-    is_program || head.starts_with(&object::elf::ELFMAG)
+    let ends = |endings: &[&[u8]]| endings.iter().any(|end| place.path.ends_with(end));
+    let is_known = if is_elf {
+        elf::opened(finder, &place);
+        true
+    } else if ends(&[b".py", b".pyc"]) {
+        python::opened(finder, &place.path)
+    } else if ends(&[b".js", b".cjs", b".mjs"]) {
+        node::opened(finder, &place.path)
+    } else {
+        return Lead::Nowhere;
+    };
+    if is_known { Lead::Somewhere } else { Lead::Waiting }
 }

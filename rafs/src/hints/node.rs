@@ -5,16 +5,21 @@
 //! string decides. A name that is computed is not seen; one in a function that is never called
 //! is.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use serde_json::Value;
 
 use super::elf::{self, Elf, split_paths};
-use super::finder::Finder;
+use super::finder::{Finder, Parsed, size_of_all};
 use super::names;
 use super::paths::{base_name, join, parent};
 
+/// Largest `package.json` that is looked into: values take many times the memory of their text.
+const MAX_DOCUMENT: u64 = 128 << 10;
+/// Modules that one text loads at most, and the longest name.
+const MAX_MODULES: usize = 4096;
+const MAX_NAME: usize = 512;
 /// Modules are followed this deep.
 const MAX_DEPTH: usize = 100;
 
@@ -89,11 +94,12 @@ pub(super) fn follow(finder: &mut Finder<'_>, arguments: &[Vec<u8>], directory: 
     finder.node = Some(node);
 }
 
-/// Adds what the module at `path` loads, of whatever program.
-pub(super) fn opened(finder: &mut Finder<'_>, path: &[u8]) {
-    let mut node = finder.node.take().unwrap_or_else(|| Box::new(Node::new(finder)));
+/// Adds what the module at `path` loads; false if no Node.js was started yet, of which it could be.
+pub(super) fn opened(finder: &mut Finder<'_>, path: &[u8]) -> bool {
+    let Some(mut node) = finder.node.take() else { return false };
     node.load(finder, path, 0);
     finder.node = Some(node);
+    true
 }
 
 fn is_node(file: &[u8]) -> bool {
@@ -105,6 +111,18 @@ struct Scripts(Vec<Vec<u8>>);
 
 /// The names of modules that a text loads.
 struct Modules(Vec<String>);
+
+impl Parsed for Scripts {
+    fn size(&self) -> usize {
+        size_of_all(&self.0)
+    }
+}
+
+impl Parsed for Modules {
+    fn size(&self) -> usize {
+        size_of_all(&self.0)
+    }
+}
 
 /// The modules of a program.
 #[derive(Debug)]
@@ -214,9 +232,9 @@ impl Node {
         let end = name.match_indices('/').nth(slashes).map_or(name.len(), |(at, _)| at);
         let (package, path) = (join(dir, &name.as_bytes()[..end]), name[end..].trim_start_matches('/'));
         let document = document(finder, &package);
-        if let Some(exports) = document.as_ref().and_then(|document| document.0.get("exports")) {
+        if let Some(exports) = document.as_ref().and_then(|document| document.exports.as_ref()) {
             let wanted = if path.is_empty() { ".".to_owned() } else { format!("./{path}") };
-            let target = exported(exports, &wanted)?;
+            let target = exports.get(&wanted)?;
             return finder.regular(&join(&package, target.as_bytes())).map(|place| place.path);
         }
         self.file_or_dir(finder, &join(dir, name.as_bytes()))
@@ -235,7 +253,7 @@ impl Node {
             return None;
         }
         let document = document(finder, path);
-        let main = document.as_ref().and_then(|document| document.0.get("main")?.as_str());
+        let main = document.as_ref().and_then(|document| document.main.as_deref());
         let main = main.map(|main| join(path, main.as_bytes()));
         main.and_then(|main| file(finder, &main).or_else(|| file(finder, &join(&main, b"index"))))
             .or_else(|| file(finder, &join(path, b"index")))
@@ -253,24 +271,51 @@ fn add_package(finder: &mut Finder<'_>, path: &[u8]) {
     }
 }
 
-/// A `package.json`; null if it is none.
-struct Document(Value);
+/// What matters of a `package.json`.
+#[derive(Default)]
+struct Document {
+    main: Option<String>,
+    /// Targets by `.` or `./path`, if it says what it exports.
+    exports: Option<HashMap<String, String>>,
+}
+
+impl Document {
+    fn parse(text: &[u8]) -> Self {
+        /// The rest is not built.
+        #[derive(serde::Deserialize)]
+        struct Raw {
+            main: Option<Value>,
+            exports: Option<Value>,
+        }
+        let Ok(Raw { main, exports }) = serde_json::from_slice(text) else { return Self::default() };
+        let main = main.and_then(|main| Some(main.as_str()?.to_owned()));
+        Self { main, exports: exports.map(|exports| exported(&exports)) }
+    }
+}
+
+impl Parsed for Document {
+    fn size(&self) -> usize {
+        let exports = self.exports.iter().flatten();
+        let exports = exports.map(|(path, target)| 2 * size_of::<String>() + 16 + path.len() + target.len());
+        self.main.as_ref().map_or(0, String::len) + exports.sum::<usize>()
+    }
+}
 
 /// The `package.json` in `dir`.
 fn document(finder: &mut Finder<'_>, dir: &[u8]) -> Option<Arc<Document>> {
     let path = join(dir, b"package.json");
-    let document = finder.text(&path, |text| Document(serde_json::from_slice(text).unwrap_or_default()))?;
+    let document = finder.small_text(&path, MAX_DOCUMENT, Document::parse)?;
     finder.add(&path);
     Some(document)
 }
 
-/// What `exports` gives for `wanted` (`.` or `./path`), by the conditions of `require`.
-fn exported<'a>(exports: &'a Value, wanted: &str) -> Option<&'a str> {
+/// What `exports` gives for `.` and each `./path`, by the conditions of `require`.
+fn exported(exports: &Value) -> HashMap<String, String> {
     let paths = exports.as_object().filter(|map| map.keys().any(|key| key.starts_with('.')));
+    let target = |path: &str, value: &Value| Some((path.to_owned(), conditional(value)?.to_owned()));
     match paths {
-        Some(paths) => conditional(paths.get(wanted)?),
-        None if wanted == "." => conditional(exports),
-        None => None,
+        Some(paths) => paths.iter().filter_map(|(path, value)| target(path, value)).collect(),
+        None => target(".", exports).into_iter().collect(),
     }
 }
 
@@ -293,7 +338,7 @@ fn modules(text: &[u8]) -> Vec<String> {
     // Where the code before the present string begins to matter: behind the last one.
     let mut code_start = 0;
     let mut at = 0;
-    while at < text.len() {
+    while at < text.len() && found.len() < MAX_MODULES {
         match text[at] {
             b'/' if text.get(at + 1) == Some(&b'/') => {
                 at += text[at..].iter().position(|&b| b == b'\n').unwrap_or(text.len() - at);
@@ -306,7 +351,8 @@ fn modules(text: &[u8]) -> Vec<String> {
                 let end = string_end(text, at, quote);
                 if quote != b'`' && loads(&text[code_start..at]) {
                     let name = text.get(at + 1..end.saturating_sub(1)).unwrap_or_default();
-                    found.extend(std::str::from_utf8(name).ok().map(str::to_owned));
+                    let name = std::str::from_utf8(name).ok().filter(|name| name.len() <= MAX_NAME);
+                    found.extend(name.map(str::to_owned));
                 }
                 at = end;
                 code_start = end;
@@ -379,7 +425,8 @@ mod tests {
             (r#"{".":null}"#, ".", None),
             ("[]", ".", None),
         ] {
-            assert_eq!(exported(&serde_json::from_str(exports).unwrap(), wanted), target, "{exports}");
+            let found = exported(&serde_json::from_str(exports).unwrap());
+            assert_eq!(found.get(wanted).map(String::as_str), target, "{exports}");
         }
     }
 }

@@ -5,7 +5,7 @@ use super::files::{Files, Inode, Kind};
 /// Symbolic links followed in one path, as in the kernel.
 const MAX_LINKS: usize = 40;
 /// Longest path, as in the kernel.
-const MAX_PATH: usize = 4096;
+pub(super) const MAX_PATH: usize = 4096;
 
 /// Where a path leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,13 +15,19 @@ pub(super) struct Place {
     pub path: Vec<u8>,
 }
 
-/// Follows the absolute path `path`; `None` if it leads nowhere.
-pub(super) fn resolve(files: &dyn Files, path: &[u8]) -> Option<Place> {
+/// Follows the absolute path `path`; `None` if it leads nowhere, or when `may_go_on` says no.
+pub(super) fn resolve(files: &dyn Files, path: &[u8], may_go_on: impl Fn() -> bool) -> Option<Place> {
+    if path.len() > MAX_PATH {
+        return None;
+    }
     // Components still to go, the next one last.
     let mut rest: Vec<Vec<u8>> = components(path);
     let mut at: Vec<(Inode, Vec<u8>)> = Vec::new();
     let mut links = 0;
     while let Some(name) = rest.pop() {
+        if !may_go_on() {
+            return None;
+        }
         if name == b".." {
             at.pop();
             continue;

@@ -11,7 +11,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::finder::Finder;
+use super::finder::{Finder, Parsed, size_of_all};
 use super::imports::{self, Import, Imports, MAX_LEN};
 use super::paths::{base_name, join, parent};
 use super::{elf, names};
@@ -52,6 +52,25 @@ struct Script(Imports);
 
 /// Dotted names in the constants of a library.
 struct Dotted(Vec<String>);
+
+impl Parsed for Imports {
+    fn size(&self) -> usize {
+        let all = self.at_once.iter().chain(self.on_demand.iter().flatten());
+        all.map(|import| size_of::<Import>() + import.module.len() + size_of_all(&import.names)).sum()
+    }
+}
+
+impl Parsed for Script {
+    fn size(&self) -> usize {
+        self.0.size()
+    }
+}
+
+impl Parsed for Dotted {
+    fn size(&self) -> usize {
+        size_of_all(&self.0)
+    }
+}
 
 /// An interpreter and the modules that it has imported.
 #[derive(Debug)]
@@ -143,9 +162,9 @@ pub(super) fn follow(
 }
 
 /// Adds what the source at `path`, or the source that it was compiled from, imports in the interpreter that
-/// was started last: as the module that it is by `sys.path`, else as a script.
-pub(super) fn opened(finder: &mut Finder<'_>, path: &[u8]) {
-    let Some(mut python) = finder.python.take() else { return };
+/// was started last: as the module that it is by `sys.path`, else as a script. False if none was started yet.
+pub(super) fn opened(finder: &mut Finder<'_>, path: &[u8]) -> bool {
+    let Some(mut python) = finder.python.take() else { return false };
     match python.module_of(path) {
         Some(module) => python.import(finder, &module, 0),
         None if path.ends_with(b".py") => {
@@ -156,6 +175,7 @@ pub(super) fn opened(finder: &mut Finder<'_>, path: &[u8]) {
         None => {}
     }
     finder.python = Some(python);
+    true
 }
 
 impl Python {
