@@ -295,9 +295,8 @@ impl Storage for Late {
     }
 }
 
-#[test]
-fn a_flush_waits_for_all_that_readers_were_given() {
-    let (engine, sample, dir) = (engine(), Sample::new(1), TempDir::new().unwrap());
+/// A reader of a cache that stores a chunk for each message.
+fn late(engine: &Engine, sample: &Sample, dir: &TempDir) -> (BlobSet, std::sync::mpsc::SyncSender<()>) {
     let (let_go, go_on) = std::sync::mpsc::sync_channel(1);
     let go_on = std::sync::Mutex::new(Some(go_on));
     let through = |role, file| match role {
@@ -307,8 +306,31 @@ fn a_flush_waits_for_all_that_readers_were_given() {
         }
         Role::Map => Ok(Arc::new(file) as Arc<dyn Storage>),
     };
-    let cache = BlobCache::open_through(&engine, sample.config(&dir), sample.backend(), through).unwrap();
-    let reader = BlobSet::new(&engine, vec![Arc::clone(&cache)], PATIENT);
+    let cache = BlobCache::open_through(engine, sample.config(dir), sample.backend(), through).unwrap();
+    (BlobSet::new(engine, vec![cache], PATIENT), let_go)
+}
+
+/// Its readers have had it long before.
+#[test]
+fn an_order_ends_when_its_chunks_are_stored_if_it_is_told_so() {
+    let (engine, sample, dir) = (engine(), Sample::new(1), TempDir::new().unwrap());
+    let (reader, let_go) = late(&engine, &sample, &dir);
+    let options = PrefetchOptions { until_stored: true, ..PrefetchOptions::of(Class::Trace) };
+    let order = reader.prefetch(Box::new([(0, sample.extents[0])].into_iter()), options);
+    for _ in 0..100 {
+        sample.read(&reader, 0).unwrap();
+        assert!(!order.progress().finished);
+    }
+    let_go.send(()).unwrap();
+    engine.block_on(order.wait());
+    assert!(sample.try_read(&reader, 0));
+}
+
+#[test]
+fn a_flush_waits_for_all_that_readers_were_given() {
+    let (engine, sample, dir) = (engine(), Sample::new(1), TempDir::new().unwrap());
+    let (reader, let_go) = late(&engine, &sample, &dir);
+    let cache = Arc::clone(&reader.blobs()[0]);
     sample.read(&reader, 0).unwrap();
     let flushed = std::thread::spawn(move || {
         cache.flush().unwrap();
