@@ -118,12 +118,13 @@ fn a_trace_that_does_not_fit_is_ignored() -> Result<()> {
     Ok(())
 }
 
-/// Requests and of these those for readers, of one daemon's source.
+/// Requests and of these those for readers, of one daemon's source. What is fetched ahead counts before its answer
+/// has come.
 fn requests(daemon: &Daemon) -> Result<(u64, u64)> {
     let all = daemon.get("/api/v1/metrics/backend")?["read_count"].as_u64().context("read_count")?;
     let cache = daemon.get("/api/v1/metrics/blobcache")?;
     let ahead = cache["prefetch_requests_count"].as_u64().context("prefetch_requests_count")?;
-    Ok((all, all - ahead))
+    Ok((all, all.saturating_sub(ahead)))
 }
 
 /// What one node read at the start, pushed as a referrer, is fetched ahead on another node that
