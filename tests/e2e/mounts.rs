@@ -43,7 +43,7 @@ impl Ready {
     }
 
     /// A small image whose files say `word`.
-    fn saying(word: &str) -> Result<Self> {
+    pub(super) fn saying(word: &str) -> Result<Self> {
         Self::new(&Image::new(vec![vec![
             Entry::dir("./").mode(0o755),
             Entry::file("word", word),
@@ -351,6 +351,26 @@ fn refused_commands_leave_nothing_behind() -> Result<()> {
     Ok(())
 }
 
+/// What a successor has to be told is bounded, and nothing is mounted that it could not be told.
+#[test]
+fn what_can_not_be_kept_for_a_successor_is_not_mounted() -> Result<()> {
+    needs_mounts!();
+    let image = Ready::saying("one")?;
+    let daemon = DaemonOptions::empty().start()?;
+    let padded =
+        image.body().replace(r#"\"mode\""#, &format!(r#"\"pad\":\"{}\",\"mode\""#, "x".repeat(3 << 20)));
+    ensure!(padded.len() > 3 << 20, "nothing was padded");
+    for mountpoint in ["/a", "/b"] {
+        expect(&daemon, "POST", mountpoint, &padded, 204, "")?;
+    }
+    expect(&daemon, "POST", "/c", &padded, 500, "another daemon")?;
+    is(daemon.root(), &["a", "b"])?;
+    // In the place of one as long there is room.
+    expect(&daemon, "PUT", "/b", &padded, 204, "")?;
+    image.post(&daemon, "/c")?;
+    says(&daemon.root().join("c"), "one")
+}
+
 /// 300 mounts and unmounts at new names while another image is read: no reader notices, and no descriptor
 /// or thread is left.
 #[test]
@@ -359,7 +379,9 @@ fn mounts_come_and_go() -> Result<()> {
     let (stays, comes) = (Ready::saying("stays")?, Ready::saying("comes")?);
     let daemon = DaemonOptions::empty().flag("--log-level", "warn").start()?;
     let root = daemon.root().to_owned();
+    // What is opened at the first read, or once by each process, is open when descriptors are counted.
     stays.post(&daemon, "/stays")?;
+    says(&root.join("stays"), "stays")?;
     comes.post(&daemon, "/c/first")?;
     says(&root.join("c/first"), "comes")?;
     delete(&daemon, "/c/first")?;

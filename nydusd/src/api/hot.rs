@@ -28,6 +28,9 @@ const MAX_IDS: usize = 4096;
 /// Longest value in bytes.
 const MAX_VALUE: usize = 64 << 10;
 
+/// Bytes of all ids and values: they are part of what a successor is told, which has a bound.
+const MAX_BYTES: usize = 2 << 20;
+
 /// Where an image is mounted if no id says so.
 const DEFAULT_ID: &str = "/";
 
@@ -55,19 +58,29 @@ impl fmt::Debug for Settings {
     }
 }
 
+fn bytes(id: &str, values: &Values) -> usize {
+    id.len() + values.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>()
+}
+
 impl HotConfig {
     fn lock(&self) -> MutexGuard<'_, Settings> {
         // Insertions and removals leave the map whole.
         self.values.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds `values` to those of `id`; false if there are too many ids.
+    /// Adds `values` to those of `id`; false if there would be too many ids or bytes.
     fn set(&self, id: &str, values: Values) -> bool {
         let all = &mut self.lock().0;
         if all.len() >= MAX_IDS && !all.contains_key(id) {
             return false;
         }
-        all.entry(id.to_owned()).or_default().extend(values);
+        let mut new = all.get(id).cloned().unwrap_or_default();
+        new.extend(values);
+        let others = all.iter().filter(|(other, _)| *other != id).map(|(id, values)| bytes(id, values));
+        if others.sum::<usize>() + bytes(id, &new) > MAX_BYTES {
+            return false;
+        }
+        all.insert(id.to_owned(), new);
         true
     }
 
@@ -184,7 +197,9 @@ pub(super) fn put(daemon: &Daemon, id: Option<&str>, body: &[u8]) -> Reply {
         None => None,
     };
     if !daemon.hot().set(id, values) {
-        return invalid(&format!("values are kept for {MAX_IDS} ids at most"));
+        return invalid(&format!(
+            "values are kept for {MAX_IDS} ids and in {MAX_BYTES} bytes at most; unmount what is not needed"
+        ));
     }
     if named().is_empty() {
         tracing::info!("nothing is mounted at {id}: its new configuration waits for an image there");
@@ -238,6 +253,19 @@ mod tests {
     }
 
     /// A login that was set while an image was opened, with the configuration read already, is used by it.
+    #[test]
+    fn what_is_kept_is_bounded() {
+        let hot = HotConfig::default();
+        let values = |len: usize| Values::from([(PROXY_URL.to_owned(), "x".repeat(len))]);
+        assert!(hot.set("/a", values(MAX_BYTES / 2)));
+        assert!(!hot.set("/b", values(MAX_BYTES / 2)));
+        assert!(hot.get(Some("/b")).is_empty());
+        // In the place of what is there.
+        assert!(hot.set("/a", values(MAX_BYTES - 64)));
+        hot.forget("/a");
+        assert!(hot.set("/b", values(MAX_BYTES / 2)));
+    }
+
     #[test]
     fn a_login_set_during_a_mount_is_not_lost() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/empty/image.boot");

@@ -239,6 +239,11 @@ impl HostMount {
         self.inherited.store(true, Ordering::Relaxed);
     }
 
+    /// The API's command that made it; `None` for the command line's.
+    pub fn command(&self) -> Option<&MountCommand> {
+        self.spec.command.as_ref()
+    }
+
     /// True once if it was made from saved state by the same command.
     pub fn repeats(&self, command: &MountCommand) -> bool {
         let same = self.spec.command.as_ref().is_some_and(|own| own.source == command.source);

@@ -86,6 +86,14 @@ pub struct MountCommand {
     pub prefetch_files: Option<Vec<String>>,
 }
 
+impl MountCommand {
+    /// About how many bytes it takes in saved state, before they are escaped.
+    pub fn size(&self) -> usize {
+        let files: usize = self.prefetch_files.iter().flatten().map(String::len).sum();
+        self.mountpoint.len() + self.source.as_os_str().len() + self.config.len() + files
+    }
+}
+
 impl fmt::Debug for MountCommand {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MountCommand")

@@ -23,6 +23,9 @@ use crate::{follow, preheat, trace};
 /// not done by then goes on by itself.
 const GARBAGE_PATIENCE: Duration = Duration::from_secs(2);
 
+/// Bytes of all commands that made mounts. Saved state has a bound eight times as high, and may have to escape them.
+const MAX_COMMANDS: usize = 8 << 20;
+
 impl Daemon {
     /// Mounts what `command` says; its tree is visible when this returns. Blocks; not for threads that
     /// serve anybody.
@@ -37,9 +40,11 @@ impl Daemon {
         if let Some(there) = self.adapter().table().mounted(&path) {
             return if there.repeats(&command) { Ok(()) } else { Err(occupied(&path)) };
         }
+        let size = command.size();
         let opened = self.open(engine, command)?;
         self.share(&opened)?;
         let change = self.turns().change();
+        self.can_be_saved(&path, size)?;
         let attached = self.adapter().table().attach(&path, |place| opened.at(place));
         let (mounted, stale) = attached.map_err(|e| refused(e, &path))?;
         self.keep_state();
@@ -63,9 +68,11 @@ impl Daemon {
         if self.adapter().table().mounted(&path).is_none() {
             return Err(vacant(&path));
         }
+        let size = command.size();
         let opened = self.open(engine, command)?;
         self.share(&opened)?;
         let change = self.turns().change();
+        self.can_be_saved(&path, size)?;
         let replaced = self.adapter().table().replace(&path, |place| opened.at(place));
         let (Replaced { new, old }, stale) = replaced.map_err(|e| refused(e, &path))?;
         self.keep_state();
@@ -123,6 +130,25 @@ impl Daemon {
             )),
             Some(false) | None => Ok(()),
         }
+    }
+
+    /// A successor is told all commands at once, and what it is told has a bound: so has this one's `size` together
+    /// with those of all mounts but the one at `path`.
+    fn can_be_saved(&self, path: &VfsPath, size: usize) -> Result<(), MountError> {
+        let mounts = self.adapter().table().all();
+        let others = mounts.iter().filter(|mount| mount.mountpoint() != path.to_string());
+        let others: usize = others.filter_map(Mounted::command).map(MountCommand::size).sum();
+        if others.saturating_add(size) <= MAX_COMMANDS {
+            return Ok(());
+        }
+        Err(MountError::new(
+            MountErrorKind::InvalidArgument,
+            format!(
+                "invalid argument: configuration and names take {size} bytes, those of other mounts {others}, and \
+                 {MAX_COMMANDS} at most are kept for a successor; shorten `config` or `prefetch_files`, or use \
+                 another daemon"
+            ),
+        ))
     }
 
     fn open(&self, engine: &Arc<Engine>, command: MountCommand) -> Result<Opened, MountError> {

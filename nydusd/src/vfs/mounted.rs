@@ -99,6 +99,14 @@ impl Mounted {
         }
     }
 
+    /// The API's command that made it; `None` for the command line's.
+    pub fn command(&self) -> Option<&MountCommand> {
+        match self {
+            Self::Image(mount) => mount.command(),
+            Self::Host(host) => host.command(),
+        }
+    }
+
     /// What a successor needs to make it again.
     pub fn saved(&self) -> SavedMount {
         match self {
