@@ -19,20 +19,33 @@ const LARGE: u32 = 64 << 10;
 /// Threads overtake one another by so many bytes.
 const SLACK: u64 = 1 << 20;
 
-/// Files that are read at once. With more, the one that paused longest starts anew.
+/// The second read of a stream is no farther from the first: whoever jumps about comes near where it was, too.
+const NEAR: u64 = 256 << 10;
+
+/// Streams at once. With more, the one that paused longest starts anew.
 const MOST: usize = 32;
 
-/// A file that is being read.
+/// Streams of one file.
+const MOST_OF_FILE: usize = 4;
+
+/// A place in a file that somebody reads on from.
 #[derive(Debug)]
 struct Stream {
     node: NodeId,
     /// Behind the last byte read.
     end: u64,
-    /// Behind the last byte read ahead.
-    ahead: u64,
+    /// Behind the last byte read ahead; `None` before the second read.
+    ahead: Option<u64>,
 }
 
-/// The files that are being read, the latest at the back.
+impl Stream {
+    fn goes_on(&self, node: NodeId, offset: u64) -> bool {
+        let most = if self.ahead.is_some() { SLACK } else { NEAR };
+        self.node == node && self.end.abs_diff(offset) <= most
+    }
+}
+
+/// What is being read, the latest at the back.
 #[derive(Debug, Default)]
 pub(super) struct Streams(Mutex<VecDeque<Stream>>);
 
@@ -44,22 +57,24 @@ impl Streams {
         }
         let end = offset.checked_add(len.into())?;
         let mut streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = streams.iter().rposition(|stream| stream.node == node);
-        let known = place.and_then(|place| streams.remove(place));
-        let Some(mut stream) = known.filter(|stream| stream.end.abs_diff(offset) <= SLACK) else {
-            if streams.len() == MOST {
-                streams.pop_front();
+        let known = streams.iter().rposition(|stream| stream.goes_on(node, offset));
+        let Some(mut stream) = known.and_then(|place| streams.remove(place)) else {
+            let of_file = || streams.iter().enumerate().filter(|(_, stream)| stream.node == node);
+            let oldest = match of_file().next() {
+                Some((place, _)) if of_file().count() >= MOST_OF_FILE => Some(place),
+                _ => (streams.len() >= MOST).then_some(0),
+            };
+            if let Some(place) = oldest {
+                streams.remove(place);
             }
-            streams.push_back(Stream { node, end, ahead: end });
+            streams.push_back(Stream { node, end, ahead: None });
             return None;
         };
         stream.end = stream.end.max(end);
-        let from = stream.ahead.max(stream.end);
+        let from = stream.ahead.unwrap_or(0).max(stream.end);
         let until = stream.end.saturating_add(AHEAD);
         let wanted = until - from >= AHEAD / 2;
-        if wanted {
-            stream.ahead = until;
-        }
+        stream.ahead = Some(if wanted { until } else { from });
         streams.push_back(stream);
         wanted.then_some(from..until)
     }
@@ -94,7 +109,7 @@ mod tests {
     #[test]
     fn nothing_is_read_ahead_for_jumps_and_small_reads() {
         let streams = Streams::default();
-        for block in [0, 100, 50, 900, 0] {
+        for block in [0, 100, 50, 900, 0, 500, 103] {
             assert_eq!(streams.follow(FILE, at(block), BLOCK), None);
         }
         for block in 0..10 {
@@ -116,5 +131,20 @@ mod tests {
         assert_eq!(streams.follow(NodeId(2), 0, BLOCK), None, "the oldest went for it");
         assert_eq!(streams.follow(NodeId(100), at(2), BLOCK), None);
         assert!(streams.follow(FILE, at(32), BLOCK).is_none(), "a jump");
+    }
+
+    #[test]
+    fn several_may_read_one_file() {
+        let streams = Streams::default();
+        let starts = [0, 1000, 2000, 3000];
+        for block in 0..100 {
+            for start in starts {
+                let ahead = streams.follow(FILE, at(start + block), BLOCK);
+                assert!(block != 1 || ahead.is_some(), "the one that began at {start}");
+            }
+        }
+        assert_eq!(streams.follow(FILE, at(5000), BLOCK), None, "the one that paused longest goes for it");
+        assert_eq!(streams.follow(FILE, at(100), BLOCK), None);
+        assert!(streams.follow(FILE, at(5001), BLOCK).is_some());
     }
 }
