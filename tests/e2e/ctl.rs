@@ -13,6 +13,8 @@ use tests::journey::Journey;
 use tests::recipes::{self, noise};
 use tests::{Context, Result, binaries, ensure, needs_mounts, needs_programs};
 
+use crate::mounts::Ready;
+
 fn nydusctl(arguments: &[&str]) -> Result<Finished> {
     finish(Command::new(binaries::nydusctl()).args(arguments))
 }
@@ -218,7 +220,9 @@ fn a_cache_is_pruned_around_a_live_daemon() -> Result<()> {
     let dry = nydusctl(&["cache", "prune", "--size", "0", "--dry-run", "--cache-dir", &cache])?;
     ensure!(dry.stdout.contains("would remove") && names(&listed(&cache)?) == names(&all), "{dry:?}");
     let used = blob["name"].as_str().context("a name")?;
-    let kept = nydusctl(&["cache", "rm", &used[..12], "--cache-dir", &cache])?;
+    // The daemon tells where its cache is.
+    let socket = daemon.socket().to_string_lossy().into_owned();
+    let kept = nydusctl(&["-S", &socket, "cache", "rm", &used[..12]])?;
     ensure!(kept.code == Some(1) && kept.stderr.contains(&format!("nydusd [{pid}]")), "{kept:?}");
     // Everything fits: nothing goes.
     let room = nydusctl(&["cache", "prune", "--size", "1GiB", "--cache-dir", &cache])?;
@@ -263,6 +267,29 @@ fn the_least_recently_used_goes_first() -> Result<()> {
         nydusctl(&["cache", "prune", "--size", &(total - 1).to_string(), "--raw", "--cache-dir", &cache])?;
     let removed = names(json(&pruned.stdout)?["removed"].as_array().context(pruned.stdout.clone())?);
     ensure!(!removed.is_empty() && removed.is_subset(&of[1]), "{removed:?} went first, not {:?}", of[1]);
+    Ok(())
+}
+
+/// A daemon that is named tells its cache directory; of several, none is taken.
+#[test]
+fn what_is_removed_is_in_the_cache_of_the_named_daemon() -> Result<()> {
+    needs_mounts!();
+    let daemon = DaemonOptions::empty().start()?;
+    let socket = daemon.socket().to_string_lossy().into_owned();
+    let tried = || nydusctl(&["-S", &socket, "cache", "prune", "--size", "1GiB"]);
+    let none = tried()?;
+    ensure!(none.code == Some(1) && none.stderr.contains("no image mounted"), "{none:?}");
+    let (one, two) = (Ready::saying("one")?, Ready::saying("two")?);
+    one.post(&daemon, "/one")?;
+    let only = tried()?;
+    ensure!(only.code == Some(0) && only.stdout.contains("removed 0 B"), "{only:?}");
+    two.post(&daemon, "/two")?;
+    let several = tried()?;
+    let flags = several.stderr.matches("--cache-dir /").count();
+    ensure!(
+        several.code == Some(1) && several.stderr.contains("2 cache directories") && flags == 2,
+        "{several:?}"
+    );
     Ok(())
 }
 

@@ -23,10 +23,9 @@ use users::Users;
 /// # Errors
 /// The directory can not be read, or a name means nothing in it.
 pub fn run(options: &Cache, socket: Option<&Path>, timeout: Duration, raw: bool) -> anyhow::Result<ExitCode> {
-    // What removes something does so where it was told to, or always in the same place.
     let one = || match &options.cache_dir {
         Some(dir) => Stock::open(dir),
-        None => Stock::open(&place::default(timeout)?),
+        None => Stock::open(&place::one(socket, timeout)?),
     };
     match &options.action {
         CacheAction::Ls => {
