@@ -194,6 +194,8 @@ impl Rest {
         handle: &Prefetch,
     ) -> Option<Part> {
         let mut part: Option<Part> = None;
+        // The unit whose bytes were counted last.
+        let mut charged = None;
         let mut looked = 0;
         let mut later = VecDeque::new();
         while let Some((blob, extent)) = self.next.pop_front().or_else(|| self.order.next()) {
@@ -229,8 +231,7 @@ impl Rest {
             }
             let part = part.get_or_insert_with(|| Part { blob, chunks: Vec::new(), bytes: 0 });
             // What others fetch is waited for with it, and costs nothing more.
-            let is_first = part.chunks.last().is_none_or(|last| last.unit != extent.unit);
-            if is_first && look == Look::Wanted {
+            if look == Look::Wanted && charged.replace(extent.unit) != Some(extent.unit) {
                 part.bytes += extent.unit.compressed.len();
             }
             part.chunks.push(extent);

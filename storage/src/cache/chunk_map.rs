@@ -350,7 +350,7 @@ impl ChunkMap {
     pub(super) fn set(&self, records: &mut [Wanted]) -> io::Result<Vec<ChunkIndex>> {
         records.sort_by_key(|(index, _)| *index);
         let byte = byte(SET_LOCK)?;
-        lock::lock_within(&self.file, Kind::Exclusive, byte, SET_PATIENCE)?;
+        lock::lock_within(&self.file, byte, SET_PATIENCE)?;
         let mut refused = Vec::new();
         let written = runs(records).try_for_each(|run| self.set_run(run, &mut refused));
         lock::unlock(&self.file, byte)?;

@@ -62,14 +62,14 @@ fn known(answer: nix::Result<bool>) -> io::Result<Option<bool>> {
     }
 }
 
-/// Locks `range`, waiting for other descriptions, which hold it for moments only. A process that is stopped meanwhile
+/// Locks `range` exclusively, waiting for other descriptions, which hold it for moments only. A process that is stopped meanwhile
 /// holds it for longer.
 ///
 /// # Errors
 /// `TimedOut`: not within `limit`. Else the system's.
-pub(super) fn lock_within(file: &File, kind: Kind, range: ByteRange, limit: Duration) -> io::Result<()> {
+pub(super) fn lock_within(file: &File, range: ByteRange, limit: Duration) -> io::Result<()> {
     let begun = Instant::now();
-    while !try_lock(file, kind, range)? {
+    while !try_lock(file, Kind::Exclusive, range)? {
         if begun.elapsed() >= limit {
             let what = "another process keeps its lock on the cache; is it stopped?";
             return Err(io::Error::new(io::ErrorKind::TimedOut, what));

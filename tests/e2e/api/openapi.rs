@@ -14,13 +14,16 @@ use tests::{Result, needs_mounts, needs_programs, recipes};
 use super::{Answer, Site, ask, get, header};
 
 /// Answers that need several mounts, a supervisor or a take-over: asked for where those are tested.
-const ELSEWHERE: [(&str, &str, u16); 12] = [
+const ELSEWHERE: [(&str, &str, u16); 15] = [
     ("POST", "/api/v1/mount", 204),
     ("POST", "/api/v1/mount", 500),
+    ("POST", "/api/v1/mount", 503),
     ("PUT", "/api/v1/mount", 204),
     ("PUT", "/api/v1/mount", 500),
+    ("PUT", "/api/v1/mount", 503),
     ("DELETE", "/api/v1/mount", 204),
     ("DELETE", "/api/v1/mount", 500),
+    ("DELETE", "/api/v1/mount", 503),
     ("PUT", "/api/v1/daemon/start", 204),
     ("PUT", "/api/v1/daemon/fuse/sendfd", 204),
     ("PUT", "/api/v1/daemon/fuse/sendfd", 503),

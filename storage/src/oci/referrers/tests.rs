@@ -211,7 +211,7 @@ async fn what_is_pushed_is_the_newest_and_the_only_one() {
     assert!(!kept(&theirs) && kept(&foreign));
 }
 
-/// Engine threads have stacks of 1 MiB, and a future that is moved about is on them several times.
+/// Engine threads have stacks of 2 MiB, and a future that is moved about is on them several times.
 #[tokio::test]
 async fn futures_leave_room_on_the_stack() {
     let server = FaultServer::start(|_| Reply::new(404, "")).await;
