@@ -27,8 +27,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
-use nix::mount::{MntFlags, umount2};
+use anyhow::{Context as _, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal as SignalNumber, kill};
 use nix::unistd::Pid;
@@ -39,8 +38,8 @@ use tokio::time::MissedTickBehavior;
 use super::directory::Directory;
 use super::{state, supervisor};
 use crate::cli::{GlobalArgs, SuperviseArgs};
-use crate::sandbox::place::Place;
-use crate::transport::mounted::{self, MountIdentity};
+use crate::transport::mounted;
+use crate::transport::seat::Seat;
 use crate::{logging, process};
 
 /// A child that failed by itself and lived shorter than this is not replaced at once.
@@ -79,8 +78,22 @@ pub fn run(args: &SuperviseArgs) -> i32 {
 struct Saved {
     state: Vec<u8>,
     descriptor: OwnedFd,
-    /// Its mount in this process's mount table.
-    mount: MountIdentity,
+    /// Its mount.
+    seat: Seat,
+}
+
+impl Saved {
+    /// True if the connection has ended, so that nobody can serve it.
+    fn has_ended(&self) -> bool {
+        let mut ended = [PollFd::new(self.descriptor.as_fd(), PollFlags::empty())];
+        poll(&mut ended, PollTimeout::ZERO).is_ok()
+            && ended[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR))
+    }
+
+    /// True if there is a mount to be taken over.
+    fn lives(&self) -> bool {
+        !self.has_ended() && !self.seat.wait_gone(Duration::ZERO).unwrap_or(false)
+    }
 }
 
 struct Holder {
@@ -320,10 +333,20 @@ impl Holder {
     fn take(&mut self, stream: std::os::unix::net::UnixStream) -> anyhow::Result<()> {
         let (state, descriptor) = supervisor::receive(stream)?;
         // A child that is killed meanwhile sends a part, which is worth less than what is there.
-        state::verify(&state).context("what was saved before is kept")?;
-        let mount = MountIdentity::at(&self.mountpoint)?;
+        let number = state::verify(&state).context("what was saved before is kept")?;
+        // Whatever else is at the path by now is not its mount.
+        let there = match number {
+            Some(number) => Seat::inherit(&self.mountpoint, number),
+            None => Err(anyhow!("the state does not say of which mount it is")),
+        };
+        let is_same = |held: &Saved| number.is_none() || held.seat.number() == number;
+        let seat = match (there, self.saved.take_if(|held| is_same(held))) {
+            (Ok(seat), _) => seat,
+            (Err(_), Some(held)) => held.seat,
+            (Err(e), None) => return Err(e),
+        };
         tracing::debug!("holding {} bytes of state", state.len());
-        self.saved = Some(Saved { state, descriptor, mount });
+        self.saved = Some(Saved { state, descriptor, seat });
         self.met = true;
         Ok(())
     }
@@ -339,11 +362,7 @@ impl Holder {
 
     /// True if there is a mount to be taken over.
     fn mount_lives(&self) -> bool {
-        let Some(saved) = &self.saved else { return false };
-        let mut ended = [PollFd::new(saved.descriptor.as_fd(), PollFlags::empty())];
-        let aborted = poll(&mut ended, PollTimeout::ZERO).is_ok()
-            && ended[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR));
-        !aborted && !saved.mount.wait_gone(Duration::ZERO).unwrap_or(false)
+        self.saved.as_ref().is_some_and(Saved::lives)
     }
 
     /// After the last child.
@@ -354,26 +373,23 @@ impl Holder {
             }
             tracing::warn!("nydusd was killed by signal {signal}");
         }
-        if told && self.mount_lives() {
+        if told {
             self.unmount()?;
         }
         Ok(status.code().unwrap_or(i32::from(!told)))
     }
 
-    /// Unmounts, and ends what waits for answers.
+    /// Ends what waits for answers.
     fn abort(&self) -> anyhow::Result<()> {
-        if !self.mount_lives() {
-            return Ok(());
-        }
-        let flags = MntFlags::MNT_FORCE | MntFlags::MNT_DETACH;
-        let place = Place::fixed(&self.mountpoint);
-        let unmounted = place.and_then(|place| Ok(umount2(&place.link(), flags)?));
-        unmounted.with_context(|| format!("unmount {}", self.mountpoint.display()))
+        let Some(saved) = self.saved.as_ref().filter(|saved| saved.lives()) else { return Ok(()) };
+        saved.seat.abort().with_context(|| format!("end the mount on {}", self.mountpoint.display()))
     }
 
+    /// Takes the mount, and no other, out of the tree. One that is gone already is fine.
     fn unmount(&self) -> anyhow::Result<()> {
-        let detached = Place::fixed(&self.mountpoint).and_then(|place| mounted::detach(&place));
-        detached.with_context(|| format!("unmount {}", self.mountpoint.display()))
+        let Some(saved) = &self.saved else { return Ok(()) };
+        let unmounted = saved.seat.unmount(saved.has_ended());
+        unmounted.with_context(|| format!("unmount {}", self.mountpoint.display()))
     }
 }
 
@@ -388,12 +404,14 @@ fn tell(child: Pid, signal: SignalNumber) {
 mod tests {
     use std::fs::File;
     use std::os::fd::AsRawFd as _;
+    use std::path::Path;
 
     use storage::digest::DigestAlgorithm;
 
     use super::*;
 
-    fn state(body: &str) -> Vec<u8> {
+    fn state(connection: u64, release: &str) -> Vec<u8> {
+        let body = format!(r#"{{"release":"{release}","connection":{connection}}}"#);
         format!("nydusd-state 9 {}\n{body}", DigestAlgorithm::Sha256.digest(body.as_bytes())).into_bytes()
     }
 
@@ -419,7 +437,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_part_of_a_state_does_not_replace_a_whole_one() {
-        let mut holder = Holder::new(Vec::new(), "/".into()).unwrap();
+        let mut holder = Holder::new(Vec::new(), "/proc".into()).unwrap();
+        // What is mounted there is none of ours, so what was known of the mount stays known.
+        let seat = Seat::known(Path::new("/proc")).unwrap();
+        let number = seat.number().unwrap();
+        holder.saved =
+            Some(Saved { state: Vec::new(), descriptor: File::open("/dev/null").unwrap().into(), seat });
+        let none = Some((Vec::new(), String::new()));
         let mut save = |bytes: &[u8], of: &str| {
             let file = tempfile::NamedTempFile::new().unwrap();
             std::fs::write(&file, of).unwrap();
@@ -435,13 +459,15 @@ mod tests {
             (taken.is_ok(), saved)
         };
         // Longer than what travels with the descriptor.
-        let (first, second) = (state(&"first ".repeat(20_000)), state("second"));
-        assert_eq!(save(&first[..40_000], "part"), (false, None));
+        let (first, second) = (state(number, &"first ".repeat(20_000)), state(number, "second"));
+        assert_eq!(save(&first[..40_000], "part"), (false, none));
         let kept = Some((first.clone(), "one".to_owned()));
         assert_eq!(save(&first, "one"), (true, kept.clone()));
         for part in [&second[..second.len() - 1], &first[..32 << 10], b"x"] {
             assert_eq!(save(part, "part"), (false, kept.clone()));
         }
+        // Of a mount that is not there.
+        assert_eq!(save(&state(number + 1, "third"), "three"), (false, kept));
         assert_eq!(save(&second, "two"), (true, Some((second.clone(), "two".to_owned()))));
     }
 }

@@ -129,12 +129,12 @@ impl Host {
                 done(self.seat()?.cover(cover)?)
             }
             Request::Unmount { ended } => done(self.seat()?.unmount(ended)?),
-            Request::Abort => {
-                self.seat()?.abort();
-                done(())
-            }
+            Request::Abort => done(self.seat()?.abort()?),
             Request::ConnectionFile(file) => descriptor(self.seat()?.connection_file(file)?.into()),
-            Request::IsGone(limit) => yes(self.seat()?.is_gone_within(limit.min(LONGEST_WAIT))),
+            Request::IsGone(limit) => {
+                // What nobody can tell of is nothing to wait for.
+                yes(self.seat()?.wait_gone(limit.min(LONGEST_WAIT)).unwrap_or(true))
+            }
             Request::Open { path, device } => descriptor(self.open(Path::new(&path), device)?.into()),
             Request::Connect { path } => descriptor(self.connect(Path::new(&path))?),
             Request::Directory { path } => {

@@ -250,11 +250,12 @@ impl FuseMount {
     /// The kernel refuses to unmount.
     pub fn unmount_held(&self) -> anyhow::Result<()> {
         let end = self.connection_file(ConnectionFile::Abort);
-        self.unmount()?;
+        let unmounted = self.unmount();
+        // What stays mounted, below another mount perhaps, has nobody to serve it either.
         if let Err(e) = end.and_then(|mut file| file.write_all(b"1")) {
             tracing::warn!("the connection of {} goes on: {e}", self.mountpoint.display());
         }
-        Ok(())
+        unmounted
     }
 
     /// Opens one of the kernel's files of this connection to be written, while the mount is there.

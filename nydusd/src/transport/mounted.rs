@@ -79,6 +79,26 @@ impl MountIdentity {
         Ok(ours.then_some(here))
     }
 
+    /// The mount of FUSE connection `number` of `source` at `path`, which has no links, or the overlay that covers it,
+    /// whatever else lies on top. Asks nothing of either.
+    ///
+    /// # Errors
+    /// No proc file system.
+    pub fn of_connection(path: &Path, source: &str, number: u64) -> io::Result<Option<Self>> {
+        Ok(Self::listed(&std::fs::read(TABLE)?, path, source, number))
+    }
+
+    fn listed(table: &[u8], path: &Path, source: &str, number: u64) -> Option<Self> {
+        let path = escaped(path);
+        let ours =
+            table.split(|byte| *byte == b'\n').filter(|row| is_at(row, &path) && is_mount_of(row, source));
+        let identities = ours.filter_map(|row| {
+            let (id, device) = rows(row).next()?;
+            Some(Self { id: id.to_vec(), device: device.to_vec(), covers: covered(row, source) })
+        });
+        identities.filter(|one| one.connection() == Some(number)).max_by_key(Self::is_cover)
+    }
+
     fn look(place: &Place, source: &str) -> io::Result<(Self, bool)> {
         let info = std::fs::read(format!("/proc/self/fdinfo/{}", place.as_fd().as_raw_fd()))?;
         let id = info
@@ -235,6 +255,30 @@ mod tests {
         assert!(is_mount_of(row("fuse rafs").as_bytes(), "rafs"));
         assert!(is_mount_of(row("overlay rafs:7").as_bytes(), "rafs"));
         assert!(!is_mount_of(row("fuse other").as_bytes(), "rafs") && !is_mount_of(b"", "rafs"));
+    }
+
+    #[test]
+    fn a_mount_of_ours_is_found_below_others() {
+        let row = |id: u32, device: u32, rest: &str| {
+            format!("{id} 25 0:{device} / /a\\040b rw shared:1 - {rest}\n")
+        };
+        let find = |rows: &[String], number| {
+            let found = MountIdentity::listed(rows.concat().as_bytes(), Path::new("/a b"), "rafs", number);
+            found.map(|found| String::from_utf8(found.id).unwrap())
+        };
+        let rows = [
+            row(30, 52, "fuse rafs rw"),
+            row(31, 53, "overlay rafs:52 rw"),
+            row(32, 54, "fuse rafs rw"),
+            row(33, 55, "tmpfs tmpfs rw"),
+        ];
+        assert_eq!(find(&rows, 52).as_deref(), Some("31"));
+        assert_eq!(find(&rows[..1], 52).as_deref(), Some("30"));
+        assert_eq!(find(&rows, 54).as_deref(), Some("32"));
+        for number in [53, 55, 56] {
+            assert_eq!(find(&rows, number), None, "{number}");
+        }
+        assert_eq!(MountIdentity::listed(rows[0].as_bytes(), Path::new("/a"), "rafs", 52), None);
     }
 
     #[test]

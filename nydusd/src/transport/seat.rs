@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError, mpsc};
@@ -33,6 +33,9 @@ const PROBE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Where the kernel has a directory of files for each connection.
 const CONNECTIONS: &str = "/sys/fs/fuse/connections";
+
+/// What keeps a mount from being unmounted.
+const COVERED: &str = "another mount covers it; unmount both by hand";
 
 /// A file that the kernel has of each connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,21 +86,28 @@ impl Seat {
         Ok((Self { mountpoint: mountpoint.to_owned(), identity: Mutex::new(identity) }, descriptor))
     }
 
-    /// Goes on with the mount on `mountpoint`, a path without links, of connection `number`. Asks nothing of it.
+    /// Goes on with the mount on `mountpoint`, a path without links, of connection `number`, be it covered by others.
+    /// Asks nothing of it.
     ///
     /// # Errors
-    /// Another connection's mount is there, or none.
+    /// It is not there.
     pub fn inherit(mountpoint: &Path, number: u64) -> anyhow::Result<Self> {
-        let context = || format!("take over the mount on {}", mountpoint.display());
-        let place = Place::fixed(mountpoint).with_context(context)?;
-        let ours = MountIdentity::of_ours(&place, SOURCE).with_context(context)?;
-        let Some(identity) = ours.filter(|identity| identity.connection() == Some(number)) else {
+        let found = MountIdentity::of_connection(mountpoint, SOURCE, number)
+            .with_context(|| format!("look for the mount on {}", mountpoint.display()))?;
+        let Some(identity) = found else {
             bail!(
                 "the saved state is of FUSE connection {number}, but {} is not its mount; give the \
                  --mountpoint of the daemon that saved it",
                 mountpoint.display()
             )
         };
+        Ok(Self { mountpoint: mountpoint.to_owned(), identity: Mutex::new(Some(identity)) })
+    }
+
+    /// What is mounted at `mountpoint`, as if it were ours.
+    #[cfg(test)]
+    pub fn known(mountpoint: &Path) -> io::Result<Self> {
+        let identity = MountIdentity::at(mountpoint)?;
         Ok(Self { mountpoint: mountpoint.to_owned(), identity: Mutex::new(Some(identity)) })
     }
 
@@ -151,7 +161,7 @@ impl Seat {
         if let Some(ours) = &ours
             && MountIdentity::of(&place)? != *ours
         {
-            bail!("another mount covers it; unmount both by hand")
+            bail!("{COVERED}")
         }
         // The numbers of a mount that is gone may be a successor's: that one answers.
         let is_cover = ours.is_some_and(|ours| ours.is_cover());
@@ -165,14 +175,25 @@ impl Seat {
         }
     }
 
-    /// Ends the connection, and with it whatever waits for its answers.
-    pub fn abort(&self) {
-        let Ok(place) = Place::fixed(&self.mountpoint) else { return };
-        let ours = self.identity().zip(MountIdentity::of(&place).ok());
-        if ours.is_some_and(|(ours, there)| ours == there) {
-            // A mount that is gone already has no connection to end.
-            let _ = umount2(&place.link(), MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
+    /// Ends the connection, and with it whatever waits for its answers. A mount that is gone already has none.
+    ///
+    /// # Errors
+    /// The kernel refuses, or has no file for that and another mount is on top.
+    pub fn abort(&self) -> anyhow::Result<()> {
+        let Some(ours) = self.identity().filter(|ours| !ours.wait_gone(Duration::ZERO).unwrap_or(false))
+        else {
+            return Ok(());
+        };
+        // It is found by its number whatever covers the mount; but not everybody has these files.
+        let file = self.connection_file(ConnectionFile::Abort);
+        if file.and_then(|mut file| file.write_all(b"1")).is_ok() {
+            return Ok(());
         }
+        let place = Place::fixed(&self.mountpoint)?;
+        if MountIdentity::of(&place)? != ours {
+            bail!("{COVERED}")
+        }
+        Ok(umount2(&place.link(), MntFlags::MNT_FORCE | MntFlags::MNT_DETACH)?)
     }
 
     /// Opens one of the kernel's files of this connection to be written, while the mount is there: the
@@ -189,9 +210,12 @@ impl Seat {
         }
     }
 
-    /// True if it is gone within `limit`, or nobody can tell.
-    pub fn is_gone_within(&self, limit: Duration) -> bool {
-        self.identity().is_none_or(|identity| identity.wait_gone(limit).unwrap_or(true))
+    /// Waits until it is mounted no more, as far as that is known of it; false if it still is after `limit`.
+    ///
+    /// # Errors
+    /// The mount table can not be read.
+    pub fn wait_gone(&self, limit: Duration) -> io::Result<bool> {
+        self.identity().map_or(Ok(true), |identity| identity.wait_gone(limit))
     }
 }
 

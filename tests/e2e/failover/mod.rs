@@ -1,5 +1,6 @@
 //! The mount outlives its daemon: upgrades and crashes that no reader notices.
 
+mod covered;
 mod many;
 mod sequences;
 mod supervise;
