@@ -22,6 +22,7 @@ mod lazy;
 mod lifetime;
 mod mounts;
 mod outages;
+mod own_mount;
 mod preheat;
 mod promises;
 mod registries;

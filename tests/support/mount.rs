@@ -92,6 +92,45 @@ impl Drop for Mount {
     }
 }
 
+/// A file that tells what is on top from what is below it.
+const MARK: &str = "on-top";
+
+/// A file system of somebody else's over whatever is mounted. Dropped, it goes again, and nothing else does.
+#[derive(Debug)]
+pub struct Cover(PathBuf);
+
+impl Cover {
+    /// Mounts it.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn over(path: &Path) -> Result<Self> {
+        mount(Some("another"), path, Some("tmpfs"), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("mount over {}", path.display()))?;
+        let cover = Self(path.to_owned());
+        fs::write(path.join(MARK), "")?;
+        Ok(cover)
+    }
+
+    /// True if it is on top.
+    pub fn is_there(&self) -> bool {
+        self.is_at(&self.0)
+    }
+
+    /// True if it is what is seen at `path`.
+    pub fn is_at(&self, path: &Path) -> bool {
+        path.join(MARK).exists()
+    }
+}
+
+impl Drop for Cover {
+    fn drop(&mut self) {
+        if self.is_there() {
+            let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+        }
+    }
+}
+
 /// Runs a program with `root` as its root directory and returns what it printed.
 ///
 /// # Errors

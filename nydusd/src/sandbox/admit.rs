@@ -18,6 +18,7 @@ use rustix::fs::{CWD, Mode, OFlags, RawMode, mkdirat, mknodat, openat};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
+use super::own;
 use super::place::Place;
 use crate::sys;
 
@@ -29,6 +30,8 @@ pub(super) struct Jail {
     root: OwnedFd,
     /// Held while something is admitted.
     admitted: Mutex<HashMap<PathBuf, Admitted>>,
+    /// Connection of the daemon's own mount, which is not to be in here.
+    own: Mutex<Option<u64>>,
 }
 
 /// How a directory is admitted.
@@ -62,8 +65,8 @@ impl Jail {
     /// # Errors
     /// The namespace can not be entered.
     pub fn new(namespace: OwnedFd, root: OwnedFd) -> anyhow::Result<Self> {
-        let jail = Self { namespace, root, admitted: Mutex::default() };
-        jail.inside(|| Ok(()))?;
+        let jail = Self { namespace, root, admitted: Mutex::default(), own: Mutex::default() };
+        jail.inside(|_| Ok(()))?;
         Ok(jail)
     }
 
@@ -106,7 +109,7 @@ impl Jail {
         if named != real {
             // A link on the way may be inside of what was admitted before: then it leads there.
             let leads_there =
-                self.inside(|| Ok(named.metadata().is_ok_and(|meta| (meta.dev(), meta.ino()) == file)))?;
+                self.inside(|_| Ok(named.metadata().is_ok_and(|meta| (meta.dev(), meta.ino()) == file)))?;
             if !leads_there {
                 self.put(place, &named, kind.is_dir(), access)?;
             }
@@ -145,7 +148,8 @@ impl Jail {
     /// Mounts `place` where the daemon sees `path`.
     fn put(&self, place: &Place, path: &Path, is_dir: bool, access: Access) -> anyhow::Result<()> {
         let tree = clone_mount(place, is_dir, access).context("clone its mount")?;
-        self.inside(|| {
+        let own = *self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        self.inside(|process| {
             let flags = OFlags::PATH | OFlags::CLOEXEC;
             let at = match openat(CWD, path, flags, Mode::empty()) {
                 Ok(at) => at,
@@ -156,33 +160,55 @@ impl Jail {
                 Err(e) => return Err(e.into()),
             };
             let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-            move_mount(&tree, "", &at, "", flags).context("mount it")
+            move_mount(&tree, "", &at, "", flags).context("mount it")?;
+            // It may have come along, and is found before something else hides it.
+            let cleaned = own.map_or(Ok(()), |number| own::take_away(process, number));
+            cleaned.inspect_err(|_| {
+                let _ = detach(path);
+            })
         })
     }
 
+    /// Takes the mounts of connection `number`, which is the daemon's own, out of the jail, now and from now on.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn take_own(&self, number: u64) -> anyhow::Result<()> {
+        let _admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
+        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some(number);
+        self.inside(|process| own::take_away(process, number))
+    }
+
     /// Takes away what the daemon sees at `path`, and all below it. What it has open of that stays open.
-    pub fn take_away(&self, path: &Path) -> anyhow::Result<()> {
-        let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
-        self.inside(|| match umount2(path, flags) {
+    fn take_away(&self, path: &Path) -> anyhow::Result<()> {
+        self.inside(|_| match detach(path) {
             // The kernel takes a mount away itself if what it covers is removed.
             Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => Ok(()),
             Err(e) => Err(e).context("take away what it was"),
         })
     }
 
-    /// Runs `work` in the jail's mount namespace, in a thread of its own: nobody comes back from there.
-    fn inside<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+    /// Runs `work` in the jail's mount namespace, in a thread of its own: nobody comes back from there. It gets that
+    /// thread's directory in `/proc`, for the jail has no such thing.
+    fn inside<T: Send>(&self, work: impl FnOnce(&OwnedFd) -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
         std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("admit".to_owned()).spawn_scoped(scope, || {
                 // Threads share root and working directory, which the namespace changes.
                 unshare(CloneFlags::CLONE_FS)?;
+                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                let process = openat(CWD, "/proc/thread-self", flags, Mode::empty()).context("/proc")?;
                 setns(&self.namespace, CloneFlags::CLONE_NEWNS).context("enter the jail")?;
-                work()
+                work(&process)
             });
             let result = thread.context("start a thread")?.join();
             result.unwrap_or_else(|_| bail!("the thread in the jail panicked"))
         })
     }
+}
+
+/// Takes what is on top at `path` away.
+fn detach(path: &Path) -> nix::Result<()> {
+    umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
 }
 
 /// The same file or directory through a mount of its own, which is read-only and ends there.

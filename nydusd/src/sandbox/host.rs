@@ -126,7 +126,10 @@ impl Host {
                 let upper = self.find_to_be_written(Path::new(&upper))?;
                 let work = self.find_to_be_written(Path::new(&work))?;
                 let cover = |at: &Path, source: &str| writable::cover(&upper, &work, at, source);
-                done(self.seat()?.cover(cover)?)
+                let seat = self.seat()?;
+                seat.cover(cover)?;
+                self.keep_out(&seat);
+                done(())
             }
             Request::Unmount { ended } => done(self.seat()?.unmount(ended)?),
             Request::Abort => done(self.seat()?.abort()?),
@@ -181,13 +184,27 @@ impl Host {
             connection = Some(descriptor);
             Ok(seat)
         })?;
+        self.keep_out(&seat);
         let mountpoint = OsString::from(seat.mountpoint());
         Ok((Reply::Mounted { mountpoint, number: seat.number() }, connection))
     }
 
     fn inherit(&self, number: u64) -> anyhow::Result<PathBuf> {
         let seat = self.take_seat(|| Seat::inherit(&self.places.mountpoint, number))?;
+        self.keep_out(&seat);
         Ok(seat.mountpoint().to_owned())
+    }
+
+    /// Keeps the daemon's own mount out of its jail. What was admitted before may hold it, or shows what is mounted there
+    /// later.
+    fn keep_out(&self, seat: &Seat) {
+        let Some((jail, number)) = self.jail.get().zip(seat.number()) else { return };
+        if let Err(e) = jail.take_own(number) {
+            tracing::warn!(
+                "the sandbox keeps {} mounted while the daemon runs: {e:#}",
+                seat.mountpoint().display()
+            );
+        }
     }
 
     fn keeper(&self, holder: bool) -> anyhow::Result<OwnedFd> {
@@ -293,10 +310,7 @@ impl Host {
     /// Has the daemon, if it is in a jail, see a place.
     fn put_into_jail(&self, path: &Path, place: &Place, access: Access) -> anyhow::Result<()> {
         let Some(jail) = self.jail.get() else { return Ok(()) };
-        jail.admit(path, place, access).with_context(|| unusable(path))?;
-        // The daemon's own mount below it came along, and would last as long as the jail does.
-        let seat = self.seat().ok().filter(|seat| seat.mountpoint().starts_with(place.real()));
-        seat.map_or(Ok(()), |seat| jail.take_away(seat.mountpoint()))
+        jail.admit(path, place, access).with_context(|| unusable(path))
     }
 
     /// True for what the daemon serves itself. Asks it nothing.

@@ -17,6 +17,7 @@
 //!  host.rs          what is done, and refused            refuse.rs        what a jail never gets
 //!  place.rs         paths, looked up once
 //!  admit.rs         directories into the jail
+//!  own.rs           what must not be among them
 //! ```
 //!
 //! Each layer can be turned off, and a kernel or a privilege that is missing costs a layer and a warning, not the start.
@@ -30,6 +31,7 @@ mod host;
 mod hostile;
 mod jail;
 mod landlock;
+mod own;
 pub(crate) mod place;
 mod pool;
 mod privileged;

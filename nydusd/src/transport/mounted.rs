@@ -1,15 +1,17 @@
 //! Which mount is ours, in the kernel's own numbers: a path tells only what is on top of it now.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _};
-use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::os::unix::ffi::OsStrExt as _;
+use std::os::fd::{AsFd, AsRawFd as _};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::fs::{Mode, OFlags, openat};
 
 use super::seat::SOURCE;
 use crate::sandbox::place::Place;
@@ -26,6 +28,47 @@ pub(crate) struct MountIdentity {
     device: Vec<u8>,
     /// Of the FUSE connection that an overlay of ours covers.
     covers: Option<u64>,
+}
+
+/// A row of a mount table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Row {
+    /// Of the mount.
+    pub id: u64,
+    /// Of the mount that it is on.
+    pub parent: u64,
+    /// Where it is.
+    pub at: PathBuf,
+    /// See [`MountIdentity::connection`].
+    pub connection: Option<u64>,
+}
+
+impl Row {
+    fn of(line: &[u8]) -> Option<Self> {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let mut number = || std::str::from_utf8(fields.next()?).ok()?.parse().ok();
+        let (id, parent) = (number()?, number()?);
+        let at = unescaped(fields.nth(2)?);
+        let connection = identity_of(line, SOURCE)?.connection();
+        Some(Self { id, parent, at, connection })
+    }
+}
+
+/// The mounts that a thread sees, whose own directory in a proc file system `process` is.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn rows_at(process: impl AsFd) -> io::Result<Vec<Row>> {
+    let mut table = Vec::new();
+    let file = openat(process, "mountinfo", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    File::from(file).read_to_end(&mut table)?;
+    Ok(table.split(|byte| *byte == b'\n').filter_map(Row::of).collect())
+}
+
+/// The mount of a row; overlays of ours cover one of `source`.
+fn identity_of(row: &[u8], source: &str) -> Option<MountIdentity> {
+    let (id, device) = rows(row).next()?;
+    Some(MountIdentity { id: id.to_vec(), device: device.to_vec(), covers: covered(row, source) })
 }
 
 /// Source in the mount table of an overlay that covers FUSE connection `number` of `source`.
@@ -92,10 +135,7 @@ impl MountIdentity {
         let path = escaped(path);
         let ours =
             table.split(|byte| *byte == b'\n').filter(|row| is_at(row, &path) && is_mount_of(row, source));
-        let identities = ours.filter_map(|row| {
-            let (id, device) = rows(row).next()?;
-            Some(Self { id: id.to_vec(), device: device.to_vec(), covers: covered(row, source) })
-        });
+        let identities = ours.filter_map(|row| identity_of(row, source));
         identities.filter(|one| one.connection() == Some(number)).max_by_key(Self::is_cover)
     }
 
@@ -108,10 +148,9 @@ impl MountIdentity {
             .trim_ascii();
         let table = std::fs::read(TABLE)?;
         let row = table.split(|byte| *byte == b'\n').find(|line| rows(line).any(|(row, _)| row == id));
-        let (row, (_, device)) = row
-            .and_then(|row| Some((row, rows(row).next()?)))
+        let (row, here) = row
+            .and_then(|row| Some((row, identity_of(row, source)?)))
             .ok_or_else(|| io::Error::other("the mount is not in the mount table"))?;
-        let here = Self { id: id.to_vec(), device: device.to_vec(), covers: covered(row, source) };
         Ok((here, is_at(row, &escaped(place.real())) && is_mount_of(row, source)))
     }
 
@@ -202,6 +241,19 @@ fn escaped(path: &Path) -> Vec<u8> {
     escaped
 }
 
+/// A path that the mount table wrote.
+fn unescaped(written: &[u8]) -> PathBuf {
+    let mut path = Vec::with_capacity(written.len());
+    let mut rest = written;
+    while let Some((byte, after)) = rest.split_first() {
+        let digits = after.get(..3).filter(|_| *byte == b'\\');
+        let code = digits.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        path.push(code.unwrap_or(*byte));
+        rest = if code.is_some() { &after[3..] } else { after };
+    }
+    OsString::from_vec(path).into()
+}
+
 /// Takes the mount that begins at `place` out of the tree at once, whoever still uses it.
 ///
 /// # Errors
@@ -241,6 +293,8 @@ mod tests {
             assert_eq!(resolve(&real.join(path)).unwrap(), real.join("a b"), "{path}");
         }
         assert_eq!(escaped(Path::new("/a b\\")), br"/a\040b\134");
+        assert_eq!(unescaped(br"/a\040b\134"), Path::new("/a b\\"));
+        assert_eq!(unescaped(br"/a\9"), Path::new("/a\\9"));
     }
 
     #[test]
@@ -278,6 +332,9 @@ mod tests {
         for number in [53, 55, 56] {
             assert_eq!(find(&rows, number), None, "{number}");
         }
+        let row = Row { id: 31, parent: 25, at: "/a b".into(), connection: Some(52) };
+        assert_eq!(Row::of(rows[1].trim_end().as_bytes()), Some(row));
+        assert_eq!(Row::of(b""), None);
         assert_eq!(MountIdentity::listed(rows[0].as_bytes(), Path::new("/a"), "rafs", 52), None);
     }
 

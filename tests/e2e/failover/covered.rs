@@ -5,41 +5,14 @@ use std::io::Read as _;
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 use tests::journey::within;
+use tests::mount::Cover;
 use tests::successor::{Place, Process, Supervisor};
 use tests::{Result, ensure, needs_mounts, needs_programs};
 
 use super::PATIENCE;
-
-/// A file that tells the upper mount from the one below.
-const MARK: &str = "another's";
-
-/// An empty file system over whatever is mounted. Dropped, it goes again, and nothing else.
-struct Cover(PathBuf);
-
-impl Cover {
-    fn over(path: &Path) -> Result<Self> {
-        mount(Some("another"), path, Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
-        let cover = Self(path.to_owned());
-        fs::write(path.join(MARK), "")?;
-        Ok(cover)
-    }
-
-    fn is_there(&self) -> bool {
-        self.0.join(MARK).exists()
-    }
-}
-
-impl Drop for Cover {
-    fn drop(&mut self) {
-        if self.is_there() {
-            let _ = umount2(&self.0, MntFlags::MNT_DETACH);
-        }
-    }
-}
 
 /// A directory with one file, and its text.
 fn source(at: &Path) -> Result<PathBuf> {
