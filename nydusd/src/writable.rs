@@ -79,7 +79,7 @@ impl OverlayConfig {
     }
 
     /// Makes the directories, if need be, the upper one, which it answers, with this owner and mode. `allow` is asked
-    /// for the real paths of both.
+    /// for both, and for their real paths.
     ///
     /// # Errors
     /// Those of `allow`, or they can not be made.
@@ -87,7 +87,7 @@ impl OverlayConfig {
         &self,
         owner: (u32, u32),
         mode: u32,
-        allow: impl Fn(&Path) -> anyhow::Result<()>,
+        allow: impl Fn(&Place, &Path) -> anyhow::Result<()>,
     ) -> anyhow::Result<Place> {
         let upper =
             make_owned(&self.upper_dir, owner, mode & 0o7777, &allow).with_context(|| self.named())?;
@@ -189,24 +189,24 @@ fn make_owned(
     path: &Path,
     (uid, gid): (u32, u32),
     mode: u32,
-    allow: impl Fn(&Path) -> anyhow::Result<()>,
+    allow: impl Fn(&Place, &Path) -> anyhow::Result<()>,
 ) -> anyhow::Result<Place> {
     match Place::find(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         found => {
             let found = found?;
-            allow(found.real())?;
+            allow(&found, found.real())?;
             return Ok(found);
         }
     }
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         bail!("it is no name of a directory")
     };
-    let parent = Place::make(parent, 0o755, |real| allow(&real.join(name)))?;
+    let parent = Place::make(parent, 0o755, |place, real| allow(place, &real.join(name)))?;
     let temporary = tempfile::Builder::new().prefix(".nydusd-upper-").tempdir_in(parent.link())?;
     let own_name = temporary.path().file_name().context("a directory without a name")?;
     let made = parent.enter(own_name)?;
-    allow(made.real())?;
+    allow(&made, made.real())?;
     let directory = made.open(libc::O_DIRECTORY)?;
     fchown(&directory, Some(uid), Some(gid))?;
     // After the owner, whose change takes set-id bits away.
@@ -221,7 +221,7 @@ fn make_owned(
         Err(e) => return Err(e.into()),
     }
     let upper = parent.enter(name)?;
-    allow(upper.real())?;
+    allow(&upper, upper.real())?;
     Ok(upper)
 }
 
@@ -315,12 +315,12 @@ mod tests {
         let own = std::fs::metadata(scratch.path()).unwrap();
         // Ids that anybody may give away: one's own, as others of the image.
         let mapping = IdMapping { internal: 7, external: own.uid(), count: 1 };
-        make_owned(&config.upper_dir, (mapping.shown(7), own.gid()), 0o2751, |_| Ok(())).unwrap();
+        make_owned(&config.upper_dir, (mapping.shown(7), own.gid()), 0o2751, |_, _| Ok(())).unwrap();
         let made = std::fs::metadata(&config.upper_dir).unwrap();
         assert_eq!((made.uid(), made.gid(), made.mode() & 0o7777), (own.uid(), own.gid(), 0o2751));
         // What is there stays as it is.
         std::fs::write(config.upper_dir.join("kept"), "").unwrap();
-        make_owned(&config.upper_dir, (own.uid(), own.gid()), 0o700, |_| Ok(())).unwrap();
+        make_owned(&config.upper_dir, (own.uid(), own.gid()), 0o700, |_, _| Ok(())).unwrap();
         let kept = std::fs::metadata(&config.upper_dir).unwrap();
         assert_eq!((kept.ino(), kept.mode() & 0o7777), (made.ino(), 0o2751));
         assert!(config.upper_dir.join("kept").exists());

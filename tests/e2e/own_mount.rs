@@ -113,6 +113,37 @@ fn what_covers_the_mount_is_shown() -> Result<()> {
     ends_with_its_mount(daemon)
 }
 
+/// Nor is anything kept or looked for in it.
+#[test]
+fn nothing_of_the_mount_is_used_to_serve_it() -> Result<()> {
+    needs_mounts!();
+    let scratch = tempfile::tempdir()?;
+    fs::write(scratch.path().join("boot"), "")?;
+    for own in ["--no-jail", "--core-dumps"] {
+        let daemon = DaemonOptions::empty().switch("--writable").switch(own).start()?;
+        let root = daemon.root().to_owned();
+        post(&daemon, "/host", scratch.path())?;
+        let config = |cache: &Path| {
+            let backend = json!({"type": "localfs", "config": {"dir": scratch.path()}});
+            let cache = json!({"type": "blobcache", "config": {"work_dir": cache}});
+            json!({"device": {"backend": backend, "cache": cache}}).to_string()
+        };
+        let host = root.join("host");
+        for (source, cache) in [
+            (host.join("boot"), scratch.path().join("cache")),
+            (scratch.path().join("boot"), host.join("other")),
+        ] {
+            let body = json!({"fs_type": "rafs", "source": source, "config": config(&cache)});
+            let (status, answer) = daemon.request("POST", "/api/v1/mount?mountpoint=/image", &body)?;
+            let text = "this daemon serves it itself";
+            ensure!(status == 500 && answer.to_string().contains(text), "{own}: {status} {answer}");
+        }
+        ensure!(!scratch.path().join("other").exists(), "{own}: it was made");
+        ends_with_its_mount(daemon)?;
+    }
+    Ok(())
+}
+
 /// A successor finds the mount in what it is given before it knows which one is its own.
 #[test]
 fn no_successor_keeps_the_mount() -> Result<()> {

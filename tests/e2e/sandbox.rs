@@ -195,6 +195,12 @@ fn directories_are_admitted_by_name() -> Result<()> {
         let (code, answer) = post_directory(&daemon, "/system", Path::new(system))?;
         ensure!(code == 500 && answer.to_string().contains("--no-jail"), "{system}: {code} {answer}");
     }
+    // What is not served is not there afterwards either.
+    let file = scene.journey.path("file");
+    fs::write(&file, "")?;
+    let (code, answer) = post_directory(&daemon, "/file", &file)?;
+    ensure!(code == 500 && answer.to_string().contains("Not a directory"), "{code} {answer}");
+    ensure!(!seen(&daemon, &file.to_string_lossy()).exists());
     let (code, answer) = scene.post(&daemon, "/image", Path::new("/etc/cache-of-a-test"))?;
     ensure!(code == 500 && answer.to_string().contains("--no-jail"), "{code} {answer}");
     ensure!(!Path::new("/etc/cache-of-a-test").exists());

@@ -9,13 +9,15 @@ use std::io;
 use std::net::{IpAddr, ToSocketAddrs as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, getsockopt, socket, sockopt};
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, socket, sockopt,
+};
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::Pid;
 
@@ -24,7 +26,7 @@ use super::place::{self, Place};
 use super::protocol::{Refusal, Reply, Request};
 use super::refuse::Rules;
 use crate::failover::supervisor;
-use crate::passthrough::{Device, OWN_MOUNT, device_of};
+use crate::passthrough::OWN_MOUNT;
 use crate::process;
 use crate::transport::mounted;
 use crate::transport::seat::{SOURCE, Seat, usable_mountpoint};
@@ -117,7 +119,9 @@ impl Host {
             Request::Upper { upper, work, make } => {
                 let overlay = OverlayConfig { upper_dir: upper.into(), work_dir: work.into() };
                 let upper = match make {
-                    Some((owner, mode)) => overlay.make(owner, mode, |real| self.check(real, true))?,
+                    Some((owner, mode)) => {
+                        overlay.make(owner, mode, |place, real| self.check_place(place, real, true))?
+                    }
                     None => self.find_to_be_written(&overlay.upper_dir)?,
                 };
                 descriptor(self.shielded(&upper, libc::O_DIRECTORY)?.into())
@@ -142,7 +146,7 @@ impl Host {
             Request::Connect { path } => descriptor(self.connect(Path::new(&path))?),
             Request::Directory { path } => {
                 let named = Path::new(&path);
-                let place = Place::make(named, 0o700, |real| self.check(real, true))?;
+                let place = Place::make(named, 0o700, |place, real| self.check_place(place, real, true))?;
                 self.put_into_jail(named, &place, Access { writable: true, shown: false })?;
                 done(())
             }
@@ -299,10 +303,11 @@ impl Host {
             return Ok(path.canonicalize()?);
         }
         let place = Place::find(path)?;
-        if self.is_own(&place)? {
-            return Err(anyhow::anyhow!(OWN_MOUNT).context(unusable(path)).into());
+        self.check_place(&place, place.real(), access.writable).with_context(|| unusable(path))?;
+        if access.shown && !place.metadata()?.is_dir() {
+            // Nobody would take away again what is not served.
+            return Err(io::Error::from_raw_os_error(libc::ENOTDIR).into());
         }
-        self.check(place.real(), access.writable).with_context(|| unusable(path))?;
         self.put_into_jail(path, &place, access)?;
         Ok(place.real().to_owned())
     }
@@ -313,12 +318,18 @@ impl Host {
         jail.admit(path, place, access).with_context(|| unusable(path))
     }
 
-    /// True for what the daemon serves itself. Asks it nothing.
-    fn is_own(&self, place: &Place) -> io::Result<bool> {
-        match self.seat().ok().and_then(|seat| seat.number()) {
-            Some(number) => Ok(device_of(place)? == Device::of(number)),
-            None => Ok(false),
+    /// Refuses what the daemon serves itself: it would wait for its own answers. Asks it nothing.
+    fn check_own(&self, place: &Place) -> anyhow::Result<()> {
+        match self.seat() {
+            Ok(seat) if seat.serves(place)? => bail!(OWN_MOUNT),
+            _ => Ok(()),
         }
+    }
+
+    /// Refuses both: `place` is what there is of `real`.
+    fn check_place(&self, place: &Place, real: &Path, writable: bool) -> anyhow::Result<()> {
+        self.check_own(place)?;
+        self.check(real, writable)
     }
 
     /// Refuses what a daemon in a jail has no business with. `real` is a canonical path.
@@ -335,7 +346,7 @@ impl Host {
     /// Something that is there and may be written to.
     fn find_to_be_written(&self, path: &Path) -> anyhow::Result<Place> {
         let place = Place::find(path).with_context(|| path.display().to_string())?;
-        self.check(place.real(), true)?;
+        self.check_place(&place, place.real(), true)?;
         Ok(place)
     }
 
@@ -364,6 +375,7 @@ impl Host {
     /// Opens a regular file, or with `device` a block device, to be read.
     fn open(&self, path: &Path, device: bool) -> Result<File, Refusal> {
         let place = Place::find(path)?;
+        self.check_own(&place)?;
         let kind = place.metadata()?.file_type();
         if !(kind.is_file() || device && kind.is_block_device()) {
             let why = if device { "neither a block device nor a regular file" } else { "not a regular file" };
@@ -388,7 +400,17 @@ impl Host {
 /// True if whoever listens on a socket may still answer. A daemon that was killed can be kept from going away by
 /// a thread that waits in the kernel, and its socket with it.
 fn is_answered(place: &Place) -> bool {
-    let Ok(stream) = UnixStream::connect(place.link()) else { return false };
+    let dial = || -> nix::Result<OwnedFd> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let stream = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        connect(stream.as_raw_fd(), &UnixAddr::new(&place.link())?)?;
+        Ok(stream)
+    };
+    let stream = match dial() {
+        Ok(stream) => stream,
+        // Too many wait for one that listens but does not accept now.
+        Err(e) => return e == Errno::EAGAIN,
+    };
     let listener = getsockopt(&stream, sockopt::PeerCredentials).map(|peer| peer.pid());
     // Processes outside of our namespace have number 0.
     !listener.is_ok_and(|pid| pid > 0 && process::has_ended(Pid::from_raw(pid)))
@@ -424,4 +446,27 @@ fn thread(tid: u32) -> Answer {
     // A thread that ends meanwhile has no name.
     let name = std::fs::read(format!("/proc/{tid}/comm")).unwrap_or_default();
     (Reply::Thread { pid, name }, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use nix::sys::socket::{Backlog, listen};
+
+    use super::*;
+
+    #[test]
+    fn who_listens_is_asked_without_waiting() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        let place = Place::find(&path).unwrap();
+        // One more than has room: the last one is not even queued.
+        let asked: Vec<_> = (0..3).map(|_| is_answered(&place)).collect();
+        assert_eq!(asked, [true; 3]);
+        drop(listener);
+        assert!(!is_answered(&place));
+    }
 }

@@ -65,11 +65,15 @@ impl Place {
     }
 
     /// The directory at `path`, made with its parents and `mode` if it is not there. `allow` is asked before anything
-    /// is made, and again of what came out, for its real path.
+    /// is made, for what is there of the path and for the real path, and again for what came out.
     ///
     /// # Errors
     /// Those of `allow`, the system's, or `..` behind what does not exist.
-    pub fn make(path: &Path, mode: u32, allow: impl Fn(&Path) -> anyhow::Result<()>) -> anyhow::Result<Self> {
+    pub fn make(
+        path: &Path,
+        mode: u32,
+        allow: impl Fn(&Self, &Path) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self> {
         let absolute = std::path::absolute(path)?;
         let mut missing = Vec::new();
         let mut above = absolute.as_path();
@@ -88,7 +92,7 @@ impl Place {
         };
         missing.reverse();
         let real = missing.iter().fold(found.real.clone(), |path, name| path.join(name));
-        allow(&real)?;
+        allow(&found, &real)?;
         let mut place = found;
         for name in missing {
             place = place.make_one(name, mode)?;
@@ -96,7 +100,7 @@ impl Place {
         if !place.metadata()?.is_dir() {
             return Err(io::Error::from(io::ErrorKind::NotADirectory).into());
         }
-        allow(&place.real)?;
+        allow(&place, &place.real)?;
         Ok(place)
     }
 
@@ -234,7 +238,7 @@ mod tests {
 
     use super::*;
 
-    fn anything(_: &Path) -> anyhow::Result<()> {
+    fn anything(_: &Place, _: &Path) -> anyhow::Result<()> {
         Ok(())
     }
 
@@ -315,7 +319,7 @@ mod tests {
         assert_eq!(Place::make(&dir.join("link/d"), 0o700, anything).unwrap().real(), dir.join("a/d"));
 
         let asked = std::cell::RefCell::new(Vec::new());
-        let refuse = |real: &Path| {
+        let refuse = |_: &Place, real: &Path| {
             asked.borrow_mut().push(real.to_owned());
             bail!("not here")
         };

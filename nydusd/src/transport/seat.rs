@@ -17,6 +17,7 @@ use nix::unistd::{getgid, getuid};
 use serde::{Deserialize, Serialize};
 
 use super::mounted::{self, MountIdentity};
+use crate::passthrough::{Device, device_of};
 use crate::sandbox::place::Place;
 
 /// Source in the mount table (contract 1.8).
@@ -119,6 +120,18 @@ impl Seat {
     /// The kernel's number of the connection, if it is known.
     pub fn number(&self) -> Option<u64> {
         self.identity().as_ref().and_then(MountIdentity::connection)
+    }
+
+    /// True if `place` is in the mount, by whatever path. Asks nothing of it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn serves(&self, place: &Place) -> io::Result<bool> {
+        let Some(number) = self.number() else { return Ok(false) };
+        // The device of an overlay is another one.
+        let is_covered = self.identity().is_some_and(|ours| ours.is_cover());
+        Ok(device_of(place)? == Device::of(number)
+            || is_covered && MountIdentity::of(place).is_ok_and(|there| there.connection() == Some(number)))
     }
 
     fn identity(&self) -> Option<MountIdentity> {
