@@ -514,6 +514,58 @@ fn files_that_hang_do_not_delay_the_end() -> Result<()> {
     Ok(())
 }
 
+/// Who has to wait for a file server keeps nobody else waiting.
+#[test]
+fn files_that_hang_delay_nobody_else() -> Result<()> {
+    needs_mounts!();
+    needs_programs!("umoci", "python3");
+    let scene = Scene::new()?;
+    let (shown, other) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let server = DaemonOptions::empty().start()?;
+    ensure!(post_directory(&server, "/shown", shown.path())?.0 == 204);
+    let daemon = DaemonOptions::empty().start()?;
+    let broker = broker(&daemon)?.context("no broker")?;
+    let hanging = server.root().join("shown");
+    ensure!(post_directory(&daemon, "/below", &hanging)?.0 == 204);
+    kill(server.pid(), Signal::SIGSTOP)?;
+    let waits = |process: u32| -> Result<()> {
+        let is_there = |task: std::io::Result<fs::DirEntry>| {
+            task.is_ok_and(|task| {
+                fs::read_to_string(task.path().join("wchan")).is_ok_and(|at| at == "request_wait_answer")
+            })
+        };
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while !fs::read_dir(format!("/proc/{process}/task"))?.any(is_there) {
+            ensure!(std::time::Instant::now() < deadline, "process {process} does not wait");
+            // The threads of another process are only to be looked at.
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        Ok(())
+    };
+    // For a second the kernel answers from what it knows.
+    let asks = "import os,sys\nwhile True: os.stat(sys.argv[1])";
+    let mut asking = Command::new("python3").args(["-c", asks]).arg(&hanging).spawn()?;
+    let asked = waits(asking.id());
+    let answered = std::thread::scope(|scope| -> Result<_> {
+        // What is admitted below it has to be found again.
+        let above = server.root().parent().context("a parent")?;
+        let first = scope.spawn(|| scene.post(&daemon, "/tiny", above));
+        let answered = asked.and_then(|()| waits(broker.as_raw().cast_unsigned())).and_then(|()| {
+            let (daemon, other) = (&daemon, other.path());
+            post_directory(daemon, "/other", other)
+        });
+        kill(server.pid(), Signal::SIGCONT)?;
+        let (code, answer) = first.join().expect("no panic")?;
+        ensure!(code == 204, "{answer}");
+        answered
+    });
+    asking.kill()?;
+    asking.wait()?;
+    let (code, answer) = answered?;
+    ensure!(code == 204, "{answer}");
+    Ok(())
+}
+
 /// A broker that may open nothing more says so, and goes on when it may again.
 #[test]
 fn a_broker_without_descriptors_goes_on() -> Result<()> {

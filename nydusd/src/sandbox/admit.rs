@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, bail};
 use nix::mount::{MntFlags, umount2};
@@ -28,8 +28,8 @@ pub(super) struct Jail {
     namespace: OwnedFd,
     /// Its root directory, which can be written to from here.
     root: OwnedFd,
-    /// Held while something is admitted.
-    admitted: Mutex<HashMap<PathBuf, Admitted>>,
+    /// Held while something is admitted, and never while a file server is asked for something.
+    admitted: Mutex<Table>,
     /// Connection of the daemon's own mount, which is not to be in here.
     own: Mutex<Option<u64>>,
 }
@@ -61,6 +61,43 @@ struct Admitted {
     access: Access,
 }
 
+/// What is to be admitted.
+struct Wanted<'a> {
+    place: &'a Place,
+    /// Device and inode.
+    file: (u64, u64),
+    is_dir: bool,
+    access: Access,
+}
+
+/// What was admitted, by the paths that the daemon sees it by.
+#[derive(Debug, Default)]
+struct Table(HashMap<PathBuf, Admitted>);
+
+impl Table {
+    /// True if it is at `path`, with all rights that are wanted.
+    fn has(&self, path: &Path, wanted: &Wanted<'_>) -> bool {
+        self.0.get(path).is_some_and(|has| has.file == wanted.file && has.access.covers(wanted.access))
+    }
+
+    /// The rights that are wanted, and those that it has.
+    fn access(&self, wanted: &Wanted<'_>) -> Access {
+        let had = self.0.get(wanted.place.real()).filter(|had| had.file == wanted.file);
+        had.map_or(wanted.access, |had| had.access.and(wanted.access))
+    }
+
+    /// What is below `real` and has rights that are not among `access`, what is above others first.
+    fn hidden(&self, real: &Path, access: Access) -> Vec<(PathBuf, Admitted)> {
+        let is_hidden = |(path, had): &(&PathBuf, &Admitted)| {
+            *path != real && path.starts_with(real) && !access.covers(had.access)
+        };
+        let mut below: Vec<_> =
+            self.0.iter().filter(is_hidden).map(|(path, had)| (path.clone(), *had)).collect();
+        below.sort_unstable_by(|one, other| one.0.cmp(&other.0));
+        below
+    }
+}
+
 impl Jail {
     /// # Errors
     /// The namespace can not be entered.
@@ -80,69 +117,82 @@ impl Jail {
         if !(kind.is_dir() || kind.is_file()) {
             bail!("{} is neither a directory nor a file", real.display());
         }
-        let file = (meta.dev(), meta.ino());
+        let wanted = Wanted { place, file: (meta.dev(), meta.ino()), is_dir: kind.is_dir(), access };
         let named = std::path::absolute(named)?;
-        let mut admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
-        let has = |path: &Path, admitted: &HashMap<PathBuf, Admitted>| {
-            admitted.get(path).is_some_and(|has| has.file == file && has.access.covers(access))
-        };
-        if has(&named, &admitted) {
+        {
+            let mut admitted = self.lock();
+            if admitted.has(&named, &wanted) {
+                return Ok(());
+            }
+            self.forget_other(real, &wanted, &mut admitted)?;
+            self.forget_other(&named, &wanted, &mut admitted)?;
+        }
+        self.admit_real(&wanted)?;
+        // A link on the way may be inside of what is admitted: then it leads there.
+        let leads_there = named == real
+            || self
+                .inside(|_| Ok(named.metadata().is_ok_and(|meta| (meta.dev(), meta.ino()) == wanted.file)))?;
+        let mut admitted = self.lock();
+        if admitted.has(&named, &wanted) {
             return Ok(());
         }
-        // What it named before may have been removed: nothing can be mounted on that.
-        for path in [real, &named] {
-            if admitted.get(path).is_some_and(|had| had.file != file) {
-                self.take_away(path)?;
-                admitted.retain(|other, _| !other.starts_with(path));
-            }
+        let access = admitted.access(&wanted);
+        if !leads_there {
+            self.put(place, &named, wanted.is_dir, access)?;
         }
+        admitted.0.insert(named, Admitted { file: wanted.file, access });
+        Ok(())
+    }
+
+    /// Has the daemon see it by its own path.
+    fn admit_real(&self, wanted: &Wanted<'_>) -> anyhow::Result<()> {
+        let real = wanted.place.real();
+        // Whoever looks for them may have to wait for a file server, and nobody else for them.
+        let mut found = HashMap::new();
+        let mut admitted = loop {
+            let admitted = self.lock();
+            if admitted.has(real, wanted) {
+                return Ok(());
+            }
+            let below = admitted.hidden(real, admitted.access(wanted));
+            let unknown = |(path, had): &(PathBuf, Admitted)| !found.contains_key(&(path.clone(), had.file));
+            let Some((path, had)) = below.into_iter().find(unknown) else { break admitted };
+            drop(admitted);
+            let still =
+                |place: &Place| place.metadata().is_ok_and(|meta| (meta.dev(), meta.ino()) == had.file);
+            let place = Place::find(&path).ok().filter(still);
+            let is_dir = place.as_ref().is_some_and(|place| place.metadata().is_ok_and(|meta| meta.is_dir()));
+            found.insert((path, had.file), place.map(|place| (place, is_dir)));
+        };
         // Who was admitted with other rights keeps those.
-        let access = admitted.get(real).map_or(access, |had| had.access.and(access));
-        let wanted = Admitted { file, access };
-        if !has(real, &admitted) {
-            self.put(place, real, kind.is_dir(), access)?;
-            let rights = if access.writable { ", writable" } else { "" };
-            tracing::info!("admitted {}{rights}", real.display());
-            admitted.insert(real.to_owned(), wanted);
-            self.uncover(real, access, &mut admitted)?;
-        }
-        if named != real {
-            // A link on the way may be inside of what was admitted before: then it leads there.
-            let leads_there =
-                self.inside(|_| Ok(named.metadata().is_ok_and(|meta| (meta.dev(), meta.ino()) == file)))?;
-            if !leads_there {
-                self.put(place, &named, kind.is_dir(), access)?;
+        let access = admitted.access(wanted);
+        self.put(wanted.place, real, wanted.is_dir, access)?;
+        let rights = if access.writable { ", writable" } else { "" };
+        tracing::info!("admitted {}{rights}", real.display());
+        admitted.0.insert(real.to_owned(), Admitted { file: wanted.file, access });
+        // So has what was admitted below it before.
+        for (path, had) in admitted.hidden(real, access) {
+            let key = (path, had.file);
+            match found.get(&key) {
+                Some(Some((place, is_dir))) => self.put(place, &key.0, *is_dir, had.access)?,
+                // Whoever wants it asks again.
+                _ => drop(admitted.0.remove(&key.0)),
             }
-            admitted.insert(named, wanted);
         }
         Ok(())
     }
 
-    /// What was admitted below `real` before, which was just admitted, has the rights again that it had.
-    fn uncover(
-        &self,
-        real: &Path,
-        access: Access,
-        admitted: &mut HashMap<PathBuf, Admitted>,
-    ) -> anyhow::Result<()> {
-        let hidden =
-            |path: &Path, had: Admitted| path != real && path.starts_with(real) && !access.covers(had.access);
-        let mut below: Vec<_> = admitted
-            .iter()
-            .filter(|(path, had)| hidden(path, **had))
-            .map(|(path, had)| (path.clone(), *had))
-            .collect();
-        // What is above others first.
-        below.sort_unstable_by(|one, other| one.0.cmp(&other.0));
-        for (path, had) in below {
-            let still = |place: &Place| place.metadata().is_ok_and(|m| (m.dev(), m.ino()) == had.file);
-            match Place::find(&path).ok().filter(still) {
-                Some(place) => self.put(&place, &path, place.metadata()?.is_dir(), had.access)?,
-                // Whoever wants it asks again.
-                None => drop(admitted.remove(&path)),
-            }
+    /// What `path` named before may have been removed: nothing can be mounted on that.
+    fn forget_other(&self, path: &Path, wanted: &Wanted<'_>, admitted: &mut Table) -> anyhow::Result<()> {
+        if admitted.0.get(path).is_some_and(|had| had.file != wanted.file) {
+            self.take_away(path)?;
+            admitted.0.retain(|other, _| !other.starts_with(path));
         }
         Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.admitted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Mounts `place` where the daemon sees `path`.
@@ -174,7 +224,7 @@ impl Jail {
     /// # Errors
     /// The system's.
     pub fn take_own(&self, number: u64) -> anyhow::Result<()> {
-        let _admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
+        let _admitted = self.lock();
         *self.own.lock().unwrap_or_else(PoisonError::into_inner) = Some(number);
         self.inside(|process| own::take_away(process, number))
     }
