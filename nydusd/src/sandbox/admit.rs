@@ -28,7 +28,7 @@ pub(super) struct Jail {
     namespace: OwnedFd,
     /// Its root directory, which can be written to from here.
     root: OwnedFd,
-    /// Held while something is admitted, and never while a file server is asked for something.
+    /// Held while something is admitted. What a file server may take long to answer is asked before.
     admitted: Mutex<Table>,
     /// Connection of the daemon's own mount, which is not to be in here.
     own: Mutex<Option<u64>>,

@@ -14,9 +14,6 @@ use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use crate::transport::mounted::{self, Row};
 
-/// More than there are mounts: each step takes one away.
-const MOST_STEPS: usize = 100_000;
-
 /// What is done next.
 #[derive(Debug, PartialEq, Eq)]
 enum Step<'a> {
@@ -35,34 +32,40 @@ pub(super) fn take_away(process: &OwnedFd, number: u64) -> anyhow::Result<()> {
     let mut aside = Vec::new();
     let taken = take_all(process, number, &mut aside);
     // What was on top comes last.
-    for (path, tree) in aside.iter().rev() {
-        put_back(path, tree).with_context(|| format!("mount {} again", path.display()))?;
-    }
-    taken
+    let back = aside
+        .iter()
+        .rev()
+        .map(|(path, tree)| put_back(path, tree).with_context(|| format!("mount {} again", path.display())));
+    back.fold(taken, |before, now| before.and(now))
 }
 
 fn take_all(process: &OwnedFd, number: u64, aside: &mut Vec<(PathBuf, OwnedFd)>) -> anyhow::Result<()> {
-    for _ in 0..MOST_STEPS {
-        let rows = mounted::rows_at(process).context("the mount table")?;
+    let table = || mounted::rows_at(process).context("the mount table");
+    let mut rows = table()?;
+    // Each step takes a mount away at least. There may be new ones meanwhile, but not that many.
+    for _ in 0..2 * rows.len() {
         let Some(step) = next_step(&rows, number) else { return Ok(()) };
-        let path = match step {
-            Step::TakeAway(path) => path,
+        let (path, tree) = match step {
+            Step::TakeAway(path) => (path, None),
             Step::SetAside(path) => {
                 let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
                 let all = OpenTreeFlags::AT_RECURSIVE | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
-                let tree = open_tree(CWD, path, flags | all)
-                    .with_context(|| format!("set {} aside", path.display()))?;
-                aside.push((path.to_owned(), tree));
-                path
+                let tree = open_tree(CWD, path, flags | all);
+                (path, Some(tree.with_context(|| format!("set {} aside", path.display()))?))
             }
         };
         match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => aside.extend(tree.map(|tree| (path.to_owned(), tree))),
             // Whoever unmounted it on the host was faster.
-            Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
+            Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
             Err(e) => return Err(e).with_context(|| format!("unmount {}", path.display())),
         }
+        rows = table()?;
     }
-    bail!("the daemon's own mount comes again and again")
+    match next_step(&rows, number) {
+        None => Ok(()),
+        Some(_) => bail!("the daemon's own mount can not be unmounted in its jail"),
+    }
 }
 
 fn put_back(path: &Path, tree: &OwnedFd) -> rustix::io::Result<()> {
