@@ -105,6 +105,7 @@ impl Looker {
         let found = self.follower.find(&image).into_iter().map(|inode| Nid(inode.0));
         let Absent { missing, large, .. } = image.absent.into_inner();
         for (blob, extent) in missing.iter().chain(&large) {
+            self.bytes = self.bytes.saturating_add(extent.stored_share());
             let asked = self.asked.entry((*blob, extent.index.0)).or_default();
             asked.tries += 1;
             asked.under_way = true;

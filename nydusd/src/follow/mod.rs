@@ -126,7 +126,7 @@ async fn follow(on: End, engine: Handle, mount: Weak<Mount>, mut opened: mpsc::R
     // Orders of chunks without which nothing more can be told.
     let mut coming = JoinSet::new();
     let mut arrived = false;
-    while on.0.load(Relaxed) {
+    while on.0.load(Relaxed) && Instant::now() < end {
         new.extend(std::iter::from_fn(|| opened.try_recv().ok()));
         new.retain(|nid| looker.is_new(*nid));
         if new.is_empty() && !std::mem::take(&mut arrived) {

@@ -164,9 +164,9 @@ where
         // Of strings longer than a path only the beginning is read, so the end is not found.
         data.read_bytes_at_until(start..end.min(start.saturating_add(4096)), 0).ok().map(<[u8]>::to_vec)
     };
-    // Entries may name one string again and again, and others inside it.
+    // Entries may name one string again and again, and others inside it. To read one in vain takes long.
     let mut size = 0;
-    let named = names.into_iter().filter_map(text).filter(|name| !name.is_empty());
+    let named = names.into_iter().map_while(text).filter(|name| !name.is_empty());
     elf.needed = named
         .take_while(|name| {
             size += name.len();
@@ -201,12 +201,15 @@ pub(super) fn closure(finder: &mut Finder<'_>, path: &[u8], elf: Arc<Elf>) -> Ve
     while let Some((path, elf)) = queue.pop_front() {
         let origin = parent(&path);
         for name in &elf.needed {
+            if !finder.spend(1) {
+                return loaded;
+            }
             let found = if name.contains(&b'/') {
                 load(finder, name, elf.kind)
             } else {
-                let own = elf.paths.iter().map(|dir| expand(dir, &origin));
-                let all: Vec<Vec<u8>> = own.chain(dirs.iter().cloned()).collect();
-                all.iter().find_map(|dir| load(finder, &join(dir, name), elf.kind))
+                let mut own = elf.paths.iter().map(|dir| join(&expand(dir, &origin), name));
+                own.find_map(|path| load(finder, &path, elf.kind))
+                    .or_else(|| dirs.iter().find_map(|dir| load(finder, &join(dir, name), elf.kind)))
             };
             if let Some((path, Some(elf))) = found {
                 queue.push_back((path, elf));
@@ -258,9 +261,9 @@ fn expand(dir: &[u8], origin: &[u8]) -> Vec<u8> {
 }
 
 /// `LD_LIBRARY_PATH`, the directories of `/etc/ld.so.conf`, and the default ones.
-pub(super) fn linker_dirs(finder: &mut Finder<'_>) -> Vec<Vec<u8>> {
+pub(super) fn linker_dirs(finder: &mut Finder<'_>) -> Arc<[Vec<u8>]> {
     if let Some(dirs) = &finder.linker_dirs {
-        return dirs.clone();
+        return Arc::clone(dirs);
     }
     let mut dirs = finder.variable("LD_LIBRARY_PATH").map(split_paths).unwrap_or_default();
     let mut conf = vec![b"/etc/ld.so.conf".to_vec()];
@@ -268,7 +271,7 @@ pub(super) fn linker_dirs(finder: &mut Finder<'_>) -> Vec<Vec<u8>> {
     while let Some(path) = conf.get(at).cloned() {
         at += 1;
         let Some(text) = finder.text(&path, <[u8]>::to_vec) else { continue };
-        for line in text.split(|&b| b == b'\n') {
+        for line in text.split(|&b| b == b'\n').take_while(|_| finder.spend(1)) {
             let line = line.split(|&b| b == b'#').next().unwrap_or_default().trim_ascii();
             if let Some(pattern) = line.strip_prefix(b"include ") {
                 included(finder, pattern.trim_ascii(), &mut conf);
@@ -278,7 +281,7 @@ pub(super) fn linker_dirs(finder: &mut Finder<'_>) -> Vec<Vec<u8>> {
         }
     }
     dirs.extend(DEFAULT_DIRS.map(<[u8]>::to_vec));
-    finder.linker_dirs.insert(dirs).clone()
+    Arc::clone(finder.linker_dirs.insert(dirs.into()))
 }
 
 /// Adds the files of `include DIR/*.conf` to `conf`, in order of names, as far as there is room.

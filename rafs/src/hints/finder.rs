@@ -5,6 +5,7 @@ use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::elf::{self, Elf};
 use super::files::{FileReader, Files, Inode, Kind};
@@ -17,7 +18,7 @@ pub const MAX_FILES: usize = 4096;
 /// Bytes of files named at most.
 pub const MAX_BYTES: u64 = 1 << 30;
 /// Steps that looking into an ELF file costs at least.
-const STEPS_AN_ELF: u64 = 100;
+const STEPS_AN_ELF: usize = 100;
 /// What an entry of [`Memory`] takes beside what was parsed.
 const ENTRY_SIZE: usize = 128;
 /// Bytes that tell a program from a script (BINPRM_BUF_SIZE of the kernel).
@@ -33,6 +34,8 @@ pub(super) struct Limits {
     pub text: u64,
     /// Bytes that what was parsed takes in memory. What is beyond is parsed again, and counts again.
     pub memory: usize,
+    /// How long one look may take. A step of a hostile image may take longer than it says.
+    pub time: Option<Duration>,
 }
 
 /// What was made of a text.
@@ -82,8 +85,10 @@ pub(super) struct Finder<'a> {
     bytes: u64,
     /// Steps left.
     steps: Cell<u64>,
+    /// When there are none left, whatever was done.
+    end: Option<Instant>,
     /// Where the dynamic linker looks, once known.
-    pub linker_dirs: Option<Vec<Vec<u8>>>,
+    pub linker_dirs: Option<Arc<[Vec<u8>]>>,
     /// The interpreter of Python that was started last, with all that it has imported.
     pub python: Option<Box<Python>>,
     /// The modules of Node.js so far.
@@ -96,6 +101,7 @@ impl<'a> Finder<'a> {
         Self {
             files,
             steps: Cell::new(memory.limits.steps),
+            end: memory.limits.time.and_then(|time| Instant::now().checked_add(time)),
             memory,
             environment,
             found: Vec::new(),
@@ -125,16 +131,18 @@ impl<'a> Finder<'a> {
         self.memory.limits.steps - self.steps.get()
     }
 
-    /// Takes `steps` from those that are left; false if there are none.
-    fn spend(&self, steps: u64) -> bool {
-        let left = self.steps.get().checked_sub(steps);
+    /// Takes `steps` from those that are left; false if there are none. To be asked for whatever an image may have
+    /// many of.
+    pub fn spend(&self, steps: usize) -> bool {
+        let is_late = self.end.is_some_and(|end| Instant::now() >= end);
+        let left = self.steps.get().checked_sub(steps as u64).filter(|_| !is_late);
         self.steps.set(left.unwrap_or(0));
         left.is_some()
     }
 
     /// Where `path` leads, whatever is there.
     pub fn resolve(&self, path: &[u8]) -> Option<Place> {
-        paths::resolve(self.files, path, || self.spend(1))
+        paths::resolve(self.files, path, |steps| self.spend(steps))
     }
 
     /// The regular file that `path` leads to.
@@ -147,12 +155,15 @@ impl<'a> Finder<'a> {
         self.resolve(path).is_some_and(|place| self.files.kind(place.inode) == Kind::Directory)
     }
 
-    /// Names in the directory at `path`, in order; none if it is no directory.
-    pub fn names(&self, path: &[u8]) -> Vec<Vec<u8>> {
+    /// The first [`MAX_FILES`] names in the directory at `path` that are `wanted`, in order; none if it is no
+    /// directory.
+    pub fn names(&self, path: &[u8], wanted: impl Fn(&[u8]) -> bool) -> Vec<Vec<u8>> {
         let mut names = Vec::new();
         self.visit(path, b"", |name| {
-            names.push(name.to_vec());
-            ControlFlow::Continue(())
+            if wanted(name) {
+                names.push(name.to_vec());
+            }
+            if names.len() < MAX_FILES { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         names
     }
@@ -255,6 +266,7 @@ impl<'a> Finder<'a> {
             return None;
         }
         self.memory.keep(inode, 0, elf.clone());
+        self.spend(elf.as_ref().map_or(0, |elf| elf.needed.len()));
         elf
     }
 

@@ -46,13 +46,16 @@ mod tests;
 
 pub use command::Command;
 pub use files::{Files, Inode, Kind};
+use std::time::Duration;
+
 use finder::{Finder, Limits, Memory};
 pub use finder::{MAX_BYTES, MAX_FILES};
 
 /// A builder has the image to itself.
-const WHOLE: Limits = Limits { steps: 1 << 26, text: 256 << 20, memory: 256 << 20 };
+const WHOLE: Limits = Limits { steps: 1 << 26, text: 256 << 20, memory: 256 << 20, time: None };
 /// Who serves it serves others beside.
-const SERVED: Limits = Limits { steps: 1 << 21, text: 64 << 20, memory: 8 << 20 };
+const SERVED: Limits =
+    Limits { steps: 1 << 21, text: 64 << 20, memory: 8 << 20, time: Some(Duration::from_secs(1)) };
 /// Steps of all looks of a [`Follower`].
 const ALL_STEPS: u64 = 1 << 25;
 

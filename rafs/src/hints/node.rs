@@ -188,6 +188,10 @@ impl Node {
 
     fn load_names(&mut self, finder: &mut Finder<'_>, names: &[String], dir: &[u8], depth: usize) {
         for name in names {
+            // Those of Node.js itself are looked for nowhere.
+            if !finder.spend(1) {
+                return;
+            }
             self.load_name(finder, name, dir, depth + 1);
         }
     }

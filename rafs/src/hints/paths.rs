@@ -4,6 +4,8 @@ use super::files::{Files, Inode, Kind};
 
 /// Symbolic links followed in one path, as in the kernel.
 const MAX_LINKS: usize = 40;
+/// Bytes of a path that take about as long as a component.
+const LONG: usize = 256;
 /// Longest path, as in the kernel.
 pub(super) const MAX_PATH: usize = 4096;
 
@@ -15,19 +17,20 @@ pub(super) struct Place {
     pub path: Vec<u8>,
 }
 
-/// Follows the absolute path `path`; `None` if it leads nowhere, or when `may_go_on` says no.
-pub(super) fn resolve(files: &dyn Files, path: &[u8], may_go_on: impl Fn() -> bool) -> Option<Place> {
+/// Follows the absolute path `path`; `None` if it leads nowhere, or when `may_spend` refuses the steps it takes: one
+/// a component, and more for long ones.
+pub(super) fn resolve(files: &dyn Files, path: &[u8], may_spend: impl Fn(usize) -> bool) -> Option<Place> {
     if path.len() > MAX_PATH {
         return None;
     }
     // Components still to go, the next one last.
     let mut rest: Vec<Vec<u8>> = components(path);
+    if !may_spend(rest.len() + path.len() / LONG) {
+        return None;
+    }
     let mut at: Vec<(Inode, Vec<u8>)> = Vec::new();
     let mut links = 0;
     while let Some(name) = rest.pop() {
-        if !may_go_on() {
-            return None;
-        }
         if name == b".." {
             at.pop();
             continue;
@@ -42,10 +45,11 @@ pub(super) fn resolve(files: &dyn Files, path: &[u8], may_go_on: impl Fn() -> bo
             if target.starts_with(b"/") {
                 at.clear();
             }
-            rest.extend(components(&target));
-            if rest.len() > MAX_PATH {
+            let target = components(&target);
+            if rest.len() + target.len() > MAX_PATH || !may_spend(target.len()) {
                 return None;
             }
+            rest.extend(target);
         } else {
             at.push((inode, name));
         }

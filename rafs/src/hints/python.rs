@@ -13,13 +13,22 @@ use std::sync::Arc;
 
 use super::finder::{Finder, Parsed, size_of_all};
 use super::imports::{self, Import, Imports, MAX_LEN};
-use super::paths::{base_name, join, parent};
+use super::paths::{MAX_PATH, base_name, join, parent};
 use super::{elf, names};
 
 /// Imports are followed this deep.
 const MAX_DEPTH: usize = 100;
 /// Names looked for at most.
 const MAX_LOOKS: usize = 1 << 18;
+/// Bytes of names and imports that are remembered at most, beside what was parsed: a program with a thousand modules
+/// takes some 3 MB.
+const MAX_KNOWN: usize = 16 << 20;
+/// What a name that is remembered takes beside its bytes.
+const NAME_SIZE: usize = 64;
+/// Bytes of a line that are passed in a step.
+const LINE: usize = 256;
+/// Lines of `.pth` files that are run, in bytes.
+const MAX_SITE_CODE: usize = 64 << 10;
 
 /// Part of the interpreter since 3.11, not read from files.
 const FROZEN: [&str; 17] = [
@@ -78,15 +87,17 @@ pub(super) struct Python {
     /// Minor version of Python 3.
     minor: u32,
     /// `sys.path`.
-    path: Vec<Vec<u8>>,
+    path: Arc<Vec<Vec<u8>>>,
     /// Modules looked for.
     seen: HashSet<String>,
     /// Names looked for.
     looks: usize,
+    /// Bytes of what is remembered, and of what is being run.
+    known: usize,
     /// Directories of packages looked for.
     packages: HashMap<String, Option<Vec<u8>>>,
     /// Modules that import when a name is asked for: their package, and what they may import.
-    lazy: HashMap<String, (String, Vec<Import>)>,
+    lazy: HashMap<String, (String, Arc<Imports>)>,
     /// Names asked of those.
     asked: HashSet<String>,
     /// Lines of `.pth` files that are run.
@@ -143,8 +154,7 @@ pub(super) fn follow(
     for module in CUSTOM {
         python.import(finder, module, 0);
     }
-    python.path.insert(0, first);
-    python.packages.clear();
+    python.look_first(first);
     match target {
         Some((kind, Some(name))) if kind == b"-m" => {
             let name = String::from_utf8_lossy(&name).into_owned();
@@ -168,8 +178,7 @@ pub(super) fn opened(finder: &mut Finder<'_>, path: &[u8]) -> bool {
     match python.module_of(path) {
         Some(module) => python.import(finder, &module, 0),
         None if path.ends_with(b".py") => {
-            python.path.insert(0, parent(path));
-            python.packages.clear();
+            python.look_first(parent(path));
             python.run_script(finder, path);
         }
         None => {}
@@ -186,8 +195,10 @@ impl Python {
         let minor = |name: &[u8]| -> Option<u32> {
             std::str::from_utf8(name.strip_prefix(b"python3.")?).ok()?.parse().ok()
         };
-        let minor = minor(base_name(real))
-            .or_else(|| finder.names(&lib).iter().filter_map(|name| minor(name)).max())?;
+        let minor = minor(base_name(real)).or_else(|| {
+            let versions = finder.names(&lib, |name| minor(name).is_some());
+            versions.iter().filter_map(|name| minor(name)).max()
+        })?;
         let version = format!("python3.{minor}").into_bytes();
         let stdlib = join(&lib, &version);
         let mut path = Vec::new();
@@ -210,9 +221,10 @@ impl Python {
         ]);
         let mut python = Self {
             minor,
-            path,
+            path: Arc::new(path),
             seen: HashSet::new(),
             looks: 0,
+            known: 0,
             packages: HashMap::new(),
             lazy: HashMap::new(),
             asked: HashSet::new(),
@@ -230,22 +242,47 @@ impl Python {
         if self.path.contains(&site) {
             return;
         }
-        self.path.push(site.clone());
-        for name in finder.names(&site).into_iter().filter(|name| name.ends_with(b".pth")) {
+        Arc::make_mut(&mut self.path).push(site.clone());
+        for name in finder.names(&site, |name| name.ends_with(b".pth")) {
             let file = join(&site, &name);
             finder.add(&file);
             let Some(text) = finder.text(&file, <[u8]>::to_vec) else { continue };
-            for line in text.split(|&b| b == b'\n') {
-                let line = line.trim_ascii();
-                let dir = join(&site, line);
-                let is_new = self.path.len() < elf::MAX_DIRS && !self.path.contains(&dir);
+            // Long lines take long as well.
+            if !finder.spend(text.len() / LINE) {
+                return;
+            }
+            for line in text.split(|&b| b == b'\n').map(<[u8]>::trim_ascii) {
+                if !finder.spend(1) {
+                    return;
+                }
                 if line.starts_with(b"import ") {
-                    self.site_code.extend([line, b"\n"].concat());
-                } else if !line.is_empty() && is_new && finder.is_dir(&dir) {
-                    self.path.push(dir);
+                    if self.site_code.len() + line.len() < MAX_SITE_CODE {
+                        self.site_code.extend_from_slice(line);
+                        self.site_code.push(b'\n');
+                    }
+                } else if !line.is_empty() && line.len() <= MAX_PATH && self.path.len() < elf::MAX_DIRS {
+                    let dir = join(&site, line);
+                    if !self.path.contains(&dir) && finder.is_dir(&dir) {
+                        Arc::make_mut(&mut self.path).push(dir);
+                    }
                 }
             }
         }
+    }
+
+    /// Puts `dir` before all others of `sys.path`.
+    fn look_first(&mut self, dir: Vec<u8>) {
+        Arc::make_mut(&mut self.path).insert(0, dir);
+        self.packages.clear();
+    }
+
+    /// Makes room for `bytes` more that are remembered; false if there is none.
+    fn has_room(&mut self, bytes: usize) -> bool {
+        let known = self.known + bytes;
+        if known <= MAX_KNOWN {
+            self.known = known;
+        }
+        known <= MAX_KNOWN
     }
 
     /// Adds a module with its packages and what they import.
@@ -263,9 +300,11 @@ impl Python {
         if depth > MAX_DEPTH || name.is_empty() || name.len() > MAX_LEN || self.looks >= MAX_LOOKS {
             return;
         }
-        if !self.seen.insert(name.to_owned()) {
+        // What is known costs time as well.
+        if !finder.spend(1) || self.seen.contains(name) || !self.has_room(name.len() + NAME_SIZE) {
             return;
         }
+        self.seen.insert(name.to_owned());
         let Some(Found { file: Some(file), package }) = self.find(finder, name) else { return };
         if !file.ends_with(b".py") {
             self.load_extension(finder, &file, depth);
@@ -280,13 +319,12 @@ impl Python {
             (None, Some((package, _))) => package,
             (None, None) => "",
         };
-        self.run_all(finder, &imports, name, own, depth);
+        self.run_module(finder, &imports, name, own, depth);
         if name == "sysconfig" {
             // How the interpreter was built, in a module named by platform; other names are links.
             let dir = parent(&file);
-            for data in finder.names(&dir) {
+            for data in finder.names(&dir, |name| name.starts_with(b"_sysconfigdata_")) {
                 let stem = data.strip_suffix(b".py").and_then(|stem| std::str::from_utf8(stem).ok());
-                let stem = stem.filter(|stem| stem.starts_with("_sysconfigdata_"));
                 let own = finder.regular(&join(&dir, &data)).filter(|own| base_name(&own.path) == data);
                 if let (Some(stem), Some(_)) = (stem, own) {
                     self.load(finder, stem, depth + 1);
@@ -326,31 +364,46 @@ impl Python {
 
     /// Adds what code without a file imports.
     fn run_code(&mut self, finder: &mut Finder<'_>, code: &[u8]) {
-        self.run_all(finder, &read(code, true), "", "", 0);
+        self.run_all(finder, &read(code, true), "", 0);
     }
 
     /// Adds the script at `path` and what it imports.
     fn run_script(&mut self, finder: &mut Finder<'_>, path: &[u8]) {
         finder.add(path);
         if let Some(script) = finder.text(path, |text| Script(read(text, true))) {
-            self.run_all(finder, &script.0, "", "", 0);
+            self.run_all(finder, &script.0, "", 0);
         }
     }
 
-    /// Adds what module `name` imports at once; `package` is the one that dots begin at. A script has no
-    /// name.
-    fn run_all(
+    /// Adds what module `name` imports at once, and remembers what it imports on demand; `package` is the one that
+    /// dots begin at.
+    fn run_module(
         &mut self,
         finder: &mut Finder<'_>,
-        imports: &Imports,
+        imports: &Arc<Imports>,
         name: &str,
         package: &str,
         depth: usize,
     ) {
-        if let Some(imports) = &imports.on_demand {
-            self.lazy.insert(name.to_owned(), (package.to_owned(), imports.clone()));
+        let size = imports.size();
+        if !self.has_room(size) {
+            return;
         }
+        if imports.on_demand.is_some() {
+            self.lazy.insert(name.to_owned(), (package.to_owned(), Arc::clone(imports)));
+        }
+        self.run_all(finder, imports, package, depth);
+        if imports.on_demand.is_none() {
+            self.known -= size;
+        }
+    }
+
+    /// Adds what `imports` of something in `package` name at once.
+    fn run_all(&mut self, finder: &mut Finder<'_>, imports: &Imports, package: &str, depth: usize) {
         for import in &imports.at_once {
+            if !finder.spend(1) {
+                return;
+            }
             self.run(finder, import, package, depth);
         }
     }
@@ -407,13 +460,18 @@ impl Python {
     /// Adds what `module` imports when `name` is asked of it.
     fn ask(&mut self, finder: &mut Finder<'_>, module: &str, name: &str, depth: usize) {
         let Some((package, imports)) = self.lazy.get(module) else { return };
-        if depth > MAX_DEPTH || !self.asked.insert(format!("{module}.{name}")) {
+        let (package, imports, asked) = (package.clone(), Arc::clone(imports), format!("{module}.{name}"));
+        if depth > MAX_DEPTH || self.asked.contains(&asked) || !self.has_room(asked.len() + NAME_SIZE) {
             return;
         }
-        let imports: Vec<Import> = imports.iter().filter(|import| import.gives(name)).cloned().collect();
-        let package = package.clone();
-        for import in imports {
-            self.run(finder, &import, &package, depth);
+        self.asked.insert(asked);
+        for import in imports.on_demand.iter().flatten() {
+            if !finder.spend(1 + import.names.len()) {
+                return;
+            }
+            if import.gives(name) {
+                self.run(finder, import, &package, depth);
+            }
         }
     }
 
@@ -423,7 +481,9 @@ impl Python {
             return known.clone();
         }
         let found = self.find(finder, name).and_then(|found| found.package);
-        self.packages.insert(name.to_owned(), found.clone());
+        if self.has_room(name.len() + found.as_ref().map_or(0, Vec::len) + NAME_SIZE) {
+            self.packages.insert(name.to_owned(), found.clone());
+        }
         found
     }
 
@@ -434,25 +494,25 @@ impl Python {
         }
         self.looks += 1;
         let (dirs, last) = match name.rsplit_once('.') {
-            None => (self.path.clone(), name),
-            Some((package, last)) => (vec![self.package(finder, package)?], last),
+            None => (Arc::clone(&self.path), name),
+            Some((package, last)) => (Arc::new(vec![self.package(finder, package)?]), last),
         };
         let mut namespace = None;
-        for dir in dirs.into_iter().filter(|dir| finder.has_prefix(dir, last.as_bytes())) {
-            let package = join(&dir, last.as_bytes());
+        for dir in dirs.iter().filter(|dir| finder.has_prefix(dir, last.as_bytes())) {
+            let package = join(dir, last.as_bytes());
             let init = join(&package, b"__init__.py");
             if finder.regular(&init).is_some() {
                 return Some(Found { file: Some(init), package: Some(package) });
             }
             let library = format!("{last}.cpython-3{}", self.minor);
-            let library = finder.libraries(&dir, library.as_bytes());
+            let library = finder.libraries(dir, library.as_bytes());
             let files = [
                 library.unwrap_or_default(),
                 format!("{last}.abi3.so").into_bytes(),
                 format!("{last}.so").into_bytes(),
                 format!("{last}.py").into_bytes(),
             ];
-            for file in files.iter().filter(|file| !file.is_empty()).map(|file| join(&dir, file)) {
+            for file in files.iter().filter(|file| !file.is_empty()).map(|file| join(dir, file)) {
                 if finder.regular(&file).is_some() {
                     return Some(Found { file: Some(file), package: None });
                 }

@@ -38,19 +38,19 @@ pub(super) fn locale(finder: &mut Finder<'_>, default: Option<&str>, categories:
     add(finder, b"/usr/lib/locale/locale-archive");
     let mut dirs = [name.clone(), normalized(&name)].map(|name| join(b"/usr/lib/locale", &name)).into_iter();
     if let Some(dir) = dirs.find(|dir| finder.is_dir(dir)) {
-        for file in finder.names(&dir) {
-            let wanted = categories.is_empty() || categories.iter().any(|name| name.as_bytes() == file);
-            if wanted && file.starts_with(b"LC_") {
-                add(finder, &join(&dir, &file));
-            }
+        let is_named =
+            |file: &[u8]| categories.is_empty() || categories.iter().any(|name| name.as_bytes() == file);
+        for file in finder.names(&dir, |file| file.starts_with(b"LC_") && is_named(file)) {
+            add(finder, &join(&dir, &file));
         }
         if categories.is_empty() {
             add(finder, &join(&dir, b"LC_MESSAGES/SYS_LC_MESSAGES"));
         }
     }
     // Characters are converted by modules of the C library, which looks for them here.
-    let dirs = elf::linker_dirs(finder).into_iter().map(|dir| join(&dir, b"gconv/gconv-modules.cache"));
-    if let Some(cache) = dirs.into_iter().find(|path| finder.regular(path).is_some()) {
+    let dirs = elf::linker_dirs(finder);
+    let mut caches = dirs.iter().map(|dir| join(dir, b"gconv/gconv-modules.cache"));
+    if let Some(cache) = caches.find(|path| finder.regular(path).is_some()) {
         add(finder, &cache);
     }
 }

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::*;
 
 mod following;
+mod hostile;
 
 /// A 64-bit ELF file for x86-64, `padding` bytes longer than need be.
 fn elf(interpreter: &str, needed: &[&str], runpath: &str, padding: usize) -> Vec<u8> {

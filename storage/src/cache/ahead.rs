@@ -71,14 +71,18 @@ pub(super) async fn work_off(shared: Arc<Shared>, order: Order, options: Prefetc
     // Cancelled, what runs ends by itself; nobody waits for it here.
     let cancelled = handle.token().clone();
     let _end = End(&handle);
-    // What comes slowly on purpose, or is to be looked into first, says little of what is wanted next.
-    let tells = options.class <= Class::Predicted && options.bandwidth.is_none() && !options.until_stored;
-    let _telling = tells.then(|| shared.speculator.telling());
+    let _telling = tells(&options).then(|| shared.speculator.telling());
     tokio::select! {
         biased;
         () = cancelled.cancelled() => {}
         () = see_to(&shared, order, options, &handle) => {}
     }
+}
+
+/// True for an order that says what is wanted next: what comes slowly on purpose, or is to be looked into first, and
+/// what somebody wants to have some time, does not.
+fn tells(options: &PrefetchOptions) -> bool {
+    options.class <= Class::Predicted && options.bandwidth.is_none() && !options.until_stored
 }
 
 /// Tells whoever waits for an order that it has ended, however it ends.
@@ -93,7 +97,7 @@ impl Drop for End<'_> {
 /// Works off `order`, and for one that somebody asked for, or waits for, again what others were fetching
 /// meanwhile: they may have failed, and an order that ends well has all of it.
 async fn see_to(shared: &Arc<Shared>, order: Order, options: PrefetchOptions, handle: &Prefetch) {
-    let mut others = each_part(shared, order, options, handle).await;
+    let mut others = each_part(shared, order, options, handle, true).await;
     let (mut before, mut since) = (others.len(), Instant::now());
     let all = options.class == Class::Preheat || options.until_stored;
     while all && !others.is_empty() {
@@ -109,22 +113,23 @@ async fn see_to(shared: &Arc<Shared>, order: Order, options: PrefetchOptions, ha
         }
         tokio::time::sleep(AGAIN).await;
         let again = Box::new(others.into_iter());
-        others = each_part(shared, again, options, handle).await;
+        others = each_part(shared, again, options, handle, false).await;
     }
 }
 
-/// Works off `order` once. Answers what others are fetching.
+/// Works off `order` once; `first` if it was never looked at before. Answers what others are fetching.
 async fn each_part(
     shared: &Arc<Shared>,
     order: Order,
     options: PrefetchOptions,
     handle: &Prefetch,
+    first: bool,
 ) -> Vec<Chunk> {
     let link = shared.engine.link();
     // Begun at once, and ended with this order.
     let mut running = JoinSet::new();
     let mut others = Vec::new();
-    let mut rest = Rest { order, next: VecDeque::new(), others: Vec::new() };
+    let mut rest = Rest { order, next: VecDeque::new(), others: Vec::new(), first };
     let mut size = FIRST_PART;
     let mut pace = options.bandwidth.map(|rate| Pace::new(rate, Instant::now()));
     loop {
@@ -144,7 +149,7 @@ async fn each_part(
         };
         let taken = cost(chunks.len(), bytes);
         slot.shrink(taken);
-        if options.class != Class::Background && !options.until_stored {
+        if tells(&options) {
             shared.speculator.told(bytes);
         }
         let soon = link.rate().map_or(FIRST_PART * GROWTH, |rate| rate / PARTS_A_SECOND);
@@ -173,6 +178,8 @@ struct Rest {
     next: VecDeque<Chunk>,
     /// Chunks that somebody else fetches.
     others: Vec<Chunk>,
+    /// They are counted: nobody has looked at them before.
+    first: bool,
 }
 
 /// What is asked for at once, of one blob.
@@ -211,7 +218,9 @@ impl Rest {
                 continue;
             }
             let look = shared.look(blob, &extent);
-            handle.looked_at(1, u64::from(matches!(look, Look::There | Look::Coming)));
+            if self.first {
+                handle.looked_at(1, u64::from(matches!(look, Look::There | Look::Coming)));
+            }
             match look {
                 Look::Wanted => {}
                 Look::Coming if until_stored => {}
