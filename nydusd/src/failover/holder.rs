@@ -35,7 +35,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::MissedTickBehavior;
 
-use super::directory::Directory;
+use super::directory::{Directory, SOCKET};
 use super::{state, supervisor};
 use crate::cli::{GlobalArgs, SuperviseArgs};
 use crate::transport::mounted;
@@ -166,7 +166,7 @@ impl Holder {
     fn new(arguments: Vec<OsString>, mountpoint: PathBuf) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("find this program")?;
         let directory = Directory::make(&std::env::temp_dir()).context("make a directory for the socket")?;
-        let socket = directory.path().join("holder.sock");
+        let socket = directory.path().join(SOCKET);
         let listener =
             UnixListener::bind(&socket).with_context(|| format!("listen at {}", socket.display()))?;
         // Not asked later, when it may be the mount of a daemon that is gone.
