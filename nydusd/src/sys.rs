@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal};
 use nix::unistd::{ForkResult, Pid};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 
 /// A `statvfs64` of zeros, which has no constructor of its own.
 pub(crate) fn zeroed_statvfs() -> libc::statvfs64 {
@@ -58,22 +58,47 @@ pub(crate) fn trim_heap() {}
 /// Most descriptors that the kernel lets one message carry (SCM_MAX_FD).
 const MAX_FDS: usize = 253;
 
+/// What a message has brought.
+#[derive(Debug)]
+pub(crate) struct Received {
+    /// How many bytes it has; 0 at the end of the connection.
+    pub len: usize,
+    /// Its descriptors, as many of them as this process may still have open.
+    pub descriptors: Vec<OwnedFd>,
+    /// True if that was not all.
+    pub is_cut: bool,
+}
+
 /// Receives one message: its bytes into `buffer`, and the descriptors that came with them, as many of them as this process
 /// may still have open.
 ///
 /// # Errors
 /// The system's.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>)> {
+    let received = receive_with(socket, buffer, RecvFlags::empty())?;
+    Ok((received.len, received.descriptors))
+}
+
+/// The same, but leaves the message where it is.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> nix::Result<Received> {
+    receive_with(socket, buffer, RecvFlags::PEEK)
+}
+
+fn receive_with(socket: BorrowedFd<'_>, buffer: &mut [u8], flags: RecvFlags) -> nix::Result<Received> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut parts = [IoSliceMut::new(buffer)];
-    let message = recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)
+    let message = recvmsg(socket, &mut parts, &mut control, flags | RecvFlags::CMSG_CLOEXEC)
         .map_err(|e| Errno::from_raw(e.raw_os_error()))?;
     let rights = control.drain().filter_map(|part| match part {
         RecvAncillaryMessage::ScmRights(fds) => Some(fds),
         _ => None,
     });
-    Ok((message.bytes, rights.flatten().collect()))
+    let descriptors = rights.flatten().collect();
+    Ok(Received { len: message.bytes, descriptors, is_cut: message.flags.contains(ReturnFlags::CTRUNC) })
 }
 
 /// Forks a process that has one thread: its child's id, and none in the child.

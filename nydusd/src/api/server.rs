@@ -72,9 +72,11 @@ impl Server {
     ///
     /// # Errors
     /// The socket can not be made, or a file that is no socket is in its place.
-    pub fn bind(path: &Path, daemon: Arc<Daemon>) -> anyhow::Result<Self> {
+    pub async fn bind(path: &Path, daemon: Arc<Daemon>) -> anyhow::Result<Self> {
         let host = Arc::clone(daemon.host());
-        let socket = host.bind_api()?;
+        let binds = Arc::clone(&host);
+        // Its directory may be on a file system that does not answer.
+        let socket = tokio::task::spawn_blocking(move || binds.bind_api()).await??;
         // Here and not where it was bound: clients are told that whoever listens is at the other end.
         listen(&socket, Backlog::new(BACKLOG)?)?;
         let socket = UnixListener::from_std(socket.into())?;

@@ -54,6 +54,17 @@ struct Signals {
     hangup: Option<Signal>,
 }
 
+impl Signals {
+    /// Waits for one of them; whether the daemon unmounts then.
+    async fn end(&mut self, daemon: &Daemon) -> bool {
+        tokio::select! {
+            _ = self.terminate.recv() => daemon.unmounts(),
+            _ = self.interrupt.recv() => daemon.unmounts(),
+            () = told(&mut self.hangup) => false,
+        }
+    }
+}
+
 /// Waits for a signal, for ever where there is none to wait for.
 async fn told(signal: &mut Option<Signal>) {
     match signal {
@@ -107,15 +118,26 @@ async fn serve(
     ends: &mut mpsc::UnboundedReceiver<End>,
     mut signals: Signals,
 ) -> anyhow::Result<()> {
+    let supervised = daemon.args.global.holder.is_some();
     let socket: Option<PathBuf> = daemon.args.global.apisock.clone();
     let server = match &socket {
-        Some(path) => match api::Server::bind(path, Arc::clone(daemon)) {
-            Ok(server) => Some(server),
-            Err(e) => {
-                daemon.stop(!daemon.is_inherited());
-                return Err(e);
+        Some(path) => {
+            let bound = tokio::select! {
+                biased;
+                unmount = signals.end(daemon) => {
+                    daemon.stop(unmount);
+                    return Ok(());
+                }
+                bound = api::Server::bind(path, Arc::clone(daemon)) => bound,
+            };
+            match bound {
+                Ok(server) => Some(server),
+                Err(e) => {
+                    daemon.stop(!daemon.is_inherited());
+                    return Err(e);
+                }
             }
-        },
+        }
         None => None,
     };
     let exporter = match daemon.args.global.metrics_addr {
@@ -129,9 +151,11 @@ async fn serve(
         None => None,
     };
     let result = tokio::select! {
-        _ = signals.terminate.recv() => Ok(daemon.unmounts()),
-        _ = signals.interrupt.recv() => Ok(daemon.unmounts()),
-        () = told(&mut signals.hangup) => Ok(false),
+        unmount = signals.end(daemon) => Ok(unmount),
+        () = daemon.host.ended(), if supervised => {
+            tracing::error!("the broker has ended; this daemon ends, for one with a broker to take its mount over");
+            Ok(false)
+        }
         end = ends.recv() => match end {
             Some(End::Exit) => Ok(false),
             Some(End::Fuse(result)) => result.and_then(|()| daemon.unmounted()).map(|()| true),

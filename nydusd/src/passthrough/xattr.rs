@@ -54,7 +54,14 @@ impl XattrCall {
     /// The system's.
     pub fn run(self, file: impl AsFd) -> io::Result<Vec<u8>> {
         match crate::sandbox::outside().filter(|_| self.is_privileged()) {
-            Some(outside) => outside.xattr(self, file.as_fd()),
+            Some(outside) => {
+                let is_list = self == Self::List;
+                match outside.xattr(self, file.as_fd()) {
+                    // Most names need no rights, and nobody is left to tell the others.
+                    Err(_) if is_list && outside.has_ended() => Self::List.run_here(file.as_fd()),
+                    answer => answer,
+                }
+            }
             None => self.run_here(file.as_fd()),
         }
     }

@@ -8,13 +8,12 @@
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::ops::RangeInclusive;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
-use nix::poll::PollFlags;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -32,11 +31,14 @@ use crate::{limits, logging};
 
 /// Threads for requests of each kind.
 const URGENT: usize = 8;
+const OWN: usize = 4;
 const ATTRIBUTES: usize = 16;
 const NAMED: usize = 64;
 /// How many of a kind may wait for one: a part of the descriptors that this process may have.
-const PART: u64 = 8;
+const PART: u64 = 16;
 const QUEUE: RangeInclusive<u64> = 64..=4096;
+/// Until this process is looked at again for room for a message.
+const FULL_PAUSE: Duration = Duration::from_millis(5);
 /// What the kernel calls the process.
 const NAME: &std::ffi::CStr = c"nydusd-broker";
 
@@ -123,11 +125,16 @@ struct Job {
     answer_to: OwnedFd,
 }
 
+/// How many requests of a kind may wait.
+fn queue() -> anyhow::Result<usize> {
+    let (most, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(usize::try_from((most / PART).clamp(*QUEUE.start(), *QUEUE.end()))?)
+}
+
 /// Takes requests until the daemon ends.
 fn serve(places: Places, socket: &OwnedFd) -> anyhow::Result<()> {
     let host = Arc::new(Host::new(places));
-    let (most, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    let queue = usize::try_from((most / PART).clamp(*QUEUE.start(), *QUEUE.end()))?;
+    let queue = queue()?;
     let pool = |threads| {
         let host = Arc::clone(&host);
         Pool::new(threads, queue, move |job: Job| {
@@ -135,14 +142,12 @@ fn serve(places: Places, socket: &OwnedFd) -> anyhow::Result<()> {
             give(&job.answer_to, answer.unwrap_or_else(|refusal| (Reply::Failed(refusal), None)));
         })
     };
-    let (urgent, attributes, named) = (pool(URGENT), pool(ATTRIBUTES), pool(NAMED));
+    let (urgent, own) = (pool(URGENT), pool(OWN));
+    let (attributes, named) = (pool(ATTRIBUTES), pool(NAMED));
     let mut reserve = Reserve::default();
     loop {
-        // What this process may have open can be used up: the room that a message takes is given up for it alone.
         reserve.take();
-        protocol::wait(socket.as_fd(), PollFlags::POLLIN, None)?;
-        reserve.give_up();
-        let Some((bytes, descriptors)) = protocol::receive(socket, None).context("read a request")? else {
+        let Some((bytes, descriptors)) = reserve.receive(socket).context("read a request")? else {
             return Ok(());
         };
         let job = match read(&bytes, descriptors) {
@@ -160,6 +165,7 @@ fn serve(places: Places, socket: &OwnedFd) -> anyhow::Result<()> {
         };
         let pool = match job.request.kind() {
             Kind::Urgent => &urgent,
+            Kind::Own => &own,
             Kind::Attributes => &attributes,
             Kind::Named => &named,
         };
@@ -192,28 +198,47 @@ fn give(answer_to: &OwnedFd, (reply, descriptor): (Reply, Option<OwnedFd>)) {
     }
 }
 
-/// As many descriptors as a message brings.
+/// One descriptor more than a message brings: room for any, and for what shows that one brings too many, when all that
+/// this process may have open is used up.
 #[derive(Default)]
 struct Reserve(Vec<File>);
 
 impl Reserve {
     /// As far as there are any.
     fn take(&mut self) {
-        while self.0.len() < MAX_DESCRIPTORS {
+        while self.0.len() <= MAX_DESCRIPTORS {
             let Ok(another) = File::open("/dev/null") else { return };
             self.0.push(another);
         }
     }
 
-    fn give_up(&mut self) {
-        self.0.clear();
+    /// Receives a message; `None` at the end of the connection. One that there is no room for stays where it is until
+    /// there is: threads that end their work may have taken what was given up.
+    fn receive(&mut self, socket: &OwnedFd) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+        loop {
+            let (bytes, descriptors, is_cut) = match protocol::peek(socket)? {
+                Some((bytes, received)) => (bytes, received.descriptors, received.is_cut),
+                None => return Ok(None),
+            };
+            // One that brings too many is refused, all there or not.
+            if !is_cut || descriptors.len() > MAX_DESCRIPTORS {
+                protocol::discard(socket)?;
+                return Ok(Some((bytes, descriptors)));
+            }
+            drop(descriptors);
+            if self.0.is_empty() {
+                std::thread::sleep(FULL_PAUSE);
+            }
+            self.0.clear();
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::RawFd;
+    use std::os::fd::{AsFd as _, RawFd};
 
+    use nix::sys::resource::setrlimit;
     use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 
     use super::*;
@@ -224,8 +249,12 @@ mod tests {
 
     /// A broker in a thread, and what speaks to it.
     fn broker() -> (Broker, std::thread::JoinHandle<anyhow::Result<()>>) {
+        broker_at(Places::default())
+    }
+
+    fn broker_at(places: Places) -> (Broker, std::thread::JoinHandle<anyhow::Result<()>>) {
         let (ours, theirs) = pair();
-        let thread = std::thread::spawn(move || serve(Places::default(), &theirs));
+        let thread = std::thread::spawn(move || serve(places, &theirs));
         (Broker { socket: ours, process: None, directory: "/".into() }, thread)
     }
 
@@ -287,13 +316,103 @@ mod tests {
                 ours
             })
             .collect();
+        let mut served = 0;
         for socket in &waiting {
             let Some(Reply::Failed(refusal)) = answer(socket) else { panic!("no answer, or another") };
-            let known = ["not a regular file", "the broker has too much to do"];
-            assert!(known.iter().any(|text| refusal.message == *text), "{refusal}");
+            match refusal.message.as_str() {
+                "not a regular file" => served += 1,
+                "the broker has too much to do" => assert_eq!(refusal.errno, None),
+                _ => panic!("{refusal}"),
+            }
         }
+        let least = queue().unwrap().min(waiting.len());
+        assert!(served >= least, "{served} of {} were served, {least} could wait", waiting.len());
         drop(broker);
         thread.join().unwrap().unwrap();
+    }
+
+    /// A mount that nobody serves stands for a file server that does not answer.
+    #[test]
+    fn what_strangers_name_holds_the_daemons_own_up_nowhere() {
+        if !nix::unistd::geteuid().is_root() || !std::path::Path::new("/dev/fuse").exists() {
+            return eprintln!("skipped: needs root and /dev/fuse");
+        }
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = scratch.path().canonicalize().unwrap();
+        let [mountpoint, other] = ["hung", "other"].map(|name| {
+            std::fs::create_dir(dir.join(name)).unwrap();
+            dir.join(name)
+        });
+        let (hung, hung_thread) = broker_at(Places { mountpoint: mountpoint.clone(), ..Places::default() });
+        let (_, connection) = hung.ask(&Request::Mount { writable: false }, &[]).unwrap();
+        let apisock = Some(dir.join("api.sock"));
+        let (broker, thread) = broker_at(Places { mountpoint: other, apisock, ..Places::default() });
+        let open = Request::Open { path: mountpoint.join("file").into(), device: false };
+        let open = serde_json::to_vec(&open).unwrap();
+        let waiting: Vec<_> = (0..NAMED)
+            .map(|_| {
+                let (ours, theirs) = pair();
+                raw(&broker, &open, &[theirs.as_raw_fd()]);
+                ours
+            })
+            .collect();
+        let answers: Vec<_> = [Request::ApiCheck, Request::ApiBind, Request::Usable, Request::IsListed]
+            .into_iter()
+            .map(|request| {
+                let (ours, theirs) = pair();
+                raw(&broker, &serde_json::to_vec(&request).unwrap(), &[theirs.as_raw_fd()]);
+                protocol::receive(&ours, Some(Instant::now() + Duration::from_secs(10)))
+            })
+            .collect();
+        let unmounted = hung.ask(&Request::Abort, &[]).and(hung.ask(&Request::Unmount { ended: true }, &[]));
+        drop(connection);
+        for answer in answers {
+            let (bytes, _) = answer.unwrap().unwrap();
+            assert!(!matches!(protocol::parse(&bytes).unwrap(), Reply::Failed(_)), "{bytes:?}");
+        }
+        assert_eq!(unmounted.unwrap().0, Reply::Done);
+        assert!(waiting.iter().all(|socket| matches!(answer(socket), Some(Reply::Failed(_)))));
+        drop((broker, hung));
+        thread.join().unwrap().unwrap();
+        hung_thread.join().unwrap().unwrap();
+    }
+
+    /// Of a process of its own, which has nothing left to open.
+    #[test]
+    fn a_message_without_room_waits_for_it() {
+        const ALONE: &str = "NYDUS_TEST_ALONE";
+        if std::env::var_os(ALONE).is_none() {
+            let name = "sandbox::broker::tests::a_message_without_room_waits_for_it";
+            let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+            let status = alone.args([name, "--exact"]).env(ALONE, "1").status().unwrap();
+            assert!(status.success(), "{status}");
+            return;
+        }
+        setrlimit(Resource::RLIMIT_NOFILE, 64, 64).unwrap();
+        let (ours, theirs) = pair();
+        let null = File::open("/dev/null").unwrap();
+        let send = || {
+            let descriptors = [null.as_raw_fd(); MAX_DESCRIPTORS];
+            protocol::send(&ours, &Request::Abort, &descriptors, None).unwrap();
+        };
+        let fill = || std::iter::from_fn(|| null.try_clone().ok()).collect::<Vec<_>>();
+        let mut reserve = Reserve::default();
+        reserve.take();
+        let rest = fill();
+        send();
+        let (bytes, descriptors) = reserve.receive(&theirs).unwrap().unwrap();
+        assert_eq!(protocol::parse::<Request>(&bytes).unwrap(), Request::Abort);
+        assert_eq!(descriptors.len(), MAX_DESCRIPTORS);
+        // Others were faster.
+        send();
+        std::thread::scope(|scope| {
+            let received = scope.spawn(|| reserve.receive(&theirs).unwrap().unwrap().1.len());
+            drop(descriptors);
+            drop(rest);
+            assert_eq!(received.join().unwrap(), MAX_DESCRIPTORS);
+        });
+        drop(ours);
+        assert!(reserve.receive(&theirs).unwrap().is_none());
     }
 
     #[test]

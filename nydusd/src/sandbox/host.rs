@@ -154,10 +154,7 @@ impl Host {
                 path(self.admit(Path::new(&named), Access { writable, shown })?)
             }
             Request::Resolve { host } => (Reply::Addresses(resolve(&host)?), None),
-            Request::Login { helper, server } => {
-                let answer = storage::oci::auth::run_credential_helper(&helper, &server);
-                (Reply::Login(answer.map_err(|e| anyhow::anyhow!(crate::logging::chain(&e)))?), None)
-            }
+            Request::Login { helper, server } => (Reply::Login(login(&helper, &server)?), None),
             Request::Thread { tid } => thread(tid),
             Request::Xattr(call) => {
                 let file = descriptors.first().context("want the descriptor of a file")?;
@@ -321,7 +318,7 @@ impl Host {
     /// Refuses what the daemon serves itself: it would wait for its own answers. Asks it nothing.
     fn check_own(&self, place: &Place) -> anyhow::Result<()> {
         match self.seat() {
-            Ok(seat) if seat.serves(place)? => bail!(OWN_MOUNT),
+            Ok(seat) if seat.serves(place)? => Err(denied(OWN_MOUNT).into()),
             _ => Ok(()),
         }
     }
@@ -335,10 +332,11 @@ impl Host {
     /// Refuses what a daemon in a jail has no business with. `real` is a canonical path.
     fn check(&self, real: &Path, writable: bool) -> anyhow::Result<()> {
         match self.jail.get().and_then(|_| self.rules.refusal(real, writable)) {
-            Some(what) => bail!(
+            Some(what) => Err(denied(format!(
                 "{} is {what}, which a sandboxed daemon does not get; see --admit and --no-jail",
                 real.display()
-            ),
+            ))
+            .into()),
             None => Ok(()),
         }
     }
@@ -363,7 +361,7 @@ impl Host {
     fn connect(&self, path: &Path) -> Result<OwnedFd, Refusal> {
         let place = Place::find(path)?;
         if !place.metadata()?.file_type().is_socket() {
-            return Err(anyhow::anyhow!("not a socket").into());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a socket").into());
         }
         // Who speaks to a service of root's may have it do as much as who writes to its directory.
         self.check(place.real(), true)?;
@@ -379,7 +377,7 @@ impl Host {
         let kind = place.metadata()?.file_type();
         if !(kind.is_file() || device && kind.is_block_device()) {
             let why = if device { "neither a block device nor a regular file" } else { "not a regular file" };
-            return Err(anyhow::anyhow!("{why}").into());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why).into());
         }
         // What it is, and not what it is called.
         self.check(place.real(), false)?;
@@ -387,7 +385,7 @@ impl Host {
             if self.jail.get().is_some() && !self.rules.admit(place.real()) && is_in_use(&place) {
                 let real = place.real().display();
                 let why = format!("{real} is a disk that the host itself uses; see --admit and --no-jail");
-                return Err(anyhow::anyhow!(why).into());
+                return Err(denied(why).into());
             }
             // Through a mount of that kind no device can be opened.
             return Ok(place.open(libc::O_NONBLOCK)?);
@@ -429,8 +427,26 @@ fn is_in_use(device: &Place) -> bool {
     })
 }
 
+/// What the daemon does not get, whatever the system would say.
+fn denied(why: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, why.into())
+}
+
 fn unusable(path: &Path) -> String {
     format!("{} can not be used", path.display())
+}
+
+/// What a credential helper knows; its failure is of the same kind where it is read.
+fn login(helper: &str, server: &str) -> io::Result<Option<String>> {
+    storage::oci::auth::run_credential_helper(helper, server).map_err(|e| {
+        let kind = match e.kind() {
+            storage::ErrorKind::Denied => io::ErrorKind::PermissionDenied,
+            storage::ErrorKind::NotFound => io::ErrorKind::NotFound,
+            storage::ErrorKind::TimedOut => io::ErrorKind::TimedOut,
+            _ => io::ErrorKind::Other,
+        };
+        io::Error::new(kind, crate::logging::chain(&e))
+    })
 }
 
 fn resolve(host: &str) -> io::Result<Vec<IpAddr>> {

@@ -54,6 +54,27 @@ impl Privileged {
         }
     }
 
+    /// True if nobody does it any more.
+    pub(crate) fn has_ended(&self) -> bool {
+        matches!(self, Self::Broker(broker) if broker.has_ended())
+    }
+
+    /// Waits for the end of whoever does it, for ever where that can not be seen. Call in a runtime.
+    pub(crate) async fn ended(&self) {
+        let Self::Broker(Broker { process: Some(process), .. }) = self else {
+            return std::future::pending().await;
+        };
+        let watch = async || -> io::Result<()> {
+            let process = process.try_clone()?;
+            let wait = move || protocol::wait(process.as_fd(), PollFlags::POLLIN, None);
+            tokio::task::spawn_blocking(wait).await?
+        };
+        if let Err(e) = watch().await {
+            tracing::warn!("the end of the broker will not be noticed: {e}");
+            std::future::pending().await
+        }
+    }
+
     /// Asks, and waits for the answer.
     fn ask(&self, request: Request) -> Result<Answer, Refusal> {
         self.ask_with(request, None)
@@ -289,17 +310,19 @@ impl Broker {
         };
         let ended = "the broker has ended: mounting and unmounting is over, and so is opening files; what is mounted \
                      is served on";
-        let message = match exchange() {
+        Err(match exchange() {
             Ok(Some(answer)) => return Ok(answer),
-            Ok(None) if self.has_ended() => ended.to_owned(),
-            Ok(None) => "the broker gave no answer; its log may say why".to_owned(),
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EPIPE | libc::ECONNRESET)) => ended.to_owned(),
-            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
-                format!("the broker did not answer in {:?}", limit.unwrap_or_default())
+            Ok(None) if self.has_ended() => anyhow!(ended).into(),
+            Ok(None) => anyhow!("the broker gave no answer; its log may say why").into(),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EPIPE | libc::ECONNRESET)) => {
+                anyhow!(ended).into()
             }
-            Err(e) => format!("ask the broker: {e}"),
-        };
-        Err(Refusal { message, errno: None })
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+                let why = format!("the broker did not answer in {:?}", limit.unwrap_or_default());
+                io::Error::new(e.kind(), why).into()
+            }
+            Err(e) => anyhow::Error::from(e).context("ask the broker").into(),
+        })
     }
 
     /// True if nobody takes requests any more.

@@ -12,20 +12,20 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, recv, sendmsg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::passthrough::xattr::XattrCall;
-use crate::sys;
+use crate::sys::{self, Received};
 use crate::transport::seat::ConnectionFile;
 
 /// Longest message. The value of an extended attribute has up to 64 KiB, which base64 makes a third longer.
 pub(super) const MAX_MESSAGE: usize = 128 << 10;
 /// Most descriptors beside one: the socket for the answer, and the jail's two.
 pub(super) const MAX_DESCRIPTORS: usize = 3;
-/// Longest wait for what is urgent. Taking an overlay away may write back what was changed through it.
-const URGENT_LIMIT: Duration = Duration::from_secs(60);
+/// Longest wait for what others can not hold up. Taking an overlay away may write back what was changed through it.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// What the daemon wants. Which rights it has to that is decided where it is done, in [`super::host`].
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +84,8 @@ pub(crate) enum Request {
 pub(super) enum Kind {
     /// The daemon's own mount and its end. Nothing that others name is touched.
     Urgent,
+    /// Its start: what its command line and its configuration name, which the daemon waits for.
+    Own,
     /// Extended attributes: of files, which may be on a server that does not answer.
     Attributes,
     /// What is named by others, and may be as slow as they please.
@@ -101,30 +103,32 @@ impl Request {
             | Self::ConnectionFile(_)
             | Self::IsGone(_)
             | Self::Thread { .. } => Kind::Urgent,
-            Self::Xattr(_) => Kind::Attributes,
             Self::ApiCheck
             | Self::ApiBind
             | Self::Usable
             | Self::IsListed
             | Self::Mount { .. }
             | Self::Inherit { .. }
-            | Self::Upper { .. }
             | Self::Cover { .. }
+            | Self::Jail => Kind::Own,
+            Self::Xattr(_) => Kind::Attributes,
+            Self::Upper { .. }
             | Self::Open { .. }
             | Self::Connect { .. }
             | Self::Directory { .. }
             | Self::Admit { .. }
             | Self::Resolve { .. }
-            | Self::Login { .. }
-            | Self::Jail => Kind::Named,
+            | Self::Login { .. } => Kind::Named,
         }
     }
 
     /// How long the daemon waits for the answer, if not for as long as it takes.
     pub(super) fn limit(&self) -> Option<Duration> {
         match self {
-            Self::IsGone(limit) => Some(URGENT_LIMIT.saturating_add(*limit)),
-            other => (other.kind() == Kind::Urgent).then_some(URGENT_LIMIT),
+            Self::IsGone(limit) => Some(LIMIT.saturating_add(*limit)),
+            // Mounting asks the file systems below, which may take their time.
+            Self::Cover { .. } => None,
+            other => matches!(other.kind(), Kind::Urgent | Kind::Own).then_some(LIMIT),
         }
     }
 }
@@ -157,7 +161,7 @@ pub(crate) enum Reply {
 pub(crate) struct Refusal {
     /// For people, with all its causes.
     pub message: String,
-    /// The system's number, where it alone says what is wrong.
+    /// The system's number for it, if there is one: `EACCES` for what the daemon does not get.
     pub errno: Option<i32>,
 }
 
@@ -171,23 +175,43 @@ impl std::error::Error for Refusal {}
 
 impl From<anyhow::Error> for Refusal {
     fn from(error: anyhow::Error) -> Self {
-        Self { message: format!("{error:#}"), errno: None }
+        Self { message: format!("{error:#}"), errno: error.chain().find_map(errno_of) }
     }
 }
 
 impl From<io::Error> for Refusal {
     fn from(error: io::Error) -> Self {
-        Self { message: error.to_string(), errno: error.raw_os_error() }
+        Self { message: error.to_string(), errno: errno_of(&error) }
     }
 }
 
 impl From<Refusal> for io::Error {
     fn from(refusal: Refusal) -> Self {
-        match refusal.errno {
-            Some(errno) => io::Error::from_raw_os_error(errno),
-            None => io::Error::new(io::ErrorKind::PermissionDenied, refusal),
-        }
+        let Some(system) = refusal.errno.map(io::Error::from_raw_os_error) else {
+            return io::Error::other(refusal);
+        };
+        // The number alone, for whoever answers with it, unless the words say more.
+        if system.to_string() == refusal.message { system } else { io::Error::new(system.kind(), refusal) }
     }
+}
+
+/// The number of an error that is the system's, or of a kind that has one.
+fn errno_of(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    if let Some(errno) = error.downcast_ref::<Errno>() {
+        return Some(*errno as i32);
+    }
+    if let Some(errno) = error.downcast_ref::<rustix::io::Errno>() {
+        return Some(errno.raw_os_error());
+    }
+    let error = error.downcast_ref::<io::Error>()?;
+    error.raw_os_error().or(match error.kind() {
+        io::ErrorKind::NotFound => Some(libc::ENOENT),
+        io::ErrorKind::NotADirectory => Some(libc::ENOTDIR),
+        io::ErrorKind::PermissionDenied => Some(libc::EACCES),
+        io::ErrorKind::InvalidInput => Some(libc::EINVAL),
+        io::ErrorKind::TimedOut => Some(libc::ETIMEDOUT),
+        _ => None,
+    })
 }
 
 /// Bytes as base64: JSON's own lists of numbers are three times as long.
@@ -255,6 +279,39 @@ pub(super) fn receive(
                 buffer.truncate(len);
                 return Ok(Some((buffer, descriptors)));
             }
+        }
+    }
+}
+
+/// Waits for a message and answers it with its descriptors, but leaves it where it is; `None` at the end of the
+/// connection.
+///
+/// # Errors
+/// The system's.
+pub(super) fn peek(socket: impl AsFd) -> io::Result<Option<(Vec<u8>, Received)>> {
+    let mut buffer = vec![0; MAX_MESSAGE + 1];
+    loop {
+        match sys::peek(socket.as_fd(), &mut buffer) {
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+            Ok(Received { len: 0, .. }) => return Ok(None),
+            Ok(received) => {
+                buffer.truncate(received.len);
+                return Ok(Some((buffer, received)));
+            }
+        }
+    }
+}
+
+/// Does away with the message that [`peek`] answered.
+///
+/// # Errors
+/// The system's.
+pub(super) fn discard(socket: impl AsFd) -> io::Result<()> {
+    loop {
+        match recv(socket.as_fd().as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EINTR) => {}
+            result => return Ok(result.map(|_| ())?),
         }
     }
 }
@@ -328,6 +385,48 @@ mod tests {
         drop(ours);
         assert!(receive(&theirs, None).unwrap().is_none());
         assert!(send(&theirs, &Request::Abort, &[], None).is_err());
+    }
+
+    #[test]
+    fn a_failure_is_no_refusal() {
+        let full = || io::Error::from_raw_os_error(libc::ENOSPC);
+        let slow = io::Error::new(io::ErrorKind::TimedOut, "slow");
+        let refused = || io::Error::new(io::ErrorKind::PermissionDenied, "not yours");
+        let cases: [(Refusal, io::ErrorKind, Option<i32>, &str); 7] = [
+            (full().into(), io::ErrorKind::StorageFull, Some(libc::ENOSPC), ""),
+            (
+                anyhow::Error::from(full()).context("make d").into(),
+                io::ErrorKind::StorageFull,
+                None,
+                "make d: ",
+            ),
+            (
+                anyhow::Error::from(Errno::ENOSPC).context("make d").into(),
+                io::ErrorKind::StorageFull,
+                None,
+                "make d: ",
+            ),
+            (slow.into(), io::ErrorKind::TimedOut, None, "slow"),
+            (refused().into(), io::ErrorKind::PermissionDenied, None, "not yours"),
+            (
+                anyhow::Error::from(refused()).context("use d").into(),
+                io::ErrorKind::PermissionDenied,
+                None,
+                "use d: not yours",
+            ),
+            (
+                anyhow::anyhow!("the broker has too much to do").into(),
+                io::ErrorKind::Other,
+                None,
+                "the broker has",
+            ),
+        ];
+        for (refusal, kind, errno, text) in cases {
+            let told = refusal.message.clone();
+            let error = io::Error::from(refusal);
+            assert_eq!((error.kind(), error.raw_os_error()), (kind, errno), "{told}");
+            assert!(error.to_string() == told && told.starts_with(text), "{error}");
+        }
     }
 
     #[test]

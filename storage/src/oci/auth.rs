@@ -281,6 +281,7 @@ struct HelperAnswer {
 
 /// What `docker-credential-NAME` knows; `None` if that is no login for `server`.
 fn ask_helper(name: &str, server: &str) -> Result<Option<Credentials>> {
+    check_helper_name(name)?;
     let answer = match crate::outside::get() {
         Some(outside) => {
             let what = || format!("credential helper docker-credential-{name} for {server}");
@@ -291,15 +292,21 @@ fn ask_helper(name: &str, server: &str) -> Result<Option<Credentials>> {
     answer.map(|answer| read_answer(name, server, &answer)).transpose()
 }
 
+/// A helper's name becomes that of a program, which is looked for in `PATH` only.
+fn check_helper_name(name: &str) -> Result<()> {
+    if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+    {
+        return Err(Error::new(ErrorKind::Invalid, format!("credential helper {name:?}: want a plain name")));
+    }
+    Ok(())
+}
+
 /// Runs `docker-credential-NAME get` and answers what it prints, a secret; `None` if it knows no login for `server`.
 ///
 /// # Errors
 /// `Invalid`: the name is no plain one. `Io`, `Denied`, `TimedOut`: it can not be run, fails or hangs.
 pub fn run_credential_helper(name: &str, server: &str) -> Result<Option<String>> {
-    if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
-    {
-        return Err(Error::new(ErrorKind::Invalid, format!("credential helper {name:?}: want a plain name")));
-    }
+    check_helper_name(name)?;
     run_helper(Command::new(format!("docker-credential-{name}")), name, server, HELPER_TIMEOUT)
 }
 

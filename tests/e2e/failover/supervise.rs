@@ -1,6 +1,7 @@
 //! `nydusd supervise`: no snapshotter, and a mount that survives its daemon all the same.
 
 use std::collections::hash_map::RandomState;
+use std::fs;
 use std::hash::BuildHasher;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
@@ -8,12 +9,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::gettid;
+use nix::unistd::{Pid, gettid};
 use serde_json::json;
 use tests::daemon::DaemonOptions;
 use tests::mount::{abort, mounted};
 use tests::relay::Rule;
-use tests::successor::Place;
+use tests::successor::{Place, Process};
 use tests::{Context, Result, ensure, needs_mounts, needs_programs};
 
 use super::{Noise, PATIENCE, Random, report, stalls};
@@ -107,6 +108,46 @@ fn supervise_ends_with_the_mount() -> Result<()> {
     let mut holder = broken.supervise("api.sock")?;
     ensure!(holder.wait()?.code() == Some(1), "{}", broken.log());
     ensure!(broken.children().len() == 1, "{}", broken.log());
+    Ok(())
+}
+
+/// The broker of a daemon.
+fn broker(daemon: Pid) -> Result<Pid> {
+    let children = fs::read_to_string(format!("/proc/{daemon}/task/{daemon}/children"))?;
+    let is_broker = |child: &&str| {
+        fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|comm| comm.trim() == "nydusd-broker")
+    };
+    let broker = children.split_whitespace().find(is_broker).context("there is no broker")?;
+    Ok(Pid::from_raw(broker.parse()?))
+}
+
+/// A daemon without its broker can not do all that it should: another one, with a broker, does.
+#[test]
+fn a_daemon_whose_broker_ends_is_replaced() -> Result<()> {
+    needs_mounts!();
+    let scratch = tempfile::tempdir()?;
+    fs::write(scratch.path().join("file"), "of the host")?;
+    let place = Place::new::<&str>(&[])?;
+    let mut holder = place.supervise("api.sock")?;
+    holder.wait_state("RUNNING", &["INIT"])?;
+    let share = |daemon: &Process, at: &str| {
+        let body = json!({"fs_type": "passthroughfs", "source": scratch.path(), "config": ""}).to_string();
+        daemon.expect("POST", &format!("/api/v1/mount?mountpoint={at}"), &body, 204, "")
+    };
+    share(&holder, "/one")?;
+    let child = place.wait_child(1)?;
+    kill(broker(child)?, Signal::SIGKILL)?;
+    let next = place.wait_child(2)?;
+    holder.wait_state("RUNNING", &["INIT", "READY", "STOPPED"])?;
+    broker(next)?;
+    share(&holder, "/two")?;
+    for name in ["one", "two"] {
+        ensure!(fs::read(place.root().join(name).join("file"))? == b"of the host", "{name}: {}", place.log());
+    }
+    ensure!(place.log().contains("the broker has ended"), "{}", place.log());
+    holder.signal(Signal::SIGTERM)?;
+    let status = holder.wait()?;
+    ensure!(status.code() == Some(0) && !mounted(place.root()), "{status}: {}", place.log());
     Ok(())
 }
 
