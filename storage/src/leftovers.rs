@@ -7,7 +7,7 @@ use std::fs::Metadata;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 /// Age without a change from which nobody works on a temporary file any more: no transfer and no
@@ -17,9 +17,10 @@ const ABANDONED: Duration = Duration::from_secs(24 * 60 * 60);
 /// Removes from `dir` the files and directories whose names `is_temporary`, which belong to this
 /// user and in which nothing has changed for a day. Other directories are not entered.
 ///
-/// What can not be removed stays: it only takes space. Each removal is logged.
-pub fn sweep(dir: &Path, is_temporary: impl Fn(&[u8]) -> bool) {
-    let Ok(entries) = std::fs::read_dir(dir) else { return };
+/// What can not be removed stays: it only takes space. Each removal is logged, and answered.
+pub fn sweep(dir: &Path, is_temporary: impl Fn(&[u8]) -> bool) -> Vec<PathBuf> {
+    let mut gone = Vec::new();
+    let Ok(entries) = std::fs::read_dir(dir) else { return gone };
     let own = nix::unistd::geteuid().as_raw();
     for entry in entries.flatten().filter(|entry| is_temporary(entry.file_name().as_bytes())) {
         let path = entry.path();
@@ -32,10 +33,14 @@ pub fn sweep(dir: &Path, is_temporary: impl Fn(&[u8]) -> bool) {
         let removed =
             if metadata.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
         match removed {
-            Ok(()) => tracing::info!("removed {}, which a killed process left", path.display()),
+            Ok(()) => {
+                tracing::info!("removed {}, which a killed process left", path.display());
+                gone.push(path);
+            }
             Err(e) => tracing::debug!("{} is left by a killed process: {e}", path.display()),
         }
     }
+    gone
 }
 
 /// Latest change of a file, or of a directory and all below it.

@@ -336,14 +336,18 @@ fn check_tells_what_is_missing() -> Result<()> {
     ensure!(fs::read_dir(scratch.path())?.count() == 0, "something is left behind");
 
     needs_programs!("setpriv");
-    let poor = finish(
-        Command::new("setpriv")
-            .args(["--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"])
-            .arg(binaries::nydusctl())
-            .args(["check", "--cache-dir", &dir]),
-    )?;
+    let check = |drop: &[&str]| {
+        let ctl = [binaries::nydusctl(), Path::new("check"), Path::new("--cache-dir"), scratch.path()];
+        finish(Command::new("setpriv").args(drop).args(ctl))
+    };
+    // No program that it starts could mount, either.
+    let poor = check(&["--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"])?;
     ensure!(poor.code == Some(1) && poor.stdout.contains("MISSING  privilege to mount"), "{poor:?}");
-    ensure!(poor.stdout.contains("-> run as root"), "no remedy: {poor:?}");
+    ensure!(poor.stdout.contains("or run as root"), "no remedy: {poor:?}");
+    // Whoever owns the directory has fusermount3.
+    std::os::unix::fs::chown(scratch.path(), Some(65534), Some(65534))?;
+    let user = check(&["--reuid", "65534", "--regid", "65534", "--clear-groups"])?;
+    ensure!(user.stdout.contains("fusermount3 mounts for this user"), "{user:?}");
     Ok(())
 }
 

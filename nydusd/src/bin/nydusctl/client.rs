@@ -8,6 +8,7 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
+use tokio::time::error::Elapsed;
 
 use crate::refusal::sentence;
 
@@ -30,6 +31,18 @@ impl<'a> Client<'a> {
     pub fn get(&self, path: &str) -> anyhow::Result<Value> {
         let body = self.request(Method::GET, path, String::new())?;
         serde_json::from_slice(&body).context("the daemon's answer is not JSON")
+    }
+
+    /// The document at `path`, if the daemon has one.
+    ///
+    /// # Errors
+    /// It does not answer in time, so that it need not be asked for the next.
+    pub fn get_any(&self, path: &str) -> anyhow::Result<Option<Value>> {
+        match self.get(path) {
+            Ok(document) => Ok(Some(document)),
+            Err(e) if e.is::<Elapsed>() => Err(e),
+            Err(_) => Ok(None),
+        }
     }
 
     /// The text at `path`.

@@ -3,13 +3,18 @@
 //! Only daemons of this user and of root are asked: whoever else answers as one could tell anything.
 
 use std::ffi::OsString;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::os::unix::net::UnixStream;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use anyhow::{Context as _, bail};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket, sockopt::PeerCredentials,
+};
 
 /// What the names of daemons begin with.
 pub const DAEMON: &str = "nydusd";
@@ -19,6 +24,8 @@ pub const DAEMON: &str = "nydusd";
 pub struct Found {
     /// Its process.
     pub pid: u32,
+    /// Its user.
+    pub user: u32,
     /// Its API socket, as it is reached from here.
     pub socket: PathBuf,
     /// Where it is mounted on this host, if its command line tells.
@@ -31,7 +38,7 @@ pub struct Found {
 /// The named one can not be reached, or none runs.
 pub fn all(named: Option<&Path>) -> anyhow::Result<Vec<Found>> {
     let found = match named {
-        Some(socket) => vec![reach(socket).with_context(|| format!("connect to {}", socket.display()))?.0],
+        Some(socket) => vec![reach(socket).with_context(|| format!("connect to {}", socket.display()))?],
         None => running(),
     };
     if found.is_empty() {
@@ -71,9 +78,20 @@ pub fn running() -> Vec<Found> {
         .flatten()
         .filter(|entry| entry.file_name().as_bytes().iter().all(u8::is_ascii_digit))
         .filter_map(|entry| socket_of(&entry.path()))
-        .filter_map(|socket| reach(&socket).ok())
-        .filter(|(_, user)| is_trusted(*user))
-        .map(|(found, _)| found)
+        .filter_map(|socket| match reach(&socket) {
+            Ok(found) => Some(found),
+            Err(e) => {
+                // One that has ended leaves its socket behind.
+                if e.kind() == std::io::ErrorKind::WouldBlock {
+                    eprintln!(
+                        "nydusctl: the daemon at {} takes no connections; is it stopped?",
+                        socket.display()
+                    );
+                }
+                None
+            }
+        })
+        .filter(|found| is_trusted(found.user))
         .collect();
     found.sort_by_key(|found| found.pid);
     // One that supervises another has the same command line: who answers counts.
@@ -102,20 +120,46 @@ fn socket_of(process: &Path) -> Option<PathBuf> {
         true => socket,
         false => process.join("cwd").read_link().ok()?.join(socket),
     };
-    let inside = || process.join("root").join(absolute.strip_prefix("/").unwrap_or(&absolute));
-    [absolute.clone(), inside()]
-        .into_iter()
-        .find(|path| path.metadata().is_ok_and(|m| m.file_type().is_socket()))
+    let inside = process.join("root").join(absolute.strip_prefix("/").unwrap_or(&absolute));
+    let file = |path: &Path| {
+        let metadata = path.metadata().ok().filter(|metadata| metadata.file_type().is_socket())?;
+        Some((metadata.dev(), metadata.ino()))
+    };
+    // In a container the path means another file than here, where it may be that of another daemon. A daemon in a
+    // jail may not see its own socket.
+    match (file(&inside), file(&absolute)) {
+        (Some(own), here) if here != Some(own) => Some(inside),
+        (_, Some(_)) => Some(absolute),
+        (_, None) => None,
+    }
+}
+
+/// What each of `daemons` answers. They are asked at once: those that hang are waited for once, not one after the other.
+pub fn each<T: Send>(daemons: &[Found], ask: impl Fn(&Found) -> T + Sync) -> Vec<T> {
+    thread::scope(|scope| {
+        let asked: Vec<_> = daemons.iter().map(|daemon| scope.spawn(|| ask(daemon))).collect();
+        asked.into_iter().map(|answer| answer.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
 }
 
 /// True for this user and root.
-fn is_trusted(user: u32) -> bool {
+pub fn is_trusted(user: u32) -> bool {
     user == 0 || user == nix::unistd::geteuid().as_raw()
 }
 
-/// Who answers at `socket`, and as which user: a daemon may be gone, and its socket be somebody else's.
-fn reach(socket: &Path) -> std::io::Result<(Found, u32)> {
-    let stream = UnixStream::connect(socket)?;
+/// Who answers at `path`, and as which user: a daemon may be gone, and its socket be somebody else's.
+///
+/// # Errors
+/// `WouldBlock`: as many wait to be answered as may. Else the system's.
+fn reach(path: &Path) -> std::io::Result<Found> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let stream = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    let address = UnixAddr::new(path)?;
+    while let Err(e) = connect(stream.as_raw_fd(), &address) {
+        if e != Errno::EINTR {
+            return Err(e.into());
+        }
+    }
     let peer = getsockopt(&stream, PeerCredentials)?;
     let pid = u32::try_from(peer.pid()).unwrap_or(0);
     let process = PathBuf::from(format!("/proc/{pid}"));
@@ -126,7 +170,7 @@ fn reach(socket: &Path) -> std::io::Result<(Found, u32)> {
             process.join("cwd").read_link().ok().map(|cwd| cwd.join(path))
         }
     });
-    Ok((Found { pid, socket: socket.to_owned(), mountpoint }, peer.uid()))
+    Ok(Found { pid, user: peer.uid(), socket: path.to_owned(), mountpoint })
 }
 
 fn arguments(process: &Path) -> Vec<OsString> {
@@ -158,6 +202,8 @@ fn value(arguments: &[OsString], long: &str, short: Option<char>) -> Option<Path
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::socket::{Backlog, bind, listen};
+
     use super::*;
 
     #[test]
@@ -185,7 +231,19 @@ mod tests {
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         assert_eq!(all(Some(&socket)).unwrap()[0].pid, std::process::id());
         let own = nix::unistd::geteuid().as_raw();
-        assert_eq!(reach(&socket).unwrap().1, own);
+        assert_eq!(reach(&socket).unwrap().user, own);
         assert!(is_trusted(own) && is_trusted(0) && !is_trusted(own + 4711));
+    }
+
+    #[test]
+    fn nobody_waits_for_a_daemon_that_takes_no_connections() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let listener = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        let waiting: Vec<_> = std::iter::repeat_with(|| reach(&path)).take(8).collect();
+        let errors: Vec<_> = waiting.into_iter().filter_map(Result::err).collect();
+        assert!(errors.iter().any(|e| e.kind() == std::io::ErrorKind::WouldBlock), "{errors:?}");
     }
 }

@@ -1,5 +1,6 @@
 //! `nydusctl info`.
 
+use nydusd::words::printable;
 use serde_json::Value;
 
 /// The daemon for people.
@@ -16,7 +17,7 @@ pub fn text(info: &Value) -> String {
     for (mountpoint, mount) in info["backend_collection"].as_object().into_iter().flatten() {
         let config = &mount["config"];
         lines.extend([
-            Some(format!("\nInstance {mountpoint}:")),
+            Some(format!("\nInstance {}:", printable(mountpoint))),
             line("  Type", &mount["backend_type"]),
             line("  Mounted Time", &mount["mounted_time"]),
             line("  Bootstrap", &mount["bootstrap"]),
@@ -39,7 +40,7 @@ pub fn text(info: &Value) -> String {
 fn line(label: &str, value: &Value) -> String {
     let label = format!("{label}:");
     match value {
-        Value::String(text) => format!("{label:<18}{text}"),
+        Value::String(text) => format!("{label:<18}{}", printable(text)),
         other => format!("{label:<18}{other}"),
     }
 }

@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use nydusd::words::printable;
+
 use crate::client::{Client, encode};
-use crate::discover::Found;
+use crate::discover::{self, Found};
 use crate::why::size;
 
 /// Prints a line a mount, of every daemon in `found`.
@@ -16,8 +18,8 @@ use crate::why::size;
 pub fn run(found: &[Found], timeout: Duration, raw: bool) -> anyhow::Result<()> {
     let mut rows = Vec::new();
     let mut failed = None;
-    for daemon in found {
-        match ask(daemon, timeout) {
+    for (daemon, answer) in found.iter().zip(discover::each(found, |daemon| ask(daemon, timeout))) {
+        match answer {
             Ok(mounts) => rows.extend(mounts.into_iter().map(|mount| (daemon, mount))),
             Err(e) => {
                 eprintln!("nydusctl: nydusd {} at {}: {e:#}", daemon.pid, daemon.socket.display());
@@ -47,9 +49,9 @@ pub fn run(found: &[Found], timeout: Duration, raw: bool) -> anyhow::Result<()> 
         say!(
             "{:<8} {:<32} {:<9} {local:>6} {chunks:>20}  {}",
             daemon.pid,
-            host_path(daemon, &mount.info).display(),
+            printable(&host_path(daemon, &mount.info).to_string_lossy()),
             kind(&mount.info),
-            source(&mount.info).escape_debug()
+            printable(&source(&mount.info))
         );
     }
     Ok(())
@@ -66,16 +68,16 @@ pub struct Mounted {
 /// The mounts of a daemon, in order of their places.
 ///
 /// # Errors
-/// It does not answer.
+/// It does not answer, or no more.
 pub fn ask(daemon: &Found, timeout: Duration) -> anyhow::Result<Vec<Mounted>> {
     let client = Client::new(&daemon.socket, timeout)?;
     let info = client.get("/api/v1/daemon")?;
     let mounts = info["backend_collection"].as_object().into_iter().flatten();
-    let mounted = mounts.map(|(mountpoint, info)| Mounted {
-        info: info.clone(),
-        cache: client.get(&format!("/api/v1/metrics/blobcache?id={}", encode(mountpoint))).ok(),
+    let mounted = mounts.map(|(mountpoint, info)| {
+        let cache = client.get_any(&format!("/api/v1/metrics/blobcache?id={}", encode(mountpoint)))?;
+        Ok(Mounted { info: info.clone(), cache })
     });
-    Ok(mounted.collect())
+    mounted.collect()
 }
 
 /// Where a mount is on this host; seen from the daemon's root if that is not known.

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nydusd::why::Report;
+use nydusd::words::printable;
 use serde_json::{Value, json};
 
 use crate::cli::Top;
@@ -33,15 +34,17 @@ pub fn run(named: Option<&Path>, options: &Top, timeout: Duration, raw: bool) ->
     loop {
         let taken = Instant::now();
         let (mut text, mut documents, mut now) = (String::new(), Vec::new(), HashMap::new());
-        for daemon in discover::all(named)? {
+        let daemons = discover::all(named)?;
+        let answers = discover::each(&daemons, |daemon| look(daemon, timeout));
+        for (daemon, answer) in daemons.iter().zip(answers) {
             // One that is ending is told of, not stumbled over.
-            match look(&daemon, timeout) {
+            match answer {
                 Ok(looks) => {
                     for look in looks {
                         let key = (daemon.pid, look.mountpoint().to_owned());
                         // Writing to a string does not fail.
-                        let _ = show(&mut text, &daemon, &look, before.get(&key), options.count);
-                        documents.push(look.raw(&daemon));
+                        let _ = show(&mut text, daemon, &look, before.get(&key), options.count);
+                        documents.push(look.raw(daemon));
                         now.insert(key, look);
                     }
                 }
@@ -80,17 +83,15 @@ fn look(daemon: &Found, timeout: Duration) -> anyhow::Result<Vec<Look>> {
     let looks = mounted.into_iter().map(|mount| {
         let id = encode(mount.info["mountpoint"].as_str().unwrap_or("/"));
         let taken = Instant::now();
-        Look {
-            counters: client.get(&format!("/api/v1/metrics?id={id}")).unwrap_or_default(),
-            report: client
-                .get(&format!("/api/v1/why?id={id}"))
-                .ok()
-                .and_then(|report| serde_json::from_value(report).ok()),
+        let report = client.get_any(&format!("/api/v1/why?id={id}"))?;
+        Ok(Look {
+            counters: client.get_any(&format!("/api/v1/metrics?id={id}"))?.unwrap_or_default(),
+            report: report.and_then(|report| serde_json::from_value(report).ok()),
             mount,
             taken,
-        }
+        })
     });
-    Ok(looks.collect())
+    looks.collect()
 }
 
 impl Look {
@@ -127,7 +128,8 @@ fn show(
 ) -> std::fmt::Result {
     let path = mounts::host_path(daemon, &now.mount.info);
     let (share, chunks) = local(now.mount.cache.as_ref());
-    write!(out, "{}  nydusd {}  {}", path.display(), daemon.pid, source(&now.mount.info).escape_debug())?;
+    let (path, source) = (printable(&path.to_string_lossy()), printable(&source(&now.mount.info)));
+    write!(out, "{path}  nydusd {}  {source}", daemon.pid)?;
     writeln!(out, "  local {share} ({chunks} chunks of {})", mounts::stored(now.mount.cache.as_ref()))?;
     let (read, fetched) = (now.read_bytes(), now.fetched_bytes());
     match before {
@@ -151,12 +153,12 @@ fn show(
         writeln!(
             out,
             "{:<24} {:<9} {:>8} {:>11} {:>10}  {}",
-            row.process.escape_debug().to_string(),
+            printable(&row.process),
             row.source,
             row.reads,
             size(row.bytes),
             if row.waited_us == 0 { "-".to_owned() } else { duration(row.waited_us) },
-            row.file.escape_debug()
+            printable(&row.file)
         )?;
     }
     if let Some(more @ 1..) = rows.len().checked_sub(count) {

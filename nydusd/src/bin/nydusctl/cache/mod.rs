@@ -33,9 +33,18 @@ pub fn run(options: &Cache, socket: Option<&Path>, timeout: Duration, raw: bool)
                 Some(dir) => vec![dir.clone()],
                 None => place::all(socket, timeout)?,
             };
-            let stocks = dirs.iter().map(|dir| Stock::open(dir)).collect::<anyhow::Result<Vec<_>>>()?;
-            show(&stocks, raw)?;
-            Ok(ExitCode::SUCCESS)
+            let mut code = ExitCode::SUCCESS;
+            let opened = dirs.iter().map(|dir| Stock::open(dir)).filter_map(|stock| {
+                stock
+                    .inspect_err(|e| {
+                        // The others are shown all the same.
+                        eprintln!("nydusctl: {e:#}");
+                        code = ExitCode::FAILURE;
+                    })
+                    .ok()
+            });
+            show(&opened.collect::<Vec<_>>(), raw)?;
+            Ok(code)
         }
         CacheAction::Rm { names } => one()?.remove_named(names),
         CacheAction::Prune { size, dry_run } => prune::run(&one()?, *size, *dry_run, raw),
@@ -80,6 +89,14 @@ impl Stock {
 
     fn remove(&self, item: &Item) -> anyhow::Result<Removal> {
         match self.usage(item) {
+            // Nothing locks a bootstrap: who has come since is looked for.
+            Usage::Free if item.kind == Kind::Bootstrap => {
+                let users = Users::of(&self.dir, std::slice::from_ref(item));
+                match users.of_item(item).is_empty() {
+                    true => Ok(stock::remove(&self.dir, item.kind, &item.name)?),
+                    false => Ok(Removal::Kept(Usage::InUse)),
+                }
+            }
             Usage::Free => Ok(stock::remove(&self.dir, item.kind, &item.name)?),
             kept => Ok(Removal::Kept(kept)),
         }

@@ -1,11 +1,11 @@
 //! Which cache directories there are, where none was named.
 
-use std::panic::resume_unwind;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use serde_json::Value;
 
 use crate::client::Client;
@@ -38,9 +38,17 @@ pub fn all(socket: Option<&Path>, timeout: Duration) -> anyhow::Result<Vec<PathB
 /// Where something is removed: in the directory of the daemon that was named, and otherwise always in the default one.
 ///
 /// # Errors
-/// There is none, or the daemon has several; says which to choose from.
+/// There is none, or the daemon has several; says which to choose from. Or somebody else's process would say where.
 pub fn one(socket: Option<&Path>, timeout: Duration) -> anyhow::Result<PathBuf> {
     if let Some(socket) = socket {
+        for daemon in discover::all(Some(socket))? {
+            ensure!(
+                discover::is_trusted(daemon.user),
+                "what answers at {} is a process of user {}, which does not say what is removed here; --cache-dir does",
+                socket.display(),
+                daemon.user
+            );
+        }
         return match &of_daemon(socket, timeout)?[..] {
             [only] => Ok(only.clone()),
             several => bail!(
@@ -68,50 +76,63 @@ fn flags(dirs: &[PathBuf]) -> String {
 
 /// Those of the daemon at `socket`, at least one.
 fn of_daemon(socket: &Path, timeout: Duration) -> anyhow::Result<Vec<PathBuf>> {
-    let mut dirs = Vec::new();
+    let (mut dirs, mut told_any) = (Vec::new(), false);
     for daemon in discover::all(Some(socket))? {
-        add(&mut dirs, told_by(&daemon, timeout)?);
+        let told = told_by(&daemon, timeout)?;
+        told_any |= !told.is_empty();
+        add(&mut dirs, &daemon, told);
     }
-    if dirs.is_empty() {
-        bail!("this daemon has no image mounted, and so no cache; --cache-dir names a directory");
+    match (dirs.is_empty(), told_any) {
+        (false, _) => Ok(dirs),
+        (true, true) => bail!("its cache can not be reached from here"),
+        (true, false) => {
+            bail!("this daemon has no image mounted, and so no cache; --cache-dir names a directory")
+        }
     }
-    Ok(dirs)
 }
 
 /// The directories that daemons have their caches in, each once. What one does not tell is told to the user.
 fn used(daemons: &[Found], timeout: Duration) -> Vec<PathBuf> {
     let mut dirs = Vec::new();
-    // At once: those that hang are waited for once, not one after the other.
-    thread::scope(|scope| {
-        let asked: Vec<_> =
-            daemons.iter().map(|daemon| (daemon, scope.spawn(|| told_by(daemon, timeout)))).collect();
-        for (daemon, answer) in asked {
-            match answer.join().unwrap_or_else(|panic| resume_unwind(panic)) {
-                Ok(told) => add(&mut dirs, told),
-                Err(e) => eprintln!("nydusctl: nydusd {} at {}: {e:#}", daemon.pid, daemon.socket.display()),
-            }
+    for (daemon, answer) in daemons.iter().zip(discover::each(daemons, |daemon| told_by(daemon, timeout))) {
+        match answer {
+            Ok(told) => add(&mut dirs, daemon, told),
+            Err(e) => eprintln!("nydusctl: nydusd {} at {}: {e:#}", daemon.pid, daemon.socket.display()),
         }
-    });
+    }
     dirs
 }
 
-/// What is not in `dirs` yet; what is not there at all is told to the user.
-fn add(dirs: &mut Vec<PathBuf>, told: Vec<PathBuf>) {
+/// Adds what is not in `dirs` yet. What is not here is told to the user.
+fn add(dirs: &mut Vec<PathBuf>, daemon: &Found, told: Vec<PathBuf>) {
     for dir in told {
-        match dir.canonicalize() {
+        match here(daemon, &dir) {
             Ok(dir) if dirs.contains(&dir) => {}
             Ok(dir) => dirs.push(dir),
-            Err(e) => eprintln!("nydusctl: cache directory {}: {e}", dir.display()),
+            Err(e) => eprintln!("nydusctl: cache directory {} of nydusd {}: {e}", dir.display(), daemon.pid),
         }
     }
 }
 
-/// The cache directories of a daemon's mounts, as they are reached from here.
+/// `dir` without links, if it is the same directory here as it is for the daemon.
+fn here(daemon: &Found, dir: &Path) -> io::Result<PathBuf> {
+    let own = PathBuf::from(format!("/proc/{}/root", daemon.pid)).join(dir.strip_prefix("/").unwrap_or(dir));
+    let place = |path: &Path| path.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
+    // Whether it is cannot be told for another user's.
+    match (place(&own), place(dir)) {
+        (Ok(own), here) if here.as_ref().ok() != Some(&own) => {
+            Err(io::Error::other("is in a file system of its own; run nydusctl in its container"))
+        }
+        (_, here) => here.and_then(|_| dir.canonicalize()),
+    }
+}
+
+/// The cache directories of a daemon's mounts, as it sees them.
 fn told_by(daemon: &Found, timeout: Duration) -> anyhow::Result<Vec<PathBuf>> {
     let info: Value = Client::new(&daemon.socket, timeout)?.get("/api/v1/daemon")?;
     let mounts = info["backend_collection"].as_object().into_iter().flat_map(|mounts| mounts.values());
     let dirs = mounts.filter_map(|mount| mount["config"]["cache"]["filecache"]["work_dir"].as_str());
-    // As the daemon sees it: from its directory.
+    // From its directory.
     let cwd = PathBuf::from(format!("/proc/{}/cwd", daemon.pid)).read_link().unwrap_or_default();
     Ok(dirs.map(|dir| cwd.join(dir)).collect())
 }

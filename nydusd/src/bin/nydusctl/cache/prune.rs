@@ -6,6 +6,8 @@ use serde_json::{Value, json};
 use storage::cache::stock::{Item, Removal, Usage};
 use storage::leftovers;
 
+use nydusd::words::printable;
+
 use super::{Stock, local_time};
 use crate::why::size;
 
@@ -31,9 +33,10 @@ pub fn run(stock: &Stock, limit: u64, dry_run: bool, raw: bool) -> anyhow::Resul
             Err(e) => eprintln!("nydusctl: kept: {e:#}"),
         }
     }
-    if !dry_run {
-        leftovers::sweep(&stock.dir, leftovers::is_cache_temporary);
-    }
+    let leftovers = match dry_run {
+        true => Vec::new(),
+        false => leftovers::sweep(&stock.dir, leftovers::is_cache_temporary),
+    };
     if raw {
         let removed: Value = gone.iter().map(|item| stock.document(item)).collect();
         say!("{}", json!({ "removed": removed, "dry_run": dry_run, "before": before, "left": left }));
@@ -47,6 +50,9 @@ pub fn run(stock: &Stock, limit: u64, dry_run: bool, raw: bool) -> anyhow::Resul
                 size(item.allocated_size),
                 local_time(item.last_use)
             );
+        }
+        for path in &leftovers {
+            say!("removed {}, which a killed process left", printable(&path.to_string_lossy()));
         }
         say!("{verb} {} of {}, {} left", size(before - left), size(before), size(left));
     }

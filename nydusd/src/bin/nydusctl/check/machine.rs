@@ -20,9 +20,13 @@ const OPEN_FILES: u64 = 65_536;
 /// Everything but the cache directory.
 pub fn look() -> Vec<Finding> {
     let file_systems = fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    let may_mount = may_mount();
+    let (may_mount, may_be_helped) = may_mount();
     let mut findings = vec![kernel(&fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default())];
-    findings.extend([device(Path::new("/dev/fuse")), fuse(&file_systems), privileges(may_mount)]);
+    findings.extend([
+        device(Path::new("/dev/fuse")),
+        fuse(&file_systems),
+        privileges(may_mount, helper().filter(|_| may_mount || may_be_helped)),
+    ]);
     findings.extend([overlay(&file_systems), open_files()]);
     findings
 }
@@ -85,24 +89,34 @@ fn fuse(file_systems: &str) -> Finding {
     }
 }
 
-/// CAP_SYS_ADMIN is effective.
-fn may_mount() -> bool {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
-        .is_some_and(|set| set >> CAP_SYS_ADMIN & 1 == 1)
+/// A number in hexadecimal of `/proc/self/status`.
+fn status(status: &str, key: &str) -> Option<u64> {
+    let value = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+    u64::from_str_radix(value?.trim(), 16).ok()
 }
 
-fn privileges(may_mount: bool) -> Finding {
+/// May this process mount, and may a set-uid program mount for it?
+fn may_mount() -> (bool, bool) {
+    let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let has = |set| status(&text, set).is_some_and(|set| set >> CAP_SYS_ADMIN & 1 == 1);
+    (has("CapEff"), has("CapBnd") && status(&text, "NoNewPrivs") == Some(0))
+}
+
+fn privileges(may_mount: bool, helper: Option<PathBuf>) -> Finding {
     let name = "privilege to mount";
-    match (may_mount, helper()) {
+    match (may_mount, helper) {
         (true, Some(helper)) => {
             Finding::ok(name, format!("CAP_SYS_ADMIN ({} is not needed)", helper.display()))
         }
         (true, None) => Finding::ok(name, "CAP_SYS_ADMIN (fusermount3 is not there, and not needed)"),
-        (false, _) => {
-            Finding::missing(name, "no CAP_SYS_ADMIN", "run as root; in a container `--privileged`")
+        (false, Some(helper)) => {
+            Finding::ok(name, format!("no CAP_SYS_ADMIN; {} mounts for this user", helper.display()))
         }
+        (false, None) => Finding::missing(
+            name,
+            "no CAP_SYS_ADMIN, and no fusermount3 that may have it",
+            "install fuse3, or run as root; in a container `--privileged`",
+        ),
     }
 }
 
@@ -187,6 +201,9 @@ mod tests {
 
     #[test]
     fn whoever_may_not_mount_is_told() {
-        assert_eq!((privileges(true).state, privileges(false).state), (State::Ok, State::Missing));
+        let helper = || Some(PathBuf::from("/bin/fusermount3"));
+        assert_eq!(privileges(true, None).state, State::Ok);
+        assert_eq!(privileges(false, helper()).state, State::Ok);
+        assert_eq!(privileges(false, None).state, State::Missing);
     }
 }
