@@ -247,9 +247,18 @@ fn mount_on(place: &Place, device: &File, writable: bool) -> nix::Result<()> {
     mount(Some(SOURCE), &place.link(), Some("fuse"), flags, Some(options.as_str()))
 }
 
+/// The configuration of `fusermount3` (mount.fuse3(8)).
+const HELPER_CONFIG: &str = "/etc/fuse.conf";
+
 /// The same by `fusermount3`, where only that may.
 fn mount_by_helper(mountpoint: &Path, writable: bool) -> anyhow::Result<OwnedFd> {
     let mut session = FuseSession::new(mountpoint, SOURCE, "", !writable)?;
+    // The helper refuses a mount for others unless its configuration says that users may make one.
+    let config = std::fs::read_to_string(HELPER_CONFIG).unwrap_or_default();
+    if !config.lines().any(|line| line.trim() == "user_allow_other") {
+        tracing::info!("only this user sees the mount: {HELPER_CONFIG} has no `user_allow_other`");
+        session.set_allow_other(false);
+    }
     session.mount()?;
     let file = session.get_fuse_file().context("the FUSE session has no descriptor")?;
     let descriptor = OwnedFd::from(file.try_clone().context("duplicate the FUSE descriptor")?);
