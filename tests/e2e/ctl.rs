@@ -52,8 +52,11 @@ fn commands_tell_of_a_real_mount() -> Result<()> {
     ensure!(refused.code == Some(1) && refused.stderr.contains("trace, debug, info"), "{refused:?}");
 
     // One mount of several is named; what the daemon refuses is told in a sentence.
-    for family in ["backend", "cache", "fsstats"] {
-        ensure!(!ask(&daemon, &["metrics", family, "--id", "/"])?.is_empty(), "{family}");
+    for (family, counter) in
+        [("backend", "read_amount_total"), ("cache", "entries_count"), ("fsstats", "data_read")]
+    {
+        let counters = json(&ask(&daemon, &["metrics", family, "--id", "/", "--raw"])?)?;
+        ensure!(counters[counter].as_u64() > Some(0), "{family}: no {counter} in {counters}");
     }
     ask(&daemon, &["trace", "--json", "--id", "/"])?;
     let socket = daemon.socket().to_string_lossy().into_owned();
@@ -267,6 +270,34 @@ fn the_least_recently_used_goes_first() -> Result<()> {
         nydusctl(&["cache", "prune", "--size", &(total - 1).to_string(), "--raw", "--cache-dir", &cache])?;
     let removed = names(json(&pruned.stdout)?["removed"].as_array().context(pruned.stdout.clone())?);
     ensure!(!removed.is_empty() && removed.is_subset(&of[1]), "{removed:?} went first, not {:?}", of[1]);
+    Ok(())
+}
+
+/// An image and a directory are mounted and unmounted from the command line, by paths as they are seen from there.
+#[test]
+fn images_and_directories_are_mounted_by_hand() -> Result<()> {
+    needs_mounts!();
+    let image = Ready::saying("one")?;
+    let scratch = tempfile::tempdir()?;
+    let (config, shared) = (scratch.path().join("config.json"), scratch.path().join("shared"));
+    fs::write(&config, &image.config)?;
+    fs::create_dir(&shared)?;
+    fs::write(shared.join("file"), "shared")?;
+    let daemon = DaemonOptions::empty().start()?;
+    let by_hand = |arguments: &[&str]| {
+        let mut ctl = Command::new(binaries::nydusctl());
+        run(ctl.arg("-S").arg(daemon.socket()).args(arguments).current_dir(scratch.path()))
+    };
+    let source = image.bootstrap.to_string_lossy();
+    by_hand(&["mount", "-m", "/image", "-s", &source, "-c", "config.json"])?;
+    by_hand(&["mount", "-m", "/dir", "-s", "shared", "-t", "passthrough_fs"])?;
+    ensure!(fs::read_to_string(daemon.root().join("image/word"))? == "one", "another image");
+    ensure!(fs::read_to_string(daemon.root().join("dir/file"))? == "shared", "another directory");
+    let mounts = ask(&daemon, &["mounts"])?;
+    ensure!(mounts.contains("/image") && mounts.contains("/dir"), "{mounts}");
+    by_hand(&["umount", "-m", "/image"])?;
+    by_hand(&["umount", "-m", "/dir"])?;
+    ensure!(fs::read_dir(daemon.root())?.count() == 0, "something is left");
     Ok(())
 }
 

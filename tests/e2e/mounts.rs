@@ -22,8 +22,8 @@ use tests::{Context, Result, ensure, needs_mounts, needs_programs};
 /// An image with its blobs, ready to be mounted by an API client.
 pub(super) struct Ready {
     journey: Journey,
-    bootstrap: PathBuf,
-    config: String,
+    pub(super) bootstrap: PathBuf,
+    pub(super) config: String,
 }
 
 impl Ready {
