@@ -25,6 +25,7 @@ pub mod backend;
 mod budget;
 pub mod cache;
 pub mod codec;
+pub mod config;
 pub mod digest;
 pub mod engine;
 pub mod error;

@@ -22,16 +22,10 @@
 //! implement is refused by name where ignoring it would change what users get, and accepted
 //! with a warning where clients send it and ignoring it only costs speed.
 
-mod backend;
-mod detour;
 mod prefetch;
-mod section;
-mod store;
-mod transport;
 mod v1;
 mod v2;
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -44,35 +38,17 @@ use crate::metrics::FileOptions;
 use crate::trace;
 use crate::writable::OverlayConfig;
 
-pub(crate) use backend::check_basic_auth;
-pub use backend::{BackendConfig, HttpProxyConfig, LocalDiskConfig, LocalFsConfig, RegistryConfig};
-pub use detour::{MirrorConfig, ProxyConfig};
 pub use prefetch::PrefetchConfig;
 pub(crate) use prefetch::parse_prefer;
-use section::Section;
-pub use store::{Dialect, StoreConfig};
-pub use transport::TransportConfig;
+pub(crate) use storage::config::check_basic_auth;
+use storage::config::section::Section;
+pub use storage::config::{
+    BackendConfig, ConfigError, Dialect, HttpProxyConfig, LocalDiskConfig, LocalFsConfig, MirrorConfig,
+    ProxyConfig, RegistryConfig, StoreConfig, TransportConfig,
+};
 
 /// Largest configuration document (contract 2.1).
 const MAX_CONFIG_SIZE: u64 = 1 << 20;
-
-/// Why a configuration is refused: the key and the remedy.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConfigError(String);
-
-impl ConfigError {
-    fn new(text: impl Into<String>) -> Self {
-        Self(text.into())
-    }
-}
-
-impl fmt::Display for ConfigError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for ConfigError {}
 
 /// What a read does when its source does not answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use storage::prefetch::{Prefer, ReadAhead};
 
 use super::ConfigError;
-use super::section::Section;
+use storage::config::section::Section;
 
 /// Bound of every size here (contract 2.9).
 const MAX_SIZE: u32 = 256 << 20;

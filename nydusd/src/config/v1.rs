@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use super::section::Section;
 use super::{BackendConfig, Config, ConfigError, PrefetchConfig, prefetch};
+use storage::config::section::Section;
 
 /// Parses a v1 document.
 pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {

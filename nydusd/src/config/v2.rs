@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use super::backend::KINDS;
-use super::section::Section;
 use super::{BackendConfig, Config, ConfigError, PrefetchConfig, prefetch};
 use crate::writable::OverlayConfig;
+use storage::config::KINDS;
+use storage::config::section::Section;
 
 /// Parses a v2 document.
 pub(super) fn parse(document: Value) -> Result<Config, ConfigError> {

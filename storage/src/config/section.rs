@@ -12,7 +12,7 @@ use super::ConfigError;
 const SUGGESTION_DISTANCE: usize = 3;
 
 /// One object of a configuration document.
-pub(super) struct Section {
+pub struct Section {
     path: String,
     map: Map<String, Value>,
     known: Vec<&'static str>,

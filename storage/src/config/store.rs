@@ -1,7 +1,7 @@
 //! Object stores, as configured.
 
+use crate::oci::auth::Secret;
 use serde_json::{Map, Value, json};
-use storage::oci::auth::Secret;
 
 use super::ConfigError;
 use super::backend::{read_scheme, text};

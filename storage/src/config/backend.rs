@@ -11,7 +11,7 @@ use super::store::StoreConfig;
 use super::transport::TransportConfig;
 
 /// The types a document may name.
-pub(super) const KINDS: [&str; 6] = ["localfs", "localdisk", "registry", "oss", "s3", "http-proxy"];
+pub const KINDS: [&str; 6] = ["localfs", "localdisk", "registry", "oss", "s3", "http-proxy"];
 
 /// A source of blobs.
 #[derive(Clone, Debug)]
@@ -111,7 +111,7 @@ impl BackendConfig {
     }
 
     /// Its fields without secrets.
-    pub(super) fn public_json(&self) -> Value {
+    pub fn public_json(&self) -> Value {
         match self {
             Self::LocalFs(local) => {
                 json!({ "dir": local.dir, "alt_dirs": local.alt_dirs, "blob_file": local.blob_file })
@@ -136,7 +136,7 @@ impl BackendConfig {
     }
 
     /// Reads the backend `kind` from its `section`.
-    pub(super) fn read(
+    pub fn read(
         kind: &str,
         kind_name: &str,
         mut section: Section,
@@ -156,7 +156,7 @@ impl BackendConfig {
     }
 
     /// What is said of a type that is none.
-    pub(super) fn unknown(kind: &str, kind_name: &str) -> ConfigError {
+    pub fn unknown(kind: &str, kind_name: &str) -> ConfigError {
         ConfigError::new(format!("`{kind_name}`: {kind:?}: want one of {}", KINDS.join(", ")))
     }
 }
@@ -175,7 +175,7 @@ impl HttpProxyConfig {
         let name = section.name("addr");
         let addr = section.require_string("addr")?;
         // A login in the URL would be shown with it.
-        let bare = match storage::backend::http::parse_url("addr", &addr) {
+        let bare = match crate::backend::http::parse_url("addr", &addr) {
             Ok(url) => url.username().is_empty() && url.password().is_none(),
             Err(_) => Path::new(&addr).is_absolute(),
         };
@@ -265,7 +265,7 @@ impl RegistryConfig {
 }
 
 /// Checks that `auth` is base64 of `user:password`; the message does not repeat it.
-pub(crate) fn check_basic_auth(name: &str, auth: &str) -> Result<(), ConfigError> {
+pub fn check_basic_auth(name: &str, auth: &str) -> Result<(), ConfigError> {
     use base64::Engine as _;
     let decoded = base64::engine::general_purpose::STANDARD
         .decode(auth.trim())

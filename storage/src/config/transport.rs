@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::backend::http::HttpOptions;
+use crate::backend::origin::Limits;
 use serde_json::{Map, Value, json};
-use storage::backend::http::HttpOptions;
-use storage::backend::origin::Limits;
 
 use super::ConfigError;
 use super::section::Section;
