@@ -1,18 +1,23 @@
 //! The compression context of a blob: where each chunk lies, by chunk number.
 //!
-//! A blob stores it behind its chunk data: an array of entries (and of batch units),
-//! compressed, then a header of 4096 bytes. It is needed for members of batch units, whose
-//! place no chunk record knows, and for chunks without a record; nothing else waits for it.
+//! A blob stores it behind its chunk data: an array of entries (and of batch units, or of slices
+//! of a gzip file), compressed, then a header of 4096 bytes. It is needed for members of batch
+//! units and of slices, whose place no chunk record knows, and for chunks without a record;
+//! nothing else waits for it. For data that is an original layer it lies in a blob of its own.
 //! The local copy beside the cache (`<id>.blob.meta`) holds it decoded.
 
+use std::sync::Arc;
+
+use bytes::Bytes;
 use storage::codec::{Codec, decompress};
 use storage::extent::{Cipher, FetchUnit};
 use storage::ids::{ByteRange, ChunkIndex};
+use storage::inflate::{MAX_DICTIONARY, Window};
 use zerocopy::FromBytes;
 
-use crate::bootstrap::{Blob, codec_of_context};
+use crate::bootstrap::{Blob, codec_of_context, stored_size};
 use crate::format::blob_context::{
-    BatchUnit, CONTEXT_MAGIC, ContextHeader, Entry, EntryV1, EntryV2, HEADER_SIZE,
+    BatchUnit, CONTEXT_MAGIC, ContextHeader, Entry, EntryV1, EntryV2, HEADER_SIZE, ZranSlice,
 };
 use crate::format::features::{BlobFeatures, EntryFlags};
 use crate::format::limits::{BLOCK_SIZE, MAX_CHUNK_SIZE};
@@ -25,7 +30,7 @@ const LAYOUT_FEATURES: BlobFeatures = BlobFeatures::CHUNK_INFO_V2
     .union(BlobFeatures::ENCRYPTED)
     .union(BlobFeatures::TARFS);
 
-/// Where the stored context lies in its blob: array and header in one piece.
+/// Where the stored context lies in the blob that holds it: array and header in one piece.
 ///
 /// # Errors
 /// `Storage`: the sum overflows, which a checked [`Blob`] excludes.
@@ -40,14 +45,24 @@ pub fn stored_range(blob: &Blob) -> Result<ByteRange> {
 /// A checked context: every entry lies inside its blob, in order and without overlap.
 #[derive(Clone)]
 pub struct BlobContext {
-    /// Entries, then batch units, decoded.
-    array: Vec<u8>,
+    /// Entries, then batch units or slices with their dictionaries, decoded.
+    array: Bytes,
     header: Box<[u8; HEADER_SIZE]>,
     v2: bool,
     codec: Codec,
+    cipher: Cipher,
     data_size: u64,
     chunk_count: u32,
     unit_count: u32,
+    slices: Vec<Slice>,
+}
+
+/// A stretch of a gzip file that can be decoded without what precedes it.
+#[derive(Clone)]
+struct Slice {
+    stored: ByteRange,
+    decoded_len: u32,
+    window: Arc<Window>,
 }
 
 impl std::fmt::Debug for BlobContext {
@@ -72,9 +87,20 @@ impl BlobContext {
         // The record's size was capped when the blob table was checked.
         let mut decoded = vec![0; blob.record.ci_uncompressed_size.get() as usize];
         let codec = codec_of_context(&blob.record).map_err(name)?;
-        decompress(codec, array, &mut decoded)
-            .map_err(|e| name(Error::corrupt("the array does not decode").with_source(e)))?;
-        Self::new(blob, decoded, header).map_err(name)
+        let mut header = *header;
+        match &blob.cipher {
+            Cipher::None => decompress(codec, array, &mut decoded),
+            Cipher::Aes128Xts(key) => {
+                key.open(array, |plain| decompress(codec, plain, &mut decoded)).and_then(|()| {
+                    key.open(&header.clone(), |plain| {
+                        header.copy_from_slice(plain);
+                        Ok(())
+                    })
+                })
+            }
+        }
+        .map_err(|e| name(Error::corrupt("the array does not decode").with_source(e)))?;
+        Self::new(blob, decoded, &header).map_err(name)
     }
 
     /// Reads a local `<id>.blob.meta` file.
@@ -105,14 +131,21 @@ impl BlobContext {
         let fields = ContextHeader::ref_from_bytes(header).map_err(|_| Error::corrupt("header size"))?;
         let v2 = blob.features.contains(BlobFeatures::CHUNK_INFO_V2);
         let unit_count = check_header(blob, fields, array.len() as u64, v2)?;
+        let array = Bytes::from(array);
+        let slices = match blob.features.contains(BlobFeatures::ZRAN) {
+            true => slices(blob, &array, unit_count)?,
+            false => Vec::new(),
+        };
         let context = Self {
             array,
             header: Box::new(*header),
             v2,
             codec: blob.codec,
+            cipher: blob.cipher.clone(),
             data_size: blob.data_size,
             chunk_count: blob.chunk_count,
             unit_count,
+            slices,
         };
         context.check_entries(blob)?;
         Ok(context)
@@ -148,6 +181,21 @@ impl BlobContext {
     /// `NotFound`: the blob has no such chunk. `Corrupt`: it lies outside its unit.
     pub fn unit(&self, entry: &Entry) -> Result<(FetchUnit, u32)> {
         let fail = |why: &str| Error::corrupt(format!("context entry {entry:?}: {why}"));
+        if entry.flags.contains(EntryFlags::ZRAN) {
+            let (offset, index) = (entry.data as u32, (entry.data >> 32) as usize);
+            let slice = self.slices.get(index).ok_or_else(|| fail("no such slice"))?;
+            if u64::from(offset) + u64::from(entry.uncompressed_size) > slice.decoded_len.into() {
+                return Err(fail("lies outside its slice"));
+            }
+            let unit = FetchUnit {
+                compressed: slice.stored,
+                codec: self.codec,
+                cipher: Cipher::None,
+                window: Some(Arc::clone(&slice.window)),
+                decoded_len: slice.decoded_len,
+            };
+            return Ok((unit, offset));
+        }
         let (stored, decoded_len, offset) = if entry.flags.contains(EntryFlags::BATCH) {
             let (offset, index) = (entry.data as u32, (entry.data >> 32) as u32);
             let unit = self.batch_unit(index).ok_or_else(|| fail("no such batch unit"))?;
@@ -169,11 +217,14 @@ impl BlobContext {
         } else {
             !entry.flags.contains(EntryFlags::COMPRESSED)
         };
-        if raw && stored != decoded_len || stored > decoded_len && entry.flags.contains(EntryFlags::BATCH) {
+        if raw && stored != stored_size(decoded_len, &self.cipher)
+            || stored > decoded_len && entry.flags.contains(EntryFlags::BATCH)
+        {
             return Err(fail("sizes contradict each other"));
         }
         let codec = if raw { Codec::None } else { self.codec };
-        Ok((FetchUnit { compressed, codec, cipher: Cipher::None, decoded_len }, offset))
+        let cipher = self.cipher.clone();
+        Ok((FetchUnit { compressed, codec, cipher, window: None, decoded_len }, offset))
     }
 
     fn batch_unit(&self, index: u32) -> Option<&BatchUnit> {
@@ -186,20 +237,23 @@ impl BlobContext {
     }
 
     fn check_entries(&self, blob: &Blob) -> Result<()> {
-        let batch = blob.features.contains(BlobFeatures::BATCH);
+        let allowed = [
+            (EntryFlags::ZRAN, blob.features.contains(BlobFeatures::ZRAN)),
+            (EntryFlags::BATCH, blob.features.contains(BlobFeatures::BATCH)),
+            (EntryFlags::ENCRYPTED, blob.cipher != Cipher::None),
+        ];
         let mut end = 0;
         // The last unit, and where its last chunk ends.
         let mut last: Option<(ByteRange, u64)> = None;
         for index in 0..self.chunk_count {
             let entry = self.entry(ChunkIndex(index))?;
             let fail = |why: &str| Err(Error::corrupt(format!("chunk {index} ({entry:?}): {why}")));
-            if entry.flags.intersects(EntryFlags::ZRAN | EntryFlags::ENCRYPTED)
-                || entry.flags.contains(EntryFlags::BATCH) && !batch
-            {
+            if allowed.iter().any(|&(flag, allowed)| entry.flags.contains(flag) && !allowed) {
                 return fail("flags that the blob's features exclude");
             }
-            if entry.flags.contains(EntryFlags::HAS_CRC32 | EntryFlags::BATCH) {
-                return fail("both a CRC and a batch unit");
+            let uses = EntryFlags::HAS_CRC32 | EntryFlags::BATCH | EntryFlags::ZRAN;
+            if (entry.flags & uses).bits().count_ones() > 1 {
+                return fail("more than one of CRC, batch unit and slice");
             }
             let start = entry.uncompressed_offset;
             let stop = start + u64::from(entry.uncompressed_size);
@@ -234,22 +288,57 @@ fn check_header(blob: &Blob, header: &ContextHeader, array_len: u64, v2: bool) -
     if let Some((field, _)) = same.iter().find(|(_, same)| !same) {
         return Err(Error::corrupt(format!("header and blob record differ in {field}")));
     }
-    if !blob.features.contains(BlobFeatures::BATCH) {
+    if !blob.has_units() {
         return Ok(0);
     }
     let units = header.unit_count.get();
     let start = u64::from(blob.chunk_count) * size_of::<EntryV2>() as u64;
-    let size = u64::from(units) * size_of::<BatchUnit>() as u64;
+    let least = u64::from(units) * size_of::<BatchUnit>() as u64;
+    let size = header.unit_size.get();
+    // Dictionaries follow slices; nothing follows batch units.
+    let sized = if blob.features.contains(BlobFeatures::ZRAN) { size >= least } else { size == least };
     let placed = v2
         && units <= blob.chunk_count
         && header.unit_offset.get() == start
-        && header.unit_size.get() == size
-        && start + size <= array_len;
+        && sized
+        && start.checked_add(size).is_some_and(|end| end <= array_len);
     if !placed {
         return Err(Error::corrupt(format!(
-            "{units} batch units of {} bytes at {}: want them behind the {start} bytes of entries",
+            "{units} units of {} bytes at {}: want them behind the {start} bytes of entries",
             header.unit_size, header.unit_offset
         )));
     }
     Ok(units)
+}
+
+/// The slices of a gzip file: contexts, then the dictionaries that they name.
+fn slices(blob: &Blob, array: &Bytes, count: u32) -> Result<Vec<Slice>> {
+    let start = blob.chunk_count as usize * size_of::<EntryV2>();
+    let fail = |index: usize, why: &str| Error::corrupt(format!("slice {index}: {why}"));
+    let records = array
+        .get(start..)
+        .and_then(|rest| <[ZranSlice]>::ref_from_prefix_with_elems(rest, count as usize).ok())
+        .ok_or_else(|| Error::corrupt(format!("{count} slices do not fit")))?
+        .0;
+    let dictionaries = array.slice(start + size_of_val(records)..);
+    let mut slices = Vec::with_capacity(records.len());
+    for (index, record) in records.iter().enumerate() {
+        let (decoded_len, bits) = (record.out_len.get(), record.ctx_bits);
+        let stored = ByteRange::new(record.in_offset.get(), record.in_len.get().into())?;
+        if stored.is_empty() || stored.end() > blob.data_size || decoded_len == 0 {
+            return Err(fail(index, "is empty or lies outside the file"));
+        }
+        if decoded_len > MAX_CHUNK_SIZE || record.in_len.get() > MAX_CHUNK_SIZE || bits > 7 {
+            return Err(fail(index, "is larger than 16 MiB, or begins at an impossible bit"));
+        }
+        let size = record.dict_size.get() as usize;
+        let dictionary = usize::try_from(record.dict_offset.get())
+            .ok()
+            .and_then(|from| Some(from..from.checked_add(size)?))
+            .filter(|range| range.end <= dictionaries.len() && size <= MAX_DICTIONARY)
+            .ok_or_else(|| fail(index, "its dictionary lies outside of them"))?;
+        let window = Window { dictionary: dictionaries.slice(dictionary), bits, byte: record.ctx_byte };
+        slices.push(Slice { stored, decoded_len, window: Arc::new(window) });
+    }
+    Ok(slices)
 }

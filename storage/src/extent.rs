@@ -5,19 +5,26 @@
 //! part of a unit with a digest. Both are plain values; `rafs` makes them from the
 //! bootstrap and hands them over with each read.
 
-use crate::codec::Codec;
+use std::sync::Arc;
+
+use crate::Result;
+use crate::cipher::XtsKey;
+use crate::codec::{self, Codec};
 use crate::digest::{Digest, DigestAlgorithm};
 use crate::ids::{ByteRange, ChunkIndex};
+use crate::inflate::Window;
 
 /// Encryption of a fetch unit's bytes in the blob.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cipher {
     /// Stored in clear.
     None,
+    /// AES-128-XTS with the blob's key.
+    Aes128Xts(Arc<XtsKey>),
 }
 
 /// What must be fetched and decoded as a whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FetchUnit {
     /// Bytes in the blob as stored, never empty.
     pub compressed: ByteRange,
@@ -25,8 +32,31 @@ pub struct FetchUnit {
     pub codec: Codec,
     /// How those bytes are encrypted.
     pub cipher: Cipher,
+    /// Where the unit begins inside a stream of gzip data; it is no gzip member then.
+    pub window: Option<Arc<Window>>,
     /// Bytes after decoding, 1 to 16 MiB.
     pub decoded_len: u32,
+}
+
+impl FetchUnit {
+    /// Fills `decoded`, which has `decoded_len` bytes, from `stored`, the bytes of `compressed`.
+    ///
+    /// # Errors
+    /// `Corrupt`: they do not decode to that length.
+    pub fn decode(&self, stored: &[u8], decoded: &mut [u8]) -> Result<()> {
+        match (&self.cipher, &self.window) {
+            (Cipher::None, None) => codec::decompress(self.codec, stored, decoded),
+            (Cipher::None, Some(window)) => window.inflate(stored, decoded),
+            (Cipher::Aes128Xts(key), _) => {
+                key.open(stored, |plain| codec::decompress(self.codec, plain, decoded))
+            }
+        }
+    }
+
+    /// True if the stored bytes are the decoded ones.
+    pub fn is_plain(&self) -> bool {
+        self.codec == Codec::None && self.cipher == Cipher::None && self.window.is_none()
+    }
 }
 
 /// What a chunk must hash to.
@@ -39,7 +69,7 @@ pub struct ExpectedDigest {
 }
 
 /// One chunk: (unit, offset in it, length, decoded offset, digest).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChunkExtent {
     /// Number in the blob; the key of the chunk map.
     pub index: ChunkIndex,

@@ -24,6 +24,7 @@
 pub mod backend;
 mod budget;
 pub mod cache;
+pub mod cipher;
 pub mod codec;
 pub mod config;
 pub mod digest;
@@ -31,6 +32,8 @@ pub mod engine;
 pub mod error;
 pub mod extent;
 pub mod ids;
+#[expect(unsafe_code, reason = "the only inflate that tells where blocks begin has the C interface of zlib")]
+pub mod inflate;
 pub mod leftovers;
 mod link;
 pub mod log;

@@ -7,7 +7,7 @@ use crate::backend::Priority;
 use crate::extent::ChunkExtent;
 
 /// A piece of one chunk of one blob.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReadSlice {
     /// Place of the blob in the image's blob table.
     pub blob: u32,

@@ -55,7 +55,7 @@ fn chunk_of(cache: &Path, file: &str, offset: u64) -> Result<ReadSlice> {
     }
     let mut slices = Vec::new();
     Rafs::new(bootstrap, Vec::new(), RafsOptions::default())?.read(nid, offset, 4096, &mut slices)?;
-    slices.first().copied().context("no chunk there")
+    slices.first().cloned().context("no chunk there")
 }
 
 /// A copy of `dd` under a name that no other process has.

@@ -238,7 +238,7 @@ impl Files for Image<'_> {
             self.rafs.file_extents(nid, want).map_err(io::Error::other)?;
         } else {
             let is_large = into.len() as u64 > LARGE;
-            slices.iter().for_each(|slice| self.want((slice.blob, slice.extent), is_large));
+            slices.iter().for_each(|slice| self.want((slice.blob, slice.extent.clone()), is_large));
         }
         Err(io::ErrorKind::WouldBlock.into())
     }

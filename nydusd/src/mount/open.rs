@@ -126,7 +126,7 @@ pub fn open(
                 Some(_) => Instant::now().checked_add(config.read_timeout.min(COMMAND_PATIENCE)),
                 None => config.outage_policy().deadline(),
             };
-            let rafs = Arc::new(join_contexts(engine, config, &bootstrap, &backends, deadline)?);
+            let rafs = Arc::new(join_contexts(engine, config, &bootstrap, (&**source, &backends), deadline)?);
             known.remember(&rafs, digest, work_dir, config.allow_unverified);
             rafs
         }
@@ -135,8 +135,9 @@ pub fn open(
         tracing::warn!("the image has chunks without digests: their data is served UNVERIFIED");
     }
 
-    // A batch may be a unit of this size whatever the chunks are.
-    let batches = records.iter().any(|blob| blob.features.contains(BlobFeatures::BATCH));
+    // A batch or a slice may be a unit of this size whatever the chunks are.
+    let batches = BlobFeatures::BATCH | BlobFeatures::ZRAN;
+    let batches = records.iter().any(|blob| blob.features.intersects(batches));
     let summary = bootstrap.summary();
     engine.serve_units(if batches { MAX_CHUNK_SIZE } else { summary.chunk_size });
     let fetch_metrics = Arc::<FetchMetrics>::default();
@@ -237,7 +238,7 @@ fn join_contexts(
     engine: &Engine,
     config: &Config,
     bootstrap: &Arc<dyn Bootstrap>,
-    backends: &[Arc<dyn Backend>],
+    (source, backends): (&dyn BlobSource, &[Arc<dyn Backend>]),
     deadline: Option<Instant>,
 ) -> anyhow::Result<Rafs> {
     let needed = Rafs::needs_context(&**bootstrap);
@@ -247,7 +248,13 @@ fn join_contexts(
         .zip(backends)
         .zip(needed)
         .map(|((blob, backend), needed)| match needed {
-            true => load_context(engine, config, blob, &**backend, deadline).map(Some),
+            true => {
+                let holder = match &blob.context_id {
+                    Some(id) => source.blob(id)?,
+                    None => Arc::clone(backend),
+                };
+                load_context(engine, config, blob, &*holder, deadline).map(Some)
+            }
             false => Ok(None),
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
@@ -361,6 +368,9 @@ fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 
 /// How the cache keeps the blob's context beside its data.
 fn meta_spec(blob: &Blob) -> Option<MetaSpec> {
+    if blob.features.intersects(BlobFeatures::SEPARATE | BlobFeatures::TARFS) {
+        return None;
+    }
     let range = stored_range(blob).ok()?;
     let blob = blob.clone();
     let to_cache_file = Arc::new(move |stored: &[u8]| {

@@ -112,7 +112,9 @@ pub fn total(order: Order, stop: impl Fn() -> bool) -> Option<Total> {
             return None;
         }
         total.chunks += 1;
-        if last.replace((blob, extent.unit)) != Some((blob, extent.unit)) {
+        let unit = Some((blob, extent.unit.clone()));
+        if last != unit {
+            last = unit;
             total.bytes = total.bytes.saturating_add(extent.unit.compressed.len());
         }
     }

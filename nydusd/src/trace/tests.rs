@@ -134,10 +134,10 @@ fn recording_ends_by_itself() {
     // Full.
     let wake = Arc::<Notify>::default();
     let recorder = Recorder::new([1 << 20].into_iter(), Arc::clone(&wake));
-    let mut slice = slices(&rafs, "files/one_byte", 0, 1)[0];
+    let mut slice = slices(&rafs, "files/one_byte", 0, 1)[0].clone();
     for index in (0..MAX_CHUNKS as u32 + 10).rev() {
         slice.extent.index = ChunkIndex(index);
-        recorder.touch(&[slice]);
+        recorder.touch(std::slice::from_ref(&slice));
     }
     assert!(!recorder.is_on());
     assert_eq!(recorder.take().len(), MAX_CHUNKS);
@@ -153,14 +153,14 @@ fn recording_ends_by_itself() {
 fn many_readers_record_each_chunk_once() {
     let rafs = golden();
     let recorder = Recorder::new([1 << 14].into_iter(), Arc::default());
-    let slice = slices(&rafs, "files/one_byte", 0, 1)[0];
+    let slice = slices(&rafs, "files/one_byte", 0, 1)[0].clone();
     std::thread::scope(|scope| {
         for thread in 0..4 {
-            let (recorder, mut slice) = (&recorder, slice);
+            let (recorder, mut slice) = (&recorder, slice.clone());
             scope.spawn(move || {
                 for index in 0..10_000u32 {
                     slice.extent.index = ChunkIndex((index * 7 + thread * 2500) % 10_000);
-                    recorder.touch(&[slice]);
+                    recorder.touch(std::slice::from_ref(&slice));
                 }
             });
         }

@@ -41,11 +41,16 @@ impl Site {
             std::fs::create_dir(dir.path().join(name)).unwrap();
         }
         let bootstrap = golden(bootstrap);
+        let put = |file: &str, name: &str| {
+            std::fs::copy(golden(file), dir.path().join("blobs").join(name)).unwrap();
+        };
         let image = rafs::bootstrap::open(&bootstrap, &rafs::bootstrap::OpenOptions::default()).unwrap();
         assert_eq!(image.blobs().len(), blobs.len());
         for (blob, file) in image.blobs().iter().zip(blobs) {
-            let place = dir.path().join("blobs").join(blob.id.as_str());
-            std::fs::copy(golden(file), place).unwrap();
+            put(file, blob.id.as_str());
+            if let Some(context) = &blob.context_id {
+                put("zran/rafs.blob", context.as_str());
+            }
         }
         let site = Self { dir, bootstrap };
         site.configure("");

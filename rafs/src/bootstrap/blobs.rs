@@ -1,7 +1,11 @@
 //! The blob table: raw records in, checked [`Blob`]s out.
 
+use std::sync::Arc;
+
+use storage::cipher::XtsKey;
 use storage::codec::Codec;
-use storage::digest::DigestAlgorithm;
+use storage::digest::{Digest, DigestAlgorithm};
+use storage::extent::Cipher;
 use storage::ids::BlobId;
 
 use super::Blob;
@@ -10,7 +14,7 @@ use super::faults::Faults;
 use super::header::{Header, unsupported};
 use crate::format::blob_context::HEADER_SIZE;
 use crate::format::blob_table::{BlobRecord, compression, digest};
-use crate::format::features::BlobFeatures;
+use crate::format::features::{BlobFeatures, ImageFlags};
 use crate::format::limits;
 use crate::format::superblock::{DEVICE_TABLE_OFFSET, DeviceSlot};
 use crate::{Error, ErrorKind, Result};
@@ -34,17 +38,24 @@ pub fn parse(
     let (offset, count) = header.blob_table;
     let table: &[BlobRecord] = records(bytes, offset, count, "blob table")?;
     let slots: &[DeviceSlot] = records(bytes, DEVICE_TABLE_OFFSET as u64, count, "device table")?;
+    let block_size = u64::from(header.summary.block_size);
     let mut blobs: Vec<Blob> = Vec::with_capacity(table.len());
     let mut mapped: Vec<(u64, u64)> = Vec::with_capacity(table.len());
     for (index, (record, slot)) in table.iter().zip(slots).enumerate() {
         let name = |e: Error| e.context(format_args!("blob {index}"));
         let blob =
             Blob::from_record(record, index as u32, header.summary.chunk_size, inlined).map_err(name)?;
+        let tarfs = header.summary.flags.contains(ImageFlags::TARFS_MODE);
+        if blob.features.contains(BlobFeatures::TARFS) != tarfs {
+            return Err(Error::corrupt(format!(
+                "blob {index}: image and blob disagree whether it is a plain tar"
+            )));
+        }
         faults.require(slot.tag == record.blob_id, || {
             format!("device slot {index} and blob record {index} name different blobs")
         })?;
         let blocks = u64::from(slot.blocks.get());
-        faults.require(blocks * limits::BLOCK_SIZE == blob.decoded_size, || {
+        faults.require(blocks * block_size == blob.decoded_size, || {
             format!("device slot {index}: {blocks} blocks, the blob record says {} bytes", blob.decoded_size)
         })?;
         if blobs.iter().any(|b| b.id == blob.id) {
@@ -61,7 +72,7 @@ pub fn parse(
     // On a flat device these ranges follow the bootstrap; inside it they would redirect
     // the kernel's reads of metadata to blob data.
     mapped.sort_unstable();
-    let first_free = bytes.len() as u64 / limits::BLOCK_SIZE;
+    let first_free = bytes.len() as u64 / block_size;
     let mut end = first_free;
     for (start, stop) in mapped {
         faults.require(start >= end && stop <= 1 << 32, || {
@@ -75,10 +86,16 @@ pub fn parse(
 }
 
 impl Blob {
-    /// True if the blob context must be at hand before the first read: the blob holds batch units,
-    /// or chunks without a record.
+    /// True if the blob context must be at hand before the first read: only it knows batch units and
+    /// slices of gzip files, and chunks without a record.
     pub fn needs_context(&self) -> bool {
-        self.features.contains(BlobFeatures::BATCH) || self.unverified_chunks > 0
+        self.features.intersects(BlobFeatures::BATCH | BlobFeatures::ZRAN)
+            || self.unverified_chunks > 0 && !self.features.contains(BlobFeatures::TARFS)
+    }
+
+    /// True if what the context array decodes to has more than entries.
+    pub(crate) fn has_units(&self) -> bool {
+        self.features.intersects(BlobFeatures::BATCH | BlobFeatures::ZRAN)
     }
 
     /// Checks `record`, row `index` of a table of an image with `chunk_size`.
@@ -94,14 +111,17 @@ impl Blob {
         inlined: Option<&BlobId>,
     ) -> Result<Self> {
         let features = BlobFeatures::from_bits_retain(record.features.get());
-        refuse_unsupported(record, features)?;
+        refuse_unsupported(features)?;
         let id = blob_id(record, inlined)?;
+        let cipher = cipher(record, features).map_err(|e| e.context(&id))?;
+        let separate = features.contains(BlobFeatures::SEPARATE);
         let fail = |why: String| Err(Error::corrupt(format!("{id}: {why}")));
         if features.contains(BlobFeatures::INTERNAL_V5) {
             return fail("a feature bit of the reader's memory is set on disk".into());
         }
-        if !features.contains(BlobFeatures::ALIGNED) {
-            return fail("chunks are not aligned to 4 KiB".into());
+        let tarfs = features.contains(BlobFeatures::TARFS);
+        if features.contains(BlobFeatures::ALIGNED) == tarfs {
+            return fail("chunks of tarfs, and only these, are not aligned to 4 KiB".into());
         }
         if record.blob_index.get() != index {
             return fail(format!("record {index} claims to be record {}", record.blob_index));
@@ -110,6 +130,9 @@ impl Blob {
             return fail(format!("chunk size {:#x} in an image of {chunk_size:#x}", record.chunk_size));
         }
         let codec = codec(record.compression_algo.get())?;
+        if codec == Codec::Gzip && !separate {
+            return fail("gzip is for layers that an image refers to".into());
+        }
         let digester = digester(record.digest_algo.get())?;
         codec_of_context(record)?;
 
@@ -119,18 +142,28 @@ impl Blob {
         if chunks == 0 || chunks > 1 << 24 {
             return fail(format!("{chunks} chunks: want 1 to 2^24"));
         }
-        let size_fits = decoded_size.is_multiple_of(limits::BLOCK_SIZE)
-            && decoded_size <= limits::MAX_BLOB_DECODED
-            && (chunks * limits::BLOCK_SIZE..=chunks * u64::from(chunk_size)).contains(&decoded_size);
+        let size_fits = decoded_size <= limits::MAX_BLOB_DECODED
+            && match tarfs {
+                true => decoded_size.is_multiple_of(TAR_HEADER) && decoded_size == compressed_size,
+                false => {
+                    decoded_size.is_multiple_of(limits::BLOCK_SIZE)
+                        && (chunks * limits::BLOCK_SIZE..=chunks * u64::from(chunk_size))
+                            .contains(&decoded_size)
+                }
+            };
         if !size_fits {
             return fail(format!(
                 "decoded size {decoded_size} can not hold {chunks} chunks of {chunk_size:#x}"
             ));
         }
-        check_context(record, features, chunks).map_err(|e| e.context(&id))?;
+        if !tarfs {
+            check_context(record, features, chunks).map_err(|e| e.context(&id))?;
+        } else if codec != Codec::None || cipher != Cipher::None {
+            return fail("a plain tar is neither compressed nor encrypted".into());
+        }
         let ci_offset = record.ci_offset.get();
         let data_size = match (
-            features.contains(BlobFeatures::CAP_TAR_TOC),
+            !separate && !tarfs && features.contains(BlobFeatures::CAP_TAR_TOC),
             features.contains(BlobFeatures::HAS_TAR_HEADER),
         ) {
             (false, _) => Some(compressed_size),
@@ -139,6 +172,7 @@ impl Blob {
         };
         match data_size {
             Some(data_size) if data_size > 0 && compressed_size <= limits::MAX_BLOB_COMPRESSED => Ok(Self {
+                context_id: separate.then(|| context_id(record, inlined)).flatten(),
                 id,
                 chunk_count,
                 codec,
@@ -148,6 +182,7 @@ impl Blob {
                 data_size,
                 decoded_size,
                 unverified_chunks: 0,
+                cipher,
                 record: *record,
             }),
             _ => {
@@ -157,23 +192,13 @@ impl Blob {
     }
 }
 
-fn refuse_unsupported(record: &BlobRecord, features: BlobFeatures) -> Result<()> {
+fn refuse_unsupported(features: BlobFeatures) -> Result<()> {
     let kinds = [
-        (BlobFeatures::TARFS, "tarfs"),
-        (BlobFeatures::ENCRYPTED, "encrypted"),
-        (BlobFeatures::ZRAN, "zran (targz-ref)"),
-        (BlobFeatures::SEPARATE, "tar reference (tar-ref)"),
         (BlobFeatures::EXTERNAL, "external-blob"),
         (BlobFeatures::IS_CHUNKDICT_GENERATED, "generated chunk dictionary"),
     ];
     if let Some((_, kind)) = kinds.iter().find(|(bit, _)| features.contains(*bit)) {
         return Err(unsupported(kind));
-    }
-    if record.cipher_algo.get() != 0 {
-        return Err(unsupported("encrypted"));
-    }
-    if record.compression_algo.get() == compression::GZIP {
-        return Err(unsupported("gzip reference (estargz)"));
     }
     if features.bits() & BlobFeatures::INCOMPATIBLE != 0 {
         return Err(Error::new(
@@ -182,6 +207,33 @@ fn refuse_unsupported(record: &BlobRecord, features: BlobFeatures) -> Result<()>
         ));
     }
     Ok(())
+}
+
+/// How the units of a blob are encrypted.
+fn cipher(record: &BlobRecord, features: BlobFeatures) -> Result<Cipher> {
+    match (record.cipher_algo.get(), features.contains(BlobFeatures::ENCRYPTED)) {
+        (0, false) => Ok(Cipher::None),
+        (1, true) => {
+            let mut iv = [0; 16];
+            iv[..8].copy_from_slice(&record.blob_meta_size.get().to_le_bytes());
+            iv[8..].copy_from_slice(&record.cipher_iv.get().to_le_bytes());
+            Ok(Cipher::Aes128Xts(Arc::new(XtsKey::new(record.blob_meta_digest, iv)?)))
+        }
+        (2 | 3, _) => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("cipher {}: only AES-128-XTS (1) is supported", record.cipher_algo),
+        )),
+        (code, _) => Err(Error::corrupt(format!("cipher {code} and feature bits contradict each other"))),
+    }
+}
+
+/// The blob that holds the context of one whose data is the original layer: as the record says,
+/// else the one that holds this bootstrap.
+fn context_id(record: &BlobRecord, inlined: Option<&BlobId>) -> Option<BlobId> {
+    if record.blob_meta_digest == [0; 32] {
+        return inlined.cloned();
+    }
+    BlobId::new(&Digest(record.blob_meta_digest).to_string()).ok()
 }
 
 /// The name in a record, NUL-padded to 64 bytes.
@@ -254,12 +306,16 @@ fn check_context(record: &BlobRecord, features: BlobFeatures, chunks: u64) -> Re
     let (offset, stored, decoded) =
         (record.ci_offset.get(), record.ci_compressed_size.get(), record.ci_uncompressed_size.get());
     let v2 = features.contains(BlobFeatures::CHUNK_INFO_V2);
-    let batch = features.contains(BlobFeatures::BATCH);
-    if batch && !v2 {
-        return Err(Error::corrupt("batch chunks need 24-byte context entries"));
+    let wide = BlobFeatures::BATCH | BlobFeatures::ZRAN | BlobFeatures::ENCRYPTED;
+    if features.intersects(wide) && !v2 {
+        return Err(Error::corrupt("batch, zran and encrypted chunks need 24-byte context entries"));
     }
+    if features.contains(BlobFeatures::BATCH | BlobFeatures::ZRAN) {
+        return Err(Error::corrupt("both batch units and slices of a gzip file"));
+    }
+    let units = features.intersects(BlobFeatures::BATCH | BlobFeatures::ZRAN);
     let entries = chunks * if v2 { 24 } else { 16 };
-    let sized = if batch { decoded >= entries } else { decoded == entries };
+    let sized = if units { decoded >= entries } else { decoded == entries };
     if !sized || decoded > limits::MAX_CONTEXT_SIZE || stored > decoded || stored == 0 {
         return Err(Error::corrupt(format!(
             "context of {stored} bytes, {decoded} decoded: want {entries} for {chunks} chunks, at most {}",
@@ -267,10 +323,14 @@ fn check_context(record: &BlobRecord, features: BlobFeatures, chunks: u64) -> Re
         )));
     }
     let end = offset.checked_add(stored).and_then(|e| e.checked_add(HEADER_SIZE as u64));
-    if end.is_none_or(|end| end > record.compressed_size.get()) {
+    // The file that holds the context of a separate blob may have an unknown size (0).
+    let size = match features.contains(BlobFeatures::SEPARATE) {
+        true => Some(record.blob_meta_size.get()).filter(|&size| size > 0).unwrap_or(u64::MAX),
+        false => record.compressed_size.get(),
+    };
+    if end.is_none_or(|end| end > size) {
         return Err(Error::corrupt(format!(
-            "context of {stored} bytes at {offset} and its header reach beyond the {} of the blob",
-            record.compressed_size
+            "context of {stored} bytes at {offset} and its header reach beyond the {size} of the blob"
         )));
     }
     Ok(())

@@ -1,5 +1,7 @@
 //! From a chunk to its row of the chunk-info table: 4 bytes a chunk.
 
+use storage::extent::Cipher;
+
 use super::Blob;
 use super::faults::Faults;
 use crate::format::chunk::ChunkInfo;
@@ -45,6 +47,7 @@ impl ChunkRows {
         pairs.extend(counts.iter().map(|&n| Vec::with_capacity(n)));
         for (row, record) in table.iter().enumerate() {
             match check_record(record, blobs) {
+                Ok(()) if is_blank(record, blobs) => {}
                 Ok(()) => {
                     // The number of rows is bounded by the file size, 2 GiB / 80.
                     pairs[record.blob_index.get() as usize].push((record.index.get(), row as u32));
@@ -82,12 +85,30 @@ impl ChunkRows {
     }
 }
 
-/// True if the record says nothing of its place: it lies in a batch unit, and only the blob
-/// context knows where.
-pub fn is_batch_member(record: &ChunkInfo, blob: &Blob) -> bool {
+/// True if the record says nothing of its place: it lies in a batch unit or in a slice of a gzip
+/// file, and only the blob context knows where.
+pub fn lies_in_context(record: &ChunkInfo, blob: &Blob) -> bool {
+    if blob.features.contains(BlobFeatures::ZRAN) {
+        return true;
+    }
     blob.features.contains(BlobFeatures::BATCH)
         && (record.compressed_size.get() == 0
             || ChunkFlags::from_bits_retain(record.flags.get()).contains(ChunkFlags::BATCH))
+}
+
+/// Bytes that `decoded` ones take if they are not compressed: a cipher pads less than a block of its own.
+pub fn stored_size(decoded: u32, cipher: &Cipher) -> u32 {
+    match cipher {
+        Cipher::Aes128Xts(_) if decoded < 16 => 18,
+        _ => decoded,
+    }
+}
+
+/// True for the one record in which the reference builder collapses all chunks of a plain tar: it
+/// has computed no digests.
+fn is_blank(record: &ChunkInfo, blobs: &[Blob]) -> bool {
+    let tarfs = |blob: &Blob| blob.features.contains(BlobFeatures::TARFS);
+    record.digest == [0; 32] && blobs.get(record.blob_index.get() as usize).is_some_and(tarfs)
 }
 
 /// The rules of one record on its own.
@@ -100,22 +121,24 @@ fn check_record(record: &ChunkInfo, blobs: &[Blob]) -> Result<()> {
         return fail(format!("chunk {} of blob {} with {} chunks", record.index, blob.id, blob.chunk_count));
     }
     let flags = ChunkFlags::from_bits_retain(record.flags.get());
-    if flags.intersects(ChunkFlags::HOLE | ChunkFlags::ENCRYPTED) {
+    let encrypted = blob.cipher != Cipher::None;
+    if flags.contains(ChunkFlags::HOLE) || flags.contains(ChunkFlags::ENCRYPTED) && !encrypted {
         return fail(format!("flags {:#x}: holes and encryption are not of this image", record.flags));
     }
+    let alignment = if blob.features.contains(BlobFeatures::TARFS) { 512 } else { limits::BLOCK_SIZE };
     let (decoded, decoded_offset) = (record.uncompressed_size.get(), record.uncompressed_offset.get());
     let inside = decoded_offset.checked_add(decoded.into()).is_some_and(|end| end <= blob.decoded_size);
     if decoded == 0
         || decoded > blob.record.chunk_size.get()
         || !inside
-        || !decoded_offset.is_multiple_of(limits::BLOCK_SIZE)
+        || !decoded_offset.is_multiple_of(alignment)
     {
         return fail(format!(
             "decoded {decoded} bytes at {decoded_offset} do not fit blob {} ({} bytes in chunks of {:#x})",
             blob.id, blob.decoded_size, blob.record.chunk_size
         ));
     }
-    if is_batch_member(record, blob) {
+    if lies_in_context(record, blob) {
         return Ok(());
     }
     let (stored, offset) = (record.compressed_size.get(), record.compressed_offset.get());
@@ -126,7 +149,7 @@ fn check_record(record: &ChunkInfo, blobs: &[Blob]) -> Result<()> {
             blob.data_size, blob.id
         ));
     }
-    if !flags.contains(ChunkFlags::COMPRESSED) && stored != decoded {
+    if !flags.contains(ChunkFlags::COMPRESSED) && stored != stored_size(decoded, &blob.cipher) {
         return fail(format!("not compressed, yet {stored} bytes hold {decoded}"));
     }
     Ok(())

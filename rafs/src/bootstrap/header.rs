@@ -58,7 +58,7 @@ impl Header {
     /// Reads and checks the header of `bytes`.
     ///
     /// # Errors
-    /// `Unsupported`: RAFS v5, encrypted, tarfs, gzip (zran and other reference modes).
+    /// `Unsupported`: RAFS v5.
     /// `Corrupt`: not a bootstrap, or a broken rule.
     pub fn parse(bytes: &[u8], faults: &mut Faults) -> Result<Self> {
         let len = bytes.len() as u64;
@@ -82,7 +82,12 @@ impl Header {
         }
         let ext: &ExtSuperblock = record(bytes, EXT_SUPERBLOCK_OFFSET as u64, "extended superblock")?;
         let flags = image_flags(ext.flags.get())?;
-        check_superblock(sb, len, faults)?;
+        let block_bits = if flags.contains(ImageFlags::TARFS_MODE) {
+            limits::TARFS_BLOCK_BITS
+        } else {
+            limits::BLOCK_BITS
+        };
+        check_superblock(sb, len, block_bits, faults)?;
         let (codec, digester) = algorithms(flags, faults)?;
 
         let chunk_size = ext.chunk_size.get();
@@ -103,7 +108,7 @@ impl Header {
         })?;
 
         let tables = Tables::parse(sb, ext, len, inode_count, faults)?;
-        let meta_offset = u64::from(sb.meta_blkaddr.get()) * limits::BLOCK_SIZE;
+        let meta_offset = u64::from(sb.meta_blkaddr.get()) << block_bits;
         if meta_offset > len {
             return Err(Error::corrupt(format!(
                 "inode area at {meta_offset} beyond the {len} bytes of the file"
@@ -116,7 +121,7 @@ impl Header {
                 codec,
                 digester,
                 chunk_size,
-                block_size: limits::BLOCK_SIZE as u32,
+                block_size: 1 << block_bits,
                 inode_count,
                 meta_blkaddr: sb.meta_blkaddr.get(),
                 blob_table: tables.blobs,
@@ -144,20 +149,14 @@ fn image_flags(bits: u64) -> Result<ImageFlags> {
             ),
         )
     })?;
-    if flags.contains(ImageFlags::TARFS_MODE) {
-        return Err(unsupported("tarfs"));
-    }
-    if flags.contains(ImageFlags::ENCRYPTION_AES_128_XTS) {
-        return Err(unsupported("encrypted"));
-    }
     Ok(flags)
 }
 
 /// The rules of section 2.1. Fields the kernel gives another meaning than we do must be 0.
-fn check_superblock(sb: &Superblock, len: u64, faults: &mut Faults) -> Result<()> {
-    if sb.blkszbits != limits::BLOCK_BITS {
+fn check_superblock(sb: &Superblock, len: u64, block_bits: u8, faults: &mut Faults) -> Result<()> {
+    if sb.blkszbits != block_bits {
         return Err(Error::corrupt(format!(
-            "block size 2^{}: want 2^12 without the tarfs flag",
+            "block size 2^{}: want 2^12, or 2^9 with the tarfs flag",
             sb.blkszbits
         )));
     }

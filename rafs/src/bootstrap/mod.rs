@@ -23,7 +23,7 @@ mod view;
 mod walk;
 
 pub use blobs::{codec, codec_code, codec_of_context, digester_code};
-pub use chunks::is_batch_member;
+pub use chunks::{lies_in_context, stored_size};
 pub use faults::Faults;
 pub use open::{OpenOptions, adopt, adopt_own, digest, from_bytes, open};
 pub use v6::V6;
@@ -36,6 +36,7 @@ use std::ops::ControlFlow;
 
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
+use storage::extent::Cipher;
 use storage::ids::{BlobId, ChunkIndex};
 
 use crate::Result;
@@ -164,6 +165,10 @@ pub struct Blob {
     pub decoded_size: u64,
     /// Chunk indexes of files whose chunk has no record, hence no digest.
     pub unverified_chunks: u64,
+    /// The blob that holds the context, if it is not this one: the data is an original layer.
+    pub context_id: Option<BlobId>,
+    /// Encryption of chunks and context.
+    pub cipher: Cipher,
     /// The raw record.
     pub record: crate::format::blob_table::BlobRecord,
 }

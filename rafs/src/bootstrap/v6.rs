@@ -15,7 +15,6 @@ use super::view::{DirBlock, Inode, View, file_type};
 use super::{Attr, Blob, Bootstrap, ChunkRef, DirEntry, FileType, Nid, Summary, Xattr};
 use crate::format::chunk::ChunkInfo;
 use crate::format::dirent::Dirent;
-use crate::format::limits::BLOCK_SIZE;
 use crate::{Error, ErrorKind, Result};
 
 /// Entries of a directory block: at most 4096 / 12, so 9 bits of a cursor hold the place.
@@ -232,7 +231,7 @@ impl Bootstrap for V6 {
         Ok(ChunkRef {
             blob,
             index: ChunkIndex(index.chunk_index()),
-            decoded_offset: u64::from(index.blkaddr.get()) * BLOCK_SIZE,
+            decoded_offset: u64::from(index.blkaddr.get()) * u64::from(self.summary().block_size),
         })
     }
 

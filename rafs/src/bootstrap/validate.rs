@@ -18,7 +18,7 @@ use super::view::{Inode, View, dirent_type};
 use super::{Blob, FileType, Nid, blobs};
 use crate::format::chunk::ChunkInfo;
 use crate::format::dirent::{Dirent, FT_DIRECTORY};
-use crate::format::limits::{BLOCK_SIZE, MAX_CONTEXT_SIZE, MAX_DEPTH, MAX_NAME_LEN, SLOT_SIZE};
+use crate::format::limits::{MAX_CONTEXT_SIZE, MAX_DEPTH, MAX_NAME_LEN, SLOT_SIZE};
 use crate::{Error, Result};
 
 /// Set of nids: one bit for each 32 bytes of the inode area.
@@ -296,7 +296,8 @@ impl<'a> Validator<'a, '_> {
         let start = (inode.offset + inode.inode_size + inode.xattr_size).next_multiple_of(8);
         let index_bytes = start..start + size_of_val(indexes) as u64;
         self.outside_tables(inode, std::slice::from_ref(&index_bytes))?;
-        let chunk_size = u64::from(self.view.header.summary.chunk_size);
+        let summary = &self.view.header.summary;
+        let (chunk_size, block_size) = (u64::from(summary.chunk_size), u64::from(summary.block_size));
         let mut left = inode.attr.size;
         for (position, index) in indexes.iter().enumerate() {
             let len = left.min(chunk_size);
@@ -313,7 +314,7 @@ impl<'a> Validator<'a, '_> {
             if number >= blob.chunk_count {
                 return fail(format!("number {number} in blob {} of {} chunks", blob.id, blob.chunk_count));
             }
-            let decoded_offset = u64::from(index.blkaddr.get()) * BLOCK_SIZE;
+            let decoded_offset = u64::from(index.blkaddr.get()) * block_size;
             if decoded_offset + len > blob.decoded_size {
                 return fail(format!(
                     "{len} bytes at {decoded_offset} of the {} of blob {}",

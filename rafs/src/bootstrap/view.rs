@@ -15,7 +15,7 @@ use crate::format::inode::{
     CHUNK_FORMAT_BITS, CHUNK_FORMAT_INDEXES, ChunkIndexRecord, CompactInode, ExtendedInode, FORMAT_EXTENDED,
     LAYOUT_CHUNK_BASED, LAYOUT_FLAT_INLINE, LAYOUT_FLAT_PLAIN,
 };
-use crate::format::limits::{BLOCK_SIZE, MAX_SYMLINK_LEN, SLOT_SIZE};
+use crate::format::limits::{MAX_SYMLINK_LEN, SLOT_SIZE};
 use crate::format::xattr::{PREFIXES, XattrEntry, XattrHeader, area_size, entry_size};
 use crate::{Error, ErrorKind, Result};
 
@@ -88,6 +88,11 @@ pub fn file_type(code: u8) -> Option<FileType> {
 }
 
 impl<'a> View<'a> {
+    /// Bytes of an EROFS block: 4096, 512 in tarfs.
+    fn block_size(self) -> u64 {
+        self.header.summary.block_size.into()
+    }
+
     /// Decodes inode `nid`.
     ///
     /// # Errors
@@ -126,23 +131,23 @@ impl<'a> View<'a> {
     ///
     /// The first range is whole blocks at `i_u` (may be empty), the second the inline tail.
     pub fn data_ranges(self, inode: &Inode) -> Result<(Range<u64>, Range<u64>)> {
-        let size = inode.attr.size;
+        let (size, block) = (inode.attr.size, self.block_size());
         let fail =
             |why: &str| Err(Error::corrupt(format!("inode {} at {}: {why}", inode.attr.nid, inode.offset)));
         let tail = match inode.layout {
             LAYOUT_FLAT_PLAIN => 0,
-            LAYOUT_FLAT_INLINE if !size.is_multiple_of(BLOCK_SIZE) => size % BLOCK_SIZE,
+            LAYOUT_FLAT_INLINE if !size.is_multiple_of(block) => size % block,
             LAYOUT_FLAT_INLINE => return fail("inline data without a tail"),
             _ => return fail("has no data blocks"),
         };
-        let start = u64::from(inode.i_u) * BLOCK_SIZE;
+        let start = u64::from(inode.i_u) * block;
         let blocks = if size == tail { 0..0 } else { start..start.saturating_add(size - tail) };
         let inline = inode.body()..inode.body() + tail;
         let len = self.bytes.len() as u64;
         if blocks.end > len || inline.end > len {
             return fail("data reaches beyond the file");
         }
-        if tail != 0 && inline.start / BLOCK_SIZE != (inline.end - 1) / BLOCK_SIZE {
+        if tail != 0 && inline.start / block != (inline.end - 1) / block {
             return fail("inline data crosses a block boundary");
         }
         Ok((blocks, inline))
@@ -157,15 +162,15 @@ impl<'a> View<'a> {
 
     /// Directory blocks of `inode`.
     pub fn dir_block_count(self, inode: &Inode) -> u64 {
-        inode.attr.size.div_ceil(BLOCK_SIZE)
+        inode.attr.size.div_ceil(self.block_size())
     }
 
     /// Block `index` of directory `inode`.
     pub fn dir_block(self, inode: &Inode, index: u64) -> Result<DirBlock<'a>> {
         let (blocks, inline) = self.data_ranges(inode)?;
-        let whole = blocks.end - blocks.start;
-        let range = match index.checked_mul(BLOCK_SIZE) {
-            Some(at) if at < whole => blocks.start + at..blocks.end.min(blocks.start + at + BLOCK_SIZE),
+        let (whole, block) = (blocks.end - blocks.start, self.block_size());
+        let range = match index.checked_mul(block) {
+            Some(at) if at < whole => blocks.start + at..blocks.end.min(blocks.start + at + block),
             Some(at) if at == whole && !inline.is_empty() => inline,
             _ => return Err(Error::corrupt(format!("directory {} has no block {index}", inode.attr.nid))),
         };

@@ -76,6 +76,31 @@ pub struct BatchUnit {
 }
 const _: () = assert!(size_of::<BatchUnit>() == 40);
 
+/// One slice of a gzip file: 40 bytes, as many as a batch unit. Dictionaries follow the last one.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy, Debug)]
+#[repr(C)]
+pub struct ZranSlice {
+    /// First byte in the gzip file that decoding needs, but for `ctx_byte`.
+    pub in_offset: U64, // 0
+    /// Its first byte of the decoded file.
+    pub out_offset: U64, // 8
+    /// Where its dictionary starts among the dictionaries.
+    pub dict_offset: U64, // 16
+    /// Bytes of the gzip file.
+    pub in_len: U32, // 24
+    /// Decoded bytes.
+    pub out_len: U32, // 28
+    /// Bytes of the dictionary, 0 to 32768.
+    pub dict_size: U32, // 32
+    /// The byte before `in_offset`.
+    pub ctx_byte: u8, // 36
+    /// Its upper bits that belong to the slice, 0 to 7.
+    pub ctx_bits: u8, // 37
+    /// 0.
+    pub reserved: [u8; 2], // 38
+}
+const _: () = assert!(size_of::<ZranSlice>() == 40);
+
 /// What an entry of either version says, unpacked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {

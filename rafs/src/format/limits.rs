@@ -4,6 +4,8 @@
 pub const BLOCK_SIZE: u64 = 4096;
 /// log2 of [`BLOCK_SIZE`].
 pub const BLOCK_BITS: u8 = 12;
+/// log2 of the block size of a tarfs image, whose data is a plain tar.
+pub const TARFS_BLOCK_BITS: u8 = 9;
 /// Inodes start on multiples of this; a nid counts in it.
 pub const SLOT_SIZE: u64 = 32;
 /// Smallest chunk size.

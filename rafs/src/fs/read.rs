@@ -7,8 +7,8 @@ use storage::ids::{ByteRange, ChunkIndex};
 use storage::read::ReadSlice;
 
 use super::Rafs;
-use crate::bootstrap::{Attr, Blob, FileType, Nid, is_batch_member};
-use crate::format::features::ChunkFlags;
+use crate::bootstrap::{Attr, Blob, ChunkRef, FileType, Nid, lies_in_context};
+use crate::format::features::{BlobFeatures, ChunkFlags};
 use crate::{Error, ErrorKind, Result};
 
 /// What a seek looks for.
@@ -99,7 +99,7 @@ impl Rafs {
             return self.context_extent(number, blob_info, index, None);
         };
         let digest = ExpectedDigest { algorithm: blob_info.digester, digest: Digest(record.digest) };
-        if is_batch_member(record, blob_info) {
+        if lies_in_context(record, blob_info) {
             return self.context_extent(number, blob_info, index, Some(digest));
         }
         let compressed = ChunkFlags::from_bits_retain(record.flags.get()).contains(ChunkFlags::COMPRESSED);
@@ -112,7 +112,8 @@ impl Rafs {
                     record.compressed_size.get().into(),
                 )?,
                 codec: if compressed { blob_info.codec } else { Codec::None },
-                cipher: Cipher::None,
+                cipher: blob_info.cipher.clone(),
+                window: None,
                 decoded_len: len,
             },
             offset_in_unit: 0,
@@ -149,9 +150,15 @@ impl Rafs {
             Error::new(ErrorKind::NotFound, format!("inode {} has no chunk {position}", attr.nid))
         })?;
         let chunk = self.bootstrap.chunk(attr.nid, place)?;
-        let extent = self.chunk_extent(chunk.blob, chunk.index)?;
         let chunk_size = u64::from(self.bootstrap.summary().chunk_size);
         let want = (attr.size - position * chunk_size).min(chunk_size);
+        let blob = self.bootstrap.blobs().get(chunk.blob as usize);
+        let plain_tar = blob.is_some_and(|blob| blob.features.contains(BlobFeatures::TARFS));
+        if plain_tar && self.bootstrap.chunk_info(chunk.blob, chunk.index).is_none() {
+            // At most the chunk size; the door found it inside the tar.
+            return Ok((chunk.blob, tar_extent(&chunk, want as u32)?));
+        }
+        let extent = self.chunk_extent(chunk.blob, chunk.index)?;
         // The records were checked at the door, entries of a blob context are seen here first.
         if extent.decoded_offset != chunk.decoded_offset || u64::from(extent.len) != want {
             return Err(Error::corrupt(format!(
@@ -186,4 +193,22 @@ impl Rafs {
             digest,
         })
     }
+}
+
+/// A chunk of a plain tar without a record: it lies in the tar as it is, and nothing vouches for it.
+fn tar_extent(chunk: &ChunkRef, len: u32) -> Result<ChunkExtent> {
+    Ok(ChunkExtent {
+        index: chunk.index,
+        unit: FetchUnit {
+            compressed: ByteRange::new(chunk.decoded_offset, len.into())?,
+            codec: Codec::None,
+            cipher: Cipher::None,
+            window: None,
+            decoded_len: len,
+        },
+        offset_in_unit: 0,
+        len,
+        decoded_offset: chunk.decoded_offset,
+        digest: None,
+    })
 }

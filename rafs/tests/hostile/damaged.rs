@@ -18,7 +18,8 @@ fn survive(bytes: Vec<u8>) -> bool {
     true
 }
 
-const IMAGES: [&str; 6] = ["default", "batch", "merged", "chunkdict", "tar-rafs", "prefetch"];
+const IMAGES: [&str; 9] =
+    ["default", "batch", "merged", "chunkdict", "tar-rafs", "prefetch", "zran", "encrypt", "tarfs"];
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]

@@ -107,7 +107,6 @@ fn forged_superblocks() {
     refused("default", "device table at slot", |f| f.put16(SB + 88, 12));
     refused("default", "unknown to this version", |f| f.bytes[EXT + 1] |= 0x80);
     refused("default", "tarfs", |f| f.bytes[EXT + 1] |= 2);
-    refused("default", "encrypted", |f| f.bytes[EXT + 3] |= 2);
     refused("default", "one compressor", |f| f.bytes[EXT] |= 1);
     refused("default", "one digester", |f| f.bytes[EXT] |= 8);
     for size in [0, 0x800, 0x1001, 0x200_0000] {
@@ -179,6 +178,19 @@ fn forged_blobs() {
     refused("default", "set on disk", |f| f.bytes[BLOBS + 87] |= 0x80);
     refused("default", "not aligned", |f| f.bytes[BLOBS + 84] &= !1);
     refused("default", "zran", |f| f.bytes[BLOBS + 84] |= 8);
+    refused("batch", "both batch units and slices", |f| f.bytes[BLOBS + 84] |= 8);
+    refused("default", "not aligned", |f| f.bytes[BLOBS + 84] |= 0x40);
+    refused("tarfs", "not aligned", |f| f.bytes[BLOBS + 84] |= 1);
+    refused("tarfs", "context", |f| f.bytes[BLOBS + 84] ^= 0x41);
+    refused("default", "disagree", |f| {
+        f.bytes[EXT + 1] |= 2;
+        f.bytes[SB + 12] = 9;
+    });
+    refused("tarfs", "decoded size", |f| f.put64(BLOBS + 88, 30720 + 512));
+    refused("encrypt", "contradict", |f| f.bytes[BLOBS + 85] &= !1);
+    refused("encrypt", "contradict", |f| f.put32(BLOBS + 216, 0));
+    refused("encrypt", "AES-128-XTS", |f| f.put32(BLOBS + 216, 2));
+    refused("encrypt", "halves", |f| f.put(BLOBS + 168, &[7; 32]));
     refused("default", "24-byte", |f| f.bytes[BLOBS + 84] |= 0x80);
     refused("default", "external", |f| f.bytes[BLOBS + 85] |= 8);
     refused("default", "beyond", |f| f.put64(BLOBS + 88, 4096));

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use rafs::blob_context::{BlobContext, stored_range};
 use rafs::bootstrap::{Bootstrap, FileType, Nid, OpenOptions, Step, Walk, from_bytes};
 use rafs::fs::{Rafs, RafsOptions};
-use storage::codec::decompress;
 use storage::digest::DigestAlgorithm;
 use storage::extent::ChunkExtent;
 use storage::read::ReadSlice;
@@ -37,12 +36,18 @@ pub struct GoldenImage {
 
 impl GoldenImage {
     pub fn new(bootstrap: Arc<dyn Bootstrap>, blobs: Vec<Vec<u8>>) -> Self {
+        let contexts = blobs.clone();
+        Self::separate(bootstrap, blobs, contexts)
+    }
+
+    /// An image whose contexts lie in other files than its data.
+    pub fn separate(bootstrap: Arc<dyn Bootstrap>, blobs: Vec<Vec<u8>>, contexts: Vec<Vec<u8>>) -> Self {
         assert_eq!(bootstrap.blobs().len(), blobs.len());
         // Every context is read, needed or not: it must agree with the records.
         let contexts = bootstrap
             .blobs()
             .iter()
-            .zip(&blobs)
+            .zip(&contexts)
             .map(|(blob, bytes)| {
                 let range = stored_range(blob).unwrap();
                 let stored = &bytes[range.start() as usize..range.end() as usize];
@@ -62,7 +67,7 @@ impl GoldenImage {
         let stored =
             &self.blobs[blob as usize][unit.compressed.start() as usize..unit.compressed.end() as usize];
         let mut decoded = vec![0; unit.decoded_len as usize];
-        decompress(unit.codec, stored, &mut decoded).unwrap();
+        unit.decode(stored, &mut decoded).unwrap();
         let chunk = decoded[extent.offset_in_unit as usize..][..extent.len as usize].to_vec();
         let expected = extent.digest.expect("golden images have digests");
         assert_eq!(expected.algorithm.digest(&chunk), expected.digest);

@@ -240,7 +240,8 @@ impl Rest {
             }
             let part = part.get_or_insert_with(|| Part { blob, chunks: Vec::new(), bytes: 0 });
             // What others fetch is waited for with it, and costs nothing more.
-            if look == Look::Wanted && charged.replace(extent.unit) != Some(extent.unit) {
+            if look == Look::Wanted && charged.as_ref() != Some(&extent.unit) {
+                charged = Some(extent.unit.clone());
                 part.bytes += extent.unit.compressed.len();
             }
             part.chunks.push(extent);
@@ -279,7 +280,7 @@ async fn fetch(
         // One by one: an outcome holds the bytes of its chunk.
         while let Some((outcome, extent, led)) = waiting.next().await {
             match outcome {
-                Outcome::Failed(e) if e.kind() == ErrorKind::Cancelled => others.push((blob, *extent)),
+                Outcome::Failed(e) if e.kind() == ErrorKind::Cancelled => others.push((blob, extent.clone())),
                 Outcome::Failed(e) => handle.failed(&e),
                 Outcome::Bytes(_) | Outcome::Stored if led => drop(units.insert(extent.unit.compressed)),
                 Outcome::Bytes(_) | Outcome::Stored => {}

@@ -186,7 +186,7 @@ pub(super) fn group(inner: &Inner, mut chunks: Vec<Claimed>) -> Vec<Vec<Work>> {
     chunks.sort_by_key(|c| place(&c.lead.extent().unit));
     let mut works: Vec<Work> = Vec::new();
     for chunk in chunks {
-        let unit = chunk.lead.extent().unit;
+        let unit = chunk.lead.extent().unit.clone();
         match works.last_mut() {
             Some(work) if work.unit == unit => work.chunks.push(chunk),
             _ => works.push(Work { unit, chunks: vec![chunk], corrupt: 0, timing: Timing::begin() }),
@@ -197,7 +197,7 @@ pub(super) fn group(inner: &Inner, mut chunks: Vec<Claimed>) -> Vec<Vec<Work>> {
 
 /// Cuts sorted works where [`plan`] says.
 fn split(inner: &Inner, works: Vec<Work>) -> Vec<Vec<Work>> {
-    let units: Vec<FetchUnit> = works.iter().map(|work| work.unit).collect();
+    let units: Vec<FetchUnit> = works.iter().map(|work| work.unit.clone()).collect();
     let groups = plan(&units, |place| inner.is_padding(&works[place - 1], &works[place]));
     let mut works = works.into_iter();
     groups.into_iter().map(|range| works.by_ref().take(range.len()).collect()).collect()

@@ -76,7 +76,7 @@ impl Inflight {
             .insert(key, Entry { answer: receiver.clone(), demanded: Arc::clone(&shared), ahead: !demanded });
         let lead = Lead {
             table: Arc::clone(self),
-            extent: *extent,
+            extent: extent.clone(),
             answer,
             demanded: shared,
             wanted: Instant::now(),

@@ -16,14 +16,14 @@ const MAX_UNIT_CHUNKS: u32 = 4096;
 /// consecutive numbers.
 pub(super) fn unit_members(table: &ChunkTable, extent: &ChunkExtent) -> Vec<ChunkExtent> {
     if extent.len == extent.unit.decoded_len {
-        return vec![*extent];
+        return vec![extent.clone()];
     }
     let same_unit = |index: u32| table(ChunkIndex(index)).filter(|other| other.unit == extent.unit);
     let own = extent.index.0;
     let before = (own.saturating_sub(MAX_UNIT_CHUNKS)..own).rev().map_while(same_unit);
     let mut members: Vec<ChunkExtent> = before.collect();
     members.reverse();
-    members.push(*extent);
+    members.push(extent.clone());
     members.extend((own + 1..own.saturating_add(MAX_UNIT_CHUNKS)).map_while(same_unit));
     members
 }

@@ -48,7 +48,7 @@ impl Inner {
             obtained.waiters.push((waiter, lead.is_some()));
             let touched = demanded && self.untouched.touch(extent.index);
             if touched {
-                obtained.hits.push(*extent);
+                obtained.hits.push(extent.clone());
             }
             if touched || (demanded && lead.is_some()) {
                 self.metrics.asked_bytes.fetch_add(extent.stored_share(), Ordering::Relaxed);
@@ -58,13 +58,14 @@ impl Inner {
                 self.untouched.set(extent.index);
             }
             leads.push(lead);
-            if asked.replace(extent.unit) != Some(extent.unit) {
+            if asked != Some(&extent.unit) {
+                asked = Some(&extent.unit);
                 obtained.needed += extent.unit.compressed.len();
                 leads.extend(self.join_ahead(self.siblings(extent)));
             }
         }
         if demanded && let Some(last) = leads.last() {
-            let last = *last.extent();
+            let last = last.extent().clone();
             // Where a read jumps in the blob, what lies between is none of its business.
             let run = leads.iter().rev().map(|lead| lead.extent().index.0);
             let low = run.reduce(|low, index| if index.checked_add(1) == Some(low) { index } else { low });

@@ -11,10 +11,10 @@ use super::inflight::{Lead, Outcome};
 use super::syncer::Written;
 use super::{Files, Inner, meta};
 use crate::budget::Permit;
-use crate::extent::{Cipher, FetchUnit};
+use crate::extent::FetchUnit;
 use crate::ids::ChunkIndex;
 use crate::metrics::{CacheMetrics, cpu_timed};
-use crate::{Error, ErrorKind, Result, codec};
+use crate::{Error, ErrorKind, Result};
 
 /// Decoded offsets of neighbours are apart by less than a block of the image's; the bytes
 /// between them belong to nobody.
@@ -101,12 +101,11 @@ fn open_unit(inner: &Inner, mut work: Work, stored: Bytes, fresh: &mut Vec<Fresh
 }
 
 fn decode(unit: &FetchUnit, stored: Bytes) -> Result<Bytes> {
-    let Cipher::None = unit.cipher;
-    if unit.codec == codec::Codec::None && stored.len() == unit.decoded_len as usize {
+    if unit.is_plain() && stored.len() == unit.decoded_len as usize {
         return Ok(stored);
     }
     let mut decoded = vec![0; unit.decoded_len as usize];
-    codec::decompress(unit.codec, &stored, &mut decoded)?;
+    unit.decode(&stored, &mut decoded)?;
     Ok(decoded.into())
 }
 

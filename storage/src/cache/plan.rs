@@ -54,7 +54,7 @@ mod tests {
 
     fn unit(start: u64, len: u64) -> FetchUnit {
         let compressed = ByteRange::new(start, len).unwrap();
-        FetchUnit { compressed, codec: Codec::None, cipher: Cipher::None, decoded_len: 1 }
+        FetchUnit { compressed, codec: Codec::None, cipher: Cipher::None, window: None, decoded_len: 1 }
     }
 
     #[test]

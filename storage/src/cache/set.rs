@@ -306,7 +306,7 @@ impl Shared {
         let mut forgotten: Vec<Chunk> = Vec::new();
         for (slice, at) in parts {
             let part = &mut out[*at..*at + slice.len as usize];
-            let chunk = (slice.blob, slice.extent);
+            let chunk = (slice.blob, slice.extent.clone());
             if !self.copy_ready(std::slice::from_ref(slice), part) && !forgotten.contains(&chunk) {
                 forgotten.push(chunk);
             }
@@ -361,7 +361,7 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
         let key = (slice.blob, slice.extent.index.0);
         let entry = places.entry(key).or_default();
         if entry.is_empty() {
-            wanted.push((slice.blob, slice.extent));
+            wanted.push((slice.blob, slice.extent.clone()));
         } else if slices[entry[0].0].extent != slice.extent {
             let what = format!("read: chunk {} with two extents", slice.extent.index);
             return Err(Error::new(ErrorKind::OutOfRange, what));
@@ -376,7 +376,7 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
         let ready = shared.blobs[chunk.0 as usize].is_ready(&chunk.1);
         if ready {
             touch(shared, chunk.0, &chunk.1);
-            stored.push(*chunk);
+            stored.push(chunk.clone());
         }
         !ready
     });
@@ -417,11 +417,11 @@ async fn serve(shared: &Arc<Shared>, slices: &[ReadSlice], context: &ReadContext
             return Ok(out);
         }
         let reader = Arc::clone(shared);
-        let (first, began) = (stored[0], Instant::now());
+        let (first, began) = (stored[0].clone(), Instant::now());
         let parts: Vec<_> = stored
             .drain(..)
             .flat_map(|chunk: Chunk| places[&(chunk.0, chunk.1.index.0)].iter())
-            .map(|(place, at)| (slices[*place], *at))
+            .map(|(place, at)| (slices[*place].clone(), *at))
             .collect();
         // The disk may be slow; a chunk that was forgotten since is fetched again.
         let (filled, forgotten) = shared.engine.blocking(move || reader.copy_parts(out, &parts)).await?;
@@ -448,7 +448,7 @@ fn start(
 ) -> FuturesUnordered<impl Future<Output = (Chunk, bool, Outcome)> + use<>> {
     let mut by_blob: HashMap<u32, Vec<ChunkExtent>> = HashMap::new();
     for (blob, extent) in wanted {
-        by_blob.entry(*blob).or_default().push(*extent);
+        by_blob.entry(*blob).or_default().push(extent.clone());
     }
     let waiting = FuturesUnordered::new();
     for (blob, extents) in by_blob {

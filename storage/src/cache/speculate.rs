@@ -478,7 +478,8 @@ impl Seed {
             let Some(extent) = extent.filter(|extent| shared.look(self.blob, extent) == Look::Wanted) else {
                 continue;
             };
-            if unit.replace(extent.unit) != Some(extent.unit) {
+            if unit.as_ref() != Some(&extent.unit) {
+                unit = Some(extent.unit.clone());
                 grown.bytes += extent.unit.compressed.len();
             }
             grown.chunks.push(extent);

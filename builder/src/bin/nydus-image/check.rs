@@ -30,7 +30,7 @@ use rafs::format::limits::MAX_BOOTSTRAP_SIZE;
 use rafs::fs::{Rafs, RafsOptions};
 use storage::codec::Codec;
 use storage::digest::TaggedDigest;
-use storage::ids::ByteRange;
+use storage::ids::{BlobId, ByteRange};
 
 use crate::cli::{self, CheckArgs};
 use crate::create::tar_source;
@@ -175,8 +175,9 @@ fn data(bootstrap: &Arc<dyn Bootstrap>, args: &CheckArgs, report: &mut String) -
     }
     let mut contexts = Vec::new();
     for (blob, file) in bootstrap.blobs().iter().zip(&files) {
-        let stored =
-            read_range(file, stored_range(blob)?).with_context(|| format!("context of blob {}", blob.id))?;
+        let holder = blob.context_id.as_ref().map(|id| open_context(id, args)).transpose()?;
+        let stored = read_range(holder.as_ref().unwrap_or(file), stored_range(blob)?)
+            .with_context(|| format!("context of blob {}", blob.id))?;
         contexts.push(Some(BlobContext::from_stored(blob, &stored)?));
     }
     let rafs = Rafs::new(Arc::clone(bootstrap), contexts, RafsOptions { allow_unverified: true })?;
@@ -208,6 +209,17 @@ fn open_blob(blob: &Blob, count: usize, args: &CheckArgs) -> anyhow::Result<File
         (None, None) => bail!("no place to read blobs from"),
     };
     File::open(&path).with_context(|| format!("open blob {}", path.display()))
+}
+
+/// The blob `id`, which holds the context of one that is an original layer.
+fn open_context(id: &BlobId, args: &CheckArgs) -> anyhow::Result<File> {
+    let dir = match (&args.blob_dir, args.blob.as_deref().and_then(Path::parent)) {
+        (Some(dir), _) => dir,
+        (None, Some(beside)) => beside,
+        (None, None) => bail!("no place to read the blob {id} from"),
+    };
+    let path = dir.join(id.as_str());
+    File::open(&path).with_context(|| format!("open {}, which says where chunks lie", path.display()))
 }
 
 fn read_range(file: &File, range: ByteRange) -> rafs::Result<Vec<u8>> {

@@ -8,7 +8,7 @@ const OPTIONS: PrefetchOptions =
     PrefetchOptions { class: Class::Preheat, bandwidth: None, until_stored: false };
 
 fn order(sample: &Sample) -> Order {
-    let extents: Vec<_> = sample.extents.iter().map(|extent| (0, *extent)).collect();
+    let extents: Vec<_> = sample.extents.iter().map(|extent| (0, extent.clone())).collect();
     Box::new(extents.into_iter())
 }
 
@@ -62,10 +62,10 @@ fn what_comes_while_a_part_waits_is_not_fetched_again() {
     let reader = BlobSet::new(&engine, vec![open(0), open(1)], PATIENT);
     // With the first part, the link has all that it takes.
     let rest = engine.block_on(engine.handle().link().admit(Class::Trace, 1 << 30));
-    let both = [(0, sample.extents[0]), (1, sample.extents[0])];
+    let both = [(0, sample.extents[0].clone()), (1, sample.extents[0].clone())];
     let prefetch = reader.prefetch(Box::new(both.into_iter()), OPTIONS);
     engine.block_on(gate.arrivals(1));
-    let slice = ReadSlice { blob: 1, extent: sample.extents[0], offset: 0, len: 1 };
+    let slice = ReadSlice { blob: 1, extent: sample.extents[0].clone(), offset: 0, len: 1 };
     let (sender, answer) = std::sync::mpsc::channel();
     let completion = Box::new(move |result| drop(sender.send(result)));
     reader.submit(vec![slice], crate::backend::Priority::OnDemand, completion);
@@ -87,7 +87,7 @@ fn an_order_may_wait_for_what_others_fetch() {
     let gate = Gate::default();
     backend.inner().fault(sample.range(0), Fault::Stall(gate.clone()), 1);
     let reader = open(&engine, &sample, &dir, &backend, PATIENT);
-    let first = reader.prefetch(Box::new([(0, sample.extents[0])].into_iter()), OPTIONS);
+    let first = reader.prefetch(Box::new([(0, sample.extents[0].clone())].into_iter()), OPTIONS);
     engine.block_on(gate.arrivals(1));
     // Its first chunk is on its way already.
     let options = PrefetchOptions { until_stored: true, ..PrefetchOptions::of(Class::Trace) };
@@ -98,7 +98,8 @@ fn an_order_may_wait_for_what_others_fetch() {
     gate.open();
     engine.block_on(second.wait());
     let mut bytes = vec![0; sample.extents[0].len as usize];
-    let slice = ReadSlice { blob: 0, extent: sample.extents[0], offset: 0, len: sample.extents[0].len };
+    let slice =
+        ReadSlice { blob: 0, extent: sample.extents[0].clone(), offset: 0, len: sample.extents[0].len };
     assert!(reader.peek(&[slice], &mut bytes).unwrap());
     engine.block_on(first.wait());
     assert_eq!(backend.requests().len(), 2);
@@ -163,7 +164,7 @@ fn nothing_is_read_ahead_that_is_not_kept() {
     let (engine, sample, dir) = (engine(), Sample::new(4), TempDir::new().unwrap());
     let backend = sample.backend();
     let extents = sample.extents.clone();
-    let table: ChunkTable = Arc::new(move |index| extents.get(index.0 as usize).copied());
+    let table: ChunkTable = Arc::new(move |index| extents.get(index.0 as usize).cloned());
     let config = BlobCacheConfig { work_dir: None, chunks: Some(table), ..sample.config(&dir) };
     let cache = BlobCache::open(&engine, config, backend.clone()).unwrap();
     let reader = BlobSet::reading_ahead(&engine, vec![cache], PATIENT, ReadAhead::default());
@@ -181,7 +182,7 @@ fn reading_ahead(
     read_ahead: ReadAhead,
 ) -> BlobSet {
     let extents = sample.extents.clone();
-    let table: ChunkTable = Arc::new(move |index| extents.get(index.0 as usize).copied());
+    let table: ChunkTable = Arc::new(move |index| extents.get(index.0 as usize).cloned());
     let config = BlobCacheConfig { chunks: Some(table), ..sample.config(dir) };
     let cache = BlobCache::open(engine, config, backend.clone()).unwrap();
     BlobSet::reading_ahead(engine, vec![cache], PATIENT, read_ahead)
@@ -309,7 +310,8 @@ fn an_order_that_alternates_asks_each_blob_once() {
     let (dirs, backends) = ([(); 2].map(|()| TempDir::new().unwrap()), [(); 2].map(|()| sample.backend()));
     let open = |at: usize| BlobCache::open(&engine, sample.config(&dirs[at]), backends[at].clone()).unwrap();
     let reader = BlobSet::new(&engine, vec![open(0), open(1)], PATIENT);
-    let extents: Vec<_> = sample.extents.iter().flat_map(|extent| [(0, *extent), (1, *extent)]).collect();
+    let extents: Vec<_> =
+        sample.extents.iter().flat_map(|extent| [(0, extent.clone()), (1, extent.clone())]).collect();
     let prefetch = reader.prefetch(Box::new(extents.into_iter()), OPTIONS);
     engine.block_on(prefetch.wait());
     let whole = ByteRange::new(0, sample.range(7).end()).unwrap();
@@ -324,8 +326,8 @@ fn an_order_longer_than_the_sight_loses_nothing() {
     let open = |at: usize| BlobCache::open(&engine, sample.config(&dirs[at]), backends[at].clone()).unwrap();
     let reader = BlobSet::new(&engine, vec![open(0), open(1)], PATIENT);
     // What the first blob wants last lies behind all of the second one.
-    let (first, last) = (sample.extents[0], sample.extents[1]);
-    let other = sample.extents.iter().map(|extent| (1, *extent));
+    let (first, last) = (sample.extents[0].clone(), sample.extents[1].clone());
+    let other = sample.extents.iter().map(|extent| (1, extent.clone()));
     let extents: Vec<_> = [(0, first)].into_iter().chain(other).chain([(0, last)]).collect();
     let count = extents.len() as u64;
     let prefetch = reader.prefetch(Box::new(extents.into_iter()), OPTIONS);

@@ -88,7 +88,7 @@ fn shuffled(sample: &Sample) -> Sample {
         let range = ByteRange::new(other.stored.len() as u64, u64::from(LEN)).unwrap();
         other.extents.push(ChunkExtent {
             index: ChunkIndex(index as u32),
-            unit: FetchUnit { compressed: range, codec: Codec::None, ..extent.unit },
+            unit: FetchUnit { compressed: range, codec: Codec::None, ..extent.unit.clone() },
             decoded_offset: other.decoded.len() as u64,
             ..*extent
         });

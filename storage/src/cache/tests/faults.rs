@@ -170,7 +170,7 @@ fn a_failing_disk_fails_no_read() {
         assert_eq!(reader.blobs()[0].ready_count(), 0);
         assert!((0..3).all(|i| !sample.try_read(&reader, i)));
         // An order of what can not be kept has failed.
-        let order: Vec<_> = sample.extents.iter().map(|extent| (0, *extent)).collect();
+        let order: Vec<_> = sample.extents.iter().map(|extent| (0, extent.clone())).collect();
         let options = PrefetchOptions::of(Class::Preheat);
         let prefetch = reader.prefetch(Box::new(order.into_iter()), options);
         engine.block_on(prefetch.wait());
@@ -316,7 +316,7 @@ fn an_order_ends_when_its_chunks_are_stored_if_it_is_told_so() {
     let (engine, sample, dir) = (engine(), Sample::new(1), TempDir::new().unwrap());
     let (reader, let_go) = late(&engine, &sample, &dir);
     let options = PrefetchOptions { until_stored: true, ..PrefetchOptions::of(Class::Trace) };
-    let order = reader.prefetch(Box::new([(0, sample.extents[0])].into_iter()), options);
+    let order = reader.prefetch(Box::new([(0, sample.extents[0].clone())].into_iter()), options);
     for _ in 0..100 {
         sample.read(&reader, 0).unwrap();
         assert!(!order.progress().finished);
@@ -398,18 +398,18 @@ fn impossible_extents_are_refused_before_any_fetch() {
     ];
     let mut bad: Vec<ReadSlice> = Vec::new();
     for change in changes {
-        let mut slice = good;
+        let mut slice = good.clone();
         change(&mut slice);
         bad.push(slice);
     }
     for compressed in [range(0, 0), range(0, 1 << 40)] {
-        let mut slice = good;
+        let mut slice = good.clone();
         slice.extent.unit.compressed = compressed;
         bad.push(slice);
     }
     for slice in bad {
         let mut out = vec![0; slice.len as usize];
-        let error = reader.try_read(&[slice], &mut out).unwrap_err();
+        let error = reader.try_read(std::slice::from_ref(&slice), &mut out).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::OutOfRange | ErrorKind::Corrupt), "{slice:?}: {error}");
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         let completion = Box::new(move |result: Result<Vec<u8>>| sender.send(result.is_err()).unwrap());

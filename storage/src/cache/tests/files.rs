@@ -184,7 +184,7 @@ fn records_keep_order_and_distance() {
     let cache = BlobCache::open(&engine, sample.config(&dir), sample.backend()).unwrap();
     let map = &cache.inner.files.as_ref().unwrap().map;
     let record = |index: u32, offset| {
-        let extent = ChunkExtent { decoded_offset: offset, ..sample.extents[index as usize] };
+        let extent = ChunkExtent { decoded_offset: offset, ..sample.extents[index as usize].clone() };
         (ChunkIndex(index), Record::of(&extent))
     };
     let place = |index: u32| sample.extents[index as usize].decoded_offset;
@@ -344,7 +344,7 @@ fn only_what_is_local_is_read_ahead_from_the_disk() {
     // Two halves of a chunk are one piece.
     let (mut first, mut second) = (sample.slice(4), sample.slice(4));
     (first.len, second.offset, second.len) = (1000, 1000, 3000);
-    reader.will_need(&[first, second]);
+    reader.will_need(&[first, second.clone()]);
     assert_eq!(advice.lock().unwrap().last(), Some(&at(4)));
     // Nonsense is no advice.
     second.len += 1;

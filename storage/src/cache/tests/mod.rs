@@ -46,6 +46,7 @@ impl Sample {
                     compressed: ByteRange::new(sample.stored.len() as u64, bytes.len() as u64).unwrap(),
                     codec,
                     cipher: Cipher::None,
+                    window: None,
                     decoded_len: LEN,
                 },
                 offset_in_unit: 0,
@@ -71,7 +72,7 @@ impl Sample {
     }
 
     pub(super) fn slice(&self, index: usize) -> ReadSlice {
-        ReadSlice { blob: 0, extent: self.extents[index], offset: 0, len: LEN }
+        ReadSlice { blob: 0, extent: self.extents[index].clone(), offset: 0, len: LEN }
     }
 
     pub(super) fn range(&self, index: usize) -> ByteRange {

@@ -254,15 +254,16 @@ fn one_fetch_of_a_batch_caches_all_of_it() {
         compressed: ByteRange::new(0, sample.stored.len() as u64).unwrap(),
         codec: Codec::Zstd,
         cipher: Cipher::None,
+        window: None,
         decoded_len: 3 * LEN,
     };
     for (extent, place) in sample.extents.iter_mut().zip(0..) {
-        extent.unit = unit;
+        extent.unit = unit.clone();
         extent.offset_in_unit = place * LEN;
     }
     let backend = sample.backend();
     let members = sample.extents.clone();
-    let table: ChunkTable = Arc::new(move |index| members.get(index.0 as usize).copied());
+    let table: ChunkTable = Arc::new(move |index| members.get(index.0 as usize).cloned());
     let config = BlobCacheConfig { chunks: Some(table), ..sample.config(&dir) };
     let cache = BlobCache::open(&engine, config, backend.clone()).unwrap();
     let reader = BlobSet::new(&engine, vec![cache], PATIENT);
