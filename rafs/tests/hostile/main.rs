@@ -181,7 +181,7 @@ fn forged_blobs() {
     refused("batch", "both batch units and slices", |f| f.bytes[BLOBS + 84] |= 8);
     refused("default", "not aligned", |f| f.bytes[BLOBS + 84] |= 0x40);
     refused("tarfs", "not aligned", |f| f.bytes[BLOBS + 84] |= 1);
-    refused("tarfs", "context", |f| f.bytes[BLOBS + 84] ^= 0x41);
+    refused("tarfs", "decoded size", |f| f.bytes[BLOBS + 84] ^= 0x41);
     refused("default", "disagree", |f| {
         f.bytes[EXT + 1] |= 2;
         f.bytes[SB + 12] = 9;
