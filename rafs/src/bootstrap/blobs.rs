@@ -217,7 +217,9 @@ fn cipher(record: &BlobRecord, features: BlobFeatures) -> Result<Cipher> {
             let mut iv = [0; 16];
             iv[..8].copy_from_slice(&record.blob_meta_size.get().to_le_bytes());
             iv[8..].copy_from_slice(&record.cipher_iv.get().to_le_bytes());
-            Ok(Cipher::Aes128Xts(Arc::new(XtsKey::new(record.blob_meta_digest, iv)?)))
+            let key = XtsKey::new(record.blob_meta_digest, iv)
+                .map_err(|e| Error::corrupt("both halves of its key are the same").with_source(e))?;
+            Ok(Cipher::Aes128Xts(Arc::new(key)))
         }
         (2 | 3, _) => Err(Error::new(
             ErrorKind::Unsupported,
