@@ -27,7 +27,13 @@ fn file(seed: u32, len: usize) -> Vec<u8> {
 }
 
 fn build(codec: Codec, files: &[Vec<u8>]) -> u64 {
-    let options = DataOptions { codec, digester: DigestAlgorithm::Blake3, chunk_size: 0x10_0000, threads: 0 };
+    let options = DataOptions {
+        codec,
+        digester: DigestAlgorithm::Blake3,
+        chunk_size: 0x10_0000,
+        threads: 0,
+        placement: builder::pipeline::Placement::Blob,
+    };
     let session = Session::new(options).expect("the options are valid");
     let mut layer = session.layer(BlobSink::new("nowhere", std::io::sink())).expect("a first layer");
     for file in files {

@@ -15,7 +15,7 @@
 
 use std::io::Write;
 
-use rafs::format::blob_context::{CONTEXT_MAGIC, ContextHeader, Entry, EntryV1};
+use rafs::format::blob_context::{CONTEXT_MAGIC, ContextHeader, Entry, EntryV1, EntryV2};
 use rafs::format::blob_table::{BlobRecord, compression, digest};
 use rafs::format::features::{BlobFeatures, EntryFlags};
 use rafs::format::limits::{INLINED_BLOB_ID, MAX_CHUNKS};
@@ -46,6 +46,41 @@ pub struct BlobOptions {
     pub inline_bootstrap: bool,
     /// A name of the caller's choice in place of the digest.
     pub id: Option<BlobId>,
+}
+
+/// What the context says of chunks beside their places.
+#[derive(Clone, Debug, Default)]
+pub enum Context {
+    /// Each chunk is a unit of its own: entries of 16 bytes.
+    #[default]
+    Plain,
+    /// The data is a plain tar, in a file of its own, and the decoded space: no context at all.
+    Tar {
+        /// Its name.
+        id: BlobId,
+        /// Its length, a multiple of 512.
+        size: u64,
+    },
+    /// The data is an original layer, in a file of its own.
+    Separate {
+        /// SHA-256 of that file.
+        id: Digest,
+        /// Its length.
+        size: u64,
+        /// If it is a gzip file, the slices that chunks lie in.
+        slices: Option<SliceTable>,
+    },
+}
+
+/// The slices of a gzip file and which of them holds each chunk.
+#[derive(Clone, Debug)]
+pub struct SliceTable {
+    /// By chunk number: slice, and where in it the chunk begins.
+    pub places: Vec<(u32, u32)>,
+    /// Contexts and dictionaries as they are stored.
+    pub bytes: Vec<u8>,
+    /// Number of contexts.
+    pub count: u32,
 }
 
 /// A blob whose data and context are written.
@@ -82,6 +117,7 @@ impl BlobWriter {
         options: BlobOptions,
         decoded_size: u64,
         chunks: impl ExactSizeIterator<Item = ChunkRow> + Clone,
+        context: &Context,
     ) -> Result<Self> {
         let mut features = BlobFeatures::ALIGNED | BlobFeatures::CAP_TAR_TOC;
         features.set(BlobFeatures::INLINED_FS_META, options.inline_bootstrap);
@@ -89,6 +125,16 @@ impl BlobWriter {
         features.set(BlobFeatures::HAS_TAR_HEADER, options.toc || options.inline_bootstrap);
         let mut record = BlobRecord::new_zeroed();
         record.blob_id = INLINED_BLOB_ID;
+        let mut separate = None;
+        if let Context::Tar { id, size } = context {
+            return Self::over_tar(sink, options, (id, *size), chunks.len());
+        }
+        if let Context::Separate { id, size, slices } = context {
+            features |= BlobFeatures::SEPARATE | BlobFeatures::CHUNK_INFO_V2;
+            features.set(BlobFeatures::ZRAN, slices.is_some());
+            record.blob_id = padded_id(&id.to_string());
+            separate = Some(*size);
+        }
         record.chunk_size = U32::new(options.chunk_size);
         record.compression_algo = U32::new(codec_code(options.codec));
         record.digest_algo = U32::new(match options.digester {
@@ -106,12 +152,35 @@ impl BlobWriter {
         }
         if count > 0 {
             this.record.chunk_count = U32::new(count as u32);
-            this.data(decoded_size)?;
-            this.context(chunks.clone())?;
+            if separate.is_none() {
+                this.data(decoded_size)?;
+            }
+            this.context(chunks.clone(), context)?;
             this.digests(chunks)?;
         }
-        this.record.compressed_size = U64::new(this.sink.len());
+        this.record.compressed_size = U64::new(separate.unwrap_or(this.sink.len()));
         Ok(this)
+    }
+
+    /// A blob of which nothing is written.
+    fn over_tar(
+        sink: BlobSink,
+        options: BlobOptions,
+        (id, size): (&BlobId, u64),
+        count: usize,
+    ) -> Result<Self> {
+        let mut record = BlobRecord::new_zeroed();
+        record.blob_id = padded_id(id.as_str());
+        record.chunk_size = U32::new(options.chunk_size);
+        record.chunk_count = U32::new(count as u32);
+        record.compression_algo = U32::new(compression::NONE);
+        record.digest_algo = U32::new(digest::SHA256);
+        record.features = U32::new((BlobFeatures::TARFS | BlobFeatures::CAP_TAR_TOC).bits());
+        record.uncompressed_size = U64::new(size);
+        record.compressed_size = U64::new(size);
+        // There is no context; this is what the reference builder states of it.
+        record.ci_compressor = U32::new(compression::LZ4_BLOCK);
+        Ok(Self { sink, options, entries: Vec::new(), record })
     }
 
     /// The blob's row as an inlined bootstrap states it: under the placeholder name, its size
@@ -139,16 +208,21 @@ impl BlobWriter {
         }
         let (id, size) = (self.sink.digest(), self.sink.len());
         let file_digest = self.sink.file_digest();
-        if !self.options.inline_bootstrap {
+        let separate =
+            BlobFeatures::from_bits_retain(self.record.features.get()).contains(BlobFeatures::SEPARATE);
+        if separate && !self.options.inline_bootstrap {
+            self.record.blob_meta_digest = id.0;
+            self.record.blob_meta_size = U64::new(size);
+        } else if !self.options.inline_bootstrap && size > 0 {
             self.record.blob_id = match &self.options.id {
                 Some(id) => padded_id(id.as_str()),
                 None => padded_id(&id.to_string()),
             };
             self.record.compressed_size = U64::new(size);
-            if let Some((digest, size)) = table {
-                self.record.blob_toc_digest = digest.0;
-                self.record.blob_toc_size = U32::new(size);
-            }
+        }
+        if let Some((digest, size)) = table.filter(|_| !self.options.inline_bootstrap) {
+            self.record.blob_toc_digest = digest.0;
+            self.record.blob_toc_size = U32::new(size);
         }
         Ok(FinishedBlob { out: self.sink.close()?, id, file_digest, size, record: self.record })
     }
@@ -171,23 +245,14 @@ impl BlobWriter {
     }
 
     /// Sections 3 to 5.
-    fn context(&mut self, chunks: impl ExactSizeIterator<Item = ChunkRow>) -> Result<()> {
-        let entries: Vec<EntryV1> = chunks
-            .map(|row| {
-                EntryV1::pack(&Entry {
-                    uncompressed_offset: row.uncompressed_offset,
-                    uncompressed_size: row.uncompressed_size,
-                    compressed_offset: row.compressed_offset,
-                    compressed_size: row.compressed_size,
-                    flags: EntryFlags::empty(),
-                    data: 0,
-                })
-            })
-            .collect();
-        let array = entries.as_bytes();
+    fn context(&mut self, chunks: impl ExactSizeIterator<Item = ChunkRow>, context: &Context) -> Result<()> {
+        let ContextArray { bytes: array, units_at, unit_count } = context_array(chunks, context);
+        let array = &array[..];
         // Readers of the table of content know stored and zstd sections only.
         let codec = match self.options.codec {
             Codec::Lz4Block if self.options.toc => Codec::Zstd,
+            // What is gzip is an original layer; nothing here is.
+            Codec::Gzip => Codec::Zstd,
             codec => codec,
         };
         let compressed = Compressor::new(codec)?.compress(array)?;
@@ -210,6 +275,11 @@ impl BlobWriter {
         header.ci_offset = record.ci_offset;
         header.ci_compressed_size = record.ci_compressed_size;
         header.ci_uncompressed_size = record.ci_uncompressed_size;
+        if unit_count > 0 {
+            header.unit_offset = U64::new(units_at as u64);
+            header.unit_size = U64::new((array.len() - units_at) as u64);
+            header.unit_count = U32::new(unit_count);
+        }
         self.sink.append(stored)?;
         self.sink.append(header.as_bytes())?;
         if self.has_headers() {
@@ -265,6 +335,53 @@ impl BlobWriter {
         entry.stored_size = U64::new(stored);
         entry.uncompressed_size = U64::new(decoded);
         self.entries.push(entry);
+    }
+}
+
+/// A context before compression.
+struct ContextArray {
+    bytes: Vec<u8>,
+    /// Where what follows the entries begins.
+    units_at: usize,
+    unit_count: u32,
+}
+
+fn context_array(chunks: impl ExactSizeIterator<Item = ChunkRow>, context: &Context) -> ContextArray {
+    let entry = |row: &ChunkRow, flags, data| Entry {
+        uncompressed_offset: row.uncompressed_offset,
+        uncompressed_size: row.uncompressed_size,
+        compressed_offset: row.compressed_offset,
+        compressed_size: row.compressed_size,
+        flags,
+        data,
+    };
+    let wide = |entries: Vec<EntryV2>, units: &[u8], unit_count| {
+        let mut bytes = entries.as_bytes().to_vec();
+        let units_at = bytes.len();
+        bytes.extend_from_slice(units);
+        ContextArray { bytes, units_at, unit_count }
+    };
+    match context {
+        Context::Plain => {
+            let entries: Vec<EntryV1> =
+                chunks.map(|row| EntryV1::pack(&entry(&row, EntryFlags::empty(), 0))).collect();
+            let bytes = entries.as_bytes().to_vec();
+            ContextArray { units_at: bytes.len(), bytes, unit_count: 0 }
+        }
+        Context::Separate { slices: Some(slices), .. } => {
+            let entries = chunks.zip(&slices.places).map(|(row, &(slice, offset))| {
+                let flags = EntryFlags::ZRAN | EntryFlags::COMPRESSED;
+                EntryV2::pack(&entry(&row, flags, u64::from(slice) << 32 | u64::from(offset)))
+            });
+            wide(entries.collect(), &slices.bytes, slices.count)
+        }
+        Context::Tar { .. } | Context::Separate { slices: None, .. } => {
+            let entries = chunks.map(|row| {
+                let crc = if row.crc32 == 0 { EntryFlags::empty() } else { EntryFlags::HAS_CRC32 };
+                EntryV2::pack(&entry(&row, crc, row.crc32.into()))
+            });
+            wide(entries.collect(), &[], 0)
+        }
     }
 }
 

@@ -45,10 +45,22 @@ pub struct Image<'a> {
     pub digester: DigestAlgorithm,
     /// False if owners are meaningless and stored as 0 (`--repeatable`).
     pub explicit_ids: bool,
+    /// The data is a plain tar: blocks of 512 bytes.
+    pub tarfs: bool,
     /// Set the xattr flag even if no inode has any, as merged bootstraps do.
     pub force_xattr_flag: bool,
     /// Inodes of the prefetch table, in order.
     pub prefetch: &'a [InodeId],
+}
+
+impl Image<'_> {
+    fn block_bits(&self) -> u8 {
+        if self.tarfs { limits::TARFS_BLOCK_BITS } else { limits::BLOCK_BITS }
+    }
+
+    fn block_size(&self) -> u64 {
+        1 << self.block_bits()
+    }
 }
 
 /// A finished bootstrap.
@@ -84,10 +96,11 @@ pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
     } else {
         (prefetch_offset + prefetch_size).next_multiple_of(BLOCK)
     };
-    let geometry = Geometry { block_size: BLOCK, chunk_size: image.chunk_size, meta_offset };
+    let block = image.block_size();
+    let geometry = Geometry { block_size: block, chunk_size: image.chunk_size, meta_offset };
     let layout = layout::lay_out(image.tree, &geometry)?;
 
-    let chunk_table_offset = meta_offset + layout.area_size;
+    let chunk_table_offset = (meta_offset + layout.area_size).next_multiple_of(BLOCK);
     let records = numbering.records(image);
     let chunk_table_size = 80 * records.len() as u64;
     let end = (chunk_table_offset + chunk_table_size).next_multiple_of(BLOCK);
@@ -105,9 +118,9 @@ pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
         let mut record = image.blobs[source];
         record.blob_index = U32::new(row as u32);
         features &= record.features.get();
-        let blob_blocks = record.uncompressed_size.get() / BLOCK;
-        let mapped = device_position.next_multiple_of(limits::MAPPED_ALIGNMENT) / BLOCK;
-        device_position = (mapped + blob_blocks) * BLOCK;
+        let blob_blocks = record.uncompressed_size.get() / block;
+        let mapped = device_position.next_multiple_of(limits::MAPPED_ALIGNMENT) / block;
+        device_position = (mapped + blob_blocks) * block;
         blocks += blob_blocks;
         let mut slot = DeviceSlot::new_zeroed();
         slot.tag = record.blob_id;
@@ -124,11 +137,11 @@ pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
     let mut sb = Superblock::new_zeroed();
     sb.magic = U32::new(superblock::EROFS_MAGIC);
     sb.feature_compat = U32::new(superblock::COMPAT_RAFS_V6);
-    sb.blkszbits = limits::BLOCK_BITS;
+    sb.blkszbits = image.block_bits();
     sb.root_nid = U16::new(limits::ROOT_NID as u16);
     sb.inos = U64::new(u64::from(layout.entry_count));
     sb.blocks = block_number(blocks)?;
-    sb.meta_blkaddr = block_number(meta_offset / BLOCK)?;
+    sb.meta_blkaddr = block_number(meta_offset / block)?;
     sb.feature_incompat = U32::new(superblock::INCOMPAT);
     sb.extra_devices = U16::new(numbering.order.len() as u16);
     sb.devt_slotoff = U16::new(superblock::DEVT_SLOTOFF);
@@ -181,6 +194,7 @@ fn flags(image: &Image<'_>, digests_inline: bool) -> ImageFlags {
         DigestAlgorithm::Blake3 => ImageFlags::HASH_BLAKE3,
         DigestAlgorithm::Sha256 => ImageFlags::HASH_SHA256,
     };
+    flags.set(ImageFlags::TARFS_MODE, image.tarfs);
     flags.set(ImageFlags::EXPLICIT_UID_GID, image.explicit_ids);
     flags.set(ImageFlags::INLINED_CHUNK_DIGEST, digests_inline);
     let mut has_xattr = image.force_xattr_flag;
@@ -268,7 +282,10 @@ impl Numbering {
             })
             .collect();
         records.sort_by_key(|r| (r.digest, r.blob_index.get(), r.index.get()));
-        records.dedup_by_key(|r| (r.digest, r.blob_index));
+        // Equal chunks of a plain tar lie in several places.
+        if !image.tarfs {
+            records.dedup_by_key(|r| (r.digest, r.blob_index));
+        }
         records
     }
 }
@@ -364,22 +381,24 @@ impl InodeWriter<'_> {
         let place = *self.layout.place(id);
         let data_layout = if place.inline { inode::LAYOUT_FLAT_INLINE } else { inode::LAYOUT_FLAT_PLAIN };
         let tail_at = self.inode(id, data_layout, data.len() as u64, place.block);
-        let head = if place.inline { data.len() - data.len() % BLOCK as usize } else { data.len() };
+        let block = self.image.block_size();
+        let head = if place.inline { data.len() - data.len() % block as usize } else { data.len() };
         if head > 0 {
-            self.out.put(u64::from(place.block) * BLOCK, &data[..head]);
+            self.out.put(u64::from(place.block) * block, &data[..head]);
         }
         self.out.put(tail_at, &data[head..]);
     }
 
     fn directory(&mut self, dir: InodeId, parent: InodeId, children: &Children) {
         let entries = layout::entries(children);
-        let (counts, size) = layout::directory_blocks(&entries, BLOCK);
+        let block_size = self.image.block_size();
+        let (counts, size) = layout::directory_blocks(&entries, block_size);
         let mut data = vec![0u8; size as usize];
         let mut rest = &entries[..];
         for (block, count) in counts.into_iter().enumerate() {
             let (here, later) = rest.split_at(count);
             rest = later;
-            let start = block * BLOCK as usize;
+            let start = block * block_size as usize;
             let mut name_at = count * size_of::<Dirent>();
             for (n, (name, entry)) in here.iter().enumerate() {
                 let id = match entry {
@@ -422,7 +441,7 @@ impl InodeWriter<'_> {
                 // Below 254, see `Numbering`.
                 device_id: self.numbering.rows[row.blob as usize] as u8 + 1,
                 index_high: (row.index >> 16) as u8,
-                blkaddr: block_number(row.uncompressed_offset / BLOCK)?,
+                blkaddr: block_number(row.uncompressed_offset / self.image.block_size())?,
             };
             self.out.put(at, &record);
             at += size_of::<ChunkIndexRecord>() as u64;
@@ -437,13 +456,13 @@ impl InodeWriter<'_> {
         let chunk_size = u64::from(self.image.chunk_size);
         // Five bits: 2^31 blocks at most.
         let contiguous = chunks.len() > 1
-            && size <= BLOCK << 31
+            && size <= self.image.block_size() << 31
             && chunks.windows(2).all(|pair| {
                 let (a, b) = (row(&pair[0]), row(&pair[1]));
                 a.blob == b.blob && a.uncompressed_offset + chunk_size == b.uncompressed_offset
             });
         let span = if contiguous { size.next_power_of_two() } else { chunk_size };
-        u32::from(inode::CHUNK_FORMAT_INDEXES) | (span.trailing_zeros() - u32::from(limits::BLOCK_BITS))
+        u32::from(inode::CHUNK_FORMAT_INDEXES) | (span.trailing_zeros() - u32::from(self.image.block_bits()))
     }
 }
 

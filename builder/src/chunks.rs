@@ -47,10 +47,14 @@ struct Row {
     crc32: u32,
     compressed_size: u32,
     uncompressed_size: u32,
+    /// In units of 4096 bytes, or of 512 where the source is the decoded space.
     uncompressed_block: u32,
     compressed_offset: u64,
 }
 const _: () = assert!(size_of::<Row>() == 56);
+
+/// Bytes of a block of a tar.
+const TAR_BLOCK: u64 = 512;
 
 /// Rows in one segment: 8192 × 56 bytes, just under half a MiB.
 const SEGMENT_ROWS: usize = 1 << 13;
@@ -69,6 +73,10 @@ struct Span {
 /// Every distinct chunk of the build, ordered by layer, then by place in the layer's blob.
 #[derive(Default)]
 pub struct ChunkStore {
+    /// Chunks lie at multiples of 512 bytes of a plain tar.
+    in_tar: bool,
+    /// Chunks lie in slices of a gzip file.
+    in_slices: bool,
     segments: Vec<Vec<Row>>,
     len: u32,
     spans: Vec<Span>,
@@ -103,7 +111,8 @@ impl ChunkStore {
             index: ChunkIndex(id.0 - self.spans[layer].first),
             compressed_offset: row.compressed_offset,
             compressed_size: row.compressed_size,
-            uncompressed_offset: u64::from(row.uncompressed_block) * BLOCK_SIZE,
+            uncompressed_offset: u64::from(row.uncompressed_block)
+                * if self.in_tar { TAR_BLOCK } else { BLOCK_SIZE },
             uncompressed_size: row.uncompressed_size,
         }
     }
@@ -176,6 +185,39 @@ impl ChunkStore {
         Ok(id)
     }
 
+    /// Adds a chunk that stays at byte `origin` of the plain tar that is the decoded space.
+    pub(crate) fn push_at(&mut self, digest: Digest, crc32: u32, len: u32, origin: u64) -> Result<ChunkId> {
+        let block = u32::try_from(origin / TAR_BLOCK).ok().filter(|_| origin.is_multiple_of(TAR_BLOCK));
+        let block = block.ok_or_else(|| {
+            Error::new(
+                ErrorKind::Limit,
+                format!("data at byte {origin}: only 2^32 blocks of 512 bytes can be referred to"),
+            )
+        })?;
+        let id = self.push(digest, crc32, len)?;
+        self.in_tar = true;
+        self.set_origin(id, origin);
+        self.row_mut(id).uncompressed_block = block;
+        Ok(id)
+    }
+
+    /// Records that chunk `id` stays at byte `origin` of the decoded source.
+    pub(crate) fn set_origin(&mut self, id: ChunkId, origin: u64) {
+        let row = self.row_mut(id);
+        row.compressed_offset = origin;
+        row.compressed_size = row.uncompressed_size;
+    }
+
+    /// Replaces the place of every chunk in the decoded source by what `place` makes of place and
+    /// length: about where it lies in the gzip file, and how long that is.
+    pub(crate) fn place_in_slices(&mut self, place: impl Fn(u64, u32) -> (u64, u32)) {
+        self.in_slices = true;
+        for row in self.segments.iter_mut().flatten() {
+            (row.compressed_offset, row.compressed_size) =
+                place(row.compressed_offset, row.uncompressed_size);
+        }
+    }
+
     /// Records that `id`, the next chunk of `layer` to be stored, takes `compressed_size` bytes.
     pub(crate) fn set_stored(&mut self, layer: LayerIndex, id: ChunkId, compressed_size: u32) -> Result<()> {
         let span = &mut self.spans[usize::from(layer.0)];
@@ -184,7 +226,7 @@ impl ChunkStore {
         if span.stored_end > MAX_BLOB_COMPRESSED {
             return Err(Error::new(ErrorKind::Limit, "a blob of more than 2^40 bytes; split the layer"));
         }
-        let row = &mut self.segments[id.0 as usize / SEGMENT_ROWS][id.0 as usize % SEGMENT_ROWS];
+        let row = self.row_mut(id);
         row.compressed_offset = offset;
         row.compressed_size = compressed_size;
         Ok(())
@@ -194,6 +236,10 @@ impl ChunkStore {
     pub(crate) fn key(&self, id: u32) -> (&Digest, u32) {
         let row = self.row(ChunkId(id));
         (&row.digest, row.uncompressed_size)
+    }
+
+    fn row_mut(&mut self, id: ChunkId) -> &mut Row {
+        &mut self.segments[id.0 as usize / SEGMENT_ROWS][id.0 as usize % SEGMENT_ROWS]
     }
 
     fn row(&self, id: ChunkId) -> &Row {
@@ -264,7 +310,7 @@ impl ChunkSource for BuiltContent {
     fn row(&self, id: ChunkId) -> ChunkRow {
         let chunk = self.chunks.get(id);
         let mut flags = ChunkFlags::empty();
-        flags.set(ChunkFlags::COMPRESSED, chunk.is_compressed());
+        flags.set(ChunkFlags::COMPRESSED, self.chunks.in_slices || chunk.is_compressed());
         flags.set(ChunkFlags::HAS_CRC32, chunk.crc32 != 0);
         ChunkRow {
             digest: chunk.digest,

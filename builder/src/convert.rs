@@ -36,7 +36,7 @@ use tempfile::NamedTempFile;
 use tokio_util::sync::CancellationToken;
 use zerocopy::byteorder::little_endian::{U32, U64};
 
-use crate::blob_writer::{BlobOptions, BlobWriter};
+use crate::blob_writer::{BlobOptions, BlobWriter, Context};
 use crate::bootstrap_writer::{self, Image, padded_id};
 use crate::chunks::BuiltContent;
 use crate::content::ChunkSource as _;
@@ -48,7 +48,7 @@ use crate::oci::source::ImageSource;
 use crate::oci::spool::{SpooledBlob, TEMP_PREFIX};
 use crate::oci::target::Target;
 use crate::overlay::{self, WhiteoutSpec};
-use crate::pipeline::{DataOptions, LayerData};
+use crate::pipeline::{DataOptions, LayerData, Placement};
 use crate::progress::{Observer, check};
 use crate::root::{RootOptions, check_written, image_root};
 use crate::sink::BlobSink;
@@ -287,7 +287,13 @@ impl Writer<'_> {
             id: None,
         };
         let decoded_size = self.chunks.chunks.decoded_size(layer.layer);
-        let writer = BlobWriter::new(layer.sink, options, decoded_size, own.map(|id| self.chunks.row(id)))?;
+        let writer = BlobWriter::new(
+            layer.sink,
+            options,
+            decoded_size,
+            own.map(|id| self.chunks.row(id)),
+            &Context::Plain,
+        )?;
         let mut records = self.records.clone();
         if chunk_count > 0 {
             records.push(*writer.record());
@@ -321,6 +327,7 @@ impl Writer<'_> {
             codec: self.data.codec,
             digester: self.data.digester,
             explicit_ids: true,
+            tarfs: false,
             force_xattr_flag: merged,
             prefetch,
         })
@@ -367,6 +374,7 @@ pub fn default_data_options() -> DataOptions {
         digester: DigestAlgorithm::Sha256,
         chunk_size: DEFAULT_CHUNK_SIZE,
         threads: 0,
+        placement: Placement::Blob,
     }
 }
 

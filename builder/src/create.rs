@@ -8,12 +8,12 @@ use storage::codec::Codec;
 use storage::digest::TaggedDigest;
 use storage::ids::BlobId;
 
-use crate::blob_writer::{BlobOptions, BlobWriter, FinishedBlob};
+use crate::blob_writer::{BlobOptions, BlobWriter, Context, FinishedBlob};
 use crate::bootstrap_writer::{self, Image};
 use crate::chunks::BuiltContent;
 use crate::content::ChunkSource as _;
 use crate::overlay::{self, WhiteoutSpec};
-use crate::pipeline::{DataOptions, Layer, Session};
+use crate::pipeline::{DataOptions, Layer, LayerData, Placement, Session};
 use crate::prefetch::{self, Patterns};
 use crate::root::{RootOptions, image_root};
 use crate::sink::BlobSink;
@@ -90,9 +90,28 @@ pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSi
         .into_iter()
         .next()
         .ok_or_else(|| Error::new(ErrorKind::Cancelled, "the build ended without its layer"))?;
-    let content = output.content;
+    finish(
+        Parts { tree: &tree, content: &output.content, data, first: &first, context: Context::Plain },
+        options,
+    )
+}
+
+/// All of a layer but what follows its chunk data.
+pub(crate) struct Parts<'a> {
+    pub tree: &'a Tree,
+    pub content: &'a BuiltContent,
+    pub data: LayerData,
+    /// Inodes of the prefetch table.
+    pub first: &'a [InodeId],
+    pub context: Context,
+}
+
+/// Writes what follows the chunk data, and the bootstrap.
+pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLayer> {
+    let Parts { tree, content, data, first, context } = parts;
     let of_layer = content.chunks.of_layer(data.layer);
     let has_data = of_layer.len() > 0;
+    let tarfs = options.data.placement == Placement::DecodedSpace;
     let blob_options = BlobOptions {
         codec: options.data.codec,
         digester: options.data.digester,
@@ -102,18 +121,20 @@ pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSi
         id: options.blob_id.clone(),
     };
     let rows = of_layer.map(|id| content.row(id));
-    let writer = BlobWriter::new(data.sink, blob_options, content.chunks.decoded_size(data.layer), rows)?;
+    let decoded_size = content.chunks.decoded_size(data.layer);
+    let writer = BlobWriter::new(data.sink, blob_options, decoded_size, rows, &context)?;
     let write = |record: BlobRecord| {
         bootstrap_writer::write(&Image {
-            tree: &tree,
-            chunks: &content,
+            tree,
+            chunks: content,
             blobs: &[record],
             chunk_size: options.data.chunk_size,
             codec: options.data.codec,
             digester: options.data.digester,
             explicit_ids: options.explicit_ids,
+            tarfs,
             force_xattr_flag: false,
-            prefetch: &first,
+            prefetch: first,
         })
     };
     let (bootstrap, blob) = if options.inline_bootstrap {
@@ -125,8 +146,8 @@ pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSi
         (write(blob.record)?, blob)
     };
     let root = image_root(
-        &tree,
-        &content,
+        tree,
+        content,
         RootOptions {
             digester: options.data.digester,
             chunk_size: options.data.chunk_size,
@@ -147,7 +168,8 @@ pub fn read_layers(
     data: DataOptions,
     whiteouts: WhiteoutSpec,
 ) -> Result<(Tree, BuiltContent)> {
-    let session = Session::new(DataOptions { codec: Codec::None, ..data })?;
+    let data = DataOptions { codec: Codec::None, placement: Placement::Blob, ..data };
+    let session = Session::new(data)?;
     let mut merged: Option<Tree> = None;
     for source in layers {
         let mut layer = session.layer(BlobSink::new("nowhere", std::io::sink()))?;

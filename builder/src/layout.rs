@@ -10,7 +10,7 @@
 
 use std::collections::VecDeque;
 
-use rafs::format::limits::{MAX_BOOTSTRAP_SIZE, MAX_DEPTH, SLOT_SIZE};
+use rafs::format::limits::{BLOCK_SIZE, MAX_BOOTSTRAP_SIZE, MAX_DEPTH, SLOT_SIZE};
 
 use crate::tree::{Children, Content, InodeId, Tree};
 use crate::{Error, Result};
@@ -25,7 +25,7 @@ const CHUNK_INDEX_SIZE: u64 = size_of::<rafs::format::inode::ChunkIndexRecord>()
 /// What placement depends on besides the tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// EROFS block size, 4096.
+    /// EROFS block size: 4096, or 512 for plain tars.
     pub block_size: u64,
     /// Chunk size of the image.
     pub chunk_size: u32,
@@ -90,7 +90,8 @@ pub fn lay_out(tree: &Tree, geometry: &Geometry) -> Result<Layout> {
     let mut placer = Placer {
         tree,
         geometry: *geometry,
-        cursor: geometry.block_size,
+        // Whatever the block size: nothing may have nid 0.
+        cursor: BLOCK_SIZE,
         free: vec![VecDeque::new(); (geometry.block_size / SLOT_SIZE) as usize],
         places: vec![Place::default(); tree.inode_count()],
         entry_count: 1,

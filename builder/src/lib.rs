@@ -18,6 +18,7 @@ pub mod overlay;
 pub mod pipeline;
 pub mod prefetch;
 pub mod progress;
+pub mod reference;
 pub mod root;
 pub mod sink;
 pub mod source;

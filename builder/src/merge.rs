@@ -106,6 +106,7 @@ pub fn merge(sources: &[MergeSource], prefetch: &Patterns) -> Result<Merged> {
         codec: summary.codec,
         digester: summary.digester,
         explicit_ids: summary.flags.contains(ImageFlags::EXPLICIT_UID_GID),
+        tarfs: summary.flags.contains(ImageFlags::TARFS_MODE),
         force_xattr_flag: true,
         prefetch: &prefetch.resolve(&tree),
     })?;
@@ -143,6 +144,8 @@ fn consistent(first: &MergeSource, other: &MergeSource) -> Result<()> {
         format!("chunk size {:#x} and {:#x}", a.chunk_size, b.chunk_size)
     } else if a.block_size != b.block_size {
         format!("block size {} and {}", a.block_size, b.block_size)
+    } else if a.flags.contains(ImageFlags::TARFS_MODE) != b.flags.contains(ImageFlags::TARFS_MODE) {
+        "one refers to a plain tar, the other does not".to_owned()
     } else if ids(a.flags) != ids(b.flags) {
         "one stores owners, the other does not".to_owned()
     } else {

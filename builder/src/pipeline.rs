@@ -48,6 +48,19 @@ pub use layer::{Extent, Layer};
 /// Most worker threads; more are of no use to one committer, and memory is promised per thread.
 const MAX_THREADS: usize = 256;
 
+/// Where the data of files comes to lie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Placement {
+    /// In the layer's blob.
+    #[default]
+    Blob,
+    /// It stays in the decoded source, and nothing is written. Equal chunks are one.
+    Source,
+    /// The same, and the source is the decoded space: every chunk lies there where it lies in the
+    /// source, so equal ones are not one.
+    DecodedSpace,
+}
+
 /// How data is cut, named and stored.
 #[derive(Clone, Copy, Debug)]
 pub struct DataOptions {
@@ -59,6 +72,8 @@ pub struct DataOptions {
     pub chunk_size: u32,
     /// Worker threads that hash and compress, at most 256; 0 means one per core.
     pub threads: usize,
+    /// Where it comes to lie.
+    pub placement: Placement,
 }
 
 impl DataOptions {
@@ -74,7 +89,7 @@ impl DataOptions {
                 ),
             ));
         }
-        if self.codec == Codec::Gzip {
+        if self.codec == Codec::Gzip && self.placement == Placement::Blob {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 "compressor gzip: want none, lz4_block or zstd; gzip exists in reference images only",

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::source::ImageSource;
 use crate::chunks::BuiltContent;
 use crate::overlay::{self, WhiteoutSpec};
-use crate::pipeline::{DataOptions, Layer, Output, Session};
+use crate::pipeline::{DataOptions, Layer, Output, Placement, Session};
 use crate::progress::{Activity, Meter, Observer, Watched};
 use crate::sink::BlobSink;
 use crate::source::tar::{self, TarOptions};
@@ -113,6 +113,7 @@ pub fn read_tree(
         digester: summary.digester,
         chunk_size: summary.chunk_size,
         threads: 0,
+        placement: Placement::Blob,
     };
     let options = ReadOptions { data, jobs, observer, cancel };
     let content = read_layers(source, &options, |_| Ok(BlobSink::new("nowhere", std::io::sink())))?;

@@ -18,6 +18,8 @@ pub(super) struct Piece {
     /// What the hashing step found, or the reader knew.
     pub digest: Digest,
     pub crc32: u32,
+    /// Where it lies in the decoded source, if it stays there.
+    pub origin: u64,
     pub state: PieceState,
 }
 

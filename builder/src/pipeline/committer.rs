@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::batch::{Batch, PieceState};
 use super::hub::{Event, Hub, Job};
-use super::{LayerData, Output};
+use super::{LayerData, Output, Placement};
 use crate::chunks::{BuiltContent, ChunkStore, FileChunks, LayerFiles};
 use crate::dedup::DedupIndex;
 use crate::sink::BlobSink;
@@ -137,8 +137,13 @@ impl Committer<'_> {
 
     fn decide_batch(&mut self, mut batch: Batch) -> Result<()> {
         let refs = &mut self.layers[self.front].files.refs;
+        let placement = self.hub.options.placement;
         let mut any_new = false;
         for piece in &mut batch.buffer.pieces {
+            if placement == Placement::DecodedSpace {
+                refs.push(self.store.push_at(piece.digest, piece.crc32, piece.len, piece.origin)?);
+                continue;
+            }
             let id = match self.index.find(&self.store, &piece.digest, piece.len) {
                 Some(id) => {
                     piece.state = PieceState::Known;
@@ -147,8 +152,12 @@ impl Committer<'_> {
                 None => {
                     let id = self.store.push(piece.digest, piece.crc32, piece.len)?;
                     self.index.insert(&self.store, id);
-                    piece.state = PieceState::New(id);
-                    any_new = true;
+                    if placement == Placement::Source {
+                        self.store.set_origin(id, piece.origin);
+                    } else {
+                        piece.state = PieceState::New(id);
+                        any_new = true;
+                    }
                     id
                 }
             };

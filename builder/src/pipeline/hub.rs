@@ -288,7 +288,7 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use super::super::MAX_THREADS;
+    use super::super::{MAX_THREADS, Placement};
     use super::*;
     use storage::codec::Codec;
     use storage::digest::DigestAlgorithm;
@@ -303,6 +303,7 @@ mod tests {
                     digester: DigestAlgorithm::Blake3,
                     chunk_size: chunk as u32,
                     threads,
+                    placement: Placement::Blob,
                 });
                 assert!(limits.buffer_size >= chunk);
                 let buffers = (limits.shared + limits.reserve) * limits.buffer_size;

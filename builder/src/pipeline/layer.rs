@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use storage::digest::Digest;
 
+use super::Placement;
 use super::batch::{Batch, Buffer, Piece, PieceState};
 use super::hub::{Event, Hub, Job};
 use crate::chunks::FileRow;
@@ -41,6 +42,8 @@ pub struct Layer {
     zero_seen: bool,
     /// Nothing more to tell the hub when this is dropped.
     finished: bool,
+    /// Where the file that is added lies in the decoded source.
+    origin: u64,
     /// What the last file failed with: the reason for giving the layer up.
     error: Option<Error>,
 }
@@ -56,6 +59,7 @@ impl Layer {
             chunks: 0,
             zero_seen: false,
             finished: false,
+            origin: 0,
             error: None,
         }
     }
@@ -80,6 +84,16 @@ impl Layer {
     /// [`Error::context`]. After an error the layer can only be dropped or [aborted](Self::abort).
     pub fn add_file(&mut self, data: &mut dyn Read, size: u64) -> Result<FileId> {
         self.add_sparse_file(data, size, &[Extent { offset: 0, len: size }])
+    }
+
+    /// [`Self::add_file`] for a file whose data begins at byte `origin` of the decoded source, and
+    /// may stay there.
+    ///
+    /// # Errors
+    /// As [`Self::add_file`].
+    pub fn add_file_at(&mut self, data: &mut dyn Read, size: u64, origin: u64) -> Result<FileId> {
+        self.origin = origin;
+        self.add_file(data, size)
     }
 
     /// Adds a regular file of which only `extents` have data; the rest is zeros. `data` yields the
@@ -116,6 +130,13 @@ impl Layer {
 
     fn add(&mut self, data: &mut dyn Read, size: u64, extents: &[Extent]) -> Result<FileId> {
         check_extents(size, extents)?;
+        let whole = matches!(extents, [one] if one.offset == 0 && one.len == size);
+        if self.hub.options.placement != Placement::Blob && !whole && size > 0 {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "a sparse file does not lie in its archive as it is, so nothing can refer to it; build the layer with --type tar-rafs",
+            ));
+        }
         let chunk_size = u64::from(self.hub.options.chunk_size);
         let limit = |what: &str| Error::new(ErrorKind::Limit, format!("{what}; use a larger chunk size"));
         if size.div_ceil(chunk_size) > MAX_FILE_CHUNKS {
@@ -149,6 +170,7 @@ impl Layer {
     fn add_chunk(&mut self, data: &mut dyn Read, range: Range<u64>, extents: &[Extent]) -> Result<()> {
         // At most the chunk size.
         let len = (range.end - range.start) as usize;
+        let origin = self.origin.saturating_add(range.start);
         let buffer = self.room_for(len)?;
         let offset = buffer.filled;
         let bytes = &mut buffer.bytes[offset..offset + len];
@@ -168,6 +190,7 @@ impl Layer {
             len: len as u32,
             digest: Digest([0; 32]),
             crc32: 0,
+            origin,
             state: PieceState::Read,
         });
         self.chunks += 1;
@@ -184,7 +207,7 @@ impl Layer {
         }
         let (digest, crc32) = self.hub.zero_chunk();
         let buffer = self.room_for(0)?;
-        buffer.pieces.push(Piece { offset: 0, len, digest, crc32, state: PieceState::Hashed });
+        buffer.pieces.push(Piece { offset: 0, len, digest, crc32, origin: 0, state: PieceState::Hashed });
         self.chunks += 1;
         Ok(())
     }

@@ -24,7 +24,7 @@ impl Write for Memory {
 }
 
 fn options(codec: Codec, chunk_size: u32, threads: usize) -> DataOptions {
-    DataOptions { codec, digester: DigestAlgorithm::Blake3, chunk_size, threads }
+    DataOptions { codec, digester: DigestAlgorithm::Blake3, chunk_size, threads, placement: Placement::Blob }
 }
 
 /// Bytes that look random or compress well, depending on `seed`.

@@ -2,11 +2,11 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use storage::codec::Compressor;
+use storage::codec::{Codec, Compressor};
 
-use super::DataOptions;
 use super::batch::{Batch, PieceState};
 use super::hub::{Event, Hub, Job};
+use super::{DataOptions, Placement};
 use crate::Result;
 
 /// Takes jobs until the build is over.
@@ -20,7 +20,12 @@ pub(super) fn run(hub: &Hub) {
 }
 
 fn work(hub: &Hub) -> Result<()> {
-    let mut compressor = Compressor::new(hub.options.codec)?;
+    let codec = match hub.options.placement {
+        Placement::Blob => hub.options.codec,
+        // Nothing is stored.
+        Placement::Source | Placement::DecodedSpace => Codec::None,
+    };
+    let mut compressor = Compressor::new(codec)?;
     while let Some(job) = hub.next_job() {
         match job {
             Job::Hash(mut batch) => {

@@ -2,4 +2,5 @@
 
 pub mod decompress;
 pub mod dir;
+pub mod gzip_index;
 pub mod tar;

@@ -142,10 +142,11 @@ impl LayerReader<'_> {
         let content = match member.kind {
             Kind::HardLink => return self.hard_link(&path, &member.link),
             Kind::Regular => {
+                let position = members.position();
                 let mut data = members.data();
                 let file = match &member.extents {
                     Some(extents) => self.layer.add_sparse_file(&mut data, member.size, extents)?,
-                    None => self.layer.add_file(&mut data, member.size)?,
+                    None => self.layer.add_file_at(&mut data, member.size, position)?,
                 };
                 Content::Regular { file, size: member.size }
             }

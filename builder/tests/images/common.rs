@@ -40,7 +40,13 @@ pub fn unpacked(name: &str) -> Option<tempfile::TempDir> {
 /// Plain options: no table of content, separate bootstrap, OCI whiteouts.
 pub fn options(codec: Codec, chunk_size: u32) -> LayerOptions {
     LayerOptions {
-        data: DataOptions { codec, digester: DigestAlgorithm::Blake3, chunk_size, threads: 2 },
+        data: DataOptions {
+            codec,
+            digester: DigestAlgorithm::Blake3,
+            chunk_size,
+            threads: 2,
+            placement: builder::pipeline::Placement::Blob,
+        },
         toc: false,
         inline_bootstrap: false,
         blob_id: None,
@@ -52,7 +58,7 @@ pub fn options(codec: Codec, chunk_size: u32) -> LayerOptions {
 
 /// A blob kept in memory.
 #[derive(Clone, Default)]
-struct Memory(Arc<Mutex<Vec<u8>>>);
+pub struct Memory(Arc<Mutex<Vec<u8>>>);
 
 impl Write for Memory {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
@@ -63,6 +69,24 @@ impl Write for Memory {
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
     }
+}
+
+impl Memory {
+    /// What was written.
+    pub fn take(&self) -> Vec<u8> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+/// Reports the first difference instead of dumping two images.
+pub fn assert_same(what: &str, ours: &[u8], theirs: &[u8]) {
+    let differs = ours.iter().zip(theirs).position(|(a, b)| a != b);
+    assert!(
+        differs.is_none() && ours.len() == theirs.len(),
+        "{what}: first difference at {differs:?}, lengths {} and {}",
+        ours.len(),
+        theirs.len()
+    );
 }
 
 /// Builds a layer in memory and checks what must hold for every one.

@@ -1,6 +1,6 @@
 //! Images built from the golden sources against what the reference builder made of them.
 
-use crate::common::{build, golden, options, sections, unpacked};
+use crate::common::{assert_same, build, golden, options, sections, unpacked};
 use builder::create::{LayerOptions, LayerSource};
 use builder::merge::{MergeSource, OwnBlob, merge};
 use builder::overlay::WhiteoutSpec;
@@ -8,17 +8,6 @@ use builder::prefetch::Patterns;
 use rafs::bootstrap::{Bootstrap, OpenOptions};
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
-
-/// Reports the first difference instead of dumping two images.
-fn assert_same(what: &str, ours: &[u8], theirs: &[u8]) {
-    let differs = ours.iter().zip(theirs).position(|(a, b)| a != b);
-    assert!(
-        differs.is_none() && ours.len() == theirs.len(),
-        "{what}: first difference at {differs:?}, lengths {} and {}",
-        ours.len(),
-        theirs.len()
-    );
-}
 
 #[test]
 fn uncompressed_images_are_byte_for_byte_the_reference() {

@@ -5,3 +5,4 @@ mod common;
 mod golden;
 mod kernel;
 mod random;
+mod reference;

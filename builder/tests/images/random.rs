@@ -214,6 +214,7 @@ fn any_tree_survives_its_bootstrap() {
             codec: Codec::Zstd,
             digester: DigestAlgorithm::Blake3,
             explicit_ids: true,
+            tarfs: false,
             force_xattr_flag: false,
             prefetch: &[tree.root()],
         };
@@ -264,6 +265,7 @@ fn limits_are_clear_errors() {
         codec: Codec::Zstd,
         digester: DigestAlgorithm::Blake3,
         explicit_ids: true,
+        tarfs: false,
         force_xattr_flag: false,
         prefetch: &[],
     };

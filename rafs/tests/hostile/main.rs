@@ -207,7 +207,7 @@ fn forged_blobs() {
         f.put64(BLOBS + 112, 511);
         f.put64(BLOBS + 88, 1 << 20);
     });
-    refused("default", "encrypted", |f| f.put32(BLOBS + 216, 1));
+    refused("default", "contradict", |f| f.put32(BLOBS + 216, 1));
 }
 
 #[test]

@@ -305,6 +305,7 @@ fn read_files(
         digester: summary.digester,
         chunk_size: summary.chunk_size,
         threads: 0,
+        placement: builder::pipeline::Placement::Blob,
     };
     Ok(read_layers(layers, data, whiteouts)?)
 }

@@ -120,6 +120,7 @@ impl ConvertArgs {
                 digester: self.digester,
                 chunk_size: self.chunk_size.0,
                 threads: self.threads,
+                placement: builder::pipeline::Placement::Blob,
             },
             hints: self.hints,
             jobs: self.jobs.max(1),

@@ -11,6 +11,7 @@ use builder::create::{LayerOptions, LayerSource, build_layer};
 use builder::overlay;
 use builder::pipeline::DataOptions;
 use builder::prefetch::Patterns;
+use builder::reference::{ReferenceKind, build_reference};
 use builder::root::check_written;
 use builder::sink::BlobSink;
 use rafs::format::limits;
@@ -34,29 +35,38 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     let mut blob_output = match (&args.blob, &args.blob_dir) {
         (Some(path), _) => Output::at(path)?,
         (None, Some(dir)) => Output::in_dir(dir)?,
+        (None, None) if args.conversion == ConversionType::TarTarfs => Output::at(Path::new("/dev/null"))?,
         (None, None) => bail!("no place for the blob: give --blob or --blob-dir"),
     };
     let sink =
         BlobSink::new(blob_output.name(), BufWriter::with_capacity(WRITE_BUFFER, blob_output.writer()?));
-    let source = match args.conversion {
-        ConversionType::DirRafs => LayerSource::Directory(&args.source),
-        // Opened once and read front to back: it may be a FIFO.
-        _ => tar_source(&args.source)?,
+    let (built, reference) = match reference_kind(args.conversion) {
+        None => (build_layer(source(args)?, &options, sink)?, None),
+        Some(kind) => {
+            let name = args.source.display().to_string();
+            let input = File::open(&args.source).with_context(|| format!("open source {name}"))?;
+            let built = build_reference(&name, input, kind, &options, sink)?;
+            (built.layer, Some(built.source))
+        }
     };
-    let built = build_layer(source, &options, sink)?;
     if !args.disable_check {
         check_written(&built.bootstrap, Some(built.root))?;
     }
     // A FIFO's reader waits for the end of file.
     drop(built.blob.out);
 
-    let id = match &options.blob_id {
+    let file_id = match &options.blob_id {
         Some(id) => id.to_string(),
         None => built.blob.id.to_string(),
     };
-    let stored = built.has_data || options.inline_bootstrap;
+    // What an image names is the original layer, if it refers to one.
+    let id = match reference {
+        Some(source) if options.blob_id.is_none() => source.to_string(),
+        _ => file_id.clone(),
+    };
+    let stored = built.blob.size > 0 && (built.has_data || options.inline_bootstrap);
     if stored {
-        blob_output.commit(&id)?;
+        blob_output.commit(&file_id)?;
     } else {
         blob_output.discard()?;
     }
@@ -78,12 +88,38 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     Summary {
         bootstrap: &bootstrap_path,
         blobs: &blobs,
-        compressor: options.data.codec.name(),
+        compressor: compressor(args.conversion, options.data.codec).name(),
         root: Some(&root),
         seconds: started.elapsed().as_secs_f64(),
     }
     .write(args.output_json.as_deref())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a reference type makes, `None` for the others.
+fn reference_kind(conversion: ConversionType) -> Option<ReferenceKind> {
+    match conversion {
+        ConversionType::TargzRef | ConversionType::EstargzRef => Some(ReferenceKind::Layer),
+        ConversionType::TarTarfs => Some(ReferenceKind::Tarfs),
+        _ => None,
+    }
+}
+
+/// The compressor that the image states: references take what the original has.
+fn compressor(conversion: ConversionType, chosen: Codec) -> Codec {
+    match reference_kind(conversion) {
+        Some(ReferenceKind::Layer) => Codec::Gzip,
+        Some(ReferenceKind::Tarfs) => Codec::None,
+        None => chosen,
+    }
+}
+
+fn source(args: &CreateArgs) -> anyhow::Result<LayerSource<'_>> {
+    match args.conversion {
+        ConversionType::DirRafs => Ok(LayerSource::Directory(&args.source)),
+        // Opened once and read front to back: it may be a FIFO.
+        _ => tar_source(&args.source),
+    }
 }
 
 /// The tar stream at `path`.
@@ -107,6 +143,7 @@ fn options(args: &CreateArgs) -> anyhow::Result<LayerOptions> {
             },
             chunk_size: chunk_size(&args.chunk_size)?,
             threads: args.threads,
+            placement: builder::pipeline::Placement::Blob,
         },
         toc: args.features.contains(&Feature::BlobToc),
         inline_bootstrap: args.blob_inline_meta,
@@ -150,9 +187,10 @@ fn refuse_unbuilt(args: &CreateArgs) -> anyhow::Result<()> {
     if conflicts && args.blob_cache_dir.is_some() {
         bail!("conversion type `{name}` conflicts with `--blob-cache-dir`");
     }
-    if !matches!(args.conversion, T::DirRafs | T::TarRafs | T::TargzRafs) {
+    if args.conversion == T::EstargztocRef {
         return Err(cli::not_built(&format!("--type {name}")));
     }
+    refuse_for_references(args)?;
     let batch = cli::number("--batch-size", &args.batch_size)?;
     let offset = args.blob_offset.as_deref().map(|t| cli::number("--blob-offset", t)).transpose()?;
     let length = args.blob_data_size.as_deref().map(|t| cli::number("--blob-data-size", t)).transpose()?;
@@ -174,6 +212,28 @@ fn refuse_unbuilt(args: &CreateArgs) -> anyhow::Result<()> {
     match unbuilt.iter().find(|(set, _)| *set) {
         Some((_, what)) => Err(cli::not_built(what)),
         None => exists(&args.source),
+    }
+}
+
+/// Refuses what contradicts a type whose data stays in the original.
+fn refuse_for_references(args: &CreateArgs) -> anyhow::Result<()> {
+    let Some(kind) = reference_kind(args.conversion) else { return Ok(()) };
+    let tarfs = kind == ReferenceKind::Tarfs;
+    let conflicts = [
+        (args.fs_version == FsVersion::V5, "--fs-version 5"),
+        (args.encrypt, "--encrypt"),
+        (args.prefetch_policy == PrefetchPolicy::Blob, "--prefetch-policy blob"),
+        (!tarfs && args.blob_id.is_some(), "--blob-id"),
+        (tarfs && args.blob.is_some(), "--blob"),
+        (tarfs && args.chunk_dict.is_some(), "--chunk-dict"),
+        (tarfs && args.parent_bootstrap.is_some(), "--parent-bootstrap"),
+        (tarfs && args.blob_inline_meta, "--blob-inline-meta"),
+        (tarfs && !args.features.is_empty(), "--features"),
+        (tarfs && args.aligned_chunk, "--aligned-chunk"),
+    ];
+    match conflicts.iter().find(|(set, _)| *set) {
+        Some((_, flag)) => bail!("conversion type `{}` conflicts with `{flag}`", args.conversion.name()),
+        None => Ok(()),
     }
 }
 

@@ -136,6 +136,11 @@ impl<R: Read> Members<R> {
         }
     }
 
+    /// Byte of the stream where the current member's data begins.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
     /// The stored data of the current member.
     pub fn data(&mut self) -> Data<'_, R> {
         Data { members: self }

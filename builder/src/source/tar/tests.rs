@@ -10,7 +10,7 @@ use tar::{Builder, EntryType, Header};
 use super::*;
 use crate::ErrorKind;
 use crate::content::ChunkSource;
-use crate::pipeline::{DataOptions, Output, Session};
+use crate::pipeline::{DataOptions, Output, Placement, Session};
 use crate::sink::BlobSink;
 
 mod sparse;
@@ -37,8 +37,13 @@ struct Read {
 }
 
 fn read_with(archive: &[u8], options: TarOptions) -> Result<Read> {
-    let data =
-        DataOptions { codec: Codec::None, digester: DigestAlgorithm::Blake3, chunk_size: 0x1000, threads: 1 };
+    let data = DataOptions {
+        codec: Codec::None,
+        digester: DigestAlgorithm::Blake3,
+        chunk_size: 0x1000,
+        threads: 1,
+        placement: Placement::Blob,
+    };
     let session = Session::new(data).unwrap();
     let sink = Memory::default();
     let mut layer = session.layer(BlobSink::new("blob", sink.clone())).unwrap();

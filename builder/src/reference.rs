@@ -1,0 +1,161 @@
+//! A layer that stays as it is: metadata that refers to the data in the original file.
+//!
+//! Of a gzip file, slices are found that can be decoded alone (`targz-ref`); of a plain tar every
+//! chunk can be read where it lies (`targz-ref`, too, and `tar-tarfs` for the kernel).
+
+use std::io::{BufRead, BufReader, Read};
+
+use storage::codec::Codec;
+use storage::digest::{Digest, DigestAlgorithm, Hasher};
+use storage::ids::BlobId;
+
+use crate::blob_writer::{Context, SliceTable};
+use crate::content::ChunkSource as _;
+use crate::create::{BuiltLayer, LayerOptions, Parts, finish};
+use crate::pipeline::{DataOptions, Layer, Output, Placement, Session};
+use crate::sink::BlobSink;
+use crate::source::gzip_index::{GzipIndex, GzipIndexer};
+use crate::source::tar::{self, TarOptions};
+use crate::tree::Tree;
+use crate::{Error, ErrorKind, Result};
+
+/// Bytes read ahead of the decoder.
+const INPUT_BUFFER: usize = 256 << 10;
+/// Bytes of a tar block.
+const TAR_BLOCK: u64 = 512;
+
+/// What refers to the original.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReferenceKind {
+    /// Chunks of a gzip file, or of a plain tar (`targz-ref`).
+    Layer,
+    /// A plain tar, in blocks of 512 bytes, that the kernel can mount beside its metadata (`tar-tarfs`).
+    Tarfs,
+}
+
+/// A built layer and the original file that it refers to.
+pub struct BuiltReference {
+    /// Its metadata. What is called its blob holds the context, or nothing.
+    pub layer: BuiltLayer,
+    /// SHA-256 of the original, which is its name unless one was chosen.
+    pub source: Digest,
+}
+
+/// Builds the metadata of the layer `input`, which is read once, front to back. The blob with the
+/// context goes to `sink`; `tar-tarfs` has none.
+///
+/// Digests are SHA-256 whatever `options` say, and nothing is compressed but the context.
+///
+/// # Errors
+/// Those of [`crate::create::build_layer`]; `Unsupported`: data that can not be referred to, by name.
+pub fn build_reference(
+    name: &str,
+    input: impl Read,
+    kind: ReferenceKind,
+    options: &LayerOptions,
+    sink: BlobSink,
+) -> Result<BuiltReference> {
+    let mut input = BufReader::with_capacity(
+        INPUT_BUFFER,
+        Measured { input, hasher: DigestAlgorithm::Sha256.hasher(), len: 0 },
+    );
+    let head = input.fill_buf().map_err(|e| Error::io(format!("read {name}"), e))?;
+    let gzip = head.starts_with(&[0x1f, 0x8b]);
+    let other = [&[0x28, 0xb5, 0x2f, 0xfd][..], &[0xfd, b'7', b'z'], b"BZh"];
+    if other.iter().any(|magic| head.starts_with(magic)) || gzip && kind == ReferenceKind::Tarfs {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{name} is compressed in a way that nothing can refer into it: want a {}; tar-rafs takes it",
+                if kind == ReferenceKind::Tarfs { "plain tar" } else { "plain tar or a gzip file" }
+            ),
+        ));
+    }
+    let mut options = options.clone();
+    options.data = DataOptions {
+        codec: if kind == ReferenceKind::Tarfs { Codec::None } else { Codec::Gzip },
+        digester: DigestAlgorithm::Sha256,
+        placement: match kind {
+            ReferenceKind::Tarfs => Placement::DecodedSpace,
+            ReferenceKind::Layer => Placement::Source,
+        },
+        ..options.data
+    };
+    let session = Session::new(options.data)?;
+    let layer = session.layer(BlobSink::new("nowhere", std::io::sink()))?;
+    let (tree, index) = if gzip {
+        let mut indexer = GzipIndexer::new(&mut input)?;
+        let tree = read(name, &mut indexer, layer)?;
+        (tree, Some(indexer.finish().0))
+    } else {
+        (read(name, &mut input, layer)?, None)
+    };
+    let Measured { hasher, len, .. } = input.into_inner();
+    let source = hasher.finish();
+    let mut output = session.finish()?;
+    let context = match kind {
+        ReferenceKind::Layer => {
+            let slices = index.map(|index| place(&mut output, &index)).transpose()?;
+            Context::Separate { id: source, size: len, slices }
+        }
+        ReferenceKind::Tarfs if len.is_multiple_of(TAR_BLOCK) => {
+            let id = match &options.blob_id {
+                Some(id) => id.clone(),
+                None => BlobId::new(&source.to_string())?,
+            };
+            Context::Tar { id, size: len }
+        }
+        ReferenceKind::Tarfs => {
+            return Err(Error::bad_source(format!(
+                "{name}: {len} bytes, want a multiple of {TAR_BLOCK}: the archive is cut short"
+            )));
+        }
+    };
+    let first = options.prefetch.resolve(&tree);
+    let mut data = output
+        .layers
+        .into_iter()
+        .next()
+        .ok_or_else(|| Error::new(ErrorKind::Cancelled, "the build ended without its layer"))?;
+    data.sink = sink;
+    let parts = Parts { tree: &tree, content: &output.content, data, first: &first, context };
+    Ok(BuiltReference { layer: finish(parts, &options)?, source })
+}
+
+fn read(name: &str, input: impl Read, mut layer: Layer) -> Result<Tree> {
+    match tar::read_layer(name, input, &mut layer, TarOptions::default()) {
+        Ok(tree) => layer.finish().map(|()| tree),
+        Err(error) => Err(layer.abort(error)),
+    }
+}
+
+/// Finds the slices of all chunks, and replaces their places in the tar by those in the gzip file.
+fn place(output: &mut Output, index: &GzipIndex) -> Result<SliceTable> {
+    let chunks = &mut output.content.chunks;
+    let count = chunks.len() as u32;
+    let rows = |n: u32| {
+        let chunk = output.content.row(crate::content::ChunkId(n));
+        (chunk.compressed_offset, chunk.uncompressed_size)
+    };
+    let slices = index.slices((0..count).map(rows))?;
+    let places = (0..count).map(|n| slices.place(rows(n).0)).collect();
+    let (bytes, count) = slices.encode();
+    output.content.chunks.place_in_slices(|at, len| slices.hint(at, len));
+    Ok(SliceTable { places, bytes, count })
+}
+
+/// Hashes and counts what is read.
+struct Measured<R> {
+    input: R,
+    hasher: Hasher,
+    len: u64,
+}
+
+impl<R: Read> Read for Measured<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let len = self.input.read(buffer)?;
+        self.hasher.update(&buffer[..len]);
+        self.len += len as u64;
+        Ok(len)
+    }
+}

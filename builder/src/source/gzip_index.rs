@@ -1,0 +1,255 @@
+//! A gzip file read once: its decoded bytes, and where decoding can begin again.
+//!
+//! ```text
+//! gzip   |==|=====|===|======|====|===| deflate blocks
+//!        ^ start       ^ start      ^ start      every 4 MiB decoded, at the next block
+//! slice  [-------------+--]
+//!                      [------------+---]        to the end of the last chunk that begins in it
+//! ```
+//!
+//! A start keeps the 32 KiB decoded before it. Slices are made of starts when all chunks are known,
+//! so nothing but the stream itself decides where they begin.
+
+use std::io::{self, Read};
+
+use bytes::Bytes;
+use rafs::format::blob_context::ZranSlice;
+use rafs::format::limits::MAX_CHUNK_SIZE;
+use storage::inflate::{Boundary, GzipBlocks, MAX_DICTIONARY};
+use zerocopy::byteorder::little_endian::{U32, U64};
+
+use crate::{Error, ErrorKind, Result};
+
+/// Decoded bytes between starts, at least. A start costs 32 KiB of dictionary before compression,
+/// a slice is what a first read of any of its chunks fetches: some 1.5 MiB of an ordinary layer.
+const STRIDE: u64 = 4 << 20;
+/// Bytes of input read at once.
+const INPUT: usize = 256 << 10;
+/// Decoded bytes held for the reader.
+const OUTPUT: usize = 256 << 10;
+/// Largest stored size that a context entry can state.
+const MAX_HINT: u64 = (1 << 24) - 1;
+
+/// Decodes a gzip file and notes where decoding can begin.
+pub struct GzipIndexer<R> {
+    input: R,
+    stored: Box<[u8]>,
+    stored_at: usize,
+    stored_end: usize,
+    blocks: GzipBlocks,
+    /// The last 32 KiB that were handed out, and what is still to be.
+    decoded: Box<[u8]>,
+    decoded_at: usize,
+    decoded_end: usize,
+    ended: bool,
+    consumed: u64,
+    produced: u64,
+    index: GzipIndex,
+}
+
+/// Where decoding can begin.
+#[derive(Default)]
+pub struct GzipIndex {
+    starts: Vec<(Boundary, Bytes)>,
+    /// (decoded, stored) bytes up to points in between, ascending.
+    marks: Vec<(u64, u64)>,
+}
+
+/// The slices that the chunks of a build lie in.
+pub struct Slices<'a> {
+    index: &'a GzipIndex,
+    /// End of each start's slice, decoded; where it begins if no chunk lies in it.
+    ends: Vec<u64>,
+    /// Number of each start's slice among those that have chunks.
+    numbers: Vec<u32>,
+}
+
+impl<R: Read> GzipIndexer<R> {
+    /// A decoder of `input` from its first byte.
+    ///
+    /// # Errors
+    /// `Io`: out of memory.
+    pub fn new(input: R) -> Result<Self> {
+        Ok(Self {
+            input,
+            stored: vec![0; INPUT].into(),
+            stored_at: 0,
+            stored_end: 0,
+            blocks: GzipBlocks::new()?,
+            decoded: vec![0; MAX_DICTIONARY + OUTPUT].into(),
+            decoded_at: 0,
+            decoded_end: 0,
+            ended: false,
+            consumed: 0,
+            produced: 0,
+            index: GzipIndex::default(),
+        })
+    }
+
+    /// What was found, and the input, which was read to its end if the decoded bytes were.
+    pub fn finish(self) -> (GzipIndex, R) {
+        (self.index, self.input)
+    }
+
+    /// Decodes the next bytes; none at the end of the file.
+    fn fill(&mut self) -> io::Result<()> {
+        let keep = self.decoded_end.min(MAX_DICTIONARY);
+        self.decoded.copy_within(self.decoded_end - keep..self.decoded_end, 0);
+        (self.decoded_at, self.decoded_end) = (keep, keep);
+        while !self.ended && self.decoded_end < self.decoded.len() {
+            if self.stored_at == self.stored_end {
+                self.stored_at = 0;
+                self.stored_end = loop {
+                    match self.input.read(&mut self.stored) {
+                        Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                        got => break got?,
+                    }
+                };
+                if self.stored_end == 0 {
+                    self.ended = true;
+                    if !self.blocks.is_between_members() {
+                        return Err(io::ErrorKind::UnexpectedEof.into());
+                    }
+                    break;
+                }
+            }
+            let input = &self.stored[self.stored_at..self.stored_end];
+            // What pads a file behind its last member is nobody's.
+            if self.blocks.is_between_members() && self.produced > 0 && input[0] == 0 {
+                self.stored_at = self.stored_end;
+                continue;
+            }
+            let step = self
+                .blocks
+                .run(input, &mut self.decoded[self.decoded_end..])
+                .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+            self.stored_at += step.consumed;
+            self.decoded_end += step.produced;
+            self.consumed += step.consumed as u64;
+            self.produced += step.produced as u64;
+            if let Some(boundary) = step.boundary {
+                self.begin(boundary);
+            }
+        }
+        self.index.marks.push((self.produced, self.consumed));
+        Ok(())
+    }
+
+    /// Notes a place where a block begins, if the last start is far enough away.
+    fn begin(&mut self, boundary: Boundary) {
+        let last = self.index.starts.last();
+        if last.is_some_and(|(last, _)| boundary.out_offset < last.out_offset + STRIDE) {
+            return;
+        }
+        let from = self.decoded_end.saturating_sub(MAX_DICTIONARY);
+        let dictionary = Bytes::copy_from_slice(&self.decoded[from..self.decoded_end]);
+        self.index.starts.push((boundary, dictionary));
+        self.index.marks.push((boundary.out_offset, boundary.in_offset));
+    }
+}
+
+impl<R: Read> Read for GzipIndexer<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.decoded_at == self.decoded_end {
+            self.fill()?;
+        }
+        let len = buffer.len().min(self.decoded_end - self.decoded_at);
+        buffer[..len].copy_from_slice(&self.decoded[self.decoded_at..self.decoded_at + len]);
+        self.decoded_at += len;
+        Ok(len)
+    }
+}
+
+impl GzipIndex {
+    /// The slices that hold `chunks`: place in the decoded file and length of each.
+    ///
+    /// # Errors
+    /// `Unsupported`: a block is so long that a slice with it would be larger than readers accept.
+    pub fn slices(&self, chunks: impl Iterator<Item = (u64, u32)>) -> Result<Slices<'_>> {
+        let mut ends: Vec<u64> = self.starts.iter().map(|(start, _)| start.out_offset).collect();
+        for (at, len) in chunks {
+            let number = self.start_of(at)?;
+            ends[number] = ends[number].max(at + u64::from(len));
+        }
+        let mut numbers = Vec::with_capacity(ends.len());
+        let mut count = 0;
+        for ((start, _), end) in self.starts.iter().zip(&ends) {
+            let len = end - start.out_offset;
+            if len > u64::from(MAX_CHUNK_SIZE) || self.stored_up_to(*end) - start.in_offset > MAX_HINT {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!(
+                        "the gzip data at {} can not be entered for {len} bytes, readers accept {MAX_CHUNK_SIZE}; build the \
+                         layer with --type targz-rafs, or use a smaller chunk size",
+                        start.in_offset
+                    ),
+                ));
+            }
+            numbers.push(count);
+            count += u32::from(len > 0);
+        }
+        Ok(Slices { index: self, ends, numbers })
+    }
+
+    fn start_of(&self, at: u64) -> Result<usize> {
+        let behind = self.starts.partition_point(|(start, _)| start.out_offset <= at);
+        behind.checked_sub(1).ok_or_else(|| Error::bad_source("gzip data without a first block"))
+    }
+
+    /// Stored bytes that surely decode to all of the first `decoded` ones.
+    fn stored_up_to(&self, decoded: u64) -> u64 {
+        let mark = self.marks.partition_point(|(out, _)| *out < decoded);
+        self.marks.get(mark).or(self.marks.last()).map_or(0, |(_, stored)| *stored)
+    }
+
+    /// Stored bytes that surely do not reach byte `decoded`.
+    fn stored_before(&self, decoded: u64) -> u64 {
+        let mark = self.marks.partition_point(|(out, _)| *out <= decoded);
+        mark.checked_sub(1).map_or(0, |mark| self.marks[mark].1)
+    }
+}
+
+impl Slices<'_> {
+    /// The slice of a chunk, and where in it the chunk begins.
+    pub fn place(&self, at: u64) -> (u32, u32) {
+        // `slices` has looked at every chunk.
+        let number = self.index.start_of(at).unwrap_or(0);
+        // A slice is at most 16 MiB.
+        (self.numbers[number], (at - self.index.starts[number].0.out_offset) as u32)
+    }
+
+    /// About where a chunk begins in the gzip file, and how many bytes it takes there.
+    pub fn hint(&self, at: u64, len: u32) -> (u64, u32) {
+        let from = self.index.stored_before(at);
+        let size = self.index.stored_up_to(at + u64::from(len)).saturating_sub(from);
+        (from, size.clamp(1, MAX_HINT) as u32)
+    }
+
+    /// Contexts and dictionaries as a blob context has them, and the number of contexts.
+    pub fn encode(&self) -> (Vec<u8>, u32) {
+        use zerocopy::IntoBytes as _;
+        let (mut contexts, mut dictionaries) = (Vec::new(), Vec::new());
+        for ((start, dictionary), end) in self.index.starts.iter().zip(&self.ends) {
+            if *end == start.out_offset {
+                continue;
+            }
+            contexts.push(ZranSlice {
+                in_offset: U64::new(start.in_offset),
+                out_offset: U64::new(start.out_offset),
+                dict_offset: U64::new(dictionaries.len() as u64),
+                // Both were bounded when the slices were made.
+                in_len: U32::new((self.index.stored_up_to(*end) - start.in_offset) as u32),
+                out_len: U32::new((end - start.out_offset) as u32),
+                dict_size: U32::new(dictionary.len() as u32),
+                ctx_byte: if start.bits > 0 { start.byte } else { 0 },
+                ctx_bits: start.bits,
+                reserved: [0; 2],
+            });
+            dictionaries.extend_from_slice(dictionary);
+        }
+        let count = contexts.len() as u32;
+        let mut bytes = contexts.as_bytes().to_vec();
+        bytes.extend_from_slice(&dictionaries);
+        (bytes, count)
+    }
+}
