@@ -10,6 +10,7 @@ pub mod create;
 mod dedup;
 pub mod error;
 pub mod hints;
+pub mod image;
 pub mod layout;
 pub mod load;
 pub mod merge;
@@ -23,5 +24,6 @@ pub mod root;
 pub mod sink;
 pub mod source;
 pub mod tree;
+pub mod unpack;
 
 pub use error::{Error, ErrorKind, Result};

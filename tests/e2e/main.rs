@@ -35,5 +35,6 @@ mod stores;
 mod tampering;
 mod traces;
 mod unit;
+mod unpacking;
 mod why;
 mod writable;

@@ -6,3 +6,4 @@ mod golden;
 mod kernel;
 mod random;
 mod reference;
+mod unpack;

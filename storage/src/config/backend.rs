@@ -155,6 +155,15 @@ impl BackendConfig {
         Ok(backend)
     }
 
+    /// The backend `kind` from the object of its fields alone. What has no effect here is told in
+    /// `warnings`.
+    ///
+    /// # Errors
+    /// `kind` is none, or a field is missing or malformed.
+    pub fn from_fields(kind: &str, fields: Value, warnings: &mut Vec<String>) -> Result<Self, ConfigError> {
+        Self::read(kind, "type", Section::root(fields)?, warnings)
+    }
+
     /// What is said of a type that is none.
     pub fn unknown(kind: &str, kind_name: &str) -> ConfigError {
         ConfigError::new(format!("`{kind_name}`: {kind:?}: want one of {}", KINDS.join(", ")))

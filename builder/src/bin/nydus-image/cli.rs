@@ -8,6 +8,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 
 use crate::convert::ConvertArgs;
+use crate::unpack::UnpackArgs;
 pub use crate::values::{
     Compressor, ConversionType, Digester, Feature, FsVersion, LogLevel, PrefetchPolicy, WhiteoutSpec, number,
 };
@@ -68,9 +69,8 @@ pub enum Command {
     /// Not built yet.
     #[command(hide = true)]
     Compact(Unbuilt),
-    /// Not built yet.
-    #[command(hide = true)]
-    Unpack(Unbuilt),
+    /// Write an image as a tar archive.
+    Unpack(Box<UnpackArgs>),
 }
 
 /// The error for a part of the contract that a later build brings.
@@ -374,7 +374,7 @@ impl InspectArgs {
 }
 
 /// A path, but not the name of an image: whoever converted one gives that first.
-fn bootstrap_file() -> impl TypedValueParser<Value = PathBuf> {
+pub fn bootstrap_file() -> impl TypedValueParser<Value = PathBuf> {
     PathBufValueParser::new().try_map(|path| {
         let text = path.to_string_lossy();
         match text.starts_with("oci:") || text.starts_with("docker://") {

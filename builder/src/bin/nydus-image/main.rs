@@ -7,6 +7,7 @@ mod check;
 mod cli;
 mod convert;
 mod create;
+mod data;
 mod inspect;
 mod interrupt;
 mod logging;
@@ -15,6 +16,7 @@ mod output;
 #[path = "../../../../misc/pages.rs"]
 mod pages;
 mod progress;
+mod unpack;
 mod values;
 mod version;
 
@@ -84,6 +86,6 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Export(_) => Err(cli::not_built("export")),
         Command::Stat(_) => Err(cli::not_built("stat")),
         Command::Compact(_) => Err(cli::not_built("compact")),
-        Command::Unpack(_) => Err(cli::not_built("unpack")),
+        Command::Unpack(args) => unpack::run(&args),
     }
 }

@@ -1,0 +1,184 @@
+//! Where an image's tree and data are, as typed: what several commands share.
+
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use builder::image::{self, DataOptions, ImageData, Opened};
+use clap::Args;
+use clap::builder::PossibleValuesParser;
+use storage::backend::localfs::LocalFs;
+use storage::backend::{Backend, BlobSource};
+use storage::config::{BackendConfig, KINDS};
+use storage::engine::{Engine, EngineConfig};
+use storage::ids::BlobId;
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::bootstrap_file;
+
+/// Largest backend configuration.
+const MAX_CONFIG_SIZE: u64 = 1 << 20;
+
+/// The image's bootstrap.
+#[derive(Args, Debug)]
+pub struct BootstrapArgs {
+    /// Bootstrap, or a blob with its bootstrap inside
+    #[arg(value_name = "BOOTSTRAP", required_unless_present = "bootstrap_flag", value_parser = bootstrap_file())]
+    bootstrap: Option<PathBuf>,
+
+    /// Bootstrap, or a blob with its bootstrap inside
+    #[arg(short = 'B', long = "bootstrap", value_name = "bootstrap", conflicts_with = "bootstrap", value_parser = bootstrap_file())]
+    bootstrap_flag: Option<PathBuf>,
+}
+
+impl BootstrapArgs {
+    /// The path, however it was given.
+    pub fn path(&self) -> anyhow::Result<&Path> {
+        self.bootstrap
+            .as_ref()
+            .or(self.bootstrap_flag.as_ref())
+            .map(PathBuf::as_path)
+            .context("no bootstrap given")
+    }
+}
+
+/// The image's blobs.
+#[derive(Args, Debug)]
+pub struct SourceArgs {
+    /// The only blob of the image
+    #[arg(short = 'b', long, value_name = "blob", conflicts_with_all = ["blob_dir", "backend_type"])]
+    blob: Option<PathBuf>,
+
+    /// Directory with the blobs, named by their ids
+    #[arg(short = 'D', long, value_name = "blob-dir", conflicts_with = "backend_type")]
+    blob_dir: Option<PathBuf>,
+
+    /// Kind of the backend that has the blobs
+    #[arg(long, value_name = "backend-type", value_parser = PossibleValuesParser::new(KINDS))]
+    backend_type: Option<String>,
+
+    /// The backend's fields as a JSON object, as in the daemon's configuration
+    #[arg(
+        long,
+        value_name = "backend-config",
+        requires = "backend_type",
+        conflicts_with = "backend_config_file"
+    )]
+    backend_config: Option<String>,
+
+    /// File with the backend's fields
+    #[arg(long, value_name = "backend-config-file", requires = "backend_type")]
+    backend_config_file: Option<PathBuf>,
+
+    /// Read chunks that the image has no digest for, unverified
+    #[arg(long)]
+    allow_unverified: bool,
+}
+
+impl SourceArgs {
+    /// The image with its data at hand.
+    pub fn open(&self, opened: Opened, cancel: &CancellationToken) -> anyhow::Result<ImageData> {
+        let source = self.source(&opened)?;
+        let engine = Engine::new(EngineConfig::default())?;
+        let options = DataOptions { allow_unverified: self.allow_unverified, cancel: cancel.clone() };
+        Ok(ImageData::open(engine, opened.bootstrap, &*source, options)?)
+    }
+
+    fn source(&self, opened: &Opened) -> anyhow::Result<Arc<dyn BlobSource>> {
+        let count = opened.bootstrap.blobs().len();
+        if let Some(dir) = &self.blob_dir {
+            // A bootstrap inside its blob has one blob more at hand than the directory.
+            return Ok(Arc::new(LocalFs::new(
+                Some(dir.clone()),
+                Vec::new(),
+                only(opened.blob.clone(), count),
+            )?));
+        }
+        if let Some(kind) = &self.backend_type {
+            return self.backend(kind);
+        }
+        let [blob] = opened.bootstrap.blobs() else {
+            return match (count, &self.blob) {
+                // Never read.
+                (0, _) => Ok(Arc::new(LocalFs::new(None, Vec::new(), Some(PathBuf::from("/dev/null")))?)),
+                (_, None) => {
+                    bail!("the image's data is in {count} blobs: say where with --blob-dir or --backend-type")
+                }
+                (_, Some(_)) => {
+                    bail!(
+                        "the image has {count} blobs: say where they all are with --blob-dir or --backend-type"
+                    )
+                }
+            };
+        };
+        // A blob whose data is an original layer may hold the bootstrap, but not the data.
+        let inside = opened.blob.as_ref().filter(|_| blob.context_id.is_none());
+        let Some(file) = self.blob.as_ref().or(inside) else {
+            bail!(
+                "the image's data is in blob {}: say where with --blob, --blob-dir or --backend-type",
+                blob.id
+            )
+        };
+        let beside = file.parent().map(Path::to_owned);
+        Ok(Arc::new(OneBlob {
+            id: blob.id.clone(),
+            data: LocalFs::new(None, Vec::new(), Some(file.clone()))?,
+            context: LocalFs::new(beside, Vec::new(), opened.blob.clone())?,
+        }))
+    }
+
+    fn backend(&self, kind: &str) -> anyhow::Result<Arc<dyn BlobSource>> {
+        let (name, text) = match (&self.backend_config, &self.backend_config_file) {
+            (Some(text), _) => ("--backend-config".to_owned(), text.clone()),
+            (None, Some(path)) => (path.display().to_string(), read_config(path)?),
+            (None, None) => bail!("--backend-type {kind} needs --backend-config or --backend-config-file"),
+        };
+        let fields = serde_json::from_str(&text).with_context(|| format!("{name}: not valid JSON"))?;
+        let mut warnings = Vec::new();
+        let config = BackendConfig::from_fields(kind, fields, &mut warnings).context(name)?;
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        Ok(config.source(&std::env::temp_dir())?)
+    }
+}
+
+/// One blob in a file of any name. Where its data is an original layer, what says where chunks
+/// lie is in another: one beside it, or that of the bootstrap.
+#[derive(Debug)]
+struct OneBlob {
+    id: BlobId,
+    data: LocalFs,
+    context: LocalFs,
+}
+
+impl BlobSource for OneBlob {
+    fn kind(&self) -> &'static str {
+        "localfs"
+    }
+
+    fn blob(&self, id: &BlobId) -> storage::Result<Arc<dyn Backend>> {
+        if *id == self.id { self.data.blob(id) } else { self.context.blob(id) }
+    }
+}
+
+fn only(blob: Option<PathBuf>, count: usize) -> Option<PathBuf> {
+    blob.filter(|_| count == 1)
+}
+
+fn read_config(path: &Path) -> anyhow::Result<String> {
+    let mut text = String::new();
+    let failed = || format!("read {}", path.display());
+    let file = std::fs::File::open(path).with_context(failed)?;
+    file.take(MAX_CONFIG_SIZE + 1).read_to_string(&mut text).with_context(failed)?;
+    if text.len() as u64 > MAX_CONFIG_SIZE {
+        bail!("{} is larger than {MAX_CONFIG_SIZE} bytes", path.display());
+    }
+    Ok(text)
+}
+
+/// Opens the bootstrap at `path`, wherever it is.
+pub fn open_bootstrap(path: &Path) -> anyhow::Result<Opened> {
+    Ok(image::open(path)?)
+}
