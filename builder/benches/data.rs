@@ -33,6 +33,8 @@ fn build(codec: Codec, files: &[Vec<u8>]) -> u64 {
         chunk_size: 0x10_0000,
         threads: 0,
         placement: builder::pipeline::Placement::Blob,
+        batch_size: 0,
+        cipher: None,
     };
     let session = Session::new(options).expect("the options are valid");
     let mut layer = session.layer(BlobSink::new("nowhere", std::io::sink())).expect("a first layer");

@@ -13,13 +13,15 @@
 //! bootstrap or a table of content; 6, 7, 10 and 11 with the latter only; a blob without
 //! chunks has 8 to 11 only. The blob's own name covers all but section 6.
 
+use std::collections::HashMap;
 use std::io::Write;
 
-use rafs::format::blob_context::{CONTEXT_MAGIC, ContextHeader, Entry, EntryV1, EntryV2};
+use rafs::format::blob_context::{BatchUnit, CONTEXT_MAGIC, ContextHeader, Entry, EntryV1, EntryV2};
 use rafs::format::blob_table::{BlobRecord, compression, digest};
-use rafs::format::features::{BlobFeatures, EntryFlags};
+use rafs::format::features::{BlobFeatures, ChunkFlags, EntryFlags};
 use rafs::format::limits::{INLINED_BLOB_ID, MAX_CHUNKS};
 use rafs::format::toc::{self, TocEntry};
+use storage::cipher::XtsKey;
 use storage::codec::{Codec, Compressor};
 use storage::digest::{Digest, DigestAlgorithm};
 use storage::ids::BlobId;
@@ -46,6 +48,8 @@ pub struct BlobOptions {
     pub inline_bootstrap: bool,
     /// A name of the caller's choice in place of the digest.
     pub id: Option<BlobId>,
+    /// What chunks and context are encrypted with.
+    pub cipher: Option<XtsKey>,
 }
 
 /// What the context says of chunks beside their places.
@@ -54,6 +58,14 @@ pub enum Context {
     /// Each chunk is a unit of its own: entries of 16 bytes.
     #[default]
     Plain,
+    /// Chunks are encrypted, or some share units: entries of 24 bytes.
+    Wide {
+        /// Units in order: stored and decoded bytes.
+        units: Vec<(u32, u32)>,
+        /// By chunk number: the unit that it shares, where that begins in the blob, and where in it
+        /// the chunk begins.
+        members: HashMap<u32, (u32, u64, u32)>,
+    },
     /// The data is a plain tar, in a file of its own, and the decoded space: no context at all.
     Tar {
         /// Its name.
@@ -125,6 +137,18 @@ impl BlobWriter {
         features.set(BlobFeatures::HAS_TAR_HEADER, options.toc || options.inline_bootstrap);
         let mut record = BlobRecord::new_zeroed();
         record.blob_id = INLINED_BLOB_ID;
+        if let Context::Wide { units, .. } = context {
+            features |= BlobFeatures::CHUNK_INFO_V2;
+            features.set(BlobFeatures::BATCH, !units.is_empty());
+        }
+        if let Some(key) = &options.cipher {
+            features |= BlobFeatures::ENCRYPTED;
+            let (low, high) = key.iv().split_at(8);
+            record.cipher_algo = U32::new(1);
+            record.blob_meta_digest = *key.key();
+            record.blob_meta_size = U64::from_bytes(low.try_into().unwrap_or_default());
+            record.cipher_iv = U64::from_bytes(high.try_into().unwrap_or_default());
+        }
         let mut separate = None;
         if let Context::Tar { id, size } = context {
             return Self::over_tar(sink, options, (id, *size), chunks.len());
@@ -260,6 +284,12 @@ impl BlobWriter {
             Some(bytes) => (codec, &bytes[..]),
             None => (Codec::None, array),
         };
+        let sealed = self.options.cipher.map(|key| {
+            let mut sealed = stored.to_vec();
+            key.seal(&mut sealed);
+            sealed
+        });
+        let stored = sealed.as_deref().unwrap_or(stored);
         let offset = self.sink.len();
         let record = &mut self.record;
         record.ci_compressor = U32::new(codec_code(codec));
@@ -281,7 +311,11 @@ impl BlobWriter {
             header.unit_count = U32::new(unit_count);
         }
         self.sink.append(stored)?;
-        self.sink.append(header.as_bytes())?;
+        let mut stored_header = header.as_bytes().to_vec();
+        if let Some(key) = &self.options.cipher {
+            key.seal(&mut stored_header);
+        }
+        self.sink.append(&stored_header)?;
         if self.has_headers() {
             let size = self.sink.len() - offset;
             self.sink.append(&tar_header(toc::name::BLOB_META, size))?;
@@ -367,6 +401,30 @@ fn context_array(chunks: impl ExactSizeIterator<Item = ChunkRow>, context: &Cont
                 chunks.map(|row| EntryV1::pack(&entry(&row, EntryFlags::empty(), 0))).collect();
             let bytes = entries.as_bytes().to_vec();
             ContextArray { units_at: bytes.len(), bytes, unit_count: 0 }
+        }
+        Context::Wide { units, members } => {
+            let entries = (0u32..).zip(chunks).map(|(number, row)| {
+                let chunk = ChunkFlags::from_bits_retain(row.flags);
+                let mut flags = EntryFlags::empty();
+                flags.set(EntryFlags::ENCRYPTED, chunk.contains(ChunkFlags::ENCRYPTED));
+                if let Some(&(unit, start, offset)) = members.get(&number) {
+                    flags |= EntryFlags::BATCH | EntryFlags::COMPRESSED;
+                    let row = ChunkRow { compressed_offset: start, compressed_size: 0, ..row };
+                    return EntryV2::pack(&entry(&row, flags, u64::from(unit) << 32 | u64::from(offset)));
+                }
+                flags.set(EntryFlags::COMPRESSED, chunk.contains(ChunkFlags::COMPRESSED));
+                flags.set(EntryFlags::HAS_CRC32, row.crc32 != 0);
+                EntryV2::pack(&entry(&row, flags, row.crc32.into()))
+            });
+            let units_stored: Vec<BatchUnit> = units
+                .iter()
+                .map(|&(stored, decoded)| BatchUnit {
+                    compressed_size: U32::new(stored),
+                    uncompressed_size: U32::new(decoded),
+                    reserved: [0; 32],
+                })
+                .collect();
+            wide(entries.collect(), units_stored.as_bytes(), units.len() as u32)
         }
         Context::Separate { slices: Some(slices), .. } => {
             let entries = chunks.zip(&slices.places).map(|(row, &(slice, offset))| {

@@ -183,7 +183,11 @@ fn block_number(blocks: u64) -> Result<U32> {
 }
 
 fn flags(image: &Image<'_>, digests_inline: bool) -> ImageFlags {
-    let mut flags = ImageFlags::ENCRYPTION_NONE;
+    let encrypted = |blob: &BlobRecord| blob.features.get() & BlobFeatures::ENCRYPTED.bits() != 0;
+    let mut flags = match image.blobs.iter().any(encrypted) {
+        true => ImageFlags::ENCRYPTION_AES_128_XTS,
+        false => ImageFlags::ENCRYPTION_NONE,
+    };
     flags |= match image.codec {
         Codec::None => ImageFlags::COMPRESSION_NONE,
         Codec::Lz4Block => ImageFlags::COMPRESSION_LZ4,

@@ -6,6 +6,7 @@
 
 use rafs::format::features::ChunkFlags;
 use rafs::format::limits::{BLOCK_SIZE, MAX_BLOB_COMPRESSED, MAX_BLOB_DECODED, MAX_CHUNKS};
+use storage::cipher::XtsKey;
 use storage::digest::Digest;
 use storage::ids::ChunkIndex;
 
@@ -68,6 +69,23 @@ struct Span {
     blob: u32,
     decoded_end: u64,
     stored_end: u64,
+    /// Units of several chunks so far.
+    units: u32,
+}
+
+/// A chunk that shares its unit with others.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Member {
+    pub id: ChunkId,
+    /// Number of its unit in the blob.
+    pub unit: u32,
+    /// Stored and decoded bytes of the unit.
+    pub stored: u32,
+    pub decoded: u32,
+    /// Where the unit begins in the blob.
+    pub start: u64,
+    /// Where the chunk begins in the decoded unit.
+    pub offset: u32,
 }
 
 /// Every distinct chunk of the build, ordered by layer, then by place in the layer's blob.
@@ -77,6 +95,10 @@ pub struct ChunkStore {
     in_tar: bool,
     /// Chunks lie in slices of a gzip file.
     in_slices: bool,
+    /// Stored bytes are encrypted, which makes less than a cipher block longer.
+    is_encrypted: bool,
+    /// Small chunks that share units, in order of their numbers.
+    members: Vec<Member>,
     segments: Vec<Vec<Row>>,
     len: u32,
     spans: Vec<Span>,
@@ -232,6 +254,45 @@ impl ChunkStore {
         Ok(())
     }
 
+    /// Records that the next stored bytes of `layer` are a unit that several chunks share.
+    pub(crate) fn set_unit(
+        &mut self,
+        layer: LayerIndex,
+        stored: u32,
+        decoded: u32,
+        members: &[(ChunkId, u32)],
+    ) -> Result<()> {
+        let span = &mut self.spans[usize::from(layer.0)];
+        let (start, unit) = (span.stored_end, span.units);
+        span.units += 1;
+        span.stored_end += u64::from(stored);
+        if span.stored_end > MAX_BLOB_COMPRESSED {
+            return Err(Error::new(ErrorKind::Limit, "a blob of more than 2^40 bytes; split the layer"));
+        }
+        self.members.extend(members.iter().map(|&(id, offset)| Member {
+            id,
+            unit,
+            stored,
+            decoded,
+            start,
+            offset,
+        }));
+        Ok(())
+    }
+
+    /// The chunks of `layer` that share units, in order of their numbers.
+    pub(crate) fn members(&self, layer: LayerIndex) -> &[Member] {
+        let span = self.span(layer);
+        let from = self.members.partition_point(|member| member.id.0 < span.first);
+        let to = self.members.partition_point(|member| member.id.0 < span.first + span.count);
+        &self.members[from..to]
+    }
+
+    /// Says that stored bytes are encrypted.
+    pub(crate) fn encrypted(&mut self) {
+        self.is_encrypted = true;
+    }
+
     /// Digest and decoded length: what makes two chunks the same.
     pub(crate) fn key(&self, id: u32) -> (&Digest, u32) {
         let row = self.row(ChunkId(id));
@@ -310,7 +371,15 @@ impl ChunkSource for BuiltContent {
     fn row(&self, id: ChunkId) -> ChunkRow {
         let chunk = self.chunks.get(id);
         let mut flags = ChunkFlags::empty();
-        flags.set(ChunkFlags::COMPRESSED, self.chunks.in_slices || chunk.is_compressed());
+        // A member of a unit has no place of its own, and its record says nothing of it.
+        let is_member = chunk.compressed_size == 0;
+        let plain = match self.chunks.is_encrypted {
+            true => XtsKey::sealed_len(chunk.uncompressed_size as usize) as u32,
+            false => chunk.uncompressed_size,
+        };
+        let compressed = self.chunks.in_slices || chunk.compressed_size < plain;
+        flags.set(ChunkFlags::COMPRESSED, !is_member && compressed);
+        flags.set(ChunkFlags::ENCRYPTED, self.chunks.is_encrypted);
         flags.set(ChunkFlags::HAS_CRC32, chunk.crc32 != 0);
         ChunkRow {
             digest: chunk.digest,

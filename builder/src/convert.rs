@@ -285,6 +285,7 @@ impl Writer<'_> {
             toc: true,
             inline_bootstrap: true,
             id: None,
+            cipher: None,
         };
         let decoded_size = self.chunks.chunks.decoded_size(layer.layer);
         let writer = BlobWriter::new(
@@ -375,6 +376,8 @@ pub fn default_data_options() -> DataOptions {
         chunk_size: DEFAULT_CHUNK_SIZE,
         threads: 0,
         placement: Placement::Blob,
+        batch_size: 0,
+        cipher: None,
     }
 }
 

@@ -1,5 +1,6 @@
 //! One layer in, one blob and one bootstrap out.
 
+use std::collections::HashMap;
 use std::io::Read;
 use std::path::Path;
 
@@ -19,7 +20,7 @@ use crate::root::{RootOptions, image_root};
 use crate::sink::BlobSink;
 use crate::source::dir;
 use crate::source::tar::{self, TarOptions};
-use crate::tree::{InodeId, Tree};
+use crate::tree::{InodeId, LayerIndex, Tree};
 use crate::{Error, ErrorKind, Result};
 
 /// How one layer is built.
@@ -90,10 +91,24 @@ pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSi
         .into_iter()
         .next()
         .ok_or_else(|| Error::new(ErrorKind::Cancelled, "the build ended without its layer"))?;
-    finish(
-        Parts { tree: &tree, content: &output.content, data, first: &first, context: Context::Plain },
-        options,
-    )
+    let context = context_of(&output.content, data.layer, &options.data);
+    finish(Parts { tree: &tree, content: &output.content, data, first: &first, context }, options)
+}
+
+/// What the context of a layer with data of its own must say.
+fn context_of(content: &BuiltContent, layer: LayerIndex, options: &DataOptions) -> Context {
+    if options.cipher.is_none() && options.batch_size == 0 {
+        return Context::Plain;
+    }
+    let first = content.chunks.of_layer(layer).next().map_or(0, |id| id.0);
+    let (mut units, mut members) = (Vec::new(), HashMap::new());
+    for member in content.chunks.members(layer) {
+        if units.len() == member.unit as usize {
+            units.push((member.stored, member.decoded));
+        }
+        members.insert(member.id.0 - first, (member.unit, member.start, member.offset));
+    }
+    Context::Wide { units, members }
 }
 
 /// All of a layer but what follows its chunk data.
@@ -119,6 +134,7 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
         toc: options.toc,
         inline_bootstrap: options.inline_bootstrap,
         id: options.blob_id.clone(),
+        cipher: options.data.cipher,
     };
     let rows = of_layer.map(|id| content.row(id));
     let decoded_size = content.chunks.decoded_size(data.layer);
@@ -168,7 +184,8 @@ pub fn read_layers(
     data: DataOptions,
     whiteouts: WhiteoutSpec,
 ) -> Result<(Tree, BuiltContent)> {
-    let data = DataOptions { codec: Codec::None, placement: Placement::Blob, ..data };
+    let data =
+        DataOptions { codec: Codec::None, placement: Placement::Blob, batch_size: 0, cipher: None, ..data };
     let session = Session::new(data)?;
     let mut merged: Option<Tree> = None;
     for source in layers {

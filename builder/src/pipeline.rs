@@ -27,6 +27,7 @@ mod batch;
 mod committer;
 mod hub;
 mod layer;
+mod pack;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -35,6 +36,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use rafs::format::limits::{MAX_CHUNK_SIZE, MIN_CHUNK_SIZE};
+use storage::cipher::XtsKey;
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
 
@@ -74,6 +76,11 @@ pub struct DataOptions {
     pub threads: usize,
     /// Where it comes to lie.
     pub placement: Placement,
+    /// Bytes of a unit of small files that are compressed together: a power of two up to the chunk
+    /// size, or 0 for none.
+    pub batch_size: u32,
+    /// What stored bytes are encrypted with.
+    pub cipher: Option<XtsKey>,
 }
 
 impl DataOptions {
@@ -86,6 +93,18 @@ impl DataOptions {
                 format!(
                     "chunk size {:#x}: want a power of two from {MIN_CHUNK_SIZE:#x} to {MAX_CHUNK_SIZE:#x}",
                     self.chunk_size
+                ),
+            ));
+        }
+        if self.batch_size != 0
+            && (!self.batch_size.is_power_of_two()
+                || !(MIN_CHUNK_SIZE..=self.chunk_size).contains(&self.batch_size))
+        {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!(
+                    "batch size {:#x}: want 0 or a power of two from {MIN_CHUNK_SIZE:#x} to the chunk size, {:#x}",
+                    self.batch_size, self.chunk_size
                 ),
             ));
         }

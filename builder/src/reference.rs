@@ -79,6 +79,8 @@ pub fn build_reference(
             ReferenceKind::Tarfs => Placement::DecodedSpace,
             ReferenceKind::Layer => Placement::Source,
         },
+        batch_size: 0,
+        cipher: None,
         ..options.data
     };
     let session = Session::new(options.data)?;

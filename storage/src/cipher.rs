@@ -22,7 +22,7 @@ const PADDED: [u8; 2] = [0x78, 0x90];
 const PADDED_LEN: usize = BLOCK + PADDED.len();
 
 /// Key and tweak of one blob.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct XtsKey {
     key: [u8; 32],
     iv: [u8; 16],
@@ -73,6 +73,11 @@ impl XtsKey {
     /// The tweak, as records hold it.
     pub fn iv(&self) -> &[u8; 16] {
         &self.iv
+    }
+
+    /// Bytes that `len` bytes take when encrypted.
+    pub fn sealed_len(len: usize) -> usize {
+        if (1..BLOCK).contains(&len) { PADDED_LEN } else { len }
     }
 
     /// Encrypts `data` in place; less than 16 bytes become 18.

@@ -114,6 +114,8 @@ pub fn read_tree(
         chunk_size: summary.chunk_size,
         threads: 0,
         placement: Placement::Blob,
+        batch_size: 0,
+        cipher: None,
     };
     let options = ReadOptions { data, jobs, observer, cancel };
     let content = read_layers(source, &options, |_| Ok(BlobSink::new("nowhere", std::io::sink())))?;

@@ -20,6 +20,8 @@ pub(super) struct Piece {
     pub crc32: u32,
     /// Where it lies in the decoded source, if it stays there.
     pub origin: u64,
+    /// All of a file, and small enough to share a unit with others.
+    pub shares: bool,
     pub state: PieceState,
 }
 
@@ -45,6 +47,34 @@ pub(super) struct Batch {
     /// Position among the layer's batches.
     pub number: u64,
     pub buffer: Buffer,
+    /// Chunks of earlier batches that go into the first unit of this one.
+    pub carried: Unit,
+    /// What is to be written, if that is not in the buffer.
+    pub packed: Option<Packed>,
+}
+
+/// Small chunks that are compressed together.
+#[derive(Default)]
+pub(super) struct Unit {
+    pub bytes: Vec<u8>,
+    /// Its chunks and where they begin.
+    pub members: Vec<(ChunkId, u32)>,
+}
+
+/// Stored bytes that are not packed in place: they can be more than the chunks, or hold chunks of
+/// earlier batches.
+#[derive(Default)]
+pub(super) struct Packed {
+    pub bytes: Vec<u8>,
+    pub stored: Vec<Stored>,
+}
+
+/// One piece of the stored bytes, in order.
+pub(super) enum Stored {
+    /// A chunk, and its bytes.
+    Chunk(ChunkId, u32),
+    /// A unit of several: stored and decoded bytes, and its chunks.
+    Unit { stored: u32, decoded: u32, members: Vec<(ChunkId, u32)> },
 }
 
 /// The memory of a batch, used again for the next one.

@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::batch::{Batch, PieceState};
+use super::batch::{Batch, Packed, PieceState, Stored, Unit};
 use super::hub::{Event, Hub, Job};
+use super::pack::{ends_unit, pack_unit};
 use super::{LayerData, Output, Placement};
+use storage::codec::Compressor;
+
 use crate::chunks::{BuiltContent, ChunkStore, FileChunks, LayerFiles};
 use crate::dedup::DedupIndex;
 use crate::sink::BlobSink;
@@ -29,6 +32,8 @@ struct Progress {
     /// Number of batches, once the layer's reader is through.
     batches: Option<u64>,
     files: LayerFiles,
+    /// Small chunks that wait for others to share a unit with.
+    unit: Unit,
 }
 
 struct Committer<'a> {
@@ -43,14 +48,12 @@ struct Committer<'a> {
 
 /// Runs the committer; `None` if the build failed, for a reason that the hub knows.
 pub(super) fn run(hub: &Hub) -> Option<Output> {
-    let committer = Committer {
-        hub,
-        layers: Vec::new(),
-        front: 0,
-        store: ChunkStore::default(),
-        index: DedupIndex::default(),
-        finish: false,
-    };
+    let mut store = ChunkStore::default();
+    if hub.options.cipher.is_some() {
+        store.encrypted();
+    }
+    let committer =
+        Committer { hub, layers: Vec::new(), front: 0, store, index: DedupIndex::default(), finish: false };
     match catch_unwind(AssertUnwindSafe(|| committer.run())) {
         Ok(Ok(output)) => output,
         Ok(Err(error)) => {
@@ -86,6 +89,7 @@ impl Committer<'_> {
                     write: 0,
                     batches: None,
                     files: LayerFiles::default(),
+                    unit: Unit::default(),
                 });
                 if self.layers.len() == 1 {
                     self.store.open_layer();
@@ -101,7 +105,8 @@ impl Committer<'_> {
                 let progress = &mut self.layers[usize::from(layer.0)];
                 progress.batches = Some(batches);
                 progress.files.files = files;
-                self.decide()
+                self.decide()?;
+                self.flush_unit(layer)
             }
             Event::Finish => match self.layers.iter().position(|l| l.batches.is_none()) {
                 Some(open) => Err(Error::new(
@@ -170,6 +175,9 @@ impl Committer<'_> {
             ));
         }
         if any_new {
+            if self.hub.options.batch_size > 0 {
+                self.carry(&mut batch);
+            }
             self.hub.submit(Job::Pack(batch));
             Ok(())
         } else {
@@ -178,12 +186,70 @@ impl Committer<'_> {
         }
     }
 
+    /// Gives a batch the small chunks that wait, if a unit ends in it, and takes those that wait
+    /// for a later one.
+    fn carry(&mut self, batch: &mut Batch) {
+        let options = &self.hub.options;
+        let waiting = &mut self.layers[self.front].unit;
+        let buffer = &mut batch.buffer;
+        let is_new = |state: &PieceState| matches!(state, PieceState::New(_));
+        let (mut len, mut last_end) = (waiting.bytes.len(), None);
+        for (place, piece) in buffer.pieces.iter().enumerate().filter(|(_, p)| is_new(&p.state)) {
+            if ends_unit(options, len, piece.shares, piece.len as usize) {
+                (len, last_end) = (0, Some(place));
+            }
+            len += if piece.shares { piece.len as usize } else { 0 };
+        }
+        if last_end.is_some() {
+            batch.carried = std::mem::take(waiting);
+        }
+        for piece in &mut buffer.pieces[last_end.unwrap_or(0)..] {
+            let PieceState::New(id) = piece.state else { continue };
+            if piece.shares {
+                waiting.push(id, &buffer.bytes[piece.offset as usize..][..piece.len as usize]);
+                piece.state = PieceState::Known;
+            }
+        }
+    }
+
+    /// Stores what waits in a layer whose batches are all written.
+    fn flush_unit(&mut self, layer: LayerIndex) -> Result<()> {
+        let progress = &mut self.layers[usize::from(layer.0)];
+        if progress.batches != Some(progress.write) || progress.unit.members.is_empty() {
+            return Ok(());
+        }
+        let mut unit = std::mem::take(&mut progress.unit);
+        let mut packed = Packed::default();
+        let mut compressor = Compressor::new(self.hub.options.codec)?;
+        pack_unit(&self.hub.options, &mut compressor, &mut unit, &mut packed)?;
+        self.store_packed(layer, packed)
+    }
+
+    fn store_packed(&mut self, layer: LayerIndex, packed: Packed) -> Result<()> {
+        self.layers[usize::from(layer.0)].sink.append(&packed.bytes)?;
+        for stored in packed.stored {
+            match stored {
+                Stored::Chunk(id, size) => self.store.set_stored(layer, id, size)?,
+                Stored::Unit { stored, decoded, members } => {
+                    self.store.set_unit(layer, stored, decoded, &members)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Writes `batch` and those after it, as far as they have arrived.
     fn write(&mut self, batch: Batch) -> Result<()> {
         let layer = batch.layer;
-        let progress = &mut self.layers[usize::from(layer.0)];
-        progress.packed.insert(batch.number, batch);
-        while let Some(batch) = progress.packed.remove(&progress.write) {
+        let number = usize::from(layer.0);
+        self.layers[number].packed.insert(batch.number, batch);
+        loop {
+            let progress = &mut self.layers[number];
+            let Some(batch) = progress.packed.remove(&progress.write) else { break };
+            if let Some(packed) = batch.packed {
+                self.store_packed(layer, packed)?;
+            }
+            let progress = &mut self.layers[number];
             let buffer = batch.buffer;
             if buffer.filled > 0 {
                 progress.sink.append(&buffer.bytes[..buffer.filled])?;
@@ -196,7 +262,7 @@ impl Committer<'_> {
             progress.write += 1;
             self.hub.release(layer, buffer);
         }
-        Ok(())
+        self.flush_unit(layer)
     }
 
     fn output(self) -> Output {

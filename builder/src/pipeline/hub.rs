@@ -304,6 +304,8 @@ mod tests {
                     chunk_size: chunk as u32,
                     threads,
                     placement: Placement::Blob,
+                    batch_size: 0,
+                    cipher: None,
                 });
                 assert!(limits.buffer_size >= chunk);
                 let buffers = (limits.shared + limits.reserve) * limits.buffer_size;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use storage::digest::Digest;
 
 use super::Placement;
-use super::batch::{Batch, Buffer, Piece, PieceState};
+use super::batch::{Batch, Buffer, Piece, PieceState, Unit};
 use super::hub::{Event, Hub, Job};
 use crate::chunks::FileRow;
 use crate::tree::{FileId, LayerIndex};
@@ -44,6 +44,8 @@ pub struct Layer {
     finished: bool,
     /// Where the file that is added lies in the decoded source.
     origin: u64,
+    /// The file that is added may share a unit with others.
+    shares: bool,
     /// What the last file failed with: the reason for giving the layer up.
     error: Option<Error>,
 }
@@ -60,6 +62,7 @@ impl Layer {
             zero_seen: false,
             finished: false,
             origin: 0,
+            shares: false,
             error: None,
         }
     }
@@ -145,6 +148,8 @@ impl Layer {
         let (Ok(index), Ok(first)) = (u32::try_from(self.files.len()), u32::try_from(self.chunks)) else {
             return Err(limit("a layer of more than 2^32 files or chunks"));
         };
+        // As the reference builder chooses (rafs-v6 section 8.6).
+        self.shares = size <= chunk_size && size < u64::from(self.hub.options.batch_size / 2);
         let mut extents = extents;
         let mut start = 0;
         while start < size {
@@ -170,7 +175,7 @@ impl Layer {
     fn add_chunk(&mut self, data: &mut dyn Read, range: Range<u64>, extents: &[Extent]) -> Result<()> {
         // At most the chunk size.
         let len = (range.end - range.start) as usize;
-        let origin = self.origin.saturating_add(range.start);
+        let (origin, shares) = (self.origin.saturating_add(range.start), self.shares);
         let buffer = self.room_for(len)?;
         let offset = buffer.filled;
         let bytes = &mut buffer.bytes[offset..offset + len];
@@ -191,6 +196,7 @@ impl Layer {
             digest: Digest([0; 32]),
             crc32: 0,
             origin,
+            shares,
             state: PieceState::Read,
         });
         self.chunks += 1;
@@ -207,7 +213,15 @@ impl Layer {
         }
         let (digest, crc32) = self.hub.zero_chunk();
         let buffer = self.room_for(0)?;
-        buffer.pieces.push(Piece { offset: 0, len, digest, crc32, origin: 0, state: PieceState::Hashed });
+        buffer.pieces.push(Piece {
+            offset: 0,
+            len,
+            digest,
+            crc32,
+            origin: 0,
+            shares: false,
+            state: PieceState::Hashed,
+        });
         self.chunks += 1;
         Ok(())
     }
@@ -226,7 +240,13 @@ impl Layer {
 
     fn flush(&mut self) {
         if let Some(buffer) = self.buffer.take() {
-            self.hub.submit(Job::Hash(Batch { layer: self.index, number: self.batches, buffer }));
+            self.hub.submit(Job::Hash(Batch {
+                layer: self.index,
+                number: self.batches,
+                buffer,
+                carried: Unit::default(),
+                packed: None,
+            }));
             self.batches += 1;
         }
     }

@@ -24,7 +24,15 @@ impl Write for Memory {
 }
 
 fn options(codec: Codec, chunk_size: u32, threads: usize) -> DataOptions {
-    DataOptions { codec, digester: DigestAlgorithm::Blake3, chunk_size, threads, placement: Placement::Blob }
+    DataOptions {
+        codec,
+        digester: DigestAlgorithm::Blake3,
+        chunk_size,
+        threads,
+        placement: Placement::Blob,
+        batch_size: 0,
+        cipher: None,
+    }
 }
 
 /// Bytes that look random or compress well, depending on `seed`.

@@ -6,6 +6,7 @@ use storage::codec::{Codec, Compressor};
 
 use super::batch::{Batch, PieceState};
 use super::hub::{Event, Hub, Job};
+use super::pack::{pack, pack_in_place};
 use super::{DataOptions, Placement};
 use crate::Result;
 
@@ -33,7 +34,10 @@ fn work(hub: &Hub) -> Result<()> {
                 hub.post(Event::Hashed(batch));
             }
             Job::Pack(mut batch) => {
-                pack(&mut compressor, &mut batch)?;
+                match hub.options.packs_in_place() {
+                    true => pack_in_place(&mut compressor, &mut batch)?,
+                    false => pack(&hub.options, &mut compressor, &mut batch)?,
+                }
                 hub.post(Event::Packed(batch));
             }
         }
@@ -51,31 +55,4 @@ fn hash(options: &DataOptions, batch: &mut Batch) {
             piece.state = PieceState::Hashed;
         }
     }
-}
-
-/// Replaces the bytes in the buffer by the stored form of the new chunks, one after another.
-///
-/// In place: what is stored of a chunk is never longer than the chunk, so the write position
-/// never passes the start of the chunk that is read.
-fn pack(compressor: &mut Compressor, batch: &mut Batch) -> Result<()> {
-    let buffer = &mut batch.buffer;
-    let mut end = 0;
-    for piece in &mut buffer.pieces {
-        let PieceState::New(id) = piece.state else { continue };
-        let (start, len) = (piece.offset as usize, piece.len as usize);
-        let stored = match compressor.compress_borrowed(&buffer.bytes[start..start + len])? {
-            Some(packed) => {
-                buffer.bytes[end..end + packed.len()].copy_from_slice(packed);
-                packed.len()
-            }
-            None => {
-                buffer.bytes.copy_within(start..start + len, end);
-                len
-            }
-        };
-        end += stored;
-        piece.state = PieceState::Packed(id, stored as u32);
-    }
-    buffer.filled = end;
-    Ok(())
 }

@@ -10,9 +10,12 @@ use builder::overlay::WhiteoutSpec;
 use builder::pipeline::DataOptions;
 use builder::prefetch::Patterns;
 use builder::sink::BlobSink;
-use rafs::bootstrap::OpenOptions;
+use rafs::blob_context::{BlobContext, stored_range};
+use rafs::bootstrap::{Bootstrap, OpenOptions};
+use rafs::fs::{Rafs, RafsOptions};
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
+use storage::ids::ByteRange;
 
 /// A file of the golden set.
 pub fn golden(path: &str) -> PathBuf {
@@ -46,6 +49,8 @@ pub fn options(codec: Codec, chunk_size: u32) -> LayerOptions {
             chunk_size,
             threads: 2,
             placement: builder::pipeline::Placement::Blob,
+            batch_size: 0,
+            cipher: None,
         },
         toc: false,
         inline_bootstrap: false,
@@ -87,6 +92,21 @@ pub fn assert_same(what: &str, ours: &[u8], theirs: &[u8]) {
         ours.len(),
         theirs.len()
     );
+}
+
+/// Decodes every chunk of an image with one blob and compares it with its digest.
+pub fn verify(bootstrap: &[u8], blob: &[u8]) {
+    let bootstrap: Arc<dyn Bootstrap> =
+        rafs::bootstrap::from_bytes(bootstrap.to_vec(), &OpenOptions::default()).unwrap().into();
+    let range = stored_range(&bootstrap.blobs()[0]).unwrap();
+    let stored = &blob[range.start() as usize..range.end() as usize];
+    let context = BlobContext::from_stored(&bootstrap.blobs()[0], stored).unwrap();
+    let chunks = u64::from(context.chunk_count());
+    let rafs = Rafs::new(bootstrap, vec![Some(context)], RafsOptions::default()).unwrap();
+    let mut read = |range: ByteRange| Ok(blob[range.start() as usize..range.end() as usize].to_vec());
+    let report = rafs::check::data(&rafs, 0, &mut read).unwrap();
+    assert!(report.faults.is_empty(), "{:?}", report.faults);
+    assert_eq!((report.verified, report.unreferenced_bytes), (chunks, 0));
 }
 
 /// Builds a layer in memory and checks what must hold for every one.

@@ -4,10 +4,16 @@ use crate::common::{assert_same, build, golden, options, sections, unpacked};
 use builder::create::{LayerOptions, LayerSource};
 use builder::merge::{MergeSource, OwnBlob, merge};
 use builder::overlay::WhiteoutSpec;
+use builder::pipeline::DataOptions;
 use builder::prefetch::Patterns;
+use rafs::blob_context::{BlobContext, stored_range};
 use rafs::bootstrap::{Bootstrap, OpenOptions};
+use rafs::format::blob_context::Entry;
+use rafs::format::features::EntryFlags;
+use storage::cipher::XtsKey;
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
+use storage::ids::ChunkIndex;
 
 #[test]
 fn uncompressed_images_are_byte_for_byte_the_reference() {
@@ -67,6 +73,67 @@ fn compressed_images_differ_in_stored_sizes_only() {
         let (built, _) = build(LayerSource::Directory(tree.path()), &options);
         let reference = std::fs::read(golden(&format!("{variant}/image.boot"))).unwrap();
         assert_same(variant, &without_stored_sizes(&built.bootstrap), &without_stored_sizes(&reference));
+    }
+}
+
+/// Entries of both contexts, but for stored places.
+fn same_entries(ours: (&[u8], &[u8]), theirs: &str) -> usize {
+    let open = |boot: &[u8]| rafs::bootstrap::from_bytes(boot.to_vec(), &OpenOptions::default()).unwrap();
+    let context = |boot: &dyn Bootstrap, blob: &[u8]| {
+        let range = stored_range(&boot.blobs()[0]).unwrap();
+        let stored = &blob[range.start() as usize..range.end() as usize];
+        BlobContext::from_stored(&boot.blobs()[0], stored).unwrap()
+    };
+    let (boot, reference) =
+        (open(ours.0), open(&std::fs::read(golden(&format!("{theirs}/image.boot"))).unwrap()));
+    let reference_blob = std::fs::read(golden(&format!("{theirs}/image.blob"))).unwrap();
+    assert_eq!(boot.blobs()[0].features, reference.blobs()[0].features);
+    assert_eq!(boot.summary().flags, reference.summary().flags);
+    let (ours, theirs) = (context(&*boot, ours.1), context(&*reference, &reference_blob));
+    assert_eq!(ours.chunk_count(), theirs.chunk_count());
+    let mut members = 0;
+    for index in (0..ours.chunk_count()).map(ChunkIndex) {
+        let (a, b) = (ours.entry(index).unwrap(), theirs.entry(index).unwrap());
+        let place = |e: &Entry| (e.uncompressed_offset, e.uncompressed_size, e.flags, e.data);
+        assert_eq!(place(&a), place(&b), "chunk {index}");
+        members += usize::from(a.flags.contains(EntryFlags::BATCH));
+        let (a, b) = (boot.chunk_info(0, index).unwrap(), reference.chunk_info(0, index).unwrap());
+        assert_eq!((a.digest, a.flags.get(), a.crc32), (b.digest, b.flags.get(), b.crc32), "chunk {index}");
+    }
+    members
+}
+
+#[test]
+fn small_chunks_share_units_as_in_the_reference() {
+    let Some(tree) = unpacked("tree") else { return };
+    for threads in [1, 2] {
+        let mut options = options(Codec::Zstd, 0x10_0000);
+        (options.data.batch_size, options.data.threads) = (0x1_0000, threads);
+        let (built, blob) = build(LayerSource::Directory(tree.path()), &options);
+        assert!(same_entries((&built.bootstrap, &blob), "batch") > 50);
+        let reference = std::fs::read(golden("batch/image.boot")).unwrap();
+        assert_same("batch", &without_stored_sizes(&built.bootstrap), &without_stored_sizes(&reference));
+    }
+}
+
+/// The key is random and the order of one file's xattrs, so no byte of the blob is the same.
+#[test]
+fn encrypted_images_are_as_in_the_reference() {
+    let Some(tree) = unpacked("mini") else { return };
+    let mut options = options(Codec::Zstd, 0x10_0000);
+    options.data.cipher = Some(XtsKey::random().unwrap());
+    let (built, blob) = build(LayerSource::Directory(tree.path()), &options);
+    assert_eq!(same_entries((&built.bootstrap, &blob), "encrypt"), 0);
+    for batch_size in [0, 0x1000] {
+        for codec in [Codec::None, Codec::Lz4Block, Codec::Zstd] {
+            options.data = DataOptions { codec, chunk_size: 0x1000, batch_size, ..options.data };
+            let (built, blob) = build(LayerSource::Directory(tree.path()), &options);
+            let plain = DataOptions { cipher: None, ..options.data };
+            let clear = LayerOptions { data: plain, ..options.clone() };
+            let (unencrypted, _) = build(LayerSource::Directory(tree.path()), &clear);
+            assert_eq!(built.root, unencrypted.root);
+            crate::common::verify(&built.bootstrap, &blob);
+        }
     }
 }
 

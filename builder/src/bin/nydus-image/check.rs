@@ -22,7 +22,7 @@ use builder::oci::registry::RegistryOptions;
 use builder::oci::source::ImageSource;
 use builder::oci::transport::Transport;
 use builder::overlay::WhiteoutSpec;
-use builder::pipeline::DataOptions;
+use builder::pipeline::{DataOptions, Placement};
 use builder::tree::Tree;
 use rafs::blob_context::{BlobContext, stored_range};
 use rafs::bootstrap::{Blob, Bootstrap, FileType, OpenOptions};
@@ -305,7 +305,9 @@ fn read_files(
         digester: summary.digester,
         chunk_size: summary.chunk_size,
         threads: 0,
-        placement: builder::pipeline::Placement::Blob,
+        placement: Placement::Blob,
+        batch_size: 0,
+        cipher: None,
     };
     Ok(read_layers(layers, data, whiteouts)?)
 }

@@ -10,7 +10,7 @@ use builder::oci::registry::RegistryOptions;
 use builder::oci::source::ImageSource;
 use builder::oci::target::Target;
 use builder::oci::transport::Transport;
-use builder::pipeline::DataOptions;
+use builder::pipeline::{DataOptions, Placement};
 use clap::{ArgAction, Args};
 use serde_json::{Value, json};
 use storage::codec::Codec;
@@ -120,7 +120,9 @@ impl ConvertArgs {
                 digester: self.digester,
                 chunk_size: self.chunk_size.0,
                 threads: self.threads,
-                placement: builder::pipeline::Placement::Blob,
+                placement: Placement::Blob,
+                batch_size: 0,
+                cipher: None,
             },
             hints: self.hints,
             jobs: self.jobs.max(1),

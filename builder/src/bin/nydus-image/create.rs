@@ -9,12 +9,13 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use builder::create::{LayerOptions, LayerSource, build_layer};
 use builder::overlay;
-use builder::pipeline::DataOptions;
+use builder::pipeline::{DataOptions, Placement};
 use builder::prefetch::Patterns;
 use builder::reference::{ReferenceKind, build_reference};
 use builder::root::check_written;
 use builder::sink::BlobSink;
 use rafs::format::limits;
+use storage::cipher::XtsKey;
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
 use storage::ids::BlobId;
@@ -143,7 +144,9 @@ fn options(args: &CreateArgs) -> anyhow::Result<LayerOptions> {
             },
             chunk_size: chunk_size(&args.chunk_size)?,
             threads: args.threads,
-            placement: builder::pipeline::Placement::Blob,
+            placement: Placement::Blob,
+            batch_size: batch_size(args)?,
+            cipher: if args.encrypt { Some(XtsKey::random()?) } else { None },
         },
         toc: args.features.contains(&Feature::BlobToc),
         inline_bootstrap: args.blob_inline_meta,
@@ -178,6 +181,20 @@ fn chunk_size(text: &str) -> anyhow::Result<u32> {
     }
 }
 
+fn batch_size(args: &CreateArgs) -> anyhow::Result<u32> {
+    let (text, chunk) = (&args.batch_size, chunk_size(&args.chunk_size)?);
+    let size = cli::number("--batch-size", text)?;
+    let small = u32::try_from(size).ok().filter(|&small| {
+        small == 0 || small.is_power_of_two() && (limits::MIN_CHUNK_SIZE..=chunk).contains(&small)
+    });
+    small.with_context(|| {
+        format!(
+            "--batch-size {text}: want 0 or a power of two from {:#x} to the chunk size",
+            limits::MIN_CHUNK_SIZE
+        )
+    })
+}
+
 /// Refuses by name what the contract has and this build has not.
 fn refuse_unbuilt(args: &CreateArgs) -> anyhow::Result<()> {
     use ConversionType as T;
@@ -191,13 +208,10 @@ fn refuse_unbuilt(args: &CreateArgs) -> anyhow::Result<()> {
         return Err(cli::not_built(&format!("--type {name}")));
     }
     refuse_for_references(args)?;
-    let batch = cli::number("--batch-size", &args.batch_size)?;
     let offset = args.blob_offset.as_deref().map(|t| cli::number("--blob-offset", t)).transpose()?;
     let length = args.blob_data_size.as_deref().map(|t| cli::number("--blob-data-size", t)).transpose()?;
     let unbuilt = [
         (args.fs_version == FsVersion::V5, "--fs-version 5"),
-        (batch != 0, "--batch-size"),
-        (args.encrypt, "--encrypt"),
         (args.chunk_dict.is_some(), "--chunk-dict"),
         (args.parent_bootstrap.is_some(), "--parent-bootstrap"),
         (args.external_blob.is_some(), "--external-blob"),

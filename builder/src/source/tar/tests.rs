@@ -43,6 +43,8 @@ fn read_with(archive: &[u8], options: TarOptions) -> Result<Read> {
         chunk_size: 0x1000,
         threads: 1,
         placement: Placement::Blob,
+        batch_size: 0,
+        cipher: None,
     };
     let session = Session::new(data).unwrap();
     let sink = Memory::default();
