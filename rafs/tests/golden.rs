@@ -114,14 +114,6 @@ fn the_empty_image_has_a_root_and_nothing_else() {
     assert_eq!(image.rafs.bootstrap().summary().inode_count, 1);
 }
 
-#[test]
-fn other_kinds_are_refused_by_name() {
-    let (file, name) = ("v5/image.boot", "RAFS v5");
-    let error = from_bytes(golden_bytes(file), &OpenOptions::default()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unsupported, "{file}: {error}");
-    assert!(error.to_string().contains(name), "{file}: {error}");
-}
-
 /// Flags, entries, chunk records, prefetch inodes, and id, features, chunks and sizes of blobs.
 #[test]
 fn tables_hold_the_published_values() {

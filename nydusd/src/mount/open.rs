@@ -368,7 +368,7 @@ fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 
 /// How the cache keeps the blob's context beside its data.
 fn meta_spec(blob: &Blob) -> Option<MetaSpec> {
-    if blob.features.intersects(BlobFeatures::SEPARATE | BlobFeatures::TARFS) {
+    if !blob.has_context() || blob.features.intersects(BlobFeatures::SEPARATE | BlobFeatures::TARFS) {
         return None;
     }
     let range = stored_range(blob).ok()?;

@@ -62,6 +62,11 @@ fn compare(root: &Path, listing: &str) -> usize {
 
 /// The same for an image whose root has another time than the listing says.
 fn compare_from(root: &Path, listing: &str, root_mtime: Option<&str>) -> usize {
+    compare_but(root, listing, root_mtime, false)
+}
+
+/// The same; with `any_directory_size` directories may have any, for the listings have those of v6.
+fn compare_but(root: &Path, listing: &str, root_mtime: Option<&str>, any_directory_size: bool) -> usize {
     let text = std::fs::read_to_string(crate::common::golden(listing)).unwrap();
     let mut count = 0;
     let mut names: HashMap<u64, Vec<String>> = HashMap::new();
@@ -89,6 +94,10 @@ fn compare_from(root: &Path, listing: &str, root_mtime: Option<&str>) -> usize {
             "c" | "b" => format!("{}:{}", libc::major(meta.rdev()), libc::minor(meta.rdev())),
             _ => "-".to_owned(),
         };
+        let size = match kind {
+            "d" if any_directory_size => meta.size().to_string(),
+            _ => size.to_owned(),
+        };
         let link = std::fs::read_link(&path).map(|target| target.as_os_str().as_bytes().to_owned());
         assert_eq!(
             (
@@ -109,7 +118,7 @@ fn compare_from(root: &Path, listing: &str, root_mtime: Option<&str>) -> usize {
                 mode.to_owned(),
                 uid.to_owned(),
                 gid.to_owned(),
-                size.to_owned(),
+                size,
                 mtime.to_owned(),
                 nsec.to_owned(),
                 nlink.to_owned(),
@@ -219,4 +228,82 @@ fn a_merged_image_reads_from_both_layers() {
     let site = Site::new("merged/image.boot", &["upper-inline-toc/layer.blob", "inline-toc/layer.blob"]);
     let _daemon = site.start(&[]);
     compare(&site.mount(), "list/merged.tsv");
+}
+
+/// RAFS v5: unaligned chunks, SHA-256, two layers, and a bootstrap that does not say how large its blob is.
+#[test]
+fn v5_images_are_shown_as_listed() {
+    if !crate::common::can_mount() {
+        return;
+    }
+    let layers = ["v5-upper-inline/layer.blob", "v5-inline/layer.blob"];
+    for (variant, blobs, listing) in [
+        ("v5-default", &["v5-default/image.blob"][..], "list/tree.tsv"),
+        ("v5-none-4k", &["v5-none-4k/image.blob"], "list/tree.tsv"),
+        ("v5-aligned", &["v5-lz4-4k/image.blob"], "list/tree.tsv"),
+        ("v5-sha256", &["v5-default/image.blob"], "list/tree.tsv"),
+        ("v5-prefetch", &["v5-prefetch/image.blob"], "list/tree.tsv"),
+        ("v5-merged", &layers, "list/merged.tsv"),
+        ("v5-tar", &["v5-tar/image.blob"], "list/mini.tsv"),
+        ("without sizes", &["v5-default/image.blob"], "list/tree.tsv"),
+    ] {
+        eprintln!("variant {variant}");
+        let sized = variant != "without sizes";
+        let name = if sized { variant } else { "v5-default" };
+        let mut site = Site::new(&format!("{name}/image.boot"), blobs);
+        if !sized {
+            let mut bytes = std::fs::read(&site.bootstrap).unwrap();
+            bytes[68..80].fill(0);
+            site.bootstrap = site.path("unsized.boot");
+            std::fs::write(&site.bootstrap, bytes).unwrap();
+        }
+        site.configure("validate = true");
+        let mut daemon = site.start(&[]);
+        assert_eq!(walk(&site.mount()) + 1, compare_but(&site.mount(), listing, None, true), "{variant}");
+        let cache = daemon.get("/api/v1/metrics/blobcache");
+        if blobs.len() == 1 {
+            assert_eq!(cache["fetched_chunks"], cache["chunks_total"], "{variant}: each chunk once");
+        }
+        daemon.signal(Signal::SIGTERM);
+        assert_eq!(daemon.wait().code(), Some(0));
+        for blob in std::fs::read_dir(site.path("blobs")).unwrap() {
+            std::fs::remove_file(blob.unwrap().path()).unwrap();
+        }
+        let _daemon = site.start(&[]);
+        compare_but(&site.mount(), listing, None, true);
+    }
+}
+
+/// A blob that changed under its image: each file is an error or what it was.
+#[test]
+fn damage_in_a_v5_blob_is_never_shown() {
+    if !crate::common::can_mount() {
+        return;
+    }
+    let site = Site::new("v5-none-4k/image.boot", &["v5-none-4k/image.blob"]);
+    let blob = std::fs::read_dir(site.path("blobs")).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = std::fs::read(&blob).unwrap();
+    bytes.iter_mut().step_by(30_000).for_each(|byte| *byte ^= 0x10);
+    std::fs::write(&blob, bytes).unwrap();
+    let _daemon = site.start(&[]);
+    let text = std::fs::read_to_string(crate::common::golden("list/tree.tsv")).unwrap();
+    let (mut equal, mut refused) = (0, 0);
+    for line in text.lines().skip(1) {
+        let fields: Vec<&str> = line.split('\t').collect();
+        if fields[1] != "f" {
+            continue;
+        }
+        let path = site.mount().join(OsStr::from_bytes(&decode(fields[0])[1..]));
+        match std::fs::read(&path) {
+            Ok(content) => {
+                assert_eq!(DigestAlgorithm::Sha256.digest(&content).to_string(), fields[11], "{line}");
+                equal += 1;
+            }
+            Err(e) => {
+                assert_eq!(e.raw_os_error(), Some(libc::EIO), "{line}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(equal > 10 && refused > 0, "{equal} files are equal, {refused} refused");
 }

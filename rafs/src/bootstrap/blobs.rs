@@ -98,6 +98,11 @@ impl Blob {
         self.features.intersects(BlobFeatures::BATCH | BlobFeatures::ZRAN)
     }
 
+    /// True if the blob has a context at all: blobs of RAFS v5 images have none.
+    pub fn has_context(&self) -> bool {
+        self.record.ci_uncompressed_size.get() != 0
+    }
+
     /// Checks `record`, row `index` of a table of an image with `chunk_size`.
     ///
     /// `inlined` replaces the placeholder name of a bootstrap that lies in its own blob.
@@ -240,15 +245,20 @@ fn context_id(record: &BlobRecord, inlined: Option<&BlobId>) -> Option<BlobId> {
 
 /// The name in a record, NUL-padded to 64 bytes.
 fn blob_id(record: &BlobRecord, inlined: Option<&BlobId>) -> Result<BlobId> {
-    if record.blob_id == limits::INLINED_BLOB_ID
-        && let Some(id) = inlined
-    {
-        return Ok(id.clone());
-    }
     let end = record.blob_id.iter().position(|&b| b == 0).unwrap_or(record.blob_id.len());
     let (name, padding) = record.blob_id.split_at(end);
     if padding.iter().any(|&b| b != 0) {
         return Err(Error::corrupt("the blob id has bytes behind its NUL"));
+    }
+    blob_name(name, inlined)
+}
+
+/// A name as stored; `inlined` replaces the placeholder.
+pub fn blob_name(name: &[u8], inlined: Option<&BlobId>) -> Result<BlobId> {
+    if name == limits::INLINED_BLOB_ID
+        && let Some(id) = inlined
+    {
+        return Ok(id.clone());
     }
     std::str::from_utf8(name).ok().and_then(|name| BlobId::new(name).ok()).ok_or_else(|| {
         Error::corrupt(format!(

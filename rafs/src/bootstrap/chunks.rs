@@ -16,16 +16,37 @@ const DENSE_SHARE: usize = 8;
 
 /// Rows of one blob.
 #[derive(Debug)]
-enum Rows {
+pub enum Rows {
     /// `row + 1` by chunk number; 0 where there is none.
     Dense(Box<[u32]>),
     /// (chunk number, row), sorted.
     Sparse(Box<[(u32, u32)]>),
 }
 
+impl Rows {
+    /// The rows of `pairs`, sorted by chunk number, each once; a row is below 2^32 - 1.
+    pub fn from_sorted(pairs: Vec<(u32, u32)>) -> Self {
+        let numbers = pairs.last().map_or(0, |&(index, _)| index as usize + 1);
+        if numbers > pairs.len().saturating_mul(DENSE_SHARE) {
+            return Self::Sparse(pairs.into_boxed_slice());
+        }
+        let mut dense = vec![0u32; numbers].into_boxed_slice();
+        for (index, row) in pairs {
+            dense[index as usize] = row + 1;
+        }
+        Self::Dense(dense)
+    }
+}
+
 /// The index over the chunk-info table, by blob and chunk number.
 #[derive(Debug)]
 pub struct ChunkRows(Vec<Rows>);
+
+impl From<Vec<Rows>> for ChunkRows {
+    fn from(rows: Vec<Rows>) -> Self {
+        Self(rows)
+    }
+}
 
 impl ChunkRows {
     /// Checks every record of `table` and indexes it.
@@ -59,16 +80,7 @@ impl ChunkRows {
         for (blob, mut pairs) in blobs.iter().zip(pairs) {
             pairs.sort_unstable();
             check_order(blob, &mut pairs, table, faults)?;
-            let numbers = pairs.last().map_or(0, |&(index, _)| index as usize + 1);
-            rows.push(if numbers <= pairs.len().saturating_mul(DENSE_SHARE) {
-                let mut dense = vec![0u32; numbers].into_boxed_slice();
-                for (index, row) in pairs {
-                    dense[index as usize] = row + 1;
-                }
-                Rows::Dense(dense)
-            } else {
-                Rows::Sparse(pairs.into_boxed_slice())
-            });
+            rows.push(Rows::from_sorted(pairs));
         }
         Ok(Self(rows))
     }

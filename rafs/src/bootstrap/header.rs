@@ -18,9 +18,6 @@ use crate::format::superblock::{
 };
 use crate::{Error, ErrorKind, Result};
 
-/// Magic of a RAFS v5 superblock, at byte 0.
-const RAFS_V5_MAGIC: u32 = 0x5241_4653;
-
 /// Checked header of a bootstrap.
 #[derive(Debug, Clone)]
 pub struct Header {
@@ -58,13 +55,9 @@ impl Header {
     /// Reads and checks the header of `bytes`.
     ///
     /// # Errors
-    /// `Unsupported`: RAFS v5.
     /// `Corrupt`: not a bootstrap, or a broken rule.
     pub fn parse(bytes: &[u8], faults: &mut Faults) -> Result<Self> {
         let len = bytes.len() as u64;
-        if bytes.first_chunk::<4>().is_some_and(|m| u32::from_le_bytes(*m) == RAFS_V5_MAGIC) {
-            return Err(unsupported("RAFS v5"));
-        }
         if len > limits::MAX_BOOTSTRAP_SIZE {
             return Err(Error::corrupt(format!(
                 "bootstrap of {len} bytes: at most {} are accepted",
@@ -91,9 +84,7 @@ impl Header {
         let (codec, digester) = algorithms(flags, faults)?;
 
         let chunk_size = ext.chunk_size.get();
-        if !chunk_size.is_power_of_two()
-            || !(limits::MIN_CHUNK_SIZE..=limits::MAX_CHUNK_SIZE).contains(&chunk_size)
-        {
+        if !limits::is_chunk_size(chunk_size) {
             return Err(Error::corrupt(format!(
                 "chunk size {chunk_size:#x}: want a power of two from 4 KiB to 16 MiB"
             )));
@@ -139,8 +130,12 @@ impl Header {
     }
 }
 
-fn image_flags(bits: u64) -> Result<ImageFlags> {
-    let flags = ImageFlags::from_bits(bits).ok_or_else(|| {
+/// The flags of a superblock.
+///
+/// # Errors
+/// `Unsupported`: unknown bits.
+pub fn image_flags(bits: u64) -> Result<ImageFlags> {
+    ImageFlags::from_bits(bits).ok_or_else(|| {
         Error::new(
             ErrorKind::Unsupported,
             format!(
@@ -148,8 +143,7 @@ fn image_flags(bits: u64) -> Result<ImageFlags> {
                 bits & !ImageFlags::all().bits()
             ),
         )
-    })?;
-    Ok(flags)
+    })
 }
 
 /// The rules of section 2.1. Fields the kernel gives another meaning than we do must be 0.
@@ -183,7 +177,11 @@ fn check_superblock(sb: &Superblock, len: u64, block_bits: u8, faults: &mut Faul
     })
 }
 
-fn algorithms(flags: ImageFlags, faults: &mut Faults) -> Result<(Codec, DigestAlgorithm)> {
+/// Compressor and digester among the flags.
+///
+/// # Errors
+/// `Corrupt`: not exactly one of each.
+pub fn algorithms(flags: ImageFlags, faults: &mut Faults) -> Result<(Codec, DigestAlgorithm)> {
     let compressors = [
         (ImageFlags::COMPRESSION_NONE, Codec::None),
         (ImageFlags::COMPRESSION_LZ4, Codec::Lz4Block),

@@ -6,6 +6,7 @@
 //! ```text
 //! adopt: copy under its digest ─▶ open: header ─▶ blobs ─▶ chunk rows ─▶ tree walk ─▶ V6
 //!                                       └──────── every rule of section 12 ────────┘
+//!                                 open: header ─▶ blobs ─▶ slots ─▶ chunk rows ─▶ V5
 //! ```
 //!
 //! What stays in memory beside the mapping: the blob table, 4 bytes a chunk from chunk
@@ -17,15 +18,19 @@ mod chunks;
 mod faults;
 mod header;
 mod open;
+mod v5;
 mod v6;
 mod validate;
 mod view;
 mod walk;
 
+use blobs::blob_name;
 pub use blobs::{codec, codec_code, codec_of_context, digester_code};
 pub use chunks::{lies_in_context, stored_size};
 pub use faults::Faults;
 pub use open::{OpenOptions, adopt, adopt_own, digest, from_bytes, open};
+pub(crate) use v5::validate as validate_v5;
+pub use v5::{Record as V5Record, V5};
 pub use v6::V6;
 pub(crate) use validate::validate;
 pub use walk::{Step, Walk};
@@ -43,7 +48,7 @@ use crate::Result;
 use crate::format::chunk::ChunkInfo;
 use crate::format::features::{BlobFeatures, ImageFlags};
 
-/// Number of an inode in its image: in v6 the EROFS nid, below 2^40.
+/// Number of an inode in its image: in v6 the EROFS nid, below 2^40, in v5 the inode number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Nid(pub u64);
 
@@ -101,7 +106,7 @@ pub struct Attr {
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Regular: bytes; directory: bytes of entries; symlink: bytes of target; else 0.
+    /// Regular: bytes; directory: bytes of entries (in v5 a sum over names); symlink: bytes of target; else 0.
     pub size: u64,
     /// Link count, at least 1.
     pub nlink: u32,
@@ -149,7 +154,7 @@ pub struct Xattr<'a> {
 pub struct Blob {
     /// Name. For a bootstrap inlined in its own blob, the caller supplies it.
     pub id: BlobId,
-    /// Chunks, 1 to 2^24.
+    /// Chunks, 1 to 2^24; 0 if a v5 image says nothing of the blob and uses none of it.
     pub chunk_count: u32,
     /// Compressor of chunks that are marked compressed.
     pub codec: Codec,
@@ -169,14 +174,14 @@ pub struct Blob {
     pub context_id: Option<BlobId>,
     /// Encryption of chunks and context.
     pub cipher: Cipher,
-    /// The raw record.
+    /// The raw record. That of v5 is filled as far as that format goes: without a context.
     pub record: crate::format::blob_table::BlobRecord,
 }
 
 /// What holds for the whole image.
 #[derive(Clone, Debug)]
 pub struct Summary {
-    /// 6 for RAFS v6.
+    /// 5 or 6.
     pub fs_version: u32,
     /// Superblock flags.
     pub flags: ImageFlags,
@@ -186,15 +191,16 @@ pub struct Summary {
     pub digester: DigestAlgorithm,
     /// Chunk size.
     pub chunk_size: u32,
-    /// EROFS block size.
+    /// EROFS block size; in v5 what `statfs` counts in.
     pub block_size: u32,
     /// Directory entries with root (hard links counted each).
     pub inode_count: u64,
-    /// First block of the inode area.
+    /// First block of the inode area; 0 in v5.
     pub meta_blkaddr: u32,
     /// Byte offset of the blob table and its number of records.
     pub blob_table: (u64, u64),
-    /// Byte offset of the first chunk-info record and its number of records.
+    /// Byte offset of the first chunk-info record and its number of records; in v5 they lie behind their
+    /// files, and the offset is 0.
     pub chunk_table: (u64, u64),
     /// Byte offset of the prefetch table and its number of entries.
     pub prefetch_table: (u64, u32),

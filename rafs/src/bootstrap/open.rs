@@ -10,8 +10,10 @@ use storage::ids::BlobId;
 
 use super::Bootstrap;
 use super::bytes::Image;
+use super::v5::V5;
 use super::v6::V6;
 use crate::format::limits::MAX_BOOTSTRAP_SIZE;
+use crate::format::v5::is_v5;
 use crate::sys::Mapping;
 use crate::{Error, ErrorKind, Result};
 
@@ -44,7 +46,15 @@ fn validate(file: &mut File, options: &OpenOptions) -> Result<Box<dyn Bootstrap>
         copy_bounded(file, &mut bytes)?;
         Image::Owned(bytes)
     };
-    V6::new(image, options).map(|v6| Box::new(v6) as Box<dyn Bootstrap>)
+    from_image(image, options)
+}
+
+/// The reader for the version of `image`.
+fn from_image(image: Image, options: &OpenOptions) -> Result<Box<dyn Bootstrap>> {
+    if is_v5(&image) {
+        return Ok(Box::new(V5::new(image, options)?));
+    }
+    Ok(Box::new(V6::new(image, options)?))
 }
 
 /// Validates a bootstrap that is in memory.
@@ -52,7 +62,7 @@ fn validate(file: &mut File, options: &OpenOptions) -> Result<Box<dyn Bootstrap>
 /// # Errors
 /// As [`open`], without `Io`.
 pub fn from_bytes(bytes: Vec<u8>, options: &OpenOptions) -> Result<Box<dyn Bootstrap>> {
-    V6::from_vec(bytes, options).map(|v6| Box::new(v6) as Box<dyn Bootstrap>)
+    from_image(Image::Owned(bytes), options)
 }
 
 /// Copies the bootstrap at `source` into `work_dir` as `<sha256>.boot`, mode 0600, and opens

@@ -5,6 +5,7 @@
 //! the chunk table. [`data()`] decodes every chunk of a blob and compares it with its digest.
 
 mod data;
+mod v5;
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -14,9 +15,12 @@ use zerocopy::byteorder::little_endian::U32;
 
 pub use data::{DataReport, data};
 
-use crate::bootstrap::{Bootstrap, Faults, FileType, Nid, OpenOptions, Step, V6, Walk, validate};
+use crate::bootstrap::{
+    Bootstrap, ChunkRef, Faults, FileType, Nid, OpenOptions, Step, V5, V6, Walk, validate, validate_v5,
+};
 use crate::format::features::{BlobFeatures, ImageFlags};
 use crate::format::superblock::{SUPERBLOCK_OFFSET, Superblock};
+use crate::format::v5::is_v5;
 use crate::{Error, Result};
 
 /// Faults kept in a report; the rest is counted.
@@ -64,7 +68,13 @@ pub struct Counts {
 /// report instead.
 pub fn structure(bytes: Vec<u8>, options: &OpenOptions) -> Result<Report> {
     let mut faults = Faults::collect(MAX_FAULTS);
-    if let Err(e) = validate(&bytes, options.inlined_blob_id.as_ref(), &mut faults) {
+    let (inlined, v5) = (options.inlined_blob_id.as_ref(), is_v5(&bytes));
+    let door = if v5 {
+        validate_v5(&bytes, inlined, &mut faults).map(drop)
+    } else {
+        validate(&bytes, inlined, &mut faults).map(drop)
+    };
+    if let Err(e) = door {
         // After such a fault nothing more can be said.
         if e.kind() != crate::ErrorKind::Corrupt {
             return Err(e);
@@ -72,12 +82,22 @@ pub fn structure(bytes: Vec<u8>, options: &OpenOptions) -> Result<Report> {
         faults.report(e)?;
     }
     let mut counts = Counts::default();
-    if faults.is_empty() {
+    if faults.is_empty() && v5 {
+        counts = v5::check(&V5::from_vec(bytes, options)?, &mut faults)?;
+    } else if faults.is_empty() {
         let blocks = Superblock::ref_from_prefix(bytes.get(SUPERBLOCK_OFFSET..).unwrap_or_default())
             .map_or(U32::ZERO, |(sb, _)| sb.blocks);
         let bootstrap = V6::from_vec(bytes, options)?;
         tables(&bootstrap, blocks.get(), &mut faults)?;
-        counts = tree(&bootstrap, &mut faults)?;
+        let mut used = vec![false; bootstrap.chunk_table().len()];
+        counts = tree(&bootstrap, &mut faults, &mut |chunk| {
+            if let Some(row) = bootstrap.chunk_row(chunk.blob, chunk.index) {
+                used[row] = true;
+            }
+        })?;
+        for row in used.iter().enumerate().filter(|(_, used)| !**used).map(|(row, _)| row) {
+            faults.report(Error::corrupt(format!("chunk record {row}: no file refers to it")))?;
+        }
     }
     let (faults, suppressed) = faults.into_parts();
     Ok(Report { faults, suppressed, counts })
@@ -119,12 +139,11 @@ fn tables(bootstrap: &V6, blocks: u32, faults: &mut Faults) -> Result<()> {
     Ok(())
 }
 
-/// Link counts, the number of entries, chunk records nobody refers to.
-fn tree(bootstrap: &V6, faults: &mut Faults) -> Result<Counts> {
+/// Link counts and the number of entries; `visit` gets each chunk of each file.
+fn tree(bootstrap: &dyn Bootstrap, faults: &mut Faults, visit: &mut dyn FnMut(ChunkRef)) -> Result<Counts> {
     let mut counts = Counts::default();
     // (names found, names stated) of inodes that state or have more than one.
     let mut links: HashMap<Nid, (u32, u32)> = HashMap::new();
-    let mut used = vec![false; bootstrap.chunk_table().len()];
     let mut walk = Walk::new(bootstrap, bootstrap.root());
     while let Some(step) = walk.step()? {
         let entry = match step {
@@ -160,19 +179,13 @@ fn tree(bootstrap: &V6, faults: &mut Faults) -> Result<Counts> {
         counts.chunk_references += chunks;
         for position in 0..chunks {
             // The door found the number of chunks in 32 bits.
-            let chunk = bootstrap.chunk(entry.nid, position as u32)?;
-            if let Some(row) = bootstrap.chunk_row(chunk.blob, chunk.index) {
-                used[row] = true;
-            }
+            visit(bootstrap.chunk(entry.nid, position as u32)?);
         }
     }
     let mut wrong: Vec<_> = links.into_iter().filter(|(_, (found, stated))| found != stated).collect();
     wrong.sort_unstable();
     for (nid, (found, stated)) in wrong {
         faults.report(Error::corrupt(format!("inode {nid}: link count {stated}, it has {found} names")))?;
-    }
-    for row in used.iter().enumerate().filter(|(_, used)| !**used).map(|(row, _)| row) {
-        faults.report(Error::corrupt(format!("chunk record {row}: no file refers to it")))?;
     }
     let entries = counts.directories + counts.regular + counts.symlinks + counts.special;
     faults.require(entries == bootstrap.summary().inode_count, || {

@@ -12,6 +12,10 @@ pub const SLOT_SIZE: u64 = 32;
 pub const MIN_CHUNK_SIZE: u32 = 0x1000;
 /// Largest chunk size, and so the largest chunk or fetch unit, decoded.
 pub const MAX_CHUNK_SIZE: u32 = 0x100_0000;
+/// True if an image may have chunks of `size` bytes.
+pub const fn is_chunk_size(size: u32) -> bool {
+    size.is_power_of_two() && size >= MIN_CHUNK_SIZE && size <= MAX_CHUNK_SIZE
+}
 /// The contract's default chunk size.
 pub const DEFAULT_CHUNK_SIZE: u32 = 0x10_0000;
 /// Blobs of one bootstrap: `device_id` carries blob index + 1 in 8 bits and the reference

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 
 /// Whatever the bytes: an answer, and what is accepted can be used in full.
-fn survive(bytes: Vec<u8>) -> bool {
+pub fn survive(bytes: Vec<u8>) -> bool {
     let report = rafs::check::structure(bytes.clone(), &OpenOptions::default());
     let Ok(image) = from_bytes(bytes, &OpenOptions::default()) else {
         assert!(report.is_err() || !report.unwrap().is_clean());

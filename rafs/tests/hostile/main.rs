@@ -4,6 +4,7 @@
 mod damaged;
 #[path = "../support/mod.rs"]
 mod support;
+mod v5;
 
 use std::ops::ControlFlow;
 

@@ -43,12 +43,15 @@ impl GoldenImage {
     /// An image whose contexts lie in other files than its data.
     pub fn separate(bootstrap: Arc<dyn Bootstrap>, blobs: Vec<Vec<u8>>, contexts: Vec<Vec<u8>>) -> Self {
         assert_eq!(bootstrap.blobs().len(), blobs.len());
-        // Every context is read, needed or not: it must agree with the records.
+        // Every context that there is is read, needed or not: it must agree with the records.
         let contexts = bootstrap
             .blobs()
             .iter()
             .zip(&contexts)
             .map(|(blob, bytes)| {
+                if !blob.has_context() {
+                    return None;
+                }
                 let range = stored_range(blob).unwrap();
                 let stored = &bytes[range.start() as usize..range.end() as usize];
                 let context = BlobContext::from_stored(blob, stored).unwrap();
