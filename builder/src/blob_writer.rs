@@ -58,6 +58,8 @@ pub enum Context {
     /// Each chunk is a unit of its own: entries of 16 bytes.
     #[default]
     Plain,
+    /// There is none: bootstraps of RAFS v5 say it all.
+    None,
     /// Chunks are encrypted, or some share units: entries of 24 bytes.
     Wide {
         /// Units in order: stored and decoded bytes.
@@ -131,7 +133,8 @@ impl BlobWriter {
         chunks: impl ExactSizeIterator<Item = ChunkRow> + Clone,
         context: &Context,
     ) -> Result<Self> {
-        let mut features = BlobFeatures::ALIGNED | BlobFeatures::CAP_TAR_TOC;
+        let mut features = BlobFeatures::CAP_TAR_TOC;
+        features.set(BlobFeatures::ALIGNED, !matches!(context, Context::None));
         features.set(BlobFeatures::INLINED_FS_META, options.inline_bootstrap);
         features.set(BlobFeatures::INLINED_CHUNK_DIGEST | BlobFeatures::HAS_TOC, options.toc);
         features.set(BlobFeatures::HAS_TAR_HEADER, options.toc || options.inline_bootstrap);
@@ -179,8 +182,10 @@ impl BlobWriter {
             if separate.is_none() {
                 this.data(decoded_size)?;
             }
-            this.context(chunks.clone(), context)?;
-            this.digests(chunks)?;
+            if !matches!(context, Context::None) {
+                this.context(chunks.clone(), context)?;
+                this.digests(chunks)?;
+            }
         }
         this.record.compressed_size = U64::new(separate.unwrap_or(this.sink.len()));
         Ok(this)
@@ -433,7 +438,7 @@ fn context_array(chunks: impl ExactSizeIterator<Item = ChunkRow>, context: &Cont
             });
             wide(entries.collect(), &slices.bytes, slices.count)
         }
-        Context::Tar { .. } | Context::Separate { slices: None, .. } => {
+        Context::None | Context::Tar { .. } | Context::Separate { slices: None, .. } => {
             let entries = chunks.map(|row| {
                 let crc = if row.crc32 == 0 { EntryFlags::empty() } else { EntryFlags::HAS_CRC32 };
                 EntryV2::pack(&entry(&row, crc, row.crc32.into()))

@@ -30,6 +30,7 @@ use crate::{Error, Result};
 const BLOCK: u64 = limits::BLOCK_SIZE;
 
 /// Everything a bootstrap is made of.
+#[derive(Clone, Copy)]
 pub struct Image<'a> {
     /// The tree.
     pub tree: &'a Tree,
@@ -182,7 +183,8 @@ fn block_number(blocks: u64) -> Result<U32> {
     })
 }
 
-fn flags(image: &Image<'_>, digests_inline: bool) -> ImageFlags {
+/// Superblock flags of `image`.
+pub(crate) fn flags(image: &Image<'_>, digests_inline: bool) -> ImageFlags {
     let encrypted = |blob: &BlobRecord| blob.features.get() & BlobFeatures::ENCRYPTED.bits() != 0;
     let mut flags = match image.blobs.iter().any(encrypted) {
         true => ImageFlags::ENCRYPTION_AES_128_XTS,
@@ -212,9 +214,9 @@ fn flags(image: &Image<'_>, digests_inline: bool) -> ImageFlags {
 }
 
 /// Numbers of blobs in this image, and which chunks it uses.
-struct Numbering {
+pub(crate) struct Numbering {
     /// Row of the table → place in `Image::blobs`.
-    order: Vec<usize>,
+    pub(crate) order: Vec<usize>,
     /// The reverse; `u32::MAX` for unused blobs.
     rows: Vec<u32>,
     /// By chunk: offset in the last file that uses it; `u64::MAX` for unused chunks.
@@ -222,7 +224,7 @@ struct Numbering {
 }
 
 impl Numbering {
-    fn of(image: &Image<'_>) -> Result<Self> {
+    pub(crate) fn of(image: &Image<'_>) -> Result<Self> {
         let mut this = Self {
             order: Vec::new(),
             rows: vec![u32::MAX; image.blobs.len()],
@@ -262,29 +264,33 @@ impl Numbering {
         Ok(())
     }
 
+    /// Chunks that files use, with the offset in the last file that does.
+    pub(crate) fn used(&self) -> impl Iterator<Item = (ChunkId, u64)> {
+        let all = (0u32..).map(ChunkId).zip(self.file_offsets.iter().copied());
+        all.filter(|&(_, offset)| offset != u64::MAX)
+    }
+
+    /// The record of a used chunk, for byte `file_offset` of a file.
+    pub(crate) fn record(&self, image: &Image<'_>, id: ChunkId, file_offset: u64) -> ChunkInfo {
+        let row = image.chunks.row(id);
+        ChunkInfo {
+            digest: row.digest.0,
+            blob_index: U32::new(self.rows[row.blob as usize]),
+            flags: U32::new(row.flags),
+            compressed_size: U32::new(row.compressed_size),
+            uncompressed_size: U32::new(row.uncompressed_size),
+            compressed_offset: U64::new(row.compressed_offset),
+            uncompressed_offset: U64::new(row.uncompressed_offset),
+            file_offset: U64::new(file_offset),
+            index: U32::new(row.index),
+            crc32: U32::new(row.crc32),
+        }
+    }
+
     /// The chunk-info table: used chunks by (digest, blob), each once.
     fn records(&self, image: &Image<'_>) -> Vec<ChunkInfo> {
-        let mut records: Vec<ChunkInfo> = self
-            .file_offsets
-            .iter()
-            .enumerate()
-            .filter(|&(_, &offset)| offset != u64::MAX)
-            .map(|(id, &file_offset)| {
-                let row = image.chunks.row(ChunkId(id as u32));
-                ChunkInfo {
-                    digest: row.digest.0,
-                    blob_index: U32::new(self.rows[row.blob as usize]),
-                    flags: U32::new(row.flags),
-                    compressed_size: U32::new(row.compressed_size),
-                    uncompressed_size: U32::new(row.uncompressed_size),
-                    compressed_offset: U64::new(row.compressed_offset),
-                    uncompressed_offset: U64::new(row.uncompressed_offset),
-                    file_offset: U64::new(file_offset),
-                    index: U32::new(row.index),
-                    crc32: U32::new(row.crc32),
-                }
-            })
-            .collect();
+        let mut records: Vec<ChunkInfo> =
+            self.used().map(|(id, file_offset)| self.record(image, id, file_offset)).collect();
         records.sort_by_key(|r| (r.digest, r.blob_index.get(), r.index.get()));
         // Equal chunks of a plain tar lie in several places.
         if !image.tarfs {

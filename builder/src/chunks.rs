@@ -399,6 +399,44 @@ impl ChunkSource for BuiltContent {
     }
 }
 
+/// The content of a single layer with its chunks one directly behind the other in the decoded
+/// space, as RAFS v5 has them. 8 bytes a chunk.
+pub struct PackedContent<'a> {
+    content: &'a BuiltContent,
+    /// Decoded offsets by chunk.
+    offsets: Vec<u64>,
+    /// Length of the decoded space.
+    pub size: u64,
+}
+
+impl<'a> PackedContent<'a> {
+    /// Packs `chunks`, which are all of `content` in blob order.
+    pub fn new(content: &'a BuiltContent, chunks: impl ExactSizeIterator<Item = ChunkId>) -> Self {
+        let mut size = 0;
+        let mut offsets = Vec::with_capacity(chunks.len());
+        for id in chunks {
+            offsets.push(size);
+            size += u64::from(content.row(id).uncompressed_size);
+        }
+        Self { content, offsets, size }
+    }
+}
+
+impl ChunkSource for PackedContent<'_> {
+    fn file_chunks(&self, file: FileId) -> &[ChunkId] {
+        self.content.file_chunks(file)
+    }
+
+    fn row(&self, id: ChunkId) -> ChunkRow {
+        let row = self.content.row(id);
+        ChunkRow { uncompressed_offset: self.offsets[row.index as usize], ..row }
+    }
+
+    fn chunk_count(&self) -> usize {
+        self.content.chunk_count()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -28,7 +28,7 @@ pub struct ChunkRow {
     pub compressed_size: u32,
     /// Decoded bytes, 1 to the chunk size.
     pub uncompressed_size: u32,
-    /// Byte in the blob's decoded space, a multiple of 4096.
+    /// Byte in the blob's decoded space; in v6 a multiple of 4096.
     pub uncompressed_offset: u64,
     /// CRC-32C of the decoded bytes if the flags say so, else 0.
     pub crc32: u32,

@@ -10,9 +10,10 @@ use storage::digest::TaggedDigest;
 use storage::ids::BlobId;
 
 use crate::blob_writer::{BlobOptions, BlobWriter, Context, FinishedBlob};
+use crate::bootstrap_v5;
 use crate::bootstrap_writer::{self, Image};
-use crate::chunks::BuiltContent;
-use crate::content::ChunkSource as _;
+use crate::chunks::{BuiltContent, PackedContent};
+use crate::content::ChunkSource;
 use crate::overlay::{self, WhiteoutSpec};
 use crate::pipeline::{DataOptions, Layer, LayerData, Placement, Session};
 use crate::prefetch::{self, Patterns};
@@ -23,9 +24,23 @@ use crate::source::tar::{self, TarOptions};
 use crate::tree::{InodeId, LayerIndex, Tree};
 use crate::{Error, ErrorKind, Result};
 
+/// The version of the format, and what only one of them leaves open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// RAFS v5.
+    V5 {
+        /// Chunks start at multiples of 4096 in the decoded space (`--aligned-chunk`).
+        aligned: bool,
+    },
+    /// RAFS v6.
+    V6,
+}
+
 /// How one layer is built.
 #[derive(Clone, Debug)]
 pub struct LayerOptions {
+    /// Version of the format.
+    pub version: Version,
     /// Chunk size, compressor, digester, threads.
     pub data: DataOptions,
     /// Table of content in the blob.
@@ -73,8 +88,13 @@ pub struct BuiltLayer {
 /// Builds one layer; the blob goes to `sink`.
 ///
 /// # Errors
-/// Those of the source, of the format's limits, and of writing.
+/// Those of the source, of the format's limits, and of writing. `Invalid`: options that RAFS v5 has
+/// nothing for.
 pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSink) -> Result<BuiltLayer> {
+    let beyond_v5 = options.toc || options.data.cipher.is_some() || options.data.batch_size != 0;
+    if beyond_v5 && options.version != Version::V6 {
+        return Err(Error::invalid("RAFS v5 has no table of content, no encryption and no batches"));
+    }
     let session = Session::new(options.data)?;
     let mut layer = session.layer(sink)?;
     let (tree, first) =
@@ -91,7 +111,10 @@ pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSi
         .into_iter()
         .next()
         .ok_or_else(|| Error::new(ErrorKind::Cancelled, "the build ended without its layer"))?;
-    let context = context_of(&output.content, data.layer, &options.data);
+    let context = match options.version {
+        Version::V5 { .. } => Context::None,
+        Version::V6 => context_of(&output.content, data.layer, &options.data),
+    };
     finish(Parts { tree: &tree, content: &output.content, data, first: &first, context }, options)
 }
 
@@ -136,13 +159,21 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
         id: options.blob_id.clone(),
         cipher: options.data.cipher,
     };
+    let packed = match options.version {
+        Version::V5 { aligned: false } => Some(PackedContent::new(content, of_layer.clone())),
+        _ => None,
+    };
+    let decoded_size = packed.as_ref().map_or(content.chunks.decoded_size(data.layer), |packed| packed.size);
     let rows = of_layer.map(|id| content.row(id));
-    let decoded_size = content.chunks.decoded_size(data.layer);
     let writer = BlobWriter::new(data.sink, blob_options, decoded_size, rows, &context)?;
     let write = |record: BlobRecord| {
-        bootstrap_writer::write(&Image {
+        let write = match options.version {
+            Version::V5 { .. } => bootstrap_v5::write,
+            Version::V6 => bootstrap_writer::write,
+        };
+        write(&Image {
             tree,
-            chunks: content,
+            chunks: packed.as_ref().map_or(content as &dyn ChunkSource, |packed| packed),
             blobs: &[record],
             chunk_size: options.data.chunk_size,
             codec: options.data.codec,

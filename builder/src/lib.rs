@@ -1,6 +1,7 @@
 //! Trees in, an image out.
 
 pub mod blob_writer;
+pub mod bootstrap_v5;
 pub mod bootstrap_writer;
 pub mod chunks;
 pub mod compare;

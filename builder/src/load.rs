@@ -163,6 +163,10 @@ impl Loader<'_> {
             mtime_nsec: attr.mtime_nsec,
             mtime: attr.mtime,
             xattrs: self.pool.intern(Xattrs::new(list)?),
+            directory_size: match attr.file_type {
+                FileType::Directory if self.bootstrap.summary().fs_version == 5 => attr.size,
+                _ => 0,
+            },
         })
     }
 

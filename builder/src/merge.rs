@@ -14,6 +14,7 @@ use storage::digest::{Digest, TaggedDigest};
 use storage::ids::BlobId;
 use zerocopy::byteorder::little_endian::{U32, U64};
 
+use crate::bootstrap_v5;
 use crate::bootstrap_writer::{self, Image, padded_id};
 use crate::load::LoadedChunks;
 use crate::overlay::{self, WhiteoutSpec};
@@ -57,6 +58,8 @@ pub struct Merged {
     pub blobs: Vec<String>,
     /// Default compressor: the last layer's.
     pub codec: Codec,
+    /// Version of the format, that of all layers.
+    pub fs_version: u32,
     /// Directory entries with the root.
     pub entry_count: u64,
     /// Image root digest, from the merged tree; `None` if the blobs' digesters differ.
@@ -66,7 +69,8 @@ pub struct Merged {
 /// Merges `sources`, lowest first.
 ///
 /// # Errors
-/// `Inconsistent`: chunk size, version or owners' meaning differ. `Invalid`: no source.
+/// `Inconsistent`: chunk size, version or owners' meaning differ, in v5 also the digester or the
+/// compressor. `Invalid`: no source.
 /// `Limit`, `Corrupt`: as [`crate::bootstrap_writer::write`] and [`LoadedChunks::load`].
 pub fn merge(sources: &[MergeSource], prefetch: &Patterns) -> Result<Merged> {
     let (first, last) = match sources {
@@ -98,7 +102,8 @@ pub fn merge(sources: &[MergeSource], prefetch: &Patterns) -> Result<Merged> {
     }
     let tree = merged.unwrap_or_default();
     let summary = last.bootstrap.summary();
-    let written = bootstrap_writer::write(&Image {
+    let write = if summary.fs_version == 5 { bootstrap_v5::write } else { bootstrap_writer::write };
+    let written = write(&Image {
         tree: &tree,
         chunks: &chunks,
         blobs: &chunks.blobs,
@@ -124,6 +129,7 @@ pub fn merge(sources: &[MergeSource], prefetch: &Patterns) -> Result<Merged> {
         bootstrap: written.bytes,
         blobs,
         codec: summary.codec,
+        fs_version: summary.fs_version,
         entry_count: written.entry_count,
         root,
     })
@@ -140,6 +146,8 @@ fn consistent(first: &MergeSource, other: &MergeSource) -> Result<()> {
     let ids = |flags: ImageFlags| flags.contains(ImageFlags::EXPLICIT_UID_GID);
     let differs = if a.fs_version != b.fs_version {
         format!("RAFS version {} and {}", a.fs_version, b.fs_version)
+    } else if a.fs_version == 5 && a.digester != b.digester {
+        format!("digester {} and {}", a.digester, b.digester)
     } else if a.chunk_size != b.chunk_size {
         format!("chunk size {:#x} and {:#x}", a.chunk_size, b.chunk_size)
     } else if a.block_size != b.block_size {

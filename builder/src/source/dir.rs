@@ -235,6 +235,7 @@ fn metadata(stat: &Stat, xattrs: Xattrs) -> Metadata {
         mtime_nsec: stat.st_mtime_nsec as u32,
         mtime: stat.st_mtime,
         xattrs,
+        directory_size: 0,
     }
 }
 

@@ -164,6 +164,7 @@ impl LayerReader<'_> {
             mtime: member.mtime.0,
             mtime_nsec: member.mtime.1,
             xattrs,
+            directory_size: 0,
         };
         self.tree.insert(&path, Inode::new(metadata, content))?;
         Ok(())

@@ -23,13 +23,24 @@ pub struct Metadata {
     pub mtime: i64,
     /// Extended attributes.
     pub xattrs: Xattrs,
+    /// Directories read back from RAFS v5: the size stated there, which merges keep although it
+    /// follows from names. 0: nothing is stated.
+    pub directory_size: u64,
 }
 
 impl Metadata {
     /// 0755, owned by root, made at the epoch: what a directory gets that the source only
     /// implies.
     pub fn implied_directory() -> Self {
-        Self { mode: 0o755, uid: 0, gid: 0, mtime_nsec: 0, mtime: 0, xattrs: Xattrs::default() }
+        Self {
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+            mtime_nsec: 0,
+            mtime: 0,
+            xattrs: Xattrs::default(),
+            directory_size: 0,
+        }
     }
 }
 

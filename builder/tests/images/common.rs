@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
-use builder::create::{BuiltLayer, LayerOptions, LayerSource, build_layer};
+use builder::create::{BuiltLayer, LayerOptions, LayerSource, Version, build_layer};
 use builder::overlay::WhiteoutSpec;
 use builder::pipeline::DataOptions;
 use builder::prefetch::Patterns;
@@ -43,6 +43,7 @@ pub fn unpacked(name: &str) -> Option<tempfile::TempDir> {
 /// Plain options: no table of content, separate bootstrap, OCI whiteouts.
 pub fn options(codec: Codec, chunk_size: u32) -> LayerOptions {
     LayerOptions {
+        version: Version::V6,
         data: DataOptions {
             codec,
             digester: DigestAlgorithm::Blake3,

@@ -7,3 +7,4 @@ mod kernel;
 mod random;
 mod reference;
 mod unpack;
+mod v5;

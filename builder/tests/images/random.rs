@@ -1,7 +1,8 @@
 //! Random trees: written, checked, read back, compared. Whatever the tree, the bootstrap is
 //! clean and holds exactly that tree.
 
-use builder::bootstrap_writer::{self, Image, padded_id};
+use builder::bootstrap_v5;
+use builder::bootstrap_writer::{self, Bootstrap, Image, padded_id};
 use builder::compare::{CompareOptions, Side, compare};
 use builder::content::{ChunkId, ChunkRow, ChunkSource};
 use builder::load::LoadedChunks;
@@ -148,6 +149,7 @@ fn metadata(dice: &mut Dice) -> Metadata {
         mtime: [0, -1, i64::from(u32::MAX) + 5, -9_000_000_000][dice.roll(4) as usize],
         mtime_nsec: dice.roll(1_000_000_000),
         xattrs: Xattrs::new(xattrs).unwrap(),
+        directory_size: 0,
     }
 }
 
@@ -201,6 +203,15 @@ fn tree(dice: &mut Dice, rows: &mut Rows) -> Tree {
 
 #[test]
 fn any_tree_survives_its_bootstrap() {
+    survives(bootstrap_writer::write);
+}
+
+#[test]
+fn any_tree_survives_its_v5_bootstrap() {
+    survives(bootstrap_v5::write);
+}
+
+fn survives(write: fn(&Image<'_>) -> builder::Result<Bootstrap>) {
     for seed in 0..60 {
         let mut dice = Dice::new(seed);
         let mut rows = Rows::default();
@@ -218,8 +229,8 @@ fn any_tree_survives_its_bootstrap() {
             force_xattr_flag: false,
             prefetch: &[tree.root()],
         };
-        let written = bootstrap_writer::write(&image).unwrap();
-        assert_eq!(written.bytes, bootstrap_writer::write(&image).unwrap().bytes);
+        let written = write(&image).unwrap();
+        assert_eq!(written.bytes, write(&image).unwrap().bytes);
 
         let options = OpenOptions::default();
         let report = rafs::check::structure(written.bytes.clone(), &options).unwrap();

@@ -84,6 +84,7 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     Summary {
         bootstrap: &path.display().to_string(),
         blobs: &blobs,
+        fs_version: bootstrap.summary().fs_version,
         compressor: bootstrap.summary().codec.name(),
         root: Some(&root.to_string()),
         seconds: started.elapsed().as_secs_f64(),
@@ -175,6 +176,10 @@ fn data(bootstrap: &Arc<dyn Bootstrap>, args: &CheckArgs, report: &mut String) -
     }
     let mut contexts = Vec::new();
     for (blob, file) in bootstrap.blobs().iter().zip(&files) {
+        if !blob.has_context() {
+            contexts.push(None);
+            continue;
+        }
         let holder = blob.context_id.as_ref().map(|id| open_context(id, args)).transpose()?;
         let stored = read_range(holder.as_ref().unwrap_or(file), stored_range(blob)?)
             .with_context(|| format!("context of blob {}", blob.id))?;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
-use builder::create::{LayerOptions, LayerSource, build_layer};
+use builder::create::{LayerOptions, LayerSource, Version, build_layer};
 use builder::overlay;
 use builder::pipeline::{DataOptions, Placement};
 use builder::prefetch::Patterns;
@@ -89,6 +89,7 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     Summary {
         bootstrap: &bootstrap_path,
         blobs: &blobs,
+        fs_version: if options.version == Version::V6 { 6 } else { 5 },
         compressor: compressor(args.conversion, options.data.codec).name(),
         root: Some(&root),
         seconds: started.elapsed().as_secs_f64(),
@@ -132,6 +133,10 @@ pub fn tar_source(path: &Path) -> anyhow::Result<LayerSource<'static>> {
 
 fn options(args: &CreateArgs) -> anyhow::Result<LayerOptions> {
     Ok(LayerOptions {
+        version: match args.fs_version {
+            FsVersion::V5 => Version::V5 { aligned: args.aligned_chunk },
+            FsVersion::V6 => Version::V6,
+        },
         data: DataOptions {
             codec: match args.compressor {
                 Compressor::None => Codec::None,
@@ -204,6 +209,10 @@ fn refuse_unbuilt(args: &CreateArgs) -> anyhow::Result<()> {
     if conflicts && args.blob_cache_dir.is_some() {
         bail!("conversion type `{name}` conflicts with `--blob-cache-dir`");
     }
+    let batch = cli::number("--batch-size", &args.batch_size)?;
+    if args.fs_version == FsVersion::V5 {
+        refuse_in_v5(args, batch)?;
+    }
     if args.conversion == T::EstargztocRef {
         return Err(cli::not_built(&format!("--type {name}")));
     }
@@ -211,7 +220,6 @@ fn refuse_unbuilt(args: &CreateArgs) -> anyhow::Result<()> {
     let offset = args.blob_offset.as_deref().map(|t| cli::number("--blob-offset", t)).transpose()?;
     let length = args.blob_data_size.as_deref().map(|t| cli::number("--blob-data-size", t)).transpose()?;
     let unbuilt = [
-        (args.fs_version == FsVersion::V5, "--fs-version 5"),
         (args.chunk_dict.is_some(), "--chunk-dict"),
         (args.parent_bootstrap.is_some(), "--parent-bootstrap"),
         (args.external_blob.is_some(), "--external-blob"),
@@ -234,7 +242,6 @@ fn refuse_for_references(args: &CreateArgs) -> anyhow::Result<()> {
     let Some(kind) = reference_kind(args.conversion) else { return Ok(()) };
     let tarfs = kind == ReferenceKind::Tarfs;
     let conflicts = [
-        (args.fs_version == FsVersion::V5, "--fs-version 5"),
         (args.encrypt, "--encrypt"),
         (args.prefetch_policy == PrefetchPolicy::Blob, "--prefetch-policy blob"),
         (!tarfs && args.blob_id.is_some(), "--blob-id"),
@@ -247,6 +254,24 @@ fn refuse_for_references(args: &CreateArgs) -> anyhow::Result<()> {
     ];
     match conflicts.iter().find(|(set, _)| *set) {
         Some((_, flag)) => bail!("conversion type `{}` conflicts with `{flag}`", args.conversion.name()),
+        None => Ok(()),
+    }
+}
+
+/// Refuses what RAFS v5 can not hold.
+fn refuse_in_v5(args: &CreateArgs, batch: u64) -> anyhow::Result<()> {
+    use ConversionType as T;
+    let built = matches!(args.conversion, T::DirRafs | T::TarRafs | T::TargzRafs | T::EstargzRafs);
+    if !built {
+        bail!("conversion type `{}` needs RAFS v6: use `--fs-version 6`", args.conversion.name());
+    }
+    let impossible = [
+        (args.features.contains(&Feature::BlobToc), "--features blob-toc"),
+        (batch != 0, "--batch-size"),
+        (args.encrypt, "--encrypt"),
+    ];
+    match impossible.iter().find(|(set, _)| *set) {
+        Some((_, what)) => bail!("`{what}` needs RAFS v6: use `--fs-version 6`"),
         None => Ok(()),
     }
 }

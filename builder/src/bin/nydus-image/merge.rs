@@ -43,6 +43,7 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
     Summary {
         bootstrap: &path.display().to_string(),
         blobs: &merged.blobs,
+        fs_version: merged.fs_version,
         compressor: merged.codec.name(),
         root: root.as_deref(),
         seconds: started.elapsed().as_secs_f64(),

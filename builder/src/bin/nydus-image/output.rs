@@ -155,6 +155,8 @@ pub struct Summary<'a> {
     pub bootstrap: &'a str,
     /// Ids of data blobs in table order.
     pub blobs: &'a [String],
+    /// Version of the format: 5 or 6.
+    pub fs_version: u32,
     /// Default compressor.
     pub compressor: &'a str,
     /// Image root digest, if the image has one.
@@ -174,7 +176,7 @@ impl Summary<'_> {
             "external_bootstrap": "",
             "external_blobs": [],
             "trace": { "consumed_time": { "total": self.seconds }, "registered_events": {} },
-            "fs_version": "6",
+            "fs_version": self.fs_version.to_string(),
             "compressor": self.compressor,
             "root": self.root,
         });
