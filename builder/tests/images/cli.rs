@@ -35,17 +35,39 @@ fn source() -> tempfile::TempDir {
 
 #[test]
 fn create_check_and_inspect_agree() {
+    agree("6");
+}
+
+#[test]
+fn create_check_and_inspect_agree_about_v5() {
+    agree("5");
+}
+
+fn agree(version: &str) {
     let dir = source();
     let at = dir.path();
-    let made =
-        run(at, &["create", "--log-level", "warn", "-B", "boot", "-D", "blobs", "-J", "out.json", "src"]);
+    let made = [
+        "create",
+        "--log-level",
+        "warn",
+        "-B",
+        "boot",
+        "-D",
+        "blobs",
+        "-J",
+        "out.json",
+        "-v",
+        version,
+        "src",
+    ];
+    let made = run(at, &made);
     assert_eq!((code(&made), text(&made.stderr)), (0, String::new()));
     let json: serde_json::Value =
         serde_json::from_slice(&std::fs::read(at.join("out.json")).unwrap()).unwrap();
     let blob = json["blobs"][0].as_str().unwrap();
     assert!(at.join("blobs").join(blob).exists());
     assert_eq!(json["bootstrap"], "boot");
-    assert_eq!((&json["fs_version"], &json["compressor"]), (&"6".into(), &"zstd".into()));
+    assert_eq!((&json["fs_version"], &json["compressor"]), (&version.into(), &"zstd".into()));
     let root = json["root"].as_str().unwrap();
 
     let checked = run(at, &["check", "-B", "boot", "-D", "blobs", "--source", "src", "--expect-root", root]);
@@ -177,7 +199,27 @@ fn usage_is_2_and_what_is_not_built_is_refused_by_name() {
         (&["create", "--chunk-size", "0x1800", "-B", "x", "-b", "y", "src"], 1, "power of two"),
         (&["create", "--batch-size", "0x1800", "-B", "x", "-b", "y", "src"], 1, "--batch-size"),
         (&["create", "--batch-size", "0x200000", "-B", "x", "-b", "y", "src"], 1, "--batch-size"),
-        (&["create", "--fs-version", "5", "-B", "x", "-b", "y", "src"], 1, "--fs-version 5"),
+        (
+            &["create", "-v", "5", "--features", "blob-toc", "-B", "x", "-b", "y", "src"],
+            1,
+            "`--features blob-toc`",
+        ),
+        (
+            &["create", "-v", "5", "--batch-size", "0x1000", "-B", "x", "-b", "y", "src"],
+            1,
+            "`--batch-size` needs",
+        ),
+        (&["create", "-v", "5", "--encrypt", "-B", "x", "-b", "y", "src"], 1, "`--encrypt` needs RAFS v6"),
+        (
+            &["create", "-v", "5", "--type", "targz-ref", "-B", "x", "-D", "y", "src"],
+            1,
+            "`targz-ref` needs RAFS v6",
+        ),
+        (
+            &["create", "-v", "5", "--type", "tar-tarfs", "-B", "x", "-D", "y", "src"],
+            1,
+            "`tar-tarfs` needs RAFS v6",
+        ),
         (&["create", "--chunk-dict", "bootstrap=z", "-B", "x", "-b", "y", "src"], 1, "--chunk-dict"),
         (&["create", "--prefetch-policy", "blob", "-B", "x", "-b", "y", "src"], 1, "--prefetch-policy blob"),
         (&["create", "-B", "x", "-b", "y", "nowhere"], 1, "nowhere"),
