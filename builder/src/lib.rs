@@ -21,6 +21,7 @@ pub mod pipeline;
 pub mod prefetch;
 pub mod progress;
 pub mod reference;
+pub mod restore;
 pub mod root;
 pub mod sink;
 pub mod source;

@@ -26,6 +26,7 @@ mod own_mount;
 mod preheat;
 mod promises;
 mod registries;
+mod restoring;
 mod retirement;
 mod rings;
 mod sandbox;

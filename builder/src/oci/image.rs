@@ -123,7 +123,7 @@ pub fn config(source: &SourceConfig, blobs: &[BlobLayer], bootstrap_diff_id: Dig
         item.insert("created".into(), created.clone());
     }
     item.insert("created_by".into(), json!("Nydus Converter"));
-    item.insert("comment".into(), json!("Nydus Bootstrap Layer"));
+    item.insert("comment".into(), json!(media::BOOTSTRAP_COMMENT));
     let history = document.entry("history").or_insert_with(|| json!([]));
     if history.is_null() {
         *history = json!([]);

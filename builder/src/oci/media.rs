@@ -9,6 +9,8 @@ pub use storage::oci::manifest::{OCI_INDEX, OCI_MANIFEST};
 pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 /// OCI layer, gzip.
 pub const OCI_LAYER_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+/// OCI layer, zstd.
+pub const OCI_LAYER_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 /// Docker image config.
 pub const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
 /// Docker layer, gzip.
@@ -23,13 +25,16 @@ pub const ANNOTATION_FS_VERSION: &str = "containerd.io/snapshot/nydus-fs-version
 /// On the manifest and the bootstrap layer: the image root digest.
 pub const ANNOTATION_ROOT_DIGEST: &str = "containerd.io/snapshot/nydus-root-digest";
 
+/// What the history says of the bootstrap layer.
+pub const BOOTSTRAP_COMMENT: &str = "Nydus Bootstrap Layer";
+
 /// True for a tar layer that can be converted: plain, gzip or zstd.
 pub fn is_layer(media_type: &str) -> bool {
     matches!(
         media_type,
         "application/vnd.oci.image.layer.v1.tar"
             | OCI_LAYER_GZIP
-            | "application/vnd.oci.image.layer.v1.tar+zstd"
+            | OCI_LAYER_ZSTD
             | "application/vnd.docker.image.rootfs.diff.tar"
             | DOCKER_LAYER_GZIP
             | "application/vnd.docker.image.rootfs.diff.tar.zstd"

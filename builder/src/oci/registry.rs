@@ -33,6 +33,18 @@ pub struct RegistryOptions {
     pub cancel: CancellationToken,
 }
 
+/// How to speak to the registry `host`.
+pub fn client_options(host: &str, options: &RegistryOptions) -> ClientOptions {
+    let mut client = ClientOptions::default();
+    // As Go's tools do: this machine is never reached through a proxy.
+    client.http.proxy_from_environment = !is_loopback(host);
+    client.http.ca_files.clone_from(&options.ca_files);
+    if options.plain_http {
+        client.scheme = Scheme::Http;
+    }
+    client
+}
+
 /// A repository of a registry, for blocking callers.
 #[derive(Clone)]
 pub struct Repository {
@@ -54,13 +66,7 @@ impl Repository {
         tune: impl FnOnce(&mut ClientOptions),
     ) -> Result<Self> {
         let reference: Reference = reference.parse()?;
-        let mut client = ClientOptions::default();
-        // As Go's tools do: this machine is never reached through a proxy.
-        client.http.proxy_from_environment = !is_loopback(reference.host());
-        client.http.ca_files.clone_from(&options.ca_files);
-        if options.plain_http {
-            client.scheme = Scheme::Http;
-        }
+        let mut client = client_options(reference.host(), options);
         tune(&mut client);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(RUNTIME_THREADS)

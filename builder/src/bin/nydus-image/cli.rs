@@ -45,7 +45,7 @@ pub enum Command {
     Check(Box<CheckArgs>),
     /// Answer questions about a bootstrap.
     Inspect(InspectArgs),
-    /// Convert an OCI image to a Nydus image.
+    /// Convert an OCI image to a Nydus image, or back.
     Convert(Box<ConvertArgs>),
     /// Write man pages and shell completions, as they are installed below share/.
     #[command(hide = true)]

@@ -11,6 +11,8 @@ use builder::oci::source::ImageSource;
 use builder::oci::target::Target;
 use builder::oci::transport::Transport;
 use builder::pipeline::{DataOptions, Placement};
+use builder::progress::Observer;
+use builder::restore::{self, LayerCodec, NydusSource, RestoreOptions};
 use clap::{ArgAction, Args};
 use serde_json::{Value, json};
 use storage::codec::Codec;
@@ -24,8 +26,9 @@ use crate::progress;
 /// latency, few enough to keep the memory of decompressors small.
 pub const DEFAULT_JOBS: usize = 4;
 
-/// Convert an OCI image to a Nydus image.
+/// Convert an OCI image to a Nydus image, or a Nydus image to a plain OCI image.
 ///
+/// What SOURCE is tells its manifest. A plain image has one layer with all that the Nydus image shows.
 /// Images are named as by skopeo: oci:PATH[:TAG], oci-archive:PATH[:TAG],
 /// docker://HOST/REPO[:TAG|@DIGEST], docker-archive:PATH (source only). Logins come from the
 /// files of docker and podman, proxies from HTTP_PROXY, HTTPS_PROXY and NO_PROXY.
@@ -33,7 +36,7 @@ pub const DEFAULT_JOBS: usize = 4;
 pub struct ConvertArgs {
     /// Image to convert
     source: Transport,
-    /// Where the Nydus image goes
+    /// Where the result goes
     target: Transport,
     /// Which image of an index, as OS/ARCH[/VARIANT] [default: this machine's]
     #[arg(long)]
@@ -47,6 +50,9 @@ pub struct ConvertArgs {
     /// Compressor of chunks: none, lz4_block or zstd
     #[arg(long, default_value = "zstd")]
     compressor: Codec,
+    /// Compressor of the layer of a plain image: gzip or zstd
+    #[arg(long, default_value = "gzip", value_parser = layer_codec)]
+    layer_compressor: LayerCodec,
     /// Digest of chunks: sha256 or blake3
     #[arg(long, default_value = "sha256")]
     digester: DigestAlgorithm,
@@ -65,6 +71,14 @@ pub struct ConvertArgs {
     /// Write the result as JSON to this file
     #[arg(short = 'J', long, value_name = "FILE")]
     output_json: Option<PathBuf>,
+}
+
+fn layer_codec(text: &str) -> std::result::Result<LayerCodec, String> {
+    match text {
+        "gzip" => Ok(LayerCodec::Gzip),
+        "zstd" => Ok(LayerCodec::Zstd),
+        _ => Err("want gzip or zstd".to_owned()),
+    }
 }
 
 fn on_or_off(text: &str) -> std::result::Result<bool, String> {
@@ -112,7 +126,13 @@ impl ConvertArgs {
             ca_files: self.ca_files.clone(),
             cancel: interrupt.token().clone(),
         };
-        let source = ImageSource::open(&self.source, self.platform.as_ref(), &registry)?;
+        let source = match ImageSource::open(&self.source, self.platform.as_ref(), &registry) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => match self.nydus_source(&registry)? {
+                Some(nydus) => return self.restore(&nydus, &registry, &*observer),
+                None => return Err(error.into()),
+            },
+            source => source?,
+        };
         let target = Target::open(&self.target, &registry)?;
         let options = ConvertOptions {
             data: DataOptions {
@@ -136,12 +156,65 @@ impl ConvertArgs {
             done => done?,
         };
         drop(observer);
-        if let Some(path) = &self.output_json {
-            let text = serde_json::to_string(&self.report(&converted))?;
-            std::fs::write(path, text).with_context(|| format!("--output-json {}", path.display()))?;
-        }
+        self.write_report(&self.report(&converted))?;
         self.print(&converted);
         Ok(())
+    }
+
+    /// The source as a Nydus image, if it is one.
+    fn nydus_source(&self, registry: &RegistryOptions) -> Result<Option<NydusSource>> {
+        if !matches!(self.source, Transport::Layout { .. } | Transport::Registry(_)) {
+            return Ok(None);
+        }
+        match NydusSource::open(&self.source.to_string(), self.platform.as_ref(), registry) {
+            Ok(source) => Ok(Some(source)),
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The other way: a plain image of a Nydus image.
+    fn restore(
+        &self,
+        source: &NydusSource,
+        registry: &RegistryOptions,
+        observer: &dyn Observer,
+    ) -> Result<()> {
+        let target = Target::open(&self.target, registry)?;
+        let options = RestoreOptions { codec: self.layer_compressor, observer, cancel: &registry.cancel };
+        let done = match restore::restore(source, target, &options) {
+            Err(error) if error.kind() == ErrorKind::Cancelled => {
+                bail!("interrupted: {} is as it was before", self.target)
+            }
+            done => done?,
+        };
+        if done.sockets > 0 {
+            tracing::warn!("left out, for a layer has none: {} sockets", done.sockets);
+        }
+        self.write_report(&json!({
+            "version": crate::version::describe(),
+            "source": self.source.to_string(),
+            "target": self.target.to_string(),
+            "manifest": format!("sha256:{}", done.manifest),
+            "entries": done.entries,
+            "layers": [{
+                "digest": format!("sha256:{}", done.layer),
+                "diff_id": format!("sha256:{}", done.diff_id),
+                "size": done.size,
+            }],
+            "size": done.size,
+        }))?;
+        println!("{}", self.target);
+        println!("manifest   sha256:{}", done.manifest);
+        println!("entries    {}", done.entries);
+        println!("size       {} bytes", done.size);
+        Ok(())
+    }
+
+    fn write_report(&self, report: &Value) -> Result<()> {
+        let Some(path) = &self.output_json else { return Ok(()) };
+        let text = serde_json::to_string(report)?;
+        std::fs::write(path, text).with_context(|| format!("--output-json {}", path.display()))
     }
 
     fn report(&self, done: &Converted) -> Value {
