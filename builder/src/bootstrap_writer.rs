@@ -50,6 +50,8 @@ pub struct Image<'a> {
     pub tarfs: bool,
     /// Set the xattr flag even if no inode has any, as merged bootstraps do.
     pub force_xattr_flag: bool,
+    /// Places of the blobs that are listed first, in this order, whether files use them or not.
+    pub kept: &'a [usize],
     /// Inodes of the prefetch table, in order.
     pub prefetch: &'a [InodeId],
 }
@@ -230,6 +232,9 @@ impl Numbering {
             rows: vec![u32::MAX; image.blobs.len()],
             file_offsets: vec![u64::MAX; image.chunks.chunk_count()],
         };
+        for &blob in image.kept {
+            this.list(blob, image.blobs.len())?;
+        }
         layout::in_number_order(image.tree, |id| this.file(image, image.tree.inode(id)))?;
         Ok(this)
     }
@@ -247,19 +252,26 @@ impl Numbering {
         for (position, &chunk) in chunks.iter().enumerate() {
             self.file_offsets[chunk.0 as usize] = position as u64 * u64::from(image.chunk_size);
             let blob = image.chunks.row(chunk).blob as usize;
-            let row = self.rows.get_mut(blob).ok_or_else(|| {
-                Error::bad_source(format!("a chunk names blob {blob} of {}", image.blobs.len()))
-            })?;
-            if *row == u32::MAX {
-                if self.order.len() == limits::MAX_BLOBS {
-                    return Err(Error::limit(format!(
-                        "more than {} blobs in one image; merge layers first",
-                        limits::MAX_BLOBS
-                    )));
-                }
-                *row = self.order.len() as u32;
-                self.order.push(blob);
+            self.list(blob, image.blobs.len())?;
+        }
+        Ok(())
+    }
+
+    /// Gives a blob the next row, unless it has one.
+    fn list(&mut self, blob: usize, count: usize) -> Result<()> {
+        let row = self
+            .rows
+            .get_mut(blob)
+            .ok_or_else(|| Error::bad_source(format!("a chunk names blob {blob} of {count}")))?;
+        if *row == u32::MAX {
+            if self.order.len() == limits::MAX_BLOBS {
+                return Err(Error::limit(format!(
+                    "more than {} blobs in one image; merge layers first",
+                    limits::MAX_BLOBS
+                )));
             }
+            *row = self.order.len() as u32;
+            self.order.push(blob);
         }
         Ok(())
     }

@@ -99,6 +99,8 @@ pub struct ChunkStore {
     is_encrypted: bool,
     /// Small chunks that share units, in order of their numbers.
     members: Vec<Member>,
+    /// The number of the first chunk: those below have the numbers before.
+    base: u32,
     segments: Vec<Vec<Row>>,
     len: u32,
     spans: Vec<Span>,
@@ -169,14 +171,14 @@ impl ChunkStore {
     /// Opens the next layer: chunks pushed from now on belong to its blob.
     pub(crate) fn open_layer(&mut self) {
         let blob = self.spans.last().map_or(0, |last| last.blob + u32::from(last.count > 0));
-        self.spans.push(Span { first: self.len, blob, ..Span::default() });
+        self.spans.push(Span { first: self.base + self.len, blob, ..Span::default() });
     }
 
     /// Adds a chunk to the blob of the layer opened last and gives it its place in the decoded
     /// space; where it is stored follows with [`Self::set_stored`].
     pub(crate) fn push(&mut self, digest: Digest, crc32: u32, uncompressed_size: u32) -> Result<ChunkId> {
         let limit = |what: String| Error::new(ErrorKind::Limit, what);
-        if self.len == u32::MAX {
+        if self.base.checked_add(self.len).is_none_or(|next| next == u32::MAX) {
             return Err(limit("more than 2^32 distinct chunks; use a larger chunk size".into()));
         }
         let span = self.spans.last_mut().expect("a layer is opened before chunks are pushed");
@@ -190,7 +192,7 @@ impl ChunkStore {
         }
         span.decoded_end = end;
         span.count += 1;
-        let id = ChunkId(self.len);
+        let id = ChunkId(self.base + self.len);
         if (self.len as usize).is_multiple_of(SEGMENT_ROWS) {
             self.segments.push(Vec::with_capacity(SEGMENT_ROWS));
         }
@@ -288,6 +290,11 @@ impl ChunkStore {
         &self.members[from..to]
     }
 
+    /// Numbers chunks from `base` on.
+    pub(crate) fn number_from(&mut self, base: u32) {
+        self.base = base;
+    }
+
     /// Says that stored bytes are encrypted.
     pub(crate) fn encrypted(&mut self) {
         self.is_encrypted = true;
@@ -300,11 +307,13 @@ impl ChunkStore {
     }
 
     fn row_mut(&mut self, id: ChunkId) -> &mut Row {
-        &mut self.segments[id.0 as usize / SEGMENT_ROWS][id.0 as usize % SEGMENT_ROWS]
+        let place = (id.0 - self.base) as usize;
+        &mut self.segments[place / SEGMENT_ROWS][place % SEGMENT_ROWS]
     }
 
     fn row(&self, id: ChunkId) -> &Row {
-        &self.segments[id.0 as usize / SEGMENT_ROWS][id.0 as usize % SEGMENT_ROWS]
+        let place = (id.0 - self.base) as usize;
+        &self.segments[place / SEGMENT_ROWS][place % SEGMENT_ROWS]
     }
 
     fn span(&self, layer: LayerIndex) -> Span {

@@ -330,6 +330,7 @@ impl Writer<'_> {
             explicit_ids: true,
             tarfs: false,
             force_xattr_flag: merged,
+            kept: &[],
             prefetch,
         })
     }

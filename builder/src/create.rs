@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
 
 use rafs::format::blob_table::BlobRecord;
 use storage::codec::Codec;
@@ -14,6 +15,8 @@ use crate::bootstrap_v5;
 use crate::bootstrap_writer::{self, Image};
 use crate::chunks::{BuiltContent, PackedContent};
 use crate::content::ChunkSource;
+use crate::layered::{Below, Layered};
+use crate::merge::shown_id;
 use crate::overlay::{self, WhiteoutSpec};
 use crate::pipeline::{DataOptions, Layer, LayerData, Placement, Session};
 use crate::prefetch::{self, Patterns};
@@ -77,8 +80,10 @@ pub struct BuiltLayer {
     pub bootstrap: Vec<u8>,
     /// The blob. Without chunks and without an inlined bootstrap nothing was written to it.
     pub blob: FinishedBlob,
-    /// True if the image has file data, so that the bootstrap names the blob.
+    /// True if the layer has file data of its own, so that the bootstrap names the blob.
     pub has_data: bool,
+    /// Names of the image's blobs in table order; `None` is the layer's own.
+    pub blobs: Vec<Option<String>>,
     /// Directory entries of the image with its root.
     pub entry_count: u64,
     /// Image root digest, computed from the source and its chunk digests.
@@ -91,19 +96,44 @@ pub struct BuiltLayer {
 /// Those of the source, of the format's limits, and of writing. `Invalid`: options that RAFS v5 has
 /// nothing for.
 pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSink) -> Result<BuiltLayer> {
+    build_layer_upon(source, options, None, sink)
+}
+
+/// [`build_layer`] upon what is there already: chunks of `below` are not stored again, and the
+/// image is the layer over the parent's tree.
+///
+/// # Errors
+/// Those of [`build_layer`], and of applying a layer to a tree. `Unsupported`: RAFS v5.
+pub fn build_layer_upon(
+    source: LayerSource<'_>,
+    options: &LayerOptions,
+    below: Option<Below>,
+    sink: BlobSink,
+) -> Result<BuiltLayer> {
     let beyond_v5 = options.toc || options.data.cipher.is_some() || options.data.batch_size != 0;
     if beyond_v5 && options.version != Version::V6 {
         return Err(Error::invalid("RAFS v5 has no table of content, no encryption and no batches"));
     }
-    let session = Session::new(options.data)?;
+    if below.is_some() && options.version != Version::V6 {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "a RAFS v5 layer upon a parent or a dictionary is not built yet; use --fs-version 6",
+        ));
+    }
+    let mut below = below;
+    let parent = below.as_mut().and_then(|below| below.parent.take());
+    let below = below.map(Arc::new);
+    let session = Session::upon(options.data, below.clone())?;
     let mut layer = session.layer(sink)?;
-    let (tree, first) =
-        match read(source, options.whiteouts, &options.prefetch, TarOptions::default(), &mut layer) {
-            Ok(read) => read,
-            Err(error) => {
-                return Err(layer.abort(error));
-            }
-        };
+    // With a parent, whiteouts have something to remove.
+    let whiteouts = if parent.is_some() { WhiteoutSpec::None } else { options.whiteouts };
+    let tar = TarOptions { links_below: parent.is_some(), ..TarOptions::default() };
+    let (mut tree, mut first) = match read(source, whiteouts, &options.prefetch, tar, &mut layer) {
+        Ok(read) => read,
+        Err(error) => {
+            return Err(layer.abort(error));
+        }
+    };
     layer.finish()?;
     let output = session.finish()?;
     let data = output
@@ -115,7 +145,16 @@ pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSi
         Version::V5 { .. } => Context::None,
         Version::V6 => context_of(&output.content, data.layer, &options.data),
     };
-    finish(Parts { tree: &tree, content: &output.content, data, first: &first, context }, options)
+    if let Some(below) = &below {
+        below.lift(&mut tree);
+    }
+    if let Some(mut parent) = parent {
+        overlay::apply(&mut parent, tree, options.whiteouts)?;
+        tree = parent;
+        first = options.prefetch.resolve(&tree);
+    }
+    let below = below.as_deref();
+    finish(Parts { tree: &tree, content: &output.content, below, data, first: &first, context }, options)
 }
 
 /// What the context of a layer with data of its own must say.
@@ -138,6 +177,7 @@ fn context_of(content: &BuiltContent, layer: LayerIndex, options: &DataOptions) 
 pub(crate) struct Parts<'a> {
     pub tree: &'a Tree,
     pub content: &'a BuiltContent,
+    pub below: Option<&'a Below>,
     pub data: LayerData,
     /// Inodes of the prefetch table.
     pub first: &'a [InodeId],
@@ -146,7 +186,7 @@ pub(crate) struct Parts<'a> {
 
 /// Writes what follows the chunk data, and the bootstrap.
 pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLayer> {
-    let Parts { tree, content, data, first, context } = parts;
+    let Parts { tree, content, below, data, first, context } = parts;
     let of_layer = content.chunks.of_layer(data.layer);
     let has_data = of_layer.len() > 0;
     let tarfs = options.data.placement == Placement::DecodedSpace;
@@ -166,21 +206,33 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
     let decoded_size = packed.as_ref().map_or(content.chunks.decoded_size(data.layer), |packed| packed.size);
     let rows = of_layer.map(|id| content.row(id));
     let writer = BlobWriter::new(data.sink, blob_options, decoded_size, rows, &context)?;
-    let write = |record: BlobRecord| {
+    let layered;
+    let chunks: &dyn ChunkSource = match (below, &packed) {
+        (Some(below), _) => {
+            layered = Layered { below, built: content };
+            &layered
+        }
+        (None, Some(packed)) => packed,
+        (None, None) => content,
+    };
+    let mut blobs = below.map_or_else(Vec::new, |below| below.chunks.blobs.clone());
+    let mut write = |record: BlobRecord| {
+        blobs.push(record);
         let write = match options.version {
             Version::V5 { .. } => bootstrap_v5::write,
             Version::V6 => bootstrap_writer::write,
         };
         write(&Image {
             tree,
-            chunks: packed.as_ref().map_or(content as &dyn ChunkSource, |packed| packed),
-            blobs: &[record],
+            chunks,
+            blobs: &blobs,
             chunk_size: options.data.chunk_size,
             codec: options.data.codec,
             digester: options.data.digester,
             explicit_ids: options.explicit_ids,
             tarfs,
             force_xattr_flag: false,
+            kept: below.map_or(&[], |below| &below.kept),
             prefetch: first,
         })
     };
@@ -194,14 +246,23 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
     };
     let root = image_root(
         tree,
-        content,
+        chunks,
         RootOptions {
             digester: options.data.digester,
             chunk_size: options.data.chunk_size,
             explicit_ids: options.explicit_ids,
         },
     )?;
-    Ok(BuiltLayer { bootstrap: bootstrap.bytes, blob, has_data, entry_count: bootstrap.entry_count, root })
+    let known = below.map_or(&[][..], |below| &below.chunks.blobs);
+    let blobs = bootstrap.blobs.iter().map(|&place| known.get(place).map(shown_id)).collect();
+    Ok(BuiltLayer {
+        bootstrap: bootstrap.bytes,
+        blob,
+        has_data,
+        blobs,
+        entry_count: bootstrap.entry_count,
+        root,
+    })
 }
 
 /// Reads layers, lowest first, into one tree, cutting and hashing their data but storing none:

@@ -12,6 +12,7 @@ mod dedup;
 pub mod error;
 pub mod hints;
 pub mod image;
+pub mod layered;
 pub mod layout;
 pub mod load;
 pub mod merge;

@@ -68,11 +68,17 @@ pub struct Merged {
 
 /// Merges `sources`, lowest first.
 ///
+/// Blobs of `dictionary` keep their names, whichever layer uses them.
+///
 /// # Errors
 /// `Inconsistent`: chunk size, version or owners' meaning differ, in v5 also the digester or the
 /// compressor. `Invalid`: no source.
 /// `Limit`, `Corrupt`: as [`crate::bootstrap_writer::write`] and [`LoadedChunks::load`].
-pub fn merge(sources: &[MergeSource], prefetch: &Patterns) -> Result<Merged> {
+pub fn merge(
+    sources: &[MergeSource],
+    dictionary: Option<&dyn Bootstrap>,
+    prefetch: &Patterns,
+) -> Result<Merged> {
     let (first, last) = match sources {
         [first, .., last] => (first, last),
         [only] => (only, only),
@@ -81,6 +87,9 @@ pub fn merge(sources: &[MergeSource], prefetch: &Patterns) -> Result<Merged> {
     let mut chunks = LoadedChunks::default();
     let mut merged: Option<Tree> = None;
     let mut named = HashMap::new();
+    for blob in dictionary.map_or(&[][..], Bootstrap::blobs) {
+        named.insert(blob.id.clone(), padded_id(blob.id.as_str()));
+    }
     for source in sources {
         consistent(first, source)?;
         let records = records(source, &mut named);
@@ -113,6 +122,7 @@ pub fn merge(sources: &[MergeSource], prefetch: &Patterns) -> Result<Merged> {
         explicit_ids: summary.flags.contains(ImageFlags::EXPLICIT_UID_GID),
         tarfs: summary.flags.contains(ImageFlags::TARFS_MODE),
         force_xattr_flag: true,
+        kept: &[],
         prefetch: &prefetch.resolve(&tree),
     })?;
     let options = RootOptions {
@@ -168,6 +178,17 @@ fn consistent(first: &MergeSource, other: &MergeSource) -> Result<()> {
     ))
 }
 
+/// The blob records of an image as another one holds them.
+pub(crate) fn carried_records(bootstrap: &dyn Bootstrap) -> Vec<BlobRecord> {
+    let carried = |blob: &rafs::bootstrap::Blob| {
+        let mut record = blob.record;
+        record.blob_id = padded_id(blob.id.as_str());
+        record.features = U32::new((blob.features - BlobFeatures::INLINED_FS_META).bits());
+        record
+    };
+    bootstrap.blobs().iter().map(carried).collect()
+}
+
 /// The blobs of a source with final names and what the caller knows put in. `named` has the final
 /// names of blobs that lower sources know, by the names they have there.
 fn records(source: &MergeSource, named: &mut HashMap<BlobId, [u8; 64]>) -> Vec<BlobRecord> {
@@ -179,19 +200,14 @@ fn records(source: &MergeSource, named: &mut HashMap<BlobId, [u8; 64]>) -> Vec<B
         [only] if !named.contains_key(&only.id) => Some(0),
         _ => None,
     });
-    let mut records = Vec::with_capacity(blobs.len());
-    for (n, blob) in blobs.iter().enumerate() {
-        let mut record = blob.record;
-        record.blob_id = padded_id(blob.id.as_str());
-        let features = blob.features - BlobFeatures::INLINED_FS_META;
-        record.features = U32::new(features.bits());
+    let mut records = carried_records(&*source.bootstrap);
+    for (n, (blob, record)) in blobs.iter().zip(&mut records).enumerate() {
         if own == Some(n) {
-            known(&mut record, features.contains(BlobFeatures::SEPARATE), &source.own);
+            known(record, blob.features.contains(BlobFeatures::SEPARATE), &source.own);
         } else if let Some(name) = named.get(&blob.id) {
             record.blob_id = *name;
         }
         named.entry(blob.id.clone()).or_insert(record.blob_id);
-        records.push(record);
     }
     records
 }

@@ -41,6 +41,7 @@ use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
 
 use crate::chunks::BuiltContent;
+use crate::layered::Below;
 use crate::sink::BlobSink;
 use crate::tree::LayerIndex;
 use crate::{Error, ErrorKind, Result};
@@ -152,8 +153,16 @@ impl Session {
     /// # Errors
     /// `Invalid`: an option is out of range. `Io`: a thread cannot be started.
     pub fn new(options: DataOptions) -> Result<Self> {
+        Self::upon(options, None)
+    }
+
+    /// The same for a layer that does not store the chunks of `below` again.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn upon(options: DataOptions, below: Option<Arc<Below>>) -> Result<Self> {
         let options = options.checked()?;
-        let hub = Arc::new(Hub::new(options));
+        let hub = Arc::new(Hub::new(options, below));
         let mut session = Self { hub: Arc::clone(&hub), workers: Vec::new(), committer: None };
         for number in 0..options.threads {
             let hub = Arc::clone(&hub);

@@ -120,7 +120,7 @@ pub fn build_reference(
         .next()
         .ok_or_else(|| Error::new(ErrorKind::Cancelled, "the build ended without its layer"))?;
     data.sink = sink;
-    let parts = Parts { tree: &tree, content: &output.content, data, first: &first, context };
+    let parts = Parts { tree: &tree, content: &output.content, below: None, data, first: &first, context };
     Ok(BuiltReference { layer: finish(parts, &options)?, source })
 }
 

@@ -316,7 +316,7 @@ fn the_bootstraps_in_the_blobs_merge_to_the_image() {
         let own = OwnBlob { size: Some(layer.size), ..OwnBlob::default() };
         sources.push(MergeSource { name, bootstrap, own });
     }
-    let merged = merge(&sources, &Patterns::default()).unwrap();
+    let merged = merge(&sources, None, &Patterns::default()).unwrap();
     assert_eq!((merged.root, merged.blobs), (Some(done.root), done.blobs));
 }
 

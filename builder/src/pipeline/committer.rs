@@ -52,6 +52,7 @@ pub(super) fn run(hub: &Hub) -> Option<Output> {
     if hub.options.cipher.is_some() {
         store.encrypted();
     }
+    store.number_from(hub.below.as_ref().map_or(0, |below| below.chunk_count()));
     let committer =
         Committer { hub, layers: Vec::new(), front: 0, store, index: DedupIndex::default(), finish: false };
     match catch_unwind(AssertUnwindSafe(|| committer.run())) {
@@ -147,6 +148,11 @@ impl Committer<'_> {
         for piece in &mut batch.buffer.pieces {
             if placement == Placement::DecodedSpace {
                 refs.push(self.store.push_at(piece.digest, piece.crc32, piece.len, piece.origin)?);
+                continue;
+            }
+            if let Some(id) = self.hub.below.as_ref().and_then(|b| b.find(&piece.digest, piece.len)) {
+                piece.state = PieceState::Known;
+                refs.push(id);
                 continue;
             }
             let id = match self.index.find(&self.store, &piece.digest, piece.len) {

@@ -6,13 +6,14 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use storage::digest::Digest;
 
 use super::DataOptions;
 use super::batch::{Batch, Buffer};
 use crate::chunks::FileRow;
+use crate::layered::Below;
 use crate::sink::BlobSink;
 use crate::tree::LayerIndex;
 use crate::{Error, ErrorKind, Result};
@@ -101,6 +102,8 @@ struct State {
 pub(super) struct Hub {
     pub options: DataOptions,
     pub limits: Limits,
+    /// Chunks that need not be stored.
+    pub below: Option<Arc<Below>>,
     state: Mutex<State>,
     /// `to_pack` or `to_hash` grew.
     work: Condvar,
@@ -113,8 +116,9 @@ pub(super) struct Hub {
 }
 
 impl Hub {
-    pub fn new(options: DataOptions) -> Self {
+    pub fn new(options: DataOptions, below: Option<Arc<Below>>) -> Self {
         Self {
+            below,
             limits: Limits::new(&options),
             options,
             state: Mutex::default(),

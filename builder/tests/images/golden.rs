@@ -1,11 +1,13 @@
 //! Images built from the golden sources against what the reference builder made of them.
 
 use crate::common::{assert_same, build, golden, options, sections, unpacked};
-use builder::create::{LayerOptions, LayerSource};
+use builder::create::{LayerOptions, LayerSource, build_layer_upon};
+use builder::layered::{Below, Common};
 use builder::merge::{MergeSource, OwnBlob, merge};
 use builder::overlay::WhiteoutSpec;
 use builder::pipeline::DataOptions;
 use builder::prefetch::Patterns;
+use builder::sink::BlobSink;
 use rafs::blob_context::{BlobContext, stored_range};
 use rafs::bootstrap::{Bootstrap, OpenOptions};
 use rafs::format::blob_context::Entry;
@@ -137,6 +139,42 @@ fn encrypted_images_are_as_in_the_reference() {
     }
 }
 
+/// Layers upon what is there already.
+#[test]
+fn chunks_below_are_not_stored_again() {
+    let Some(upper) = unpacked("upper") else { return };
+    let open = |variant: &str| {
+        rafs::bootstrap::open(&golden(&format!("{variant}/image.boot")), &OpenOptions::default()).unwrap()
+    };
+    for (variant, chunk_size, parent, own) in
+        [("parent", 0x10_0000, true, 1), ("chunkdict", 0x1000, false, 0)]
+    {
+        let options = options(Codec::Zstd, chunk_size);
+        let common = Common { chunk_size, digester: options.data.digester, explicit_ids: true };
+        let image = open(if parent { "default" } else { "zstd-4k" });
+        let below = match parent {
+            true => Below::load(None, Some(&*image), &common),
+            false => Below::load(Some(&*image), None, &common),
+        };
+        let sink = BlobSink::new("nowhere", std::io::sink());
+        let source = LayerSource::Directory(upper.path());
+        let built = build_layer_upon(source, &options, Some(below.unwrap()), sink).unwrap();
+        let reference = std::fs::read(golden(&format!("{variant}/image.boot"))).unwrap();
+        assert_same(variant, &without_stored_sizes(&built.bootstrap), &without_stored_sizes(&reference));
+        let named: Vec<_> = built.blobs.iter().map(Option::is_none).collect();
+        assert_eq!(named, [own == 0, own == 1]);
+        assert_eq!(built.blobs[1 - own].as_deref(), Some(image.blobs()[0].id.as_str()));
+        let opened = rafs::bootstrap::from_bytes(built.bootstrap, &OpenOptions::default()).unwrap();
+        assert_eq!(rafs::merkle::image_root(&*opened).unwrap(), built.root);
+    }
+    let other = Common { chunk_size: 0x1000, digester: DigestAlgorithm::Blake3, explicit_ids: true };
+    let error = Below::load(None, Some(&*open("default")), &other).err().unwrap();
+    assert_eq!(error.kind(), builder::ErrorKind::Inconsistent);
+    let other = Common { chunk_size: 0x10_0000, digester: DigestAlgorithm::Sha256, explicit_ids: true };
+    assert!(Below::load(None, Some(&*open("default")), &other).is_err());
+    assert!(Below::load(Some(&*open("default")), None, &other).is_ok(), "of no use, but no harm");
+}
+
 #[test]
 fn inlined_bootstraps_are_the_reference() {
     let with_toc = |source| (source, true, WhiteoutSpec::None, Patterns::everything());
@@ -184,7 +222,7 @@ fn layer_source(variant: &str) -> MergeSource {
 #[test]
 fn merged_bootstraps_are_byte_for_byte_the_reference() {
     let sources = [layer_source("inline-toc"), layer_source("upper-inline-toc")];
-    let merged = merge(&sources, &Patterns::everything()).unwrap();
+    let merged = merge(&sources, None, &Patterns::everything()).unwrap();
     let opened = rafs::bootstrap::from_bytes(merged.bootstrap.clone(), &OpenOptions::default()).unwrap();
     assert_eq!(Some(rafs::merkle::image_root(&*opened).unwrap()), merged.root);
     assert_same("merged", &merged.bootstrap, &std::fs::read(golden("merged/image.boot")).unwrap());
@@ -217,7 +255,7 @@ fn links_are_the_names_there_are_whatever_their_count_says() {
         },
         1,
     );
-    let root = |source| merge(&[source], &Patterns::default()).unwrap().root;
+    let root = |source| merge(&[source], None, &Patterns::default()).unwrap().root;
     assert_eq!(root(lying), root(intact));
 }
 
@@ -229,14 +267,14 @@ fn a_lower_layers_blob_keeps_its_name() {
         let digest = Some(storage::digest::Digest([byte; 32]));
         MergeSource { own: OwnBlob { digest, ..OwnBlob::default() }, ..changed(|_| 0, 0) }
     };
-    let merged = merge(&[named(1), named(2)], &Patterns::default()).unwrap();
+    let merged = merge(&[named(1), named(2)], None, &Patterns::default()).unwrap();
     assert_eq!(merged.blobs, ["01".repeat(32)]);
 }
 
 #[test]
 fn one_chunk_with_two_digests_is_refused() {
     let other = changed(|bootstrap| bootstrap.summary().chunk_table.0 as usize, 0xaa);
-    let error = merge(&[changed(|_| 0, 0), other], &Patterns::default()).err().unwrap();
+    let error = merge(&[changed(|_| 0, 0), other], None, &Patterns::default()).err().unwrap();
     assert_eq!(error.kind(), builder::ErrorKind::Corrupt);
     assert!(error.to_string().contains("another one than a lower bootstrap says"), "{error}");
 }

@@ -226,6 +226,7 @@ fn survives(write: fn(&Image<'_>) -> builder::Result<Bootstrap>) {
             digester: DigestAlgorithm::Blake3,
             explicit_ids: true,
             tarfs: false,
+            kept: &[],
             force_xattr_flag: false,
             prefetch: &[tree.root()],
         };
@@ -277,6 +278,7 @@ fn limits_are_clear_errors() {
         digester: DigestAlgorithm::Blake3,
         explicit_ids: true,
         tarfs: false,
+        kept: &[],
         force_xattr_flag: false,
         prefetch: &[],
     };

@@ -131,7 +131,7 @@ fn layer_source(variant: &str) -> MergeSource {
 #[test]
 fn merged_bootstraps_are_byte_for_byte_the_reference() {
     let sources = [layer_source("v5-inline"), layer_source("v5-upper-inline")];
-    let merged = merge(&sources, &Patterns::everything()).unwrap();
+    let merged = merge(&sources, None, &Patterns::everything()).unwrap();
     assert_eq!(merged.fs_version, 5);
     assert_same("v5-merged", &merged.bootstrap, &read("v5-merged/image.boot"));
 }
@@ -150,7 +150,7 @@ fn what_one_image_can_not_be_is_not_merged() {
         ("v5-default/image.boot", "v5-none-4k/image.boot", Some("chunk size")),
         ("v5-default/image.boot", "default/image.boot", Some("RAFS version")),
     ] {
-        let merged = merge(&[opened(lower), opened(upper)], &Patterns::default());
+        let merged = merge(&[opened(lower), opened(upper)], None, &Patterns::default());
         match why {
             // The upper tree hides the lower one: one compressor is left.
             None => assert_eq!(merged.unwrap().blobs.len(), 1),
@@ -169,11 +169,12 @@ fn what_one_image_can_not_be_is_not_merged() {
         let bootstrap = from_bytes(built.bootstrap, &OpenOptions::default()).unwrap();
         MergeSource { name: "new".into(), bootstrap, own: OwnBlob::default() }
     };
-    let error = merge(&[opened("v5-default/image.boot"), layer(Codec::Lz4Block)], &Patterns::default());
+    let error = merge(&[opened("v5-default/image.boot"), layer(Codec::Lz4Block)], None, &Patterns::default());
     let error = error.err().unwrap();
     assert!(error.kind() == ErrorKind::Inconsistent && error.to_string().contains("lz4_block"), "{error}");
     // Chunks stored as they are need no compressor, so the other layer's stays.
-    let merged = merge(&[opened("v5-default/image.boot"), layer(Codec::None)], &Patterns::default()).unwrap();
+    let merged =
+        merge(&[opened("v5-default/image.boot"), layer(Codec::None)], None, &Patterns::default()).unwrap();
     let image = from_bytes(merged.bootstrap, &OpenOptions::default()).unwrap();
     assert_eq!((image.summary().codec, image.blobs().len()), (Codec::Zstd, 2));
 }

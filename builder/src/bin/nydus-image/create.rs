@@ -7,13 +7,15 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
-use builder::create::{LayerOptions, LayerSource, Version, build_layer};
+use builder::create::{LayerOptions, LayerSource, Version, build_layer_upon};
+use builder::layered::{Below, Common};
 use builder::overlay;
 use builder::pipeline::{DataOptions, Placement};
 use builder::prefetch::Patterns;
 use builder::reference::{ReferenceKind, build_reference};
 use builder::root::check_written;
 use builder::sink::BlobSink;
+use rafs::bootstrap::OpenOptions;
 use rafs::format::limits;
 use storage::cipher::XtsKey;
 use storage::codec::Codec;
@@ -23,6 +25,7 @@ use storage::ids::BlobId;
 use crate::cli::{
     self, Compressor, ConversionType, CreateArgs, Digester, Feature, FsVersion, PrefetchPolicy, WhiteoutSpec,
 };
+use crate::merge::stem;
 use crate::output::{self, Output, Summary};
 
 /// Bytes gathered before a write to the blob.
@@ -42,7 +45,7 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     let sink =
         BlobSink::new(blob_output.name(), BufWriter::with_capacity(WRITE_BUFFER, blob_output.writer()?));
     let (built, reference) = match reference_kind(args.conversion) {
-        None => (build_layer(source(args)?, &options, sink)?, None),
+        None => (build_layer_upon(source(args)?, &options, below(args, &options)?, sink)?, None),
         Some(kind) => {
             let name = args.source.display().to_string();
             let input = File::open(&args.source).with_context(|| format!("open source {name}"))?;
@@ -78,7 +81,8 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
             .display()
             .to_string()
     };
-    let blobs = if built.has_data { vec![id] } else { Vec::new() };
+    let blobs: Vec<String> =
+        built.blobs.iter().map(|name| name.clone().unwrap_or_else(|| id.clone())).collect();
     let root = built.root.to_string();
     tracing::info!(
         "built {} entries, blob {} ({} bytes), root digest {root}",
@@ -96,6 +100,35 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     }
     .write(args.output_json.as_deref())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The images that the layer is built upon.
+fn below(args: &CreateArgs, options: &LayerOptions) -> anyhow::Result<Option<Below>> {
+    let open = |path: &Path| {
+        let id = BlobId::new(&stem(path)).ok();
+        rafs::bootstrap::open(path, &OpenOptions { inlined_blob_id: id })
+    };
+    let dictionary = args.chunk_dict.as_deref().map(dictionary_path).transpose()?;
+    let dictionary = dictionary.map(open).transpose().context("--chunk-dict")?;
+    let parent = args.parent_bootstrap.as_deref().map(open).transpose().context("--parent-bootstrap")?;
+    if dictionary.is_none() && parent.is_none() {
+        return Ok(None);
+    }
+    let common = Common {
+        chunk_size: options.data.chunk_size,
+        digester: options.data.digester,
+        explicit_ids: options.explicit_ids,
+    };
+    Ok(Some(Below::load(dictionary.as_deref(), parent.as_deref(), &common)?))
+}
+
+/// The file in `bootstrap=FILE`, or in `FILE`.
+pub fn dictionary_path(text: &str) -> anyhow::Result<&Path> {
+    match text.split_once('=') {
+        None => Ok(Path::new(text)),
+        Some(("bootstrap", path)) => Ok(Path::new(path)),
+        Some((kind, _)) => bail!("--chunk-dict {kind}=…: only bootstrap=FILE is known"),
+    }
 }
 
 /// What a reference type makes, `None` for the others.
@@ -220,12 +253,9 @@ fn refuse_unbuilt(args: &CreateArgs) -> anyhow::Result<()> {
     let offset = args.blob_offset.as_deref().map(|t| cli::number("--blob-offset", t)).transpose()?;
     let length = args.blob_data_size.as_deref().map(|t| cli::number("--blob-data-size", t)).transpose()?;
     let unbuilt = [
-        (args.chunk_dict.is_some(), "--chunk-dict"),
-        (args.parent_bootstrap.is_some(), "--parent-bootstrap"),
         (args.external_blob.is_some(), "--external-blob"),
         (args.blob_cache_dir.is_some(), "--blob-cache-dir"),
         (args.attributes.is_some(), "--attributes"),
-        (args.config.is_some(), "--config"),
         (args.blob_meta.is_some(), "--blob-meta"),
         (offset.unwrap_or(0) != 0, "--blob-offset"),
         (length.unwrap_or(0) != 0, "--blob-data-size"),

@@ -11,17 +11,13 @@ use rafs::bootstrap::OpenOptions;
 use storage::digest::Digest;
 use storage::ids::BlobId;
 
-use crate::cli::{self, MergeArgs};
-use crate::create::prefetch_patterns;
+use crate::cli::MergeArgs;
+use crate::create::{dictionary_path, prefetch_patterns};
 use crate::output::{self, Summary};
 
 /// Runs the command.
 pub fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    let unbuilt = [(args.chunk_dict.is_some(), "--chunk-dict"), (args.config.is_some(), "--config")];
-    if let Some((_, what)) = unbuilt.iter().find(|(set, _)| *set) {
-        return Err(cli::not_built(what));
-    }
     let owns = own_blobs(args)?;
     let mut sources = Vec::new();
     if let Some(parent) = &args.parent_bootstrap {
@@ -30,7 +26,12 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
     for (path, own) in args.sources.iter().zip(owns) {
         sources.push(source(path, own)?);
     }
-    let merged = merge(&sources, &prefetch_patterns(args.prefetch_policy)?)?;
+    let dictionary = args.chunk_dict.as_deref().map(dictionary_path).transpose()?;
+    let dictionary = dictionary
+        .map(|path| rafs::bootstrap::open(path, &OpenOptions::default()))
+        .transpose()
+        .context("--chunk-dict")?;
+    let merged = merge(&sources, dictionary.as_deref(), &prefetch_patterns(args.prefetch_policy)?)?;
     let path =
         output::write_bootstrap(args.bootstrap.as_deref(), args.blob_dir.as_deref(), &merged.bootstrap)?;
     let root = merged.root.map(|root| root.to_string());
@@ -64,7 +65,7 @@ fn source(path: &Path, own: OwnBlob) -> anyhow::Result<MergeSource> {
 }
 
 /// The file's name up to its first dot.
-fn stem(path: &Path) -> String {
+pub fn stem(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     name.split('.').next().unwrap_or_default().to_owned()
 }
