@@ -9,6 +9,7 @@ packages=(
   apache2-utils openssl           # htpasswd, a private CA
   buildah skopeo umoci mmdebstrap # real images, reference unpacks
   chromium                        # looks at pages that nydusctl draws
+  cryptsetup-bin                  # veritysetup, the judge of exported disks
   docker-registry                 # the registry
   erofs-utils squashfs-tools      # fsck.erofs, the builder's rival in the bench
   fuse3 python3 util-linux mount  # mounts, the second implementation of the root digest

@@ -10,6 +10,7 @@ pub mod convert;
 pub mod create;
 mod dedup;
 pub mod error;
+pub mod export;
 pub mod hints;
 pub mod image;
 pub mod layered;

@@ -8,6 +8,7 @@ use rafs::fs::{Rafs, RafsOptions};
 use storage::backend::{Backend, BlobSource, ReadContext};
 use storage::engine::Engine;
 use storage::extent::ChunkExtent;
+use storage::ids::ByteRange;
 use storage::read::OutagePolicy;
 use tokio_util::sync::CancellationToken;
 
@@ -73,6 +74,16 @@ impl ImageData {
     /// The tree, and where chunks lie.
     pub fn rafs(&self) -> &Rafs {
         &self.rafs
+    }
+
+    /// Bytes `range` of a blob as they are stored, not verified. The caller bounds the range.
+    ///
+    /// # Errors
+    /// `Corrupt`: there is no such blob. Those of the source.
+    pub fn read_stored(&self, blob: u32, range: ByteRange) -> Result<Vec<u8>> {
+        let backend = self.backends.get(blob as usize);
+        let backend = backend.ok_or_else(|| crate::Error::bad_source(format!("there is no blob {blob}")))?;
+        Ok(self.engine.fetch(&**backend, range, &read_context(&self.options.cancel))?)
     }
 
     /// The bytes of `chunks` (blob and extent), in that order, each verified.

@@ -2,6 +2,7 @@
 
 mod cli;
 mod common;
+mod export;
 mod golden;
 mod kernel;
 mod random;

@@ -77,6 +77,9 @@ fn every_kind_of_image_unpacks_to_its_tree() {
         "inline-old/layer.blob",
         "encrypt/image.boot",
         "zran/image.boot",
+        "v5/image.boot",
+        "v5-zstd-4k/image.boot",
+        "v5-inline/layer.blob",
     ] {
         let path = golden(variant);
         let opened = builder::image::open(&path).unwrap();

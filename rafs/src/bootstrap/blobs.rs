@@ -43,7 +43,7 @@ pub fn parse(
     let mut mapped: Vec<(u64, u64)> = Vec::with_capacity(table.len());
     for (index, (record, slot)) in table.iter().zip(slots).enumerate() {
         let name = |e: Error| e.context(format_args!("blob {index}"));
-        let blob =
+        let mut blob =
             Blob::from_record(record, index as u32, header.summary.chunk_size, inlined).map_err(name)?;
         let tarfs = header.summary.flags.contains(ImageFlags::TARFS_MODE);
         if blob.features.contains(BlobFeatures::TARFS) != tarfs {
@@ -63,6 +63,7 @@ pub fn parse(
         }
         let start = u64::from(slot.mapped_blkaddr.get());
         mapped.push((start, start + blocks));
+        blob.flat_offset = Some(start * block_size);
         blobs.push(blob);
     }
     let chunks: u64 = blobs.iter().map(|blob| u64::from(blob.chunk_count)).sum();
@@ -186,6 +187,7 @@ impl Blob {
                 compressed_size,
                 data_size,
                 decoded_size,
+                flat_offset: None,
                 unverified_chunks: 0,
                 cipher,
                 record: *record,

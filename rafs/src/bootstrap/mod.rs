@@ -168,6 +168,9 @@ pub struct Blob {
     pub data_size: u64,
     /// Length of the decoded space.
     pub decoded_size: u64,
+    /// Byte on a flat device where the decoded space starts; `None` in formats that know no such
+    /// device.
+    pub flat_offset: Option<u64>,
     /// Chunk indexes of files whose chunk has no record, hence no digest.
     pub unverified_chunks: u64,
     /// The blob that holds the context, if it is not this one: the data is an original layer.

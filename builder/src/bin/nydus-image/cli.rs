@@ -8,6 +8,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 
 use crate::convert::ConvertArgs;
+use crate::export::ExportArgs;
 use crate::unpack::UnpackArgs;
 pub use crate::values::{
     Compressor, ConversionType, Digester, Feature, FsVersion, LogLevel, PrefetchPolicy, WhiteoutSpec, number,
@@ -60,9 +61,8 @@ pub enum Command {
     /// Not built yet.
     #[command(hide = true)]
     Optimize(Unbuilt),
-    /// Not built yet.
-    #[command(hide = true)]
-    Export(Unbuilt),
+    /// Write an image as a disk that a kernel mounts.
+    Export(Box<ExportArgs>),
     /// Not built yet.
     #[command(hide = true)]
     Stat(Unbuilt),

@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail};
 use builder::image::{self, DataOptions, ImageData, Opened};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
+use serde_json::Value;
 use storage::backend::localfs::LocalFs;
 use storage::backend::{Backend, BlobSource};
 use storage::config::{BackendConfig, KINDS};
@@ -165,6 +166,60 @@ impl BlobSource for OneBlob {
 
 fn only(blob: Option<PathBuf>, count: usize) -> Option<PathBuf> {
     blob.filter(|_| count == 1)
+}
+
+/// The blobs in `dir`, named by their ids.
+pub fn directory(dir: &Path) -> anyhow::Result<Arc<dyn BlobSource>> {
+    Ok(Arc::new(LocalFs::new(Some(dir.to_owned()), Vec::new(), None)?))
+}
+
+/// A blob entry as clients of the daemon write it: where an image's bootstrap and blobs are.
+pub struct BlobEntry {
+    /// The bootstrap, if the entry names one.
+    pub bootstrap: Option<PathBuf>,
+    /// Where the blobs are.
+    pub backend: BackendConfig,
+}
+
+impl BlobEntry {
+    /// Reads an entry, or a list with one entry of type `bootstrap`, from the file `path`.
+    pub fn load(path: &Path) -> anyhow::Result<Self> {
+        let document: Value = serde_json::from_str(&read_config(path)?)
+            .with_context(|| format!("{}: not valid JSON", path.display()))?;
+        Self::parse(&document).with_context(|| format!("blob entry {}", path.display()))
+    }
+
+    fn parse(document: &Value) -> anyhow::Result<Self> {
+        let entry = match document.get("blobs").and_then(Value::as_array) {
+            Some(list) => {
+                let mut bootstraps = list.iter().filter(|entry| entry["type"] == "bootstrap");
+                match (bootstraps.next(), bootstraps.next()) {
+                    (Some(only), None) => only,
+                    _ => bail!("`blobs`: want one entry of type bootstrap"),
+                }
+            }
+            None => document,
+        };
+        let (config, kind, fields) = match (entry.get("config_v2"), entry.get("config")) {
+            (Some(config), _) => {
+                let backend = &config["backend"];
+                let kind = backend["type"].as_str().context("`config_v2.backend.type` is required")?;
+                (config, kind, &backend[kind])
+            }
+            (None, Some(config)) => {
+                let kind = config["backend_type"].as_str().context("`config.backend_type` is required")?;
+                (config, kind, &config["backend_config"])
+            }
+            (None, None) => bail!("one of `config` and `config_v2` is required"),
+        };
+        let mut warnings = Vec::new();
+        let backend = BackendConfig::from_fields(kind, fields.clone(), &mut warnings)?;
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        let bootstrap = config["metadata_path"].as_str().filter(|path| !path.is_empty()).map(PathBuf::from);
+        Ok(Self { bootstrap, backend })
+    }
 }
 
 fn read_config(path: &Path) -> anyhow::Result<String> {

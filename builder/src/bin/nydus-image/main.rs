@@ -8,6 +8,7 @@ mod cli;
 mod convert;
 mod create;
 mod data;
+mod export;
 mod inspect;
 mod interrupt;
 mod logging;
@@ -83,7 +84,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Chunkdict(_) => Err(cli::not_built("chunkdict")),
         Command::Optimize(_) => Err(cli::not_built("optimize")),
-        Command::Export(_) => Err(cli::not_built("export")),
+        Command::Export(args) => export::run(&args),
         Command::Stat(_) => Err(cli::not_built("stat")),
         Command::Compact(_) => Err(cli::not_built("compact")),
         Command::Unpack(args) => unpack::run(&args),

@@ -109,6 +109,7 @@ fn describe(id: BlobId, index: u32, row: Option<&ExtendedBlob>, header: &Header)
         compressed_size: 0,
         data_size: 0,
         decoded_size: 0,
+        flat_offset: None,
         unverified_chunks: 0,
         context_id: None,
         cipher: Cipher::None,
