@@ -9,7 +9,6 @@
 //! v6 inodes are numbered; the records lie in another order, each directory directly before all
 //! that is below it.
 
-use rafs::format::blob_table::BlobRecord;
 use rafs::format::chunk::ChunkInfo;
 use rafs::format::features::{ChunkFlags, ImageFlags};
 use rafs::format::limits::{MAX_BOOTSTRAP_SIZE, MAX_DEPTH};
@@ -43,7 +42,7 @@ pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
     }
     let numbering = Numbering::of(image)?;
     let slots = Slots::of(image.tree)?;
-    let (names, rows) = blob_tables(&numbering, image.blobs);
+    let (names, rows) = blob_tables(&numbering, image);
     let count = slots.by_slot.len() as u64;
     let prefetch_table = SUPERBLOCK_SIZE + a8(4 * count);
     let blob_table = prefetch_table + a8(4 * image.prefetch.len() as u64);
@@ -119,15 +118,16 @@ fn record_size(inode: &Inode, name: usize, chunk_size: u32) -> u64 {
 }
 
 /// Blob table with its padding, and extended blob table.
-fn blob_tables(numbering: &Numbering, blobs: &[BlobRecord]) -> (Vec<u8>, Vec<ExtendedBlob>) {
+fn blob_tables(numbering: &Numbering, image: &Image<'_>) -> (Vec<u8>, Vec<ExtendedBlob>) {
     let (mut names, mut rows) = (Vec::new(), Vec::with_capacity(numbering.order.len()));
     for &source in &numbering.order {
-        let record = &blobs[source];
+        let record = &image.blobs[source];
         if !names.is_empty() {
             names.push(0);
         }
-        // Where prefetch files lie in the blob: readers have no use for it.
-        names.extend_from_slice(&[0; 8]);
+        // Where prefetch files lie in the blob: from its start.
+        names.extend_from_slice(&[0; 4]);
+        names.extend_from_slice(&image.prefetch_sizes.get(source).copied().unwrap_or(0).to_le_bytes());
         names.extend(record.blob_id.iter().take_while(|&&byte| byte != 0));
         rows.push(ExtendedBlob {
             chunk_count: record.chunk_count,

@@ -54,6 +54,9 @@ pub struct Image<'a> {
     pub kept: &'a [usize],
     /// Inodes of the prefetch table, in order.
     pub prefetch: &'a [InodeId],
+    /// RAFS v5: stored bytes of prefetch files at the start of each of [`Image::blobs`]; 0 where there
+    /// is none.
+    pub prefetch_sizes: &'a [u32],
 }
 
 impl Image<'_> {

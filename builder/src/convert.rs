@@ -332,6 +332,7 @@ impl Writer<'_> {
             force_xattr_flag: merged,
             kept: &[],
             prefetch,
+            prefetch_sizes: &[],
         })
     }
 }

@@ -1,6 +1,6 @@
 //! One layer in, one blob and one bootstrap out.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ use crate::root::{RootOptions, image_root};
 use crate::sink::BlobSink;
 use crate::source::dir;
 use crate::source::tar::{self, TarOptions};
-use crate::tree::{InodeId, LayerIndex, Tree};
+use crate::tree::{Content, InodeId, LayerIndex, Tree};
 use crate::{Error, ErrorKind, Result};
 
 /// The version of the format, and what only one of them leaves open.
@@ -55,8 +55,11 @@ pub struct LayerOptions {
     /// What marks removed entries. With no layer below, a directory source loses them; a tar
     /// source keeps them, to be merged later.
     pub whiteouts: WhiteoutSpec,
-    /// Patterns of the prefetch table.
+    /// Patterns of prefetch files, whose data comes first in the blob of a directory. A tar stream
+    /// is not reordered.
     pub prefetch: Patterns,
+    /// Write the prefetch table (policy `fs`). Without it, v5 says how much of the blob such files take.
+    pub prefetch_table: bool,
     /// False stores owners as 0 and says so (`--repeatable`).
     pub explicit_ids: bool,
 }
@@ -204,6 +207,10 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
         _ => None,
     };
     let decoded_size = packed.as_ref().map_or(content.chunks.decoded_size(data.layer), |packed| packed.size);
+    let prefetch_size = match options.version {
+        Version::V5 { .. } if !options.prefetch_table => prefetch_size(tree, content, first)?,
+        _ => 0,
+    };
     let rows = of_layer.map(|id| content.row(id));
     let writer = BlobWriter::new(data.sink, blob_options, decoded_size, rows, &context)?;
     let layered;
@@ -216,6 +223,8 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
         (None, None) => content,
     };
     let mut blobs = below.map_or_else(Vec::new, |below| below.chunks.blobs.clone());
+    let mut prefetch_sizes = vec![0; blobs.len()];
+    prefetch_sizes.push(prefetch_size);
     let mut write = |record: BlobRecord| {
         blobs.push(record);
         let write = match options.version {
@@ -233,7 +242,8 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
             tarfs,
             force_xattr_flag: false,
             kept: below.map_or(&[], |below| &below.kept),
-            prefetch: first,
+            prefetch: if options.prefetch_table { first } else { &[] },
+            prefetch_sizes: &prefetch_sizes,
         })
     };
     let (bootstrap, blob) = if options.inline_bootstrap {
@@ -262,6 +272,31 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
         blobs,
         entry_count: bootstrap.entry_count,
         root,
+    })
+}
+
+/// Stored bytes at the start of the blob that are chunks of `first` and what lies below.
+fn prefetch_size(tree: &Tree, content: &BuiltContent, first: &[InodeId]) -> Result<u32> {
+    let mut chunks = HashSet::new();
+    for id in prefetch::below(tree, first) {
+        if let Content::Regular { file, .. } = tree.inode(id).content {
+            chunks.extend(content.file_chunks(file).iter().copied());
+        }
+    }
+    let mut places: Vec<_> = chunks.into_iter().map(|id| content.row(id)).collect();
+    places.sort_unstable_by_key(|row| row.compressed_offset);
+    let mut end = 0;
+    for row in places {
+        // In the order of a tar other data may come first or between.
+        if row.compressed_offset != end {
+            break;
+        }
+        end += u64::from(row.compressed_size);
+    }
+    u32::try_from(end).map_err(|_| {
+        Error::limit(format!(
+            "prefetch files take {end} bytes of the blob, RAFS v5 can state 4 GiB; name fewer files"
+        ))
     })
 }
 

@@ -124,6 +124,7 @@ pub fn merge(
         force_xattr_flag: true,
         kept: &[],
         prefetch: &prefetch.resolve(&tree),
+        prefetch_sizes: &[],
     })?;
     let options = RootOptions {
         digester: summary.digester,

@@ -79,6 +79,12 @@ fn covers(dir: &[u8], path: &[u8]) -> bool {
 /// order, then all others in the order of inode numbers. This is the order of data in a blob
 /// made from a directory.
 pub fn file_order(tree: &Tree, first: &[InodeId]) -> Vec<InodeId> {
+    let all: Vec<_> = first.iter().copied().chain([tree.root()]).collect();
+    below(tree, &all)
+}
+
+/// The regular files among `starts` and below, each once, in that order.
+pub fn below(tree: &Tree, starts: &[InodeId]) -> Vec<InodeId> {
     let mut order = Vec::new();
     let mut seen = vec![false; tree.inode_count()];
     let mut add = |start: InodeId| {
@@ -90,10 +96,9 @@ pub fn file_order(tree: &Tree, first: &[InodeId]) -> Vec<InodeId> {
             Ok(())
         });
     };
-    for &id in first {
+    for &id in starts {
         add(id);
     }
-    add(tree.root());
     order
 }
 

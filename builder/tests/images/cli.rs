@@ -222,7 +222,6 @@ fn usage_is_2_and_what_is_not_built_is_refused_by_name() {
         ),
         (&["create", "--chunk-dict", "bootstrap=z", "-B", "x", "-b", "y", "src"], 1, "--chunk-dict"),
         (&["create", "--chunk-dict", "what=z", "-B", "x", "-b", "y", "src"], 1, "only bootstrap=FILE"),
-        (&["create", "--prefetch-policy", "blob", "-B", "x", "-b", "y", "src"], 1, "--prefetch-policy blob"),
         (&["create", "-B", "x", "-b", "y", "nowhere"], 1, "nowhere"),
         (&["unpack", "-B", "x", "--output", "y"], 1, "open x"),
         (&["merge", "-B", "x", "--blob-sizes", "1,2", "src"], 1, "--blob-sizes"),

@@ -58,6 +58,7 @@ pub fn options(codec: Codec, chunk_size: u32) -> LayerOptions {
         blob_id: None,
         whiteouts: WhiteoutSpec::Oci,
         prefetch: Patterns::default(),
+        prefetch_table: true,
         explicit_ids: true,
     }
 }

@@ -229,6 +229,7 @@ fn survives(write: fn(&Image<'_>) -> builder::Result<Bootstrap>) {
             kept: &[],
             force_xattr_flag: false,
             prefetch: &[tree.root()],
+            prefetch_sizes: &[],
         };
         let written = write(&image).unwrap();
         assert_eq!(written.bytes, write(&image).unwrap().bytes);
@@ -281,6 +282,7 @@ fn limits_are_clear_errors() {
         kept: &[],
         force_xattr_flag: false,
         prefetch: &[],
+        prefetch_sizes: &[],
     };
     let error = bootstrap_writer::write(&image).unwrap_err();
     assert_eq!(error.kind(), builder::ErrorKind::Limit);

@@ -31,6 +31,28 @@ fn uncompressed_images_are_byte_for_byte_the_reference() {
     assert_same("v5-none-1m", &built.bootstrap, &read("v5-none-1m/image.boot"));
 }
 
+/// The table of blobs says how many bytes at the start are prefetch files'.
+#[test]
+fn prefetch_files_at_the_start_of_the_blob_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, len) in [("a", 5000), ("b", 700), ("c", 30)] {
+        std::fs::write(dir.path().join(name), name.repeat(len)).unwrap();
+    }
+    let stated = |prefetch_table, version| {
+        let prefetch = Patterns::read(&b"/c\n/b\n"[..]).unwrap();
+        let options = LayerOptions { prefetch, prefetch_table, version, ..v5(Codec::None, 0x10_0000) };
+        let (built, blob) = build(LayerSource::Directory(dir.path()), &options);
+        assert!(blob.starts_with("c".repeat(30).as_bytes()) && blob[30..].starts_with(b"bbb"));
+        let opened = from_bytes(built.bootstrap.clone(), &OpenOptions::default()).unwrap();
+        assert_eq!(opened.prefetch().len(), if prefetch_table { 2 } else { 0 });
+        let at = opened.summary().blob_table.0 as usize + 4;
+        u32::from_le_bytes(built.bootstrap[at..at + 4].try_into().unwrap())
+    };
+    assert_eq!(stated(true, Version::V5 { aligned: false }), 0);
+    assert_eq!(stated(false, Version::V5 { aligned: false }), 730);
+    stated(false, Version::V6);
+}
+
 /// Sets everything to zero that follows from how well a codec library compresses.
 fn without_stored_sizes(boot: &[u8]) -> Vec<u8> {
     let mut out = boot.to_vec();
@@ -70,7 +92,8 @@ fn compressed_images_differ_in_stored_sizes_only() {
         ("v5-zstd-4k", v5(Codec::Zstd, 0x1000)),
         ("v5-lz4-1m", v5(Codec::Lz4Block, 0x10_0000)),
         ("v5-lz4-4k", v5(Codec::Lz4Block, 0x1000)),
-        ("v5-prefetch", LayerOptions { prefetch, ..v5(Codec::Zstd, 0x10_0000) }),
+        ("v5-prefetch", LayerOptions { prefetch: prefetch.clone(), ..v5(Codec::Zstd, 0x10_0000) }),
+        ("v5-prefetch-blob", LayerOptions { prefetch, prefetch_table: false, ..v5(Codec::Zstd, 0x10_0000) }),
         ("v5-aligned", {
             let version = Version::V5 { aligned: true };
             LayerOptions { version, ..options(Codec::Lz4Block, 0x1000) }
@@ -216,4 +239,29 @@ fn both_names_of_a_file_with_xattrs_have_them() {
     assert_eq!(find(b"first"), find(b"second"));
     assert_eq!(tree.attr(find(b"second")).unwrap().nlink, 2);
     assert_eq!(image.getxattr(find(b"second"), b"user.x").unwrap(), Some(&b"value"[..]));
+}
+
+/// The archive of an image says nothing of its version.
+#[test]
+fn both_versions_unpack_to_the_same_archive() {
+    let dir = tempfile::tempdir().unwrap();
+    let unpack = |arguments: &[&std::ffi::OsStr]| {
+        let archive = dir.path().join("archive.tar");
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_nydus-image"))
+            .args(["unpack", "--log-level", "warn", "--output"])
+            .arg(&archive)
+            .args(arguments)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        DigestAlgorithm::Sha256.digest(&std::fs::read(&archive).unwrap())
+    };
+    let image = |variant: &str| {
+        let file = |name: &str| golden(&format!("{variant}/{name}")).into_os_string();
+        unpack(&["-B".as_ref(), &file("image.boot"), "--blob".as_ref(), &file("image.blob")])
+    };
+    let v6 = image("default");
+    assert_eq!(image("v5-default"), v6);
+    assert_eq!(image("v5-none-4k"), v6);
+    assert_eq!(unpack(&[golden("v5-inline/layer.blob").as_os_str()]), v6);
 }

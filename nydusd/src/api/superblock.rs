@@ -1,12 +1,13 @@
 //! `GET /api/v1/daemon/backend`: what the superblock of a mounted image says (contract 3.6).
 //!
-//! The names are those of both RAFS formats; what v6 does not have is 0.
+//! The names are those of both RAFS formats; what the image's version does not have is 0.
 
 use std::time::Duration;
 
 use rafs::format::blob_table::BlobRecord;
 use rafs::format::chunk::ChunkInfo;
 use rafs::format::superblock::{DEVICE_TABLE_OFFSET, EROFS_MAGIC, Superblock};
+use rafs::format::v5;
 use serde::Serialize;
 
 use super::reply::Reply;
@@ -77,7 +78,7 @@ fn describe(mount: &Mount) -> Description {
     let bootstrap = mount.rafs().bootstrap();
     let summary = bootstrap.summary();
     let blobs = bootstrap.blobs().len() as u64;
-    Description {
+    let description = Description {
         magic: EROFS_MAGIC,
         version: VERSION_6,
         sb_size: size_of::<Superblock>() as u32,
@@ -103,5 +104,24 @@ fn describe(mount: &Mount) -> Description {
         root_nid: bootstrap.root().0,
         chunk_table_offset: summary.chunk_table.0,
         chunk_table_size: summary.chunk_table.1 * size_of::<ChunkInfo>() as u64,
+    };
+    match summary.v5 {
+        None => description,
+        Some(tables) => Description {
+            magic: v5::MAGIC,
+            version: v5::VERSION,
+            sb_size: v5::SUPERBLOCK_SIZE as u32,
+            inodes_count: tables.inodes,
+            inode_table_entries: tables.inode_table.1,
+            inode_table_offset: tables.inode_table.0,
+            blob_table_size: tables.blob_table_size,
+            extended_blob_table_offset: tables.extended_blob_table.0,
+            extended_blob_table_entries: tables.extended_blob_table.1,
+            blob_device_table_count: 0,
+            blob_device_table_offset: 0,
+            root_nid: 0,
+            chunk_table_size: 0,
+            ..description
+        },
     }
 }

@@ -261,6 +261,9 @@ fn v5_images_are_shown_as_listed() {
         let mut daemon = site.start(&[]);
         assert_eq!(walk(&site.mount()) + 1, compare_but(&site.mount(), listing, None, true), "{variant}");
         let cache = daemon.get("/api/v1/metrics/blobcache");
+        let backend = daemon.get("/api/v1/daemon/backend?mountpoint=/");
+        assert_eq!((&backend["magic"], &backend["version"]), (&0x5241_4653.into(), &0x500.into()));
+        assert_eq!(backend["inode_table_offset"], 8192);
         if blobs.len() == 1 {
             assert_eq!(cache["fetched_chunks"], cache["chunks_total"], "{variant}: each chunk once");
         }

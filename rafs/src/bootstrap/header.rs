@@ -120,6 +120,7 @@ impl Header {
                 prefetch_table: tables.prefetch,
                 has_xattrs: flags.contains(ImageFlags::HAS_XATTR),
                 bootstrap_size: len,
+                v5: None,
             },
             root: Nid(u64::from(sb.root_nid.get())),
             build_time: (sb.build_time.get() as i64, sb.build_time_nsec.get().min(999_999_999)),

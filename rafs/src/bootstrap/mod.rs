@@ -211,6 +211,21 @@ pub struct Summary {
     pub has_xattrs: bool,
     /// Length of the bootstrap.
     pub bootstrap_size: u64,
+    /// What only the superblock of RAFS v5 says.
+    pub v5: Option<V5Tables>,
+}
+
+/// Counts and places of tables that RAFS v5 alone has.
+#[derive(Clone, Copy, Debug)]
+pub struct V5Tables {
+    /// Distinct inodes as stated.
+    pub inodes: u64,
+    /// Byte offset of the inode table and its number of slots.
+    pub inode_table: (u64, u32),
+    /// Bytes of the blob table.
+    pub blob_table_size: u64,
+    /// Byte offset of the extended blob table and its number of rows.
+    pub extended_blob_table: (u64, u32),
 }
 
 /// A chunk of a file: which blob, which chunk of it.

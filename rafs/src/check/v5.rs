@@ -30,9 +30,8 @@ pub fn check(bootstrap: &V5, faults: &mut Faults) -> Result<Counts> {
         };
         faults.report(Error::corrupt(format!("inode {slot} at {}: {why}", record.offset)))?;
     }
-    faults.require(inodes == bootstrap.stated_inodes(), || {
-        format!("superblock: {} inodes, the image has {inodes}", bootstrap.stated_inodes())
-    })?;
+    let stated = summary.v5.map_or(0, |tables| tables.inodes);
+    faults.require(inodes == stated, || format!("superblock: {stated} inodes, the image has {inodes}"))?;
     let listed = bootstrap.prefetch_table();
     for (place, ino) in listed.iter().enumerate().take_while(|(_, ino)| ino.get() != 0) {
         faults.require(bootstrap.attr(Nid(ino.get().into())).is_ok(), || {

@@ -195,16 +195,16 @@ fn options(args: &CreateArgs) -> anyhow::Result<LayerOptions> {
             WhiteoutSpec::None => overlay::WhiteoutSpec::None,
         },
         prefetch: prefetch_patterns(args.prefetch_policy)?,
+        prefetch_table: args.prefetch_policy == PrefetchPolicy::Fs,
         explicit_ids: !args.repeatable,
     })
 }
 
-/// The patterns on stdin, which is read for policy `fs` only.
+/// The patterns on stdin, which is not read without a policy.
 pub fn prefetch_patterns(policy: PrefetchPolicy) -> anyhow::Result<Patterns> {
     match policy {
         PrefetchPolicy::None => Ok(Patterns::default()),
-        PrefetchPolicy::Fs => Ok(Patterns::read(std::io::stdin().lock())?),
-        PrefetchPolicy::Blob => Err(cli::not_built("--prefetch-policy blob")),
+        PrefetchPolicy::Fs | PrefetchPolicy::Blob => Ok(Patterns::read(std::io::stdin().lock())?),
     }
 }
 
@@ -259,7 +259,6 @@ fn refuse_unbuilt(args: &CreateArgs) -> anyhow::Result<()> {
         (args.blob_meta.is_some(), "--blob-meta"),
         (offset.unwrap_or(0) != 0, "--blob-offset"),
         (length.unwrap_or(0) != 0, "--blob-data-size"),
-        (args.prefetch_policy == PrefetchPolicy::Blob, "--prefetch-policy blob"),
     ];
     match unbuilt.iter().find(|(set, _)| *set) {
         Some((_, what)) => Err(cli::not_built(what)),

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use super::super::Summary;
 use super::super::bytes::record;
 use super::super::faults::Faults;
 use super::super::header::{algorithms, image_flags, unsupported};
+use super::super::{Summary, V5Tables};
 use crate::format::features::ImageFlags;
 use crate::format::limits;
 use crate::format::v5::{ALIGNMENT, ExtendedBlob, Inode, SUPERBLOCK_SIZE, Superblock, VERSION};
@@ -20,8 +20,6 @@ pub struct Header {
     pub inode_table: u64,
     /// Slots, at least 1.
     pub entries: u32,
-    /// Distinct inodes as stated.
-    pub inodes: u64,
     /// Byte and length of the blob table.
     pub blob_table: (u64, u64),
     /// Byte and rows of the extended blob table; no rows if there is none.
@@ -118,10 +116,15 @@ impl Header {
                 prefetch_table: (prefetch_table.start, prefetch_entries),
                 has_xattrs: flags.contains(ImageFlags::HAS_XATTR),
                 bootstrap_size: len,
+                v5: Some(V5Tables {
+                    inodes,
+                    inode_table: (inode_table.start, entries),
+                    blob_table_size: blob_size,
+                    extended_blob_table: (reserved[4].start, rows as u32),
+                }),
             },
             inode_table: inode_table.start,
             entries,
-            inodes,
             blob_table: (reserved[3].start, blob_size),
             extended: (reserved[4].start, rows),
             reserved,

@@ -56,11 +56,6 @@ impl V5 {
         self.validated.header.entries
     }
 
-    /// Distinct inodes as the superblock states them.
-    pub fn stated_inodes(&self) -> u64 {
-        self.validated.header.inodes
-    }
-
     /// The record in `slot`, 1 to [`V5::slots`].
     ///
     /// # Errors
