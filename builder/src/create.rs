@@ -106,7 +106,8 @@ pub fn build_layer(source: LayerSource<'_>, options: &LayerOptions, sink: BlobSi
 /// image is the layer over the parent's tree.
 ///
 /// # Errors
-/// Those of [`build_layer`], and of applying a layer to a tree. `Unsupported`: RAFS v5.
+/// Those of [`build_layer`], and of applying a layer to a tree. `Inconsistent`: RAFS v5, and chunks
+/// below that are compressed in another way.
 pub fn build_layer_upon(
     source: LayerSource<'_>,
     options: &LayerOptions,
@@ -116,12 +117,6 @@ pub fn build_layer_upon(
     let beyond_v5 = options.toc || options.data.cipher.is_some() || options.data.batch_size != 0;
     if beyond_v5 && options.version != Version::V6 {
         return Err(Error::invalid("RAFS v5 has no table of content, no encryption and no batches"));
-    }
-    if below.is_some() && options.version != Version::V6 {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            "a RAFS v5 layer upon a parent or a dictionary is not built yet; use --fs-version 6",
-        ));
     }
     let mut below = below;
     let parent = below.as_mut().and_then(|below| below.parent.take());
@@ -207,22 +202,27 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
         _ => None,
     };
     let decoded_size = packed.as_ref().map_or(content.chunks.decoded_size(data.layer), |packed| packed.size);
+    let built: &dyn ChunkSource = match &packed {
+        Some(packed) => packed,
+        None => content,
+    };
+    let layered;
+    let chunks = match below {
+        Some(below) => {
+            layered = Layered { below, built };
+            &layered
+        }
+        None => built,
+    };
+    let mut blobs = below.map_or_else(Vec::new, |below| below.chunks.blobs.clone());
     let prefetch_size = match options.version {
-        Version::V5 { .. } if !options.prefetch_table => prefetch_size(tree, content, first)?,
+        Version::V5 { .. } if !options.prefetch_table => {
+            prefetch_size(tree, chunks, first, blobs.len() as u32)?
+        }
         _ => 0,
     };
     let rows = of_layer.map(|id| content.row(id));
     let writer = BlobWriter::new(data.sink, blob_options, decoded_size, rows, &context)?;
-    let layered;
-    let chunks: &dyn ChunkSource = match (below, &packed) {
-        (Some(below), _) => {
-            layered = Layered { below, built: content };
-            &layered
-        }
-        (None, Some(packed)) => packed,
-        (None, None) => content,
-    };
-    let mut blobs = below.map_or_else(Vec::new, |below| below.chunks.blobs.clone());
     let mut prefetch_sizes = vec![0; blobs.len()];
     prefetch_sizes.push(prefetch_size);
     let mut write = |record: BlobRecord| {
@@ -275,15 +275,16 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
     })
 }
 
-/// Stored bytes at the start of the blob that are chunks of `first` and what lies below.
-fn prefetch_size(tree: &Tree, content: &BuiltContent, first: &[InodeId]) -> Result<u32> {
+/// Stored bytes at the start of the blob in place `own` that are chunks of `first` and what lies below.
+fn prefetch_size(tree: &Tree, content: &dyn ChunkSource, first: &[InodeId], own: u32) -> Result<u32> {
     let mut chunks = HashSet::new();
     for id in prefetch::below(tree, first) {
         if let Content::Regular { file, .. } = tree.inode(id).content {
             chunks.extend(content.file_chunks(file).iter().copied());
         }
     }
-    let mut places: Vec<_> = chunks.into_iter().map(|id| content.row(id)).collect();
+    let mut places: Vec<_> =
+        chunks.into_iter().map(|id| content.row(id)).filter(|row| row.blob == own).collect();
     places.sort_unstable_by_key(|row| row.compressed_offset);
     let mut end = 0;
     for row in places {

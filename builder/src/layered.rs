@@ -6,7 +6,6 @@ use rafs::bootstrap::Bootstrap;
 use rafs::format::features::{BlobFeatures, ImageFlags};
 use storage::digest::{Digest, DigestAlgorithm};
 
-use crate::chunks::BuiltContent;
 use crate::content::{ChunkId, ChunkRow, ChunkSource};
 use crate::load::LoadedChunks;
 use crate::merge::carried_records;
@@ -16,6 +15,8 @@ use crate::{Error, ErrorKind, Result};
 /// What the images below must have in common with the layer.
 #[derive(Clone, Copy, Debug)]
 pub struct Common {
+    /// Version of the format: 5 or 6.
+    pub fs_version: u32,
     /// Bytes of a chunk.
     pub chunk_size: u32,
     /// Digest of chunks.
@@ -127,7 +128,7 @@ impl Below {
 /// Chunks below, then those of the layer.
 pub(crate) struct Layered<'a> {
     pub below: &'a Below,
-    pub built: &'a BuiltContent,
+    pub built: &'a dyn ChunkSource,
 }
 
 impl ChunkSource for Layered<'_> {
@@ -155,8 +156,8 @@ fn agrees(what: &str, bootstrap: &dyn Bootstrap, common: &Common) -> Result<()> 
     let summary = bootstrap.summary();
     let explicit_ids = summary.flags.contains(ImageFlags::EXPLICIT_UID_GID);
     let tar = bootstrap.blobs().iter().any(|blob| blob.features.contains(BlobFeatures::TARFS));
-    let differs = if summary.fs_version != 6 {
-        format!("is RAFS version {}, the layer 6", summary.fs_version)
+    let differs = if summary.fs_version != common.fs_version {
+        format!("is RAFS version {}, the layer {}", summary.fs_version, common.fs_version)
     } else if summary.chunk_size != common.chunk_size {
         format!("has chunks of {:#x}, the layer of {:#x}", summary.chunk_size, common.chunk_size)
     } else if explicit_ids != common.explicit_ids {

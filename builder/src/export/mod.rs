@@ -48,6 +48,12 @@ pub struct Disk {
 pub fn export(image: &ImageData, bootstrap: &mut File, disk: &File, verity: bool) -> Result<Disk> {
     let tree = image.rafs().bootstrap();
     let summary = tree.summary();
+    if summary.fs_version != 6 {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("no kernel mounts RAFS v{}: only RAFS v6 images can be exported", summary.fs_version),
+        ));
+    }
     let block_size = summary.block_size;
     let mut size = copy_bootstrap(bootstrap, disk)?;
     if size != summary.bootstrap_size {

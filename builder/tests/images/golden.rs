@@ -150,7 +150,8 @@ fn chunks_below_are_not_stored_again() {
         [("parent", 0x10_0000, true, 1), ("chunkdict", 0x1000, false, 0)]
     {
         let options = options(Codec::Zstd, chunk_size);
-        let common = Common { chunk_size, digester: options.data.digester, explicit_ids: true };
+        let common =
+            Common { fs_version: 6, chunk_size, digester: options.data.digester, explicit_ids: true };
         let image = open(if parent { "default" } else { "zstd-4k" });
         let below = match parent {
             true => Below::load(None, Some(&*image), &common),
@@ -167,10 +168,16 @@ fn chunks_below_are_not_stored_again() {
         let opened = rafs::bootstrap::from_bytes(built.bootstrap, &OpenOptions::default()).unwrap();
         assert_eq!(rafs::merkle::image_root(&*opened).unwrap(), built.root);
     }
-    let other = Common { chunk_size: 0x1000, digester: DigestAlgorithm::Blake3, explicit_ids: true };
+    let other =
+        Common { fs_version: 6, chunk_size: 0x1000, digester: DigestAlgorithm::Blake3, explicit_ids: true };
     let error = Below::load(None, Some(&*open("default")), &other).err().unwrap();
     assert_eq!(error.kind(), builder::ErrorKind::Inconsistent);
-    let other = Common { chunk_size: 0x10_0000, digester: DigestAlgorithm::Sha256, explicit_ids: true };
+    let other = Common {
+        fs_version: 6,
+        chunk_size: 0x10_0000,
+        digester: DigestAlgorithm::Sha256,
+        explicit_ids: true,
+    };
     assert!(Below::load(None, Some(&*open("default")), &other).is_err());
     assert!(Below::load(Some(&*open("default")), None, &other).is_ok(), "of no use, but no harm");
 }

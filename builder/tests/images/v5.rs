@@ -1,10 +1,12 @@
 //! RAFS v5 images built from the golden sources against what the reference builder made of them.
 
 use builder::ErrorKind;
-use builder::create::{LayerOptions, LayerSource, Version};
+use builder::create::{LayerOptions, LayerSource, Version, build_layer_upon};
+use builder::layered::{Below, Common};
 use builder::merge::{MergeSource, OwnBlob, merge};
 use builder::overlay::WhiteoutSpec;
 use builder::prefetch::Patterns;
+use builder::sink::BlobSink;
 use rafs::bootstrap::{OpenOptions, from_bytes};
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
@@ -264,4 +266,35 @@ fn both_versions_unpack_to_the_same_archive() {
     assert_eq!(image("v5-default"), v6);
     assert_eq!(image("v5-none-4k"), v6);
     assert_eq!(unpack(&[golden("v5-inline/layer.blob").as_os_str()]), v6);
+}
+
+#[test]
+fn builds_upon_other_images_differ_in_stored_sizes_only() {
+    let Some(upper) = unpacked("upper") else { return };
+    let open =
+        |variant: &str| from_bytes(read(&format!("{variant}/image.boot")), &OpenOptions::default()).unwrap();
+    let build = |codec, chunk_size, below: &str, parent: bool| {
+        let options = v5(codec, chunk_size);
+        let common =
+            Common { fs_version: 5, chunk_size, digester: options.data.digester, explicit_ids: true };
+        let image = open(below);
+        let (dictionary, parent) = if parent { (None, Some(&*image)) } else { (Some(&*image), None) };
+        let below = Below::load(dictionary, parent, &common)?;
+        let sink = BlobSink::new("nowhere", std::io::sink());
+        build_layer_upon(LayerSource::Directory(upper.path()), &options, Some(below), sink)
+    };
+    for (variant, below, chunk_size, parent) in
+        [("v5-parent", "v5-default", 0x10_0000, true), ("v5-chunkdict", "v5-zstd-4k", 0x1000, false)]
+    {
+        let built = build(Codec::Zstd, chunk_size, below, parent).unwrap();
+        let reference = read(&format!("{variant}/image.boot"));
+        assert_same(variant, &without_stored_sizes(&built.bootstrap), &without_stored_sizes(&reference));
+        let opened = from_bytes(built.bootstrap, &OpenOptions::default()).unwrap();
+        assert_eq!(rafs::merkle::image_root(&*opened).unwrap(), built.root);
+    }
+    // The reference builder writes an image that can not be read.
+    let mixed = build(Codec::Lz4Block, 0x10_0000, "v5-default", true).err().unwrap();
+    assert!(mixed.kind() == ErrorKind::Inconsistent && mixed.to_string().contains("lz4_block"), "{mixed}");
+    let version = build(Codec::Zstd, 0x10_0000, "default", true).err().unwrap();
+    assert!(version.to_string().contains("RAFS version 6"), "{version}");
 }

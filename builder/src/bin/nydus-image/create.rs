@@ -115,6 +115,7 @@ fn below(args: &CreateArgs, options: &LayerOptions) -> anyhow::Result<Option<Bel
         return Ok(None);
     }
     let common = Common {
+        fs_version: if options.version == Version::V6 { 6 } else { 5 },
         chunk_size: options.data.chunk_size,
         digester: options.data.digester,
         explicit_ids: options.explicit_ids,
