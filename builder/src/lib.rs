@@ -27,6 +27,7 @@ pub mod restore;
 pub mod root;
 pub mod sink;
 pub mod source;
+pub mod stat;
 pub mod tree;
 pub mod unpack;
 

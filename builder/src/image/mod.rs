@@ -14,5 +14,5 @@ mod stream;
 
 pub use data::{DataOptions, ImageData};
 pub use files::FileChunks;
-pub use open::{Opened, open};
+pub use open::{Opened, blob_id, inside, open};
 pub use stream::ChunkStream;

@@ -7,5 +7,6 @@ mod golden;
 mod kernel;
 mod random;
 mod reference;
+mod stat;
 mod unpack;
 mod v5;

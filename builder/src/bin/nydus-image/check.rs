@@ -16,6 +16,7 @@ use anyhow::{Context as _, bail};
 use builder::chunks::BuiltContent;
 use builder::compare::{CompareOptions, Side, compare};
 use builder::create::{LayerSource, read_layers};
+use builder::image;
 use builder::load::LoadedChunks;
 use builder::oci::read::read_tree;
 use builder::oci::registry::RegistryOptions;
@@ -95,15 +96,10 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
 
 /// Names every broken rule of the bootstrap; opens it if there is none.
 fn structure(path: &Path) -> anyhow::Result<Option<Arc<dyn Bootstrap>>> {
-    let mut bytes = Vec::new();
-    let file = File::open(path).with_context(|| format!("open bootstrap {}", path.display()))?;
-    file.take(MAX_BOOTSTRAP_SIZE + 1)
-        .read_to_end(&mut bytes)
-        .with_context(|| format!("read bootstrap {}", path.display()))?;
-    if bytes.len() as u64 > MAX_BOOTSTRAP_SIZE {
-        bail!("{} is larger than {MAX_BOOTSTRAP_SIZE} bytes: not a bootstrap", path.display());
-    }
-    let options = OpenOptions::default();
+    let (bytes, options) = match image::inside(path)? {
+        Some(bytes) => (bytes, OpenOptions { inlined_blob_id: image::blob_id(path) }),
+        None => (read_bootstrap(path)?, OpenOptions::default()),
+    };
     let report = rafs::check::structure(bytes.clone(), &options)
         .with_context(|| format!("check {}", path.display()))?;
     for fault in report.faults.iter().take(SHOWN) {
@@ -117,6 +113,18 @@ fn structure(path: &Path) -> anyhow::Result<Option<Arc<dyn Bootstrap>>> {
         return Ok(None);
     }
     Ok(Some(Arc::from(rafs::bootstrap::from_bytes(bytes, &options)?)))
+}
+
+fn read_bootstrap(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).with_context(|| format!("open bootstrap {}", path.display()))?;
+    file.take(MAX_BOOTSTRAP_SIZE + 1)
+        .read_to_end(&mut bytes)
+        .with_context(|| format!("read bootstrap {}", path.display()))?;
+    if bytes.len() as u64 > MAX_BOOTSTRAP_SIZE {
+        bail!("{} is larger than {MAX_BOOTSTRAP_SIZE} bytes: not a bootstrap", path.display());
+    }
+    Ok(bytes)
 }
 
 fn describe(bootstrap: &dyn Bootstrap) -> anyhow::Result<String> {

@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::convert::ConvertArgs;
 use crate::export::ExportArgs;
+use crate::stat::StatArgs;
 use crate::unpack::UnpackArgs;
 pub use crate::values::{
     Compressor, ConversionType, Digester, Feature, FsVersion, LogLevel, PrefetchPolicy, WhiteoutSpec, number,
@@ -63,9 +64,8 @@ pub enum Command {
     Optimize(Unbuilt),
     /// Write an image as a disk that a kernel mounts.
     Export(Box<ExportArgs>),
-    /// Not built yet.
-    #[command(hide = true)]
-    Stat(Unbuilt),
+    /// Tell where the bytes of images are, and what they have in common.
+    Stat(StatArgs),
     /// Not built yet.
     #[command(hide = true)]
     Compact(Unbuilt),

@@ -9,11 +9,11 @@ use std::ops::ControlFlow;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, anyhow};
-use rafs::bootstrap::{Attr, Bootstrap, FileType, Nid, OpenOptions};
+use rafs::bootstrap::{Attr, Bootstrap, FileType, Nid};
 use serde_json::json;
 
 use crate::cli::{self, InspectArgs};
-use crate::output;
+use crate::{data, output};
 
 const HELP: &str = "\
 stats          number of inodes, as JSON
@@ -33,7 +33,7 @@ pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
         return Err(cli::not_built("--config"));
     }
     let path = args.bootstrap().context("no bootstrap given")?;
-    let bootstrap = rafs::bootstrap::open(path, &OpenOptions::default())?;
+    let bootstrap = data::open_bootstrap(path)?.bootstrap;
     let mut session = Session { path: vec![(Vec::new(), bootstrap.root())], bootstrap: &*bootstrap };
     match &args.request {
         Some(request) => session.single(request.trim()),

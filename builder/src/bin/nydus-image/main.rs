@@ -17,6 +17,7 @@ mod output;
 #[path = "../../../../misc/pages.rs"]
 mod pages;
 mod progress;
+mod stat;
 mod unpack;
 mod values;
 mod version;
@@ -85,7 +86,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Chunkdict(_) => Err(cli::not_built("chunkdict")),
         Command::Optimize(_) => Err(cli::not_built("optimize")),
         Command::Export(args) => export::run(&args),
-        Command::Stat(_) => Err(cli::not_built("stat")),
+        Command::Stat(args) => stat::run(&args),
         Command::Compact(_) => Err(cli::not_built("compact")),
         Command::Unpack(args) => unpack::run(&args),
     }
