@@ -25,6 +25,7 @@ mod outages;
 mod own_mount;
 mod preheat;
 mod promises;
+mod references;
 mod registries;
 mod restoring;
 mod retirement;

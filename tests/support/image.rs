@@ -286,7 +286,9 @@ impl Image {
         Ok(match self.compression {
             Compression::Plain => ("application/vnd.oci.image.layer.v1.tar", tar),
             Compression::Gzip => {
-                let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                // The fastest level makes one block of all, which nothing can refer into.
+                let level = flate2::Compression::new(2);
+                let mut encoder = flate2::write::GzEncoder::new(Vec::new(), level);
                 encoder.write_all(&tar)?;
                 ("application/vnd.oci.image.layer.v1.tar+gzip", encoder.finish()?)
             }

@@ -153,7 +153,7 @@ pub struct CreateArgs {
     #[arg(long, value_name = "chunk-size", default_value = "0x100000")]
     pub chunk_size: String,
 
-    /// Bytes of a unit of small chunks, 0 or a power of two (not built yet but for 0).
+    /// Compress files smaller than half of this together: 0, or a power of two up to the chunk size.
     #[arg(long, value_name = "batch-size", default_value = "0")]
     pub batch_size: String,
 
@@ -165,7 +165,7 @@ pub struct CreateArgs {
     #[arg(long, value_name = "digester", default_value = "blake3")]
     pub digester: Digester,
 
-    /// Backend configuration for chunk dictionaries and parents (not built yet).
+    /// Accepted; dictionaries and parents are read from their bootstraps alone.
     #[arg(short = 'C', long, value_name = "config")]
     pub config: Option<PathBuf>,
 
@@ -177,11 +177,11 @@ pub struct CreateArgs {
     #[arg(long, value_name = "features", value_delimiter = ',')]
     pub features: Vec<Feature>,
 
-    /// Chunks known from other images (not built yet).
+    /// Image whose chunks are not stored again, as bootstrap=FILE or FILE.
     #[arg(long, value_name = "chunk-dict")]
     pub chunk_dict: Option<String>,
 
-    /// Build as upper layer of this bootstrap (not built yet).
+    /// Build as upper layer of this bootstrap.
     #[arg(long, value_name = "parent-bootstrap")]
     pub parent_bootstrap: Option<PathBuf>,
 
@@ -209,7 +209,7 @@ pub struct CreateArgs {
     #[arg(short = 'J', long, value_name = "output-json")]
     pub output_json: Option<PathBuf>,
 
-    /// Encrypt blob data and context (not built yet).
+    /// Encrypt blob data and context; the key lies in the bootstrap.
     #[arg(short = 'E', long)]
     pub encrypt: bool,
 
@@ -249,7 +249,7 @@ pub struct MergeArgs {
     #[arg(long, value_name = "parent-bootstrap")]
     pub parent_bootstrap: Option<PathBuf>,
 
-    /// Chunks known from other images (not built yet).
+    /// Image whose chunks are not stored again, as bootstrap=FILE or FILE.
     #[arg(long, value_name = "chunk-dict")]
     pub chunk_dict: Option<String>,
 
@@ -261,7 +261,7 @@ pub struct MergeArgs {
     #[arg(short = 'J', long, value_name = "output-json")]
     pub output_json: Option<PathBuf>,
 
-    /// Backend configuration for chunk dictionaries (not built yet).
+    /// Accepted; dictionaries are read from their bootstraps alone.
     #[arg(short = 'C', long, value_name = "config")]
     pub config: Option<PathBuf>,
 

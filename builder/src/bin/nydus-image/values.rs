@@ -30,19 +30,19 @@ pub enum ConversionType {
     /// Tar stream compressed with gzip.
     #[value(name = "targz-rafs")]
     TargzRafs,
-    /// eStargz (not built yet).
+    /// eStargz.
     #[value(name = "estargz-rafs")]
     EstargzRafs,
-    /// Reference to a tar.gz (not built yet).
+    /// Reference to a tar, plain or compressed with gzip.
     #[value(name = "targz-ref")]
     TargzRef,
-    /// Reference to an eStargz (not built yet).
+    /// Reference to an eStargz.
     #[value(name = "estargz-ref")]
     EstargzRef,
     /// Reference by stargz index (not built yet).
     #[value(name = "estargztoc-ref", alias = "stargz_index")]
     EstargztocRef,
-    /// Reference to a plain tar with 512-byte blocks (not built yet).
+    /// Reference to a plain tar, in blocks of 512 bytes.
     #[value(name = "tar-tarfs")]
     TarTarfs,
 }
@@ -82,7 +82,7 @@ pub enum Digester {
 pub enum PrefetchPolicy {
     /// A table in the bootstrap; patterns are read from stdin, one path a line.
     Fs,
-    /// Prefetched data first in the blob (not built yet).
+    /// Prefetched data first in the blob; patterns are read from stdin.
     Blob,
     /// None; stdin is not read.
     None,
@@ -102,7 +102,7 @@ pub enum WhiteoutSpec {
 /// Versions of the format on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FsVersion {
-    /// RAFS v5 (not built yet).
+    /// RAFS v5.
     #[value(name = "5")]
     V5,
     /// RAFS v6.
