@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rafs::blob_file::BlobFile;
 use rafs::bootstrap::{Bootstrap, OpenOptions, from_bytes};
 use rafs::format::tar_header;
-use rafs::{Error, ErrorKind, Result};
+use rafs::{Error, Result};
 use storage::digest::{Digest, DigestAlgorithm};
 use storage::ids::{BlobId, ByteRange};
 use support::{GoldenImage, expected, golden_bytes};
@@ -87,14 +87,17 @@ fn written_tar_headers_are_those_of_the_reference() {
     assert_eq!(tar_header::write("image.boot", boot.stored.len()), blob[at..at + 512]);
 }
 
+/// The blob that holds the context of an original layer is the one that holds the bootstrap; who
+/// does not say which that is has no context.
 #[test]
-fn reference_mode_images_are_refused_by_name() {
+fn a_reference_takes_its_context_from_the_blob_it_came_from() {
     let blob = golden_bytes("zran-inline/layer.blob");
     let file = BlobFile::read(blob.len() as u64, &mut reader(&blob)).unwrap();
     let boot = file.bootstrap(&mut reader(&blob)).unwrap();
-    let error = from_bytes(boot, &OpenOptions::default()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert!(error.to_string().contains("zran"), "{error}");
+    let opened = |id| from_bytes(boot.clone(), &OpenOptions { inlined_blob_id: id }).unwrap();
+    let id = storage::ids::BlobId::new("some-name").unwrap();
+    assert_eq!(opened(None).blobs()[0].context_id, None);
+    assert_eq!(opened(Some(id.clone())).blobs()[0].context_id, Some(id));
 }
 
 /// Any damaged byte of bootstrap, table or headers is noticed; damage elsewhere is not hidden
