@@ -57,7 +57,7 @@ pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
     sb.sb_size = U32::new(SUPERBLOCK_SIZE as u32);
     sb.chunk_size = U32::new(image.chunk_size);
     let codec = one_codec(image, &numbering)?;
-    let flags = flags(&Image { codec, force_xattr_flag: false, ..*image }, false);
+    let flags = flags(&Image { codec, force_xattr_flag: false, ..*image }, false, false);
     sb.flags = U64::new((flags - ImageFlags::ENCRYPTION_NONE).bits());
     sb.inodes_count = U64::new(slots.inodes);
     sb.inode_table_offset = U64::new(SUPERBLOCK_SIZE);

@@ -154,8 +154,10 @@ pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
     out.put(superblock::SUPERBLOCK_OFFSET as u64, &sb);
 
     let digests_inline = features & BlobFeatures::INLINED_CHUNK_DIGEST.bits() != 0;
+    let is_encrypted = |&blob: &usize| image.blobs[blob].features.get() & BlobFeatures::ENCRYPTED.bits() != 0;
+    let encrypted = numbering.order.iter().any(is_encrypted);
     let mut ext = ExtSuperblock::new_zeroed();
-    ext.flags = U64::new(flags(image, digests_inline).bits());
+    ext.flags = U64::new(flags(image, digests_inline, encrypted).bits());
     ext.blob_table_offset = U64::new(table_offset);
     ext.blob_table_size = U32::new(table_size as u32);
     ext.chunk_size = U32::new(image.chunk_size);
@@ -189,9 +191,8 @@ fn block_number(blocks: u64) -> Result<U32> {
 }
 
 /// Superblock flags of `image`.
-pub(crate) fn flags(image: &Image<'_>, digests_inline: bool) -> ImageFlags {
-    let encrypted = |blob: &BlobRecord| blob.features.get() & BlobFeatures::ENCRYPTED.bits() != 0;
-    let mut flags = match image.blobs.iter().any(encrypted) {
+pub(crate) fn flags(image: &Image<'_>, digests_inline: bool, encrypted: bool) -> ImageFlags {
+    let mut flags = match encrypted {
         true => ImageFlags::ENCRYPTION_AES_128_XTS,
         false => ImageFlags::ENCRYPTION_NONE,
     };

@@ -185,6 +185,12 @@ pub(crate) fn carried_records(bootstrap: &dyn Bootstrap) -> Vec<BlobRecord> {
         let mut record = blob.record;
         record.blob_id = padded_id(blob.id.as_str());
         record.features = U32::new((blob.features - BlobFeatures::INLINED_FS_META).bits());
+        // The blob that held this bootstrap holds the context, too; another bootstrap must name it.
+        if record.blob_meta_digest == [0; 32]
+            && let Some(digest) = blob.context_id.as_ref().and_then(|id| Digest::from_hex(id.as_str()).ok())
+        {
+            record.blob_meta_digest = digest.0;
+        }
         record
     };
     bootstrap.blobs().iter().map(carried).collect()

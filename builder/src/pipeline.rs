@@ -109,6 +109,17 @@ impl DataOptions {
                 ),
             ));
         }
+        // Their context states stored sizes in 24 bits.
+        let wide = self.batch_size != 0 || self.cipher.is_some() || self.placement == Placement::Source;
+        if wide && self.chunk_size == MAX_CHUNK_SIZE {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!(
+                    "chunk size {MAX_CHUNK_SIZE:#x} can not be combined with batches, encryption or references: use {:#x}",
+                    MAX_CHUNK_SIZE / 2
+                ),
+            ));
+        }
         if self.codec == Codec::Gzip && self.placement == Placement::Blob {
             return Err(Error::new(
                 ErrorKind::Invalid,

@@ -125,7 +125,9 @@ pub fn build_reference(
 }
 
 fn read(name: &str, input: impl Read, mut layer: Layer) -> Result<Tree> {
-    match tar::read_layer(name, input, &mut layer, TarOptions::default()) {
+    // Places are those in the stream as it was decoded once.
+    let options = TarOptions { plain: true, ..TarOptions::default() };
+    match tar::read_layer(name, input, &mut layer, options) {
         Ok(tree) => layer.finish().map(|()| tree),
         Err(error) => Err(layer.abort(error)),
     }

@@ -5,7 +5,7 @@
 #   BIN     directory of the binaries (target/release)
 #   RUNS    repetitions (5)
 #   IMAGE   image of misc/images/make-images to measure with (node: tens of thousands of files)
-#   ONLY    one of create convert mount fetch fuse variants mounts coldstart (all); the three .py have knobs of their own
+#   ONLY    one of create reference convert mount fetch fuse variants mounts coldstart (all); the three .py have knobs of their own
 set -euo pipefail
 here=$(cd "$(dirname "$0")/../.." && pwd)
 bin=${BIN:-$here/target/release}
@@ -65,6 +65,32 @@ if wanted create; then
   ours=$(($(du -sb "$work/blobs" | cut -f1) + $(stat -c %s "$work/boot")))
   theirs=$(stat -c %s "$work/squash")
   awk -v a="$ours" -v b="$theirs" 'BEGIN {printf "%-44s %8.3f x   (%d and %d bytes)\n", "size, ours to squashfs", a / b, a, b}'
+  build_lz4() { rm -rf "$work/lz4" && mkdir "$work/lz4" && "$bin/nydus-image" create --compressor lz4_block --bootstrap "$work/lz4/boot" --blob "$work/lz4/blob" "$root"; }
+  erofs() { rm -f "$work/erofs" && mkfs.erofs -zlz4 --quiet "$work/erofs" "$root"; }
+  build_lz4 >/dev/null 2>&1; erofs >/dev/null
+  : >"$work/ours"; : >"$work/theirs"
+  for ((i = 0; i < runs; i++)); do
+    milliseconds build_lz4 >>"$work/ours"
+    milliseconds erofs >>"$work/theirs"
+  done
+  median "create, lz4_block" ms <"$work/ours"
+  median "mkfs.erofs -zlz4" ms <"$work/theirs"
+  rm -rf "$work/lz4" "$work/erofs"
+fi
+
+if wanted reference; then
+  layer=$(find "$images/$name/blobs/sha256" -type f -printf '%s %p\n' | sort -n | tail -1 | cut -d' ' -f2)
+  refer() { rm -f "$work/meta" && "$bin/nydus-image" create --type targz-ref --features blob-toc --blob-inline-meta --blob "$work/meta" "$layer"; }
+  inflate() { gzip -dc "$layer" >/dev/null; }
+  refer >/dev/null 2>&1; inflate
+  : >"$work/ours"; : >"$work/theirs"
+  for ((i = 0; i < runs; i++)); do
+    milliseconds refer >>"$work/ours"
+    milliseconds inflate >>"$work/theirs"
+  done
+  median "create --type targz-ref, largest layer" ms <"$work/ours"
+  median "gzip -dc of that layer" ms <"$work/theirs"
+  awk -v a="$(stat -c %s "$work/meta")" -v b="$(stat -c %s "$layer")" 'BEGIN {printf "%-44s %8.2f %%   (%d of %d bytes)\n", "all metadata, of the layer", 100 * a / b, a, b}'
 fi
 
 if wanted convert; then

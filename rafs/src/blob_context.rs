@@ -212,14 +212,13 @@ impl BlobContext {
         {
             return Err(fail("lies outside its unit, or the unit outside the blob"));
         }
+        let plain = stored_size(decoded_len, &self.cipher);
         let raw = if entry.flags.contains(EntryFlags::BATCH) {
-            stored == decoded_len
+            stored == plain
         } else {
             !entry.flags.contains(EntryFlags::COMPRESSED)
         };
-        if raw && stored != stored_size(decoded_len, &self.cipher)
-            || stored > decoded_len && entry.flags.contains(EntryFlags::BATCH)
-        {
+        if raw && stored != plain || stored > plain && entry.flags.contains(EntryFlags::BATCH) {
             return Err(fail("sizes contradict each other"));
         }
         let codec = if raw { Codec::None } else { self.codec };

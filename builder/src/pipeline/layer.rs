@@ -86,7 +86,8 @@ impl Layer {
     /// chunks. Otherwise the first error of the build. The caller names the file, see
     /// [`Error::context`]. After an error the layer can only be dropped or [aborted](Self::abort).
     pub fn add_file(&mut self, data: &mut dyn Read, size: u64) -> Result<FileId> {
-        self.add_sparse_file(data, size, &[Extent { offset: 0, len: size }])
+        let all = [Extent { offset: 0, len: size }];
+        self.add(data, size, &all).inspect_err(|error| self.error = Some(error.clone()))
     }
 
     /// [`Self::add_file`] for a file whose data begins at byte `origin` of the decoded source, and
@@ -104,8 +105,17 @@ impl Layer {
     ///
     /// # Errors
     /// As [`Self::add_file`]; `Corrupt`: the extents overlap, are out of order, or pass `size`.
+    /// `Unsupported`: data that stays in the source does not lie there as the file has it.
     pub fn add_sparse_file(&mut self, data: &mut dyn Read, size: u64, extents: &[Extent]) -> Result<FileId> {
-        self.add(data, size, extents).inspect_err(|error| self.error = Some(error.clone()))
+        let added = match self.hub.options.placement {
+            Placement::Blob => self.add(data, size, extents),
+            Placement::Source | Placement::DecodedSpace => Err(Error::new(
+                ErrorKind::Unsupported,
+                "a sparse file does not lie in its archive as it is, so nothing can refer to it; build the layer \
+                 with --type tar-rafs",
+            )),
+        };
+        added.inspect_err(|error| self.error = Some(error.clone()))
     }
 
     /// Fails the build with `error` and returns its first failure, which is `error` unless another
@@ -133,13 +143,6 @@ impl Layer {
 
     fn add(&mut self, data: &mut dyn Read, size: u64, extents: &[Extent]) -> Result<FileId> {
         check_extents(size, extents)?;
-        let whole = matches!(extents, [one] if one.offset == 0 && one.len == size);
-        if self.hub.options.placement != Placement::Blob && !whole && size > 0 {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "a sparse file does not lie in its archive as it is, so nothing can refer to it; build the layer with --type tar-rafs",
-            ));
-        }
         let chunk_size = u64::from(self.hub.options.chunk_size);
         let limit = |what: &str| Error::new(ErrorKind::Limit, format!("{what}; use a larger chunk size"));
         if size.div_ceil(chunk_size) > MAX_FILE_CHUNKS {

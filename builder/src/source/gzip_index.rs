@@ -14,7 +14,7 @@ use std::io::{self, Read};
 
 use bytes::Bytes;
 use rafs::format::blob_context::ZranSlice;
-use rafs::format::limits::MAX_CHUNK_SIZE;
+use rafs::format::limits::{MAX_CHUNK_SIZE, MAX_CONTEXT_SIZE};
 use storage::inflate::{Boundary, GzipBlocks, MAX_DICTIONARY};
 use zerocopy::byteorder::little_endian::{U32, U64};
 
@@ -23,6 +23,8 @@ use crate::{Error, ErrorKind, Result};
 /// Decoded bytes between starts, at least. A start costs 32 KiB of dictionary before compression,
 /// a slice is what a first read of any of its chunks fetches: some 1.5 MiB of an ordinary layer.
 const STRIDE: u64 = 4 << 20;
+/// Most starts: readers hold a context of 512 MiB at most.
+const MAX_STARTS: usize = (MAX_CONTEXT_SIZE / MAX_DICTIONARY as u64) as usize;
 /// Bytes of input read at once.
 const INPUT: usize = 256 << 10;
 /// Decoded bytes held for the reader.
@@ -42,6 +44,8 @@ pub struct GzipIndexer<R> {
     decoded_at: usize,
     decoded_end: usize,
     ended: bool,
+    /// Only zeros may follow.
+    padded: bool,
     consumed: u64,
     produced: u64,
     index: GzipIndex,
@@ -80,6 +84,7 @@ impl<R: Read> GzipIndexer<R> {
             decoded_at: 0,
             decoded_end: 0,
             ended: false,
+            padded: false,
             consumed: 0,
             produced: 0,
             index: GzipIndex::default(),
@@ -114,8 +119,15 @@ impl<R: Read> GzipIndexer<R> {
                 }
             }
             let input = &self.stored[self.stored_at..self.stored_end];
-            // What pads a file behind its last member is nobody's.
-            if self.blocks.is_between_members() && self.produced > 0 && input[0] == 0 {
+            // What pads a file behind its last member is nobody's, but zeros it must be.
+            self.padded |= self.blocks.is_between_members() && self.produced > 0 && input[0] == 0;
+            if self.padded {
+                if input.iter().any(|&byte| byte != 0) {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        "data behind the padding of a gzip file",
+                    ));
+                }
                 self.stored_at = self.stored_end;
                 continue;
             }
@@ -128,7 +140,7 @@ impl<R: Read> GzipIndexer<R> {
             self.consumed += step.consumed as u64;
             self.produced += step.produced as u64;
             if let Some(boundary) = step.boundary {
-                self.begin(boundary);
+                self.begin(boundary)?;
             }
         }
         self.index.marks.push((self.produced, self.consumed));
@@ -136,15 +148,19 @@ impl<R: Read> GzipIndexer<R> {
     }
 
     /// Notes a place where a block begins, if the last start is far enough away.
-    fn begin(&mut self, boundary: Boundary) {
+    fn begin(&mut self, boundary: Boundary) -> io::Result<()> {
         let last = self.index.starts.last();
         if last.is_some_and(|(last, _)| boundary.out_offset < last.out_offset + STRIDE) {
-            return;
+            return Ok(());
+        }
+        if self.index.starts.len() == MAX_STARTS {
+            return Err(Error::limit("a layer of more than 64 GiB decoded can not be referred to").into_io());
         }
         let from = self.decoded_end.saturating_sub(MAX_DICTIONARY);
         let dictionary = Bytes::copy_from_slice(&self.decoded[from..self.decoded_end]);
         self.index.starts.push((boundary, dictionary));
         self.index.marks.push((boundary.out_offset, boundary.in_offset));
+        Ok(())
     }
 }
 
@@ -175,7 +191,13 @@ impl GzipIndex {
         let mut count = 0;
         for ((start, _), end) in self.starts.iter().zip(&ends) {
             let len = end - start.out_offset;
-            if len > u64::from(MAX_CHUNK_SIZE) || self.stored_up_to(*end) - start.in_offset > MAX_HINT {
+            if len == 0 {
+                numbers.push(count);
+                continue;
+            }
+            if len > u64::from(MAX_CHUNK_SIZE)
+                || self.stored_up_to(*end).saturating_sub(start.in_offset) > MAX_HINT
+            {
                 return Err(Error::new(
                     ErrorKind::Unsupported,
                     format!(
@@ -186,7 +208,7 @@ impl GzipIndex {
                 ));
             }
             numbers.push(count);
-            count += u32::from(len > 0);
+            count += 1;
         }
         Ok(Slices { index: self, ends, numbers })
     }

@@ -46,13 +46,15 @@ pub struct TarOptions {
     /// Leave hard links whose target is not in this archive to [`Tree::resolve_links`]; else they
     /// are refused. Layers may name files of the layers below so.
     pub links_below: bool,
+    /// The stream is the tar itself: one that is compressed is damaged.
+    pub plain: bool,
 }
 
 impl Default for TarOptions {
     fn default() -> Self {
         // 16 Mi entries are ten times the largest images known; at 256 bytes an entry they bound
         // what a hostile layer can make the builder hold.
-        Self { max_entries: 1 << 24, require_end: true, links_below: false }
+        Self { max_entries: 1 << 24, require_end: true, links_below: false, plain: false }
     }
 }
 
@@ -99,8 +101,14 @@ struct LayerReader<'a> {
 impl LayerReader<'_> {
     fn read(&mut self, input: impl Read) -> Result<()> {
         let input = BufReader::with_capacity(INPUT_BUFFER, input);
+        if self.options.plain {
+            return self.members(Members::new(input));
+        }
         let input = Decompressor::new(input).map_err(|e| Error::io("read the first bytes", e))?;
-        let mut members = Members::new(input);
+        self.members(Members::new(input))
+    }
+
+    fn members<R: Read>(&mut self, mut members: Members<R>) -> Result<()> {
         while let Some(member) = members.next(self.options.require_end)? {
             self.entries += 1;
             let path = member.path.clone();

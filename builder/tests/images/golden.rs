@@ -182,6 +182,22 @@ fn chunks_below_are_not_stored_again() {
     assert!(Below::load(Some(&*open("default")), None, &other).is_ok(), "of no use, but no harm");
 }
 
+/// Less than a cipher block alone in a unit, before and behind files that share none.
+#[test]
+fn short_units_are_encrypted() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, len) in [("a", 5), ("b", 100_000), ("c", 15), ("d", 16), ("e", 70_000), ("f", 1)] {
+        std::fs::write(dir.path().join(name), name.repeat(len)).unwrap();
+    }
+    for codec in [Codec::None, Codec::Zstd] {
+        let mut options = options(codec, 0x1_0000);
+        options.data.batch_size = 0x1_0000;
+        options.data.cipher = Some(XtsKey::random().unwrap());
+        let (built, blob) = build(LayerSource::Directory(dir.path()), &options);
+        crate::common::verify(&built.bootstrap, &blob);
+    }
+}
+
 #[test]
 fn inlined_bootstraps_are_the_reference() {
     let with_toc = |source| (source, true, WhiteoutSpec::None, Patterns::everything());

@@ -145,3 +145,43 @@ fn large_layers_are_cut_into_slices() {
         );
     }
 }
+
+#[test]
+fn what_does_not_lie_in_the_layer_as_it_is_is_refused() {
+    let refused = |kind, layer: &[u8], chunk_size| {
+        let sink = BlobSink::new("nowhere", std::io::sink());
+        let built = build_reference("layer", layer, kind, &options(Codec::Zstd, chunk_size), sink);
+        built.err().expect("refused").to_string()
+    };
+    let gzip = |bytes: &[u8]| {
+        let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+        out.write_all(bytes).unwrap();
+        out.finish().unwrap()
+    };
+    let tar = std::fs::read(golden("src/mini.tar")).unwrap();
+    // Compressed twice; a member behind padding; a sparse file, even one without a hole.
+    let twice = refused(ReferenceKind::Layer, &gzip(&gzip(&tar)), 0x1000);
+    assert!(twice.contains("checksum"), "{twice}");
+    let padded = [&gzip(&tar[..1024])[..], &[0; 50], &gzip(&tar[1024..])].concat();
+    let padded = refused(ReferenceKind::Layer, &padded, 0x1000);
+    assert!(padded.contains("compression is damaged"), "{padded}");
+    let mut header = tar::Header::new_gnu();
+    header.set_path("sparse").unwrap();
+    header.set_entry_type(tar::EntryType::GNUSparse);
+    header.set_size(512);
+    let gnu = header.as_gnu_mut().unwrap();
+    gnu.sparse[0].offset.copy_from_slice(b"00000000000\0");
+    gnu.sparse[0].numbytes.copy_from_slice(b"00000001000\0");
+    gnu.realsize.copy_from_slice(b"00000001000\0");
+    header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header.set_cksum();
+    let sparse = [&header.as_bytes()[..], &[7; 512], &[0; 1024]].concat();
+    for kind in [ReferenceKind::Layer, ReferenceKind::Tarfs] {
+        let sparse = refused(kind, &sparse, 0x1000);
+        assert!(sparse.contains("sparse"), "{sparse}");
+    }
+    assert!(refused(ReferenceKind::Layer, &tar, 0x100_0000).contains("chunk size"));
+}

@@ -164,8 +164,18 @@ impl Blob {
         }
         if !tarfs {
             check_context(record, features, chunks).map_err(|e| e.context(&id))?;
-        } else if codec != Codec::None || cipher != Cipher::None {
-            return fail("a plain tar is neither compressed nor encrypted".into());
+        } else {
+            let others = BlobFeatures::ZRAN
+                | BlobFeatures::BATCH
+                | BlobFeatures::SEPARATE
+                | BlobFeatures::CHUNK_INFO_V2;
+            let context = [&record.ci_offset, &record.ci_compressed_size, &record.ci_uncompressed_size];
+            if codec != Codec::None || cipher != Cipher::None || features.intersects(others) {
+                return fail("a plain tar is neither compressed nor encrypted, and has no units".into());
+            }
+            if context.iter().any(|field| field.get() != 0) {
+                return fail("a plain tar with a context".into());
+            }
         }
         let ci_offset = record.ci_offset.get();
         let data_size = match (

@@ -90,7 +90,7 @@ pub fn validate(bytes: &[u8], inlined: Option<&BlobId>, faults: &mut Faults) -> 
     header.summary.has_xattrs = has_xattrs;
     // A mount holds these; each is capped, but 254 small ones could still decode to 127 GiB.
     let held = blobs.iter().filter(|b| b.needs_context()).map(|b| b.record.ci_uncompressed_size.get());
-    let held: u64 = held.sum();
+    let held = held.fold(0, u64::saturating_add);
     faults.require(held <= MAX_CONTEXT_SIZE, || {
         format!(
             "the contexts needed to read the image take {held} bytes, at most {MAX_CONTEXT_SIZE} are accepted"

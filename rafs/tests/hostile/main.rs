@@ -189,6 +189,8 @@ fn forged_blobs() {
     });
     refused("tarfs", "decoded size", |f| f.put64(BLOBS + 88, 30720 + 512));
     refused("encrypt", "contradict", |f| f.bytes[BLOBS + 85] &= !1);
+    refused("tarfs", "with a context", |f| f.put64(BLOBS + 128, 1 << 60));
+    refused("tarfs", "has no units", |f| f.bytes[BLOBS + 84] |= 8);
     refused("encrypt", "contradict", |f| f.put32(BLOBS + 216, 0));
     refused("encrypt", "AES-128-XTS", |f| f.put32(BLOBS + 216, 2));
     refused("encrypt", "halves", |f| f.put(BLOBS + 168, &[7; 32]));

@@ -28,7 +28,10 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
     }
     let dictionary = args.chunk_dict.as_deref().map(dictionary_path).transpose()?;
     let dictionary = dictionary
-        .map(|path| rafs::bootstrap::open(path, &OpenOptions::default()))
+        .map(|path| {
+            let inlined_blob_id = BlobId::new(&stem(path)).ok();
+            rafs::bootstrap::open(path, &OpenOptions { inlined_blob_id })
+        })
         .transpose()
         .context("--chunk-dict")?;
     let merged = merge(&sources, dictionary.as_deref(), &prefetch_patterns(args.prefetch_policy)?)?;
