@@ -16,6 +16,8 @@
 use std::collections::HashMap;
 use std::io::Write;
 
+use rafs::blob_context::BlobContext;
+use rafs::bootstrap::Blob;
 use rafs::format::blob_context::{BatchUnit, CONTEXT_MAGIC, ContextHeader, Entry, EntryV1, EntryV2};
 use rafs::format::blob_table::{BlobRecord, compression, digest};
 use rafs::format::features::{BlobFeatures, ChunkFlags, EntryFlags};
@@ -177,18 +179,30 @@ impl BlobWriter {
                 "{count} chunks in one blob, at most {MAX_CHUNKS} are possible; use a larger chunk size"
             )));
         }
+        let mut context_bytes = None;
         if count > 0 {
             this.record.chunk_count = U32::new(count as u32);
             if separate.is_none() {
                 this.data(decoded_size)?;
             }
             if !matches!(context, Context::None) {
-                this.context(chunks.clone(), context)?;
+                context_bytes = Some(this.context(chunks.clone(), context)?);
                 this.digests(chunks)?;
             }
         }
         this.record.compressed_size = U64::new(separate.unwrap_or(this.sink.len()));
+        if let Some(bytes) = context_bytes.filter(|_| !matches!(context, Context::Plain)) {
+            this.check_context(&bytes)?;
+        }
         Ok(this)
+    }
+
+    /// Reads the context back as a mount would: what readers refuse must not get a name.
+    fn check_context(&self, bytes: &[u8]) -> Result<()> {
+        const FAILS: &str = "the new blob context fails its own check";
+        let fails = |e: rafs::Error| Error::from(e).context(FAILS);
+        let blob = Blob::from_record(&self.record, 0, self.options.chunk_size, None).map_err(fails)?;
+        BlobContext::from_stored(&blob, bytes).map(drop).map_err(fails)
     }
 
     /// A blob of which nothing is written.
@@ -273,8 +287,12 @@ impl BlobWriter {
         Ok(())
     }
 
-    /// Sections 3 to 5.
-    fn context(&mut self, chunks: impl ExactSizeIterator<Item = ChunkRow>, context: &Context) -> Result<()> {
+    /// Sections 3 to 5. Answers context and header as they are stored.
+    fn context(
+        &mut self,
+        chunks: impl ExactSizeIterator<Item = ChunkRow>,
+        context: &Context,
+    ) -> Result<Vec<u8>> {
         let ContextArray { bytes: array, units_at, unit_count } = context_array(chunks, context);
         let array = &array[..];
         // Readers of the table of content know stored and zstd sections only.
@@ -332,7 +350,7 @@ impl BlobWriter {
             let size = size_of::<ContextHeader>() as u64;
             self.entry(toc::name::BLOB_META_HEADER, toc::FLAG_NONE, digest, offset + stored_size, size, size);
         }
-        Ok(())
+        Ok([stored, &stored_header].concat())
     }
 
     /// Sections 6 and 7.

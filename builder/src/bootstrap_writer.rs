@@ -303,15 +303,12 @@ impl Numbering {
         }
     }
 
-    /// The chunk-info table: used chunks by (digest, blob), each once.
+    /// The chunk-info table: used chunks by digest, blob and number. Equal ones of a blob keep a record
+    /// each, for a file refers to one of them.
     fn records(&self, image: &Image<'_>) -> Vec<ChunkInfo> {
         let mut records: Vec<ChunkInfo> =
             self.used().map(|(id, file_offset)| self.record(image, id, file_offset)).collect();
         records.sort_by_key(|r| (r.digest, r.blob_index.get(), r.index.get()));
-        // Equal chunks of a plain tar lie in several places.
-        if !image.tarfs {
-            records.dedup_by_key(|r| (r.digest, r.blob_index));
-        }
         records
     }
 }

@@ -3,7 +3,7 @@
 //! Of a gzip file, slices are found that can be decoded alone (`targz-ref`); of a plain tar every
 //! chunk can be read where it lies (`targz-ref`, too, and `tar-tarfs` for the kernel).
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufReader, Read};
 
 use storage::codec::Codec;
 use storage::digest::{Digest, DigestAlgorithm, Hasher};
@@ -59,7 +59,9 @@ pub fn build_reference(
         INPUT_BUFFER,
         Measured { input, hasher: DigestAlgorithm::Sha256.hasher(), len: 0 },
     );
-    let head = input.fill_buf().map_err(|e| Error::io(format!("read {name}"), e))?;
+    // A FIFO may give less at first.
+    let mut head = Vec::new();
+    input.by_ref().take(4).read_to_end(&mut head).map_err(|e| Error::io(format!("read {name}"), e))?;
     let gzip = head.starts_with(&[0x1f, 0x8b]);
     let other = [&[0x28, 0xb5, 0x2f, 0xfd][..], &[0xfd, b'7', b'z'], b"BZh"];
     if other.iter().any(|magic| head.starts_with(magic)) || gzip && kind == ReferenceKind::Tarfs {
@@ -71,6 +73,7 @@ pub fn build_reference(
             ),
         ));
     }
+    let head = &head[..];
     let mut options = options.clone();
     options.data = DataOptions {
         codec: if kind == ReferenceKind::Tarfs { Codec::None } else { Codec::Gzip },
@@ -86,11 +89,11 @@ pub fn build_reference(
     let session = Session::new(options.data)?;
     let layer = session.layer(BlobSink::new("nowhere", std::io::sink()))?;
     let (tree, index) = if gzip {
-        let mut indexer = GzipIndexer::new(&mut input)?;
+        let mut indexer = GzipIndexer::new(head.chain(&mut input))?;
         let tree = read(name, &mut indexer, layer)?;
         (tree, Some(indexer.finish().0))
     } else {
-        (read(name, &mut input, layer)?, None)
+        (read(name, head.chain(&mut input), layer)?, None)
     };
     let Measured { hasher, len, .. } = input.into_inner();
     let source = hasher.finish();

@@ -124,13 +124,11 @@ fn tables(bootstrap: &V6, blocks: u32, faults: &mut Faults) -> Result<()> {
         })?;
     }
     let table = bootstrap.chunk_table();
-    // Equal chunks of a plain tar lie in several places; elsewhere they are one.
-    let tarfs = summary.flags.contains(ImageFlags::TARFS_MODE);
-    let number = |row: usize| if tarfs { table[row].index.get() } else { 0 };
-    let key = |row: usize| (table[row].digest, table[row].blob_index.get(), number(row));
+    // Equal chunks may lie in several places of one blob: of a plain tar, or of another builder's.
+    let key = |row: usize| (table[row].digest, table[row].blob_index.get(), table[row].index.get());
     for row in 1..table.len() {
         faults.require(key(row - 1) < key(row), || {
-            format!("chunk record {row}: out of order by digest and blob")
+            format!("chunk record {row}: out of order by digest, blob and number")
         })?;
     }
     let listed = bootstrap.prefetch_table();
