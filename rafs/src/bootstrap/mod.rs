@@ -23,6 +23,7 @@ mod v6;
 mod validate;
 mod view;
 mod walk;
+mod xattr_names;
 
 use blobs::blob_name;
 pub use blobs::{codec, codec_code, codec_of_context, digester_code};

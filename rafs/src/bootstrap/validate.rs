@@ -15,6 +15,7 @@ use super::chunks::ChunkRows;
 use super::faults::Faults;
 use super::header::Header;
 use super::view::{Inode, View, dirent_type};
+use super::xattr_names::XattrNames;
 use super::{Blob, FileType, Nid, blobs};
 use crate::format::chunk::ChunkInfo;
 use crate::format::dirent::{Dirent, FT_DIRECTORY};
@@ -82,11 +83,10 @@ pub fn validate(bytes: &[u8], inlined: Option<&BlobId>, faults: &mut Faults) -> 
         stack: Vec::new(),
         entries: 1,
         unclaimed: bytes.len() as u64 - header.meta_offset,
-        xattr_names: Vec::new(),
-        has_xattrs: false,
+        xattrs: XattrNames::default(),
     };
     walk.run()?;
-    let (inodes, has_xattrs) = (walk.inodes, walk.has_xattrs);
+    let (inodes, has_xattrs) = (walk.inodes, walk.xattrs.any);
     header.summary.has_xattrs = has_xattrs;
     // A mount holds these; each is capped, but 254 small ones could still decode to 127 GiB.
     let held = blobs.iter().filter(|b| b.needs_context()).map(|b| b.record.ci_uncompressed_size.get());
@@ -124,9 +124,7 @@ struct Validator<'a, 'f> {
     entries: u64,
     /// Bytes of the inode area that no inode has claimed yet.
     unclaimed: u64,
-    /// Scratch for the search of duplicates.
-    xattr_names: Vec<(&'static [u8], &'a [u8])>,
-    has_xattrs: bool,
+    xattrs: XattrNames<'a>,
 }
 
 impl<'a> Validator<'a, '_> {
@@ -339,21 +337,7 @@ impl<'a> Validator<'a, '_> {
     }
 
     fn xattrs(&mut self, inode: &Inode) -> Result<()> {
-        self.xattr_names.clear();
-        for xattr in self.view.xattrs(inode)? {
-            let xattr = xattr?;
-            self.xattr_names.push((xattr.prefix, xattr.suffix));
-        }
-        self.has_xattrs |= !self.xattr_names.is_empty();
-        self.xattr_names.sort_unstable();
-        match self.xattr_names.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(pair) => Err(Error::corrupt(format!(
-                "xattr {}{} is there twice",
-                pair[0].0.escape_ascii(),
-                pair[0].1.escape_ascii()
-            ))),
-            None => Ok(()),
-        }
+        self.xattrs.check(self.view.xattrs(inode)?)
     }
 
     /// No byte of an inode lies in a superblock or table.

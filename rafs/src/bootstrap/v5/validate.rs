@@ -10,6 +10,7 @@ use storage::ids::BlobId;
 
 use super::super::chunks::ChunkRows;
 use super::super::faults::Faults;
+use super::super::xattr_names::XattrNames;
 use super::super::{Blob, FileType};
 use super::blobs::{self, Derived};
 use super::chunks::{self, Collector};
@@ -50,15 +51,14 @@ pub fn validate(bytes: &[u8], inlined: Option<&BlobId>, faults: &mut Faults) -> 
         chunks: Collector::new(blobs.len()),
         blobs: &blobs,
         depths: vec![0; header.entries as usize + 1],
-        xattr_names: Vec::new(),
+        xattrs: XattrNames::default(),
         references: 0,
-        has_xattrs: false,
         faults,
     };
     validator.run()?;
-    let Validator { chunks, references, has_xattrs, .. } = validator;
+    let Validator { chunks, references, xattrs, .. } = validator;
     let rows = chunks.index(bytes, &blobs, faults)?;
-    header.summary.has_xattrs = has_xattrs;
+    header.summary.has_xattrs = xattrs.any;
     header.summary.chunk_table = (0, references);
     header.summary.blob_table.1 = blobs.len() as u64;
     Ok(Validated { header, blobs, rows })
@@ -90,10 +90,8 @@ struct Validator<'a, 'f> {
     chunks: Collector,
     /// Directories above each slot; 0: no directory has it yet.
     depths: Vec<u16>,
-    /// Scratch for the search of duplicates.
-    xattr_names: Vec<(&'static [u8], &'a [u8])>,
+    xattrs: XattrNames<'a>,
     references: u64,
-    has_xattrs: bool,
     faults: &'f mut Faults,
 }
 
@@ -229,21 +227,7 @@ impl<'a> Validator<'a, '_> {
     }
 
     fn xattrs(&mut self, record: &Record<'a>) -> Result<()> {
-        self.xattr_names.clear();
-        for xattr in Xattrs(record.xattrs) {
-            let xattr = xattr?;
-            self.xattr_names.push((xattr.prefix, xattr.suffix));
-        }
-        self.has_xattrs |= !self.xattr_names.is_empty();
-        self.xattr_names.sort_unstable();
-        match self.xattr_names.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(pair) => Err(Error::corrupt(format!(
-                "xattr {}{} is there twice",
-                pair[0].0.escape_ascii(),
-                pair[0].1.escape_ascii()
-            ))),
-            None => Ok(()),
-        }
+        self.xattrs.check(Xattrs(record.xattrs))
     }
 
     /// Slot and path of a record, for messages. Parents may be forged: each must lie before its child.
