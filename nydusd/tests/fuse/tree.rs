@@ -9,7 +9,7 @@ use std::path::Path;
 
 use nix::sys::signal::Signal;
 
-use crate::common::Site;
+use crate::common::{Daemon, Site};
 use storage::digest::DigestAlgorithm;
 
 /// Bytes of a percent-encoded field.
@@ -154,6 +154,16 @@ fn walk(dir: &Path) -> usize {
         .sum()
 }
 
+/// Ends `daemon` in order, which makes the cache durable; the next one has the cache alone.
+fn again_without_blobs(site: &Site, daemon: &mut Daemon) -> Daemon {
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait().code(), Some(0));
+    for blob in std::fs::read_dir(site.path("blobs")).unwrap() {
+        std::fs::remove_file(blob.unwrap().path()).unwrap();
+    }
+    site.start(&[])
+}
+
 #[test]
 fn golden_images_are_shown_as_listed() {
     if !crate::common::can_mount() {
@@ -175,14 +185,7 @@ fn golden_images_are_shown_as_listed() {
         assert_eq!(walk(&site.mount()) + 1, compare(&site.mount(), listing), "{variant}");
         let cache = daemon.get("/api/v1/metrics/blobcache");
         assert_eq!(cache["fetched_chunks"], cache["chunks_total"], "{variant}: each chunk once");
-        // An orderly end makes the cache durable.
-        daemon.signal(Signal::SIGTERM);
-        assert_eq!(daemon.wait().code(), Some(0));
-        // From the cache alone.
-        for blob in std::fs::read_dir(site.path("blobs")).unwrap() {
-            std::fs::remove_file(blob.unwrap().path()).unwrap();
-        }
-        let _daemon = site.start(&[]);
+        let _daemon = again_without_blobs(&site, &mut daemon);
         compare(&site.mount(), listing);
     }
 }
@@ -210,12 +213,7 @@ fn images_that_refer_to_a_layer_or_are_encrypted_read_the_same() {
         compare_from(&site.mount(), "list/mini.tsv", root_mtime);
         let cache = daemon.get("/api/v1/metrics/blobcache");
         assert_eq!(cache["fetched_chunks"], cache["chunks_total"], "{variant}: each chunk once");
-        daemon.signal(Signal::SIGTERM);
-        assert_eq!(daemon.wait().code(), Some(0));
-        for blob in std::fs::read_dir(site.path("blobs")).unwrap() {
-            std::fs::remove_file(blob.unwrap().path()).unwrap();
-        }
-        let _daemon = site.start(&[]);
+        let _daemon = again_without_blobs(&site, &mut daemon);
         compare_from(&site.mount(), "list/mini.tsv", root_mtime);
     }
 }
@@ -267,12 +265,7 @@ fn v5_images_are_shown_as_listed() {
         if blobs.len() == 1 {
             assert_eq!(cache["fetched_chunks"], cache["chunks_total"], "{variant}: each chunk once");
         }
-        daemon.signal(Signal::SIGTERM);
-        assert_eq!(daemon.wait().code(), Some(0));
-        for blob in std::fs::read_dir(site.path("blobs")).unwrap() {
-            std::fs::remove_file(blob.unwrap().path()).unwrap();
-        }
-        let _daemon = site.start(&[]);
+        let _daemon = again_without_blobs(&site, &mut daemon);
         compare_but(&site.mount(), listing, None, true);
     }
 }

@@ -18,6 +18,41 @@ pub fn survive(bytes: Vec<u8>) -> bool {
     true
 }
 
+/// Edits anywhere in a file, and perhaps an end that comes too early.
+#[derive(Debug)]
+pub struct Damage {
+    edits: Vec<(prop::sample::Index, u8, u64)>,
+    cut: Option<prop::sample::Index>,
+}
+
+/// Some damage.
+pub fn damage() -> impl Strategy<Value = Damage> {
+    let edits = prop::collection::vec((any::<prop::sample::Index>(), 0u8..4, any::<u64>()), 1..6);
+    let cut = prop::option::weighted(0.05, any::<prop::sample::Index>());
+    (edits, cut).prop_map(|(edits, cut)| Damage { edits, cut })
+}
+
+impl Damage {
+    /// The damaged form of `intact`.
+    pub fn of(&self, intact: &[u8]) -> Vec<u8> {
+        let mut bytes = intact.to_vec();
+        for (at, kind, value) in &self.edits {
+            let at = at.index(bytes.len() - 8);
+            match kind {
+                0 => bytes[at] ^= 1 << (value & 7),
+                1 => bytes[at] = *value as u8,
+                2 => bytes[at & !3..][..4].copy_from_slice(&(*value as u32).to_le_bytes()),
+                _ => bytes[at & !7..][..8].copy_from_slice(&value.to_le_bytes()),
+            }
+        }
+        if let Some(cut) = &self.cut {
+            let len = cut.index(bytes.len());
+            bytes.truncate(len);
+        }
+        bytes
+    }
+}
+
 const IMAGES: [&str; 9] =
     ["default", "batch", "merged", "chunkdict", "tar-rafs", "prefetch", "zran", "encrypt", "tarfs"];
 
@@ -27,24 +62,9 @@ proptest! {
     #[test]
     fn damaged_bootstraps_are_refused_or_work(
         image in prop::sample::select(&IMAGES[..]),
-        edits in prop::collection::vec((any::<prop::sample::Index>(), 0u8..4, any::<u64>()), 1..6),
-        cut in prop::option::weighted(0.05, any::<prop::sample::Index>()),
+        damage in damage(),
     ) {
-        let mut bytes = golden_bytes(&format!("{image}/image.boot"));
-        for (at, kind, value) in edits {
-            let at = at.index(bytes.len() - 8);
-            match kind {
-                0 => bytes[at] ^= 1 << (value & 7),
-                1 => bytes[at] = value as u8,
-                2 => bytes[at & !3..][..4].copy_from_slice(&(value as u32).to_le_bytes()),
-                _ => bytes[at & !7..][..8].copy_from_slice(&value.to_le_bytes()),
-            }
-        }
-        if let Some(cut) = cut {
-            let len = cut.index(bytes.len());
-            bytes.truncate(len);
-        }
-        survive(bytes);
+        survive(damage.of(&golden_bytes(&format!("{image}/image.boot"))));
     }
 
     /// Most of a golden file is names and padding; here the damage is where fields are.

@@ -78,7 +78,12 @@ impl Forge {
 fn refused(variant: &str, why: &str, edit: impl FnOnce(&mut Forge)) {
     let mut forge = Forge::new(variant);
     edit(&mut forge);
-    match from_bytes(forge.bytes, &OpenOptions::default()) {
+    assert_refused(forge.bytes, why);
+}
+
+/// Of either version.
+fn assert_refused(bytes: Vec<u8>, why: &str) {
+    match from_bytes(bytes, &OpenOptions::default()) {
         Ok(_) => panic!("accepted, although: {why}"),
         Err(e) => {
             assert!(matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported), "{e}");
