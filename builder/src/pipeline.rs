@@ -16,8 +16,9 @@
 //! - What is stored, and where, is decided by the one committer thread: layers in the order they
 //!   were opened, batches of a layer in stream order. The output is the same at any thread count.
 //! - A batch lives in one buffer from reading to writing: compressed chunks are compacted in place,
-//!   because a stored chunk is never longer than its bytes. So memory is the number of buffers,
-//!   and that is fixed ([`hub::Limits`]).
+//!   because a stored chunk is never longer than its bytes. Encrypted ones may be, and chunks that
+//!   share a unit come from several batches: these are packed into a second buffer of the same
+//!   size. So memory is the number of buffers, and that is fixed ([`hub::Limits`]).
 //! - Layers that are not next to be decided may read ahead until the shared buffers are used up;
 //!   the next one to be decided has a reserve of its own and so always makes progress.
 //! - The first failure anywhere (source, sink, panic) ends everything: every wait is on the hub's

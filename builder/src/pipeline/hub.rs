@@ -32,9 +32,9 @@ const MAX_LAYERS: usize = 4096;
 /// How many buffers of which size the build uses.
 ///
 /// With `threads` workers and `c` the chunk size, the buffers take at most
-/// `24 MiB + 12 MiB + threads × batch`, where `batch` is `max(c, min(1 MiB, 16 MiB / threads))`.
-/// The workers' compression output adds `threads × c`. Both stay within the promise of
-/// `96 MiB + 3 × c × threads` for the whole builder.
+/// `24 MiB + 12 MiB + k × threads × batch`, where `batch` is `max(c, min(1 MiB, 16 MiB / threads))`
+/// and `k` is 1, or 2 if batches are not packed in place. The workers' compression output adds
+/// `threads × c`. Both stay within the promise of `96 MiB + 3 × c × threads` for the whole builder.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     pub buffer_size: usize,
@@ -48,10 +48,11 @@ impl Limits {
     fn new(options: &DataOptions) -> Self {
         let chunk = options.chunk_size as usize;
         let buffer_size = chunk.max(BATCH_SIZE.min(THREAD_BUDGET / options.threads).max(1 << 16));
+        let held = buffer_size * options.buffers_of_a_batch();
         Self {
             buffer_size,
-            shared: (AHEAD_BUDGET / buffer_size + options.threads).max(2),
-            reserve: (FRONT_BUDGET / buffer_size).max(1),
+            shared: (AHEAD_BUDGET / held + options.threads).max(2),
+            reserve: (FRONT_BUDGET / held).max(1),
         }
     }
 }
@@ -306,22 +307,27 @@ mod tests {
     #[test]
     fn buffers_stay_within_the_promised_memory() {
         for threads in [1, 2, 3, 8, 16, 31, 64, 200, MAX_THREADS] {
-            for chunk_bits in 12..=24 {
-                let chunk = 1usize << chunk_bits;
-                let limits = Limits::new(&DataOptions {
-                    codec: Codec::Zstd,
-                    digester: DigestAlgorithm::Blake3,
-                    chunk_size: chunk as u32,
-                    threads,
-                    placement: Placement::Blob,
-                    batch_size: 0,
-                    cipher: None,
-                });
-                assert!(limits.buffer_size >= chunk);
-                let buffers = (limits.shared + limits.reserve) * limits.buffer_size;
-                // The rest, 32 MiB and a chunk a thread, is for decoders, contexts and tables.
-                let promise = (64 << 20) + chunk * threads;
-                assert!(buffers <= promise, "{threads} threads, {chunk:#x}: {buffers} > {promise}");
+            // Batches need chunks below 16 MiB.
+            for (batch_size, largest) in [(0, 24), (0x1000, 23)] {
+                for chunk_bits in 12..=largest {
+                    let chunk = 1usize << chunk_bits;
+                    let options = DataOptions {
+                        codec: Codec::Zstd,
+                        digester: DigestAlgorithm::Blake3,
+                        chunk_size: chunk as u32,
+                        threads,
+                        placement: Placement::Blob,
+                        batch_size,
+                        cipher: None,
+                    };
+                    let limits = Limits::new(&options);
+                    assert!(limits.buffer_size >= chunk);
+                    let each = options.buffers_of_a_batch();
+                    let buffers = (limits.shared + limits.reserve) * limits.buffer_size * each;
+                    // The rest, 28 MiB or more and a chunk a thread, is for decoders, contexts and tables.
+                    let promise = (64 << 20) + chunk * threads * each + (each - 1) * (4 << 20);
+                    assert!(buffers <= promise, "{threads} threads, {chunk:#x}: {buffers} > {promise}");
+                }
             }
         }
     }

@@ -12,6 +12,11 @@ impl DataOptions {
     pub(super) fn packs_in_place(&self) -> bool {
         self.cipher.is_none() && self.batch_size == 0
     }
+
+    /// Buffers that a batch takes, the one that it is packed into among them.
+    pub(super) fn buffers_of_a_batch(&self) -> usize {
+        if self.packs_in_place() { 1 } else { 2 }
+    }
 }
 
 /// Replaces the bytes in the buffer by the stored form of the new chunks, one after another.
