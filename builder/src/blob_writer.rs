@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use std::io::Write;
 
 use rafs::blob_context::BlobContext;
-use rafs::bootstrap::Blob;
+use rafs::bootstrap::{Blob, codec_code, digester_code};
 use rafs::format::blob_context::{BatchUnit, CONTEXT_MAGIC, ContextHeader, Entry, EntryV1, EntryV2};
 use rafs::format::blob_table::{BlobRecord, compression, digest};
 use rafs::format::features::{BlobFeatures, ChunkFlags, EntryFlags};
@@ -166,10 +166,7 @@ impl BlobWriter {
         }
         record.chunk_size = U32::new(options.chunk_size);
         record.compression_algo = U32::new(codec_code(options.codec));
-        record.digest_algo = U32::new(match options.digester {
-            DigestAlgorithm::Blake3 => digest::BLAKE3,
-            DigestAlgorithm::Sha256 => digest::SHA256,
-        });
+        record.digest_algo = U32::new(digester_code(options.digester));
         record.features = U32::new(features.bits());
         record.uncompressed_size = U64::new(decoded_size);
         let mut this = Self { sink, options, entries: Vec::new(), record };
@@ -463,16 +460,6 @@ fn context_array(chunks: impl ExactSizeIterator<Item = ChunkRow>, context: &Cont
             });
             wide(entries.collect(), &[], 0)
         }
-    }
-}
-
-/// The code of `codec` in records.
-pub fn codec_code(codec: Codec) -> u32 {
-    match codec {
-        Codec::None => compression::NONE,
-        Codec::Lz4Block => compression::LZ4_BLOCK,
-        Codec::Gzip => compression::GZIP,
-        Codec::Zstd => compression::ZSTD,
     }
 }
 

@@ -17,10 +17,10 @@ use rafs::format::v5::{
     VERSION,
 };
 use storage::codec::Codec;
+use zerocopy::FromZeros;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
-use zerocopy::{FromZeros, Immutable, IntoBytes};
 
-use crate::bootstrap_writer::{Bootstrap, Image, Numbering, flags};
+use crate::bootstrap_writer::{Bootstrap, Image, Numbering, Output, flags};
 use crate::layout;
 use crate::tree::{Content, Inode, InodeId, Tree, Xattrs};
 use crate::{Error, ErrorKind, Result};
@@ -291,18 +291,6 @@ fn digests(image: &Image<'_>, slots: &Slots) -> Vec<[u8; 32]> {
         digests[at] = hasher.finish().0;
     }
     digests
-}
-
-/// The bootstrap in the making. Positions were computed before and lie inside.
-struct Output {
-    bytes: Vec<u8>,
-}
-
-impl Output {
-    fn put(&mut self, offset: u64, record: &(impl IntoBytes + Immutable + ?Sized)) {
-        let bytes = record.as_bytes();
-        self.bytes[offset as usize..offset as usize + bytes.len()].copy_from_slice(bytes);
-    }
 }
 
 struct Writer<'a> {

@@ -313,13 +313,13 @@ impl Numbering {
     }
 }
 
-/// The bootstrap in the making. Positions come from the layout and lie inside.
-struct Output {
-    bytes: Vec<u8>,
+/// A bootstrap of either version in the making. Positions were computed before and lie inside.
+pub(crate) struct Output {
+    pub bytes: Vec<u8>,
 }
 
 impl Output {
-    fn put(&mut self, offset: u64, record: &(impl IntoBytes + Immutable + ?Sized)) {
+    pub fn put(&mut self, offset: u64, record: &(impl IntoBytes + Immutable + ?Sized)) {
         let bytes = record.as_bytes();
         self.bytes[offset as usize..offset as usize + bytes.len()].copy_from_slice(bytes);
     }

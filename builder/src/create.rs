@@ -39,6 +39,16 @@ pub enum Version {
     V6,
 }
 
+impl Version {
+    /// 5 or 6.
+    pub fn number(self) -> u32 {
+        match self {
+            Self::V5 { .. } => 5,
+            Self::V6 => 6,
+        }
+    }
+}
+
 /// How one layer is built.
 #[derive(Clone, Debug)]
 pub struct LayerOptions {

@@ -70,7 +70,7 @@ impl Window {
         let next = self.units.len();
         let mut unit = *self.by_place.entry(key).or_insert(next);
         // Units that start alike and differ are the image's fault; each is decoded for itself.
-        if unit != next && !is_same(&self.units[unit].unit, &extent.unit) {
+        if unit != next && self.units[unit].unit != extent.unit {
             unit = next;
         }
         let chunk = ChunkPlan {
@@ -118,11 +118,6 @@ impl Window {
         }
         Ok(ranges)
     }
-}
-
-/// Whether two units are stored at the same place in the same way.
-fn is_same(a: &FetchUnit, b: &FetchUnit) -> bool {
-    (a.compressed, a.codec, a.decoded_len) == (b.compressed, b.codec, b.decoded_len)
 }
 
 #[cfg(test)]

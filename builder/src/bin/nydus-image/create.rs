@@ -93,7 +93,7 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     Summary {
         bootstrap: &bootstrap_path,
         blobs: &blobs,
-        fs_version: if options.version == Version::V6 { 6 } else { 5 },
+        fs_version: options.version.number(),
         compressor: compressor(args.conversion, options.data.codec).name(),
         root: Some(&root),
         seconds: started.elapsed().as_secs_f64(),
@@ -115,7 +115,7 @@ fn below(args: &CreateArgs, options: &LayerOptions) -> anyhow::Result<Option<Bel
         return Ok(None);
     }
     let common = Common {
-        fs_version: if options.version == Version::V6 { 6 } else { 5 },
+        fs_version: options.version.number(),
         chunk_size: options.data.chunk_size,
         digester: options.data.digester,
         explicit_ids: options.explicit_ids,
