@@ -24,6 +24,7 @@ pub mod prefetch;
 pub mod progress;
 pub mod reference;
 pub mod restore;
+pub mod rewrite;
 pub mod root;
 pub mod sink;
 pub mod source;

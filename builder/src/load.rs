@@ -50,6 +50,19 @@ impl LoadedChunks {
     /// `Corrupt`: the bootstrap is broken in a way its door check can not see, or a chunk has
     /// no record. `Limit`: too many layers or blobs.
     pub fn load(&mut self, bootstrap: &dyn Bootstrap, records: &[BlobRecord]) -> Result<Tree> {
+        Ok(self.load_image(bootstrap, records)?.0)
+    }
+
+    /// As [`Self::load`], and the inodes of the bootstrap's prefetch table in its order, each once;
+    /// entries that name no inode are left out.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_image(
+        &mut self,
+        bootstrap: &dyn Bootstrap,
+        records: &[BlobRecord],
+    ) -> Result<(Tree, Vec<InodeId>)> {
         let layer =
             u16::try_from(self.files.len()).map_err(|_| Error::limit("more than 65536 bootstraps"))?;
         let blobs = records.iter().map(|record| self.blob(record)).collect();
@@ -61,13 +74,25 @@ impl LoadedChunks {
             layer: LayerIndex(layer),
             tree: Tree::new(),
             links: HashMap::new(),
+            prefetch: bootstrap.prefetch().into_iter().map(|nid| (nid, None)).collect(),
             pool: XattrPool::default(),
         };
         loader.run()?;
-        let tree = loader.tree;
+        let Loader { tree, mut prefetch, .. } = loader;
         let end = self.refs.len();
         self.files[usize::from(layer)].push(end);
-        Ok(tree)
+        let named = bootstrap.prefetch().iter().filter_map(|nid| prefetch.remove(nid).flatten()).collect();
+        Ok((tree, named))
+    }
+
+    /// Lets all files use `instead[id]` in place of chunk `id`.
+    pub(crate) fn replace(&mut self, instead: &[ChunkId]) {
+        self.refs.iter_mut().for_each(|id| *id = instead[id.0 as usize]);
+    }
+
+    /// Says that chunk `id` lies elsewhere now.
+    pub(crate) fn place(&mut self, id: ChunkId, row: ChunkRow) {
+        self.rows[id.0 as usize] = row;
     }
 
     /// The place of a blob: of several layers that know it, the lowest describes it.
@@ -91,6 +116,8 @@ struct Loader<'a> {
     /// Everything but directories, whatever link count it states: an inode is read once, so that
     /// many names of a large one cost no more than their entries.
     links: HashMap<Nid, InodeId>,
+    /// What is looked for, and what it has become.
+    prefetch: HashMap<Nid, Option<InodeId>>,
     pool: XattrPool,
 }
 
@@ -100,6 +127,7 @@ impl Loader<'_> {
         let attr = self.bootstrap.attr(root)?;
         let metadata = self.metadata(&attr)?;
         *self.tree.inode_mut(self.tree.root()) = Inode::new(metadata, Content::Directory(Children::new()));
+        self.found(root, self.tree.root());
         let mut stack = vec![(root, self.tree.root(), 0)];
         while let Some((nid, dir, depth)) = stack.pop() {
             if depth > MAX_DEPTH {
@@ -147,7 +175,14 @@ impl Loader<'_> {
         if attr.file_type != FileType::Directory {
             self.links.insert(nid, id);
         }
+        self.found(nid, id);
         Ok(id)
+    }
+
+    fn found(&mut self, nid: Nid, id: InodeId) {
+        if let Some(place) = self.prefetch.get_mut(&nid) {
+            *place = Some(id);
+        }
     }
 
     fn metadata(&mut self, attr: &Attr) -> Result<Metadata> {
@@ -193,7 +228,8 @@ impl Loader<'_> {
             Error::new(
                 ErrorKind::Unsupported,
                 format!(
-                    "chunk {} of blob {} has no chunk-info record: images without chunk digests can not be merged",
+                    "chunk {} of blob {} has no chunk-info record: images without chunk digests can be neither merged nor \
+                     rewritten",
                     chunk.index, chunk.blob
                 ),
             )

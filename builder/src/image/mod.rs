@@ -15,4 +15,4 @@ mod stream;
 pub use data::{DataOptions, ImageData};
 pub use files::FileChunks;
 pub use open::{Opened, blob_id, inside, open};
-pub use stream::ChunkStream;
+pub use stream::{ChunkStream, Fetched};

@@ -25,11 +25,28 @@ const AHEAD: u64 = 20 << 20;
 /// Requests of one window at a time.
 const REQUESTS: usize = 8;
 
+/// A chunk and the unit that it came in.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// The chunk's bytes, verified.
+    pub bytes: Bytes,
+    /// The unit as it is stored; empty unless the stream keeps that.
+    pub stored: Bytes,
+}
+
+/// A unit that has been read.
+#[derive(Clone, Default)]
+struct Unit {
+    decoded: Bytes,
+    /// Empty unless it is kept.
+    stored: Bytes,
+}
+
 /// A window under way.
 struct Job {
     places: VecDeque<Place>,
     weight: u64,
-    task: JoinHandle<Result<Vec<Bytes>>>,
+    task: JoinHandle<Result<Vec<Unit>>>,
 }
 
 /// See [`ImageData::stream`].
@@ -41,8 +58,9 @@ pub struct ChunkStream<'a, I> {
     jobs: VecDeque<Job>,
     ahead: u64,
     /// Units of the window at hand, and what is still wanted of them.
-    units: Vec<Bytes>,
+    units: Vec<Unit>,
     places: VecDeque<Place>,
+    keep_stored: bool,
     /// Stops the windows that nobody will ask for.
     cancel: CancellationToken,
 }
@@ -66,21 +84,39 @@ where
             ahead: 0,
             units: Vec::new(),
             places: VecDeque::new(),
+            keep_stored: false,
             cancel: image.options.cancel.child_token(),
         }
+    }
+
+    /// Keeps the stored form of units for [`Self::next_fetched`].
+    #[must_use]
+    pub fn keeping_stored(mut self) -> Self {
+        self.keep_stored = true;
+        self
     }
 
     /// The next chunk's bytes; `None` behind the last.
     ///
     /// # Errors
+    /// As [`Self::next_fetched`].
+    pub fn next_chunk(&mut self) -> Result<Option<Bytes>> {
+        Ok(self.next_fetched()?.map(|fetched| fetched.bytes))
+    }
+
+    /// The next chunk; `None` behind the last.
+    ///
+    /// # Errors
     /// What the iterator of chunks answers. `Mismatch`: a chunk is not what its digest says.
     /// `Corrupt`: stored bytes do not decode. Those of the source. No chunk comes after an error.
-    pub fn next_chunk(&mut self) -> Result<Option<Bytes>> {
+    pub fn next_fetched(&mut self) -> Result<Option<Fetched>> {
         loop {
             if let Some(place) = self.places.pop_front() {
                 let start = place.offset as usize;
                 // Checked where the unit was decoded.
-                return Ok(Some(self.units[place.unit].slice(start..start + place.len as usize)));
+                let unit = &self.units[place.unit];
+                let bytes = unit.decoded.slice(start..start + place.len as usize);
+                return Ok(Some(Fetched { bytes, stored: unit.stored.clone() }));
             }
             self.units.clear();
             if let Err(error) = self.look_ahead() {
@@ -143,18 +179,19 @@ where
             let units: Vec<(usize, UnitPlan)> =
                 numbers.into_iter().filter_map(|n| units[n].take().map(|unit| (n, unit))).collect();
             count += units.len();
-            works.push(Work { id: blob.id.clone(), backend: Arc::clone(backend), range, units });
+            let (id, backend, keep_stored) = (blob.id.clone(), Arc::clone(backend), self.keep_stored);
+            works.push(Work { id, backend, range, units, keep_stored });
         }
         let handle = self.image.engine.handle().clone();
         let cancel = self.cancel.clone();
         let task = self.image.engine.spawn(async move {
-            let mut all = vec![Bytes::new(); count];
+            let mut all = vec![Unit::default(); count];
             let mut done = stream::iter(works)
                 .map(|work| work.run(handle.clone(), cancel.clone()))
                 .buffer_unordered(REQUESTS);
             while let Some(units) = done.try_next().await? {
-                for (number, bytes) in units {
-                    all[number] = bytes;
+                for (number, unit) in units {
+                    all[number] = unit;
                 }
             }
             Ok(all)
@@ -171,24 +208,26 @@ struct Work {
     backend: Arc<dyn Backend>,
     range: ByteRange,
     units: Vec<(usize, UnitPlan)>,
+    keep_stored: bool,
 }
 
 impl Work {
-    async fn run(self, handle: Handle, cancel: CancellationToken) -> Result<Vec<(usize, Bytes)>> {
+    async fn run(self, handle: Handle, cancel: CancellationToken) -> Result<Vec<(usize, Unit)>> {
         let stored = engine::fetch(&*self.backend, self.range, &read_context(&cancel)).await;
         let stored = stored.map_err(|e| Error::from(e).context(format!("read blob {}", self.id)))?;
         handle.compute(Priority::OnDemand, move || self.open(&Bytes::from(stored))).await?
     }
 
     /// Decodes and verifies.
-    fn open(self, stored: &Bytes) -> Result<Vec<(usize, Bytes)>> {
+    fn open(self, stored: &Bytes) -> Result<Vec<(usize, Unit)>> {
         let mut opened = Vec::with_capacity(self.units.len());
         for (number, plan) in self.units {
             // Units lie within their range, which has been read as a whole.
             let from = (plan.unit.compressed.start() - self.range.start()) as usize;
             let bytes = stored.slice(from..from + plan.unit.compressed.len() as usize);
-            let bytes = open_unit(&plan, bytes).map_err(|e| e.context(format!("blob {}", self.id)))?;
-            opened.push((number, bytes));
+            let kept = if self.keep_stored { bytes.clone() } else { Bytes::new() };
+            let decoded = open_unit(&plan, bytes).map_err(|e| e.context(format!("blob {}", self.id)))?;
+            opened.push((number, Unit { decoded, stored: kept }));
         }
         Ok(opened)
     }

@@ -2,9 +2,11 @@
 
 mod cli;
 mod common;
+mod compact;
 mod export;
 mod golden;
 mod kernel;
+mod layers;
 mod random;
 mod reference;
 mod stat;

@@ -20,14 +20,16 @@ const CHUNK_SIZE: u32 = 0x1000;
 const BLOBS: u32 = 3;
 
 /// Numbers from a seed (splitmix64).
-struct Dice(u64);
+pub struct Dice(u64);
 
 impl Dice {
-    fn new(seed: u64) -> Self {
+    /// The same numbers for the same seed.
+    pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    fn roll(&mut self, below: u32) -> u32 {
+    /// 0 to `below` - 1.
+    pub fn roll(&mut self, below: u32) -> u32 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

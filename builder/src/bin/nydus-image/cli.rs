@@ -7,6 +7,7 @@ use builder::{Error, ErrorKind};
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 
+use crate::compact::CompactArgs;
 use crate::convert::ConvertArgs;
 use crate::export::ExportArgs;
 use crate::stat::StatArgs;
@@ -66,9 +67,8 @@ pub enum Command {
     Export(Box<ExportArgs>),
     /// Tell where the bytes of images are, and what they have in common.
     Stat(StatArgs),
-    /// Not built yet.
-    #[command(hide = true)]
-    Compact(Unbuilt),
+    /// Put what an image uses of sparse and small blobs into fewer new ones.
+    Compact(Box<CompactArgs>),
     /// Write an image as a tar archive.
     Unpack(Box<UnpackArgs>),
 }

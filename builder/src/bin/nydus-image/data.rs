@@ -44,17 +44,9 @@ impl BootstrapArgs {
     }
 }
 
-/// The image's blobs.
+/// Where blobs are that are not files here.
 #[derive(Args, Debug)]
-pub struct SourceArgs {
-    /// The only blob of the image
-    #[arg(short = 'b', long, value_name = "blob", conflicts_with_all = ["blob_dir", "backend_type"])]
-    blob: Option<PathBuf>,
-
-    /// Directory with the blobs, named by their ids
-    #[arg(short = 'D', long, value_name = "blob-dir", conflicts_with = "backend_type")]
-    blob_dir: Option<PathBuf>,
-
+pub struct BackendArgs {
     /// Kind of the backend that has the blobs
     #[arg(long, value_name = "backend-type", value_parser = PossibleValuesParser::new(KINDS))]
     backend_type: Option<String>,
@@ -71,6 +63,40 @@ pub struct SourceArgs {
     /// File with the backend's fields
     #[arg(long, value_name = "backend-config-file", requires = "backend_type")]
     backend_config_file: Option<PathBuf>,
+}
+
+impl BackendArgs {
+    /// The backend, if one is named.
+    pub fn open(&self) -> anyhow::Result<Option<Arc<dyn BlobSource>>> {
+        let Some(kind) = &self.backend_type else { return Ok(None) };
+        let (name, text) = match (&self.backend_config, &self.backend_config_file) {
+            (Some(text), _) => ("--backend-config".to_owned(), text.clone()),
+            (None, Some(path)) => (path.display().to_string(), read_config(path)?),
+            (None, None) => bail!("--backend-type {kind} needs --backend-config or --backend-config-file"),
+        };
+        let fields = serde_json::from_str(&text).with_context(|| format!("{name}: not valid JSON"))?;
+        let mut warnings = Vec::new();
+        let config = BackendConfig::from_fields(kind, fields, &mut warnings).context(name)?;
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        Ok(Some(config.source(&std::env::temp_dir())?))
+    }
+}
+
+/// The image's blobs.
+#[derive(Args, Debug)]
+pub struct SourceArgs {
+    /// The only blob of the image
+    #[arg(short = 'b', long, value_name = "blob", conflicts_with_all = ["blob_dir", "backend_type"])]
+    blob: Option<PathBuf>,
+
+    /// Directory with the blobs, named by their ids
+    #[arg(short = 'D', long, value_name = "blob-dir", conflicts_with = "backend_type")]
+    blob_dir: Option<PathBuf>,
+
+    #[command(flatten)]
+    backend: BackendArgs,
 
     /// Read chunks that the image has no digest for, unverified
     #[arg(long)]
@@ -96,8 +122,8 @@ impl SourceArgs {
                 only(opened.blob.clone(), count),
             )?));
         }
-        if let Some(kind) = &self.backend_type {
-            return self.backend(kind);
+        if let Some(backend) = self.backend.open()? {
+            return Ok(backend);
         }
         let [blob] = opened.bootstrap.blobs() else {
             return match (count, &self.blob) {
@@ -128,21 +154,6 @@ impl SourceArgs {
             context: LocalFs::new(beside, Vec::new(), opened.blob.clone())?,
         }))
     }
-
-    fn backend(&self, kind: &str) -> anyhow::Result<Arc<dyn BlobSource>> {
-        let (name, text) = match (&self.backend_config, &self.backend_config_file) {
-            (Some(text), _) => ("--backend-config".to_owned(), text.clone()),
-            (None, Some(path)) => (path.display().to_string(), read_config(path)?),
-            (None, None) => bail!("--backend-type {kind} needs --backend-config or --backend-config-file"),
-        };
-        let fields = serde_json::from_str(&text).with_context(|| format!("{name}: not valid JSON"))?;
-        let mut warnings = Vec::new();
-        let config = BackendConfig::from_fields(kind, fields, &mut warnings).context(name)?;
-        for warning in warnings {
-            tracing::warn!("{warning}");
-        }
-        Ok(config.source(&std::env::temp_dir())?)
-    }
 }
 
 /// One blob in a file of any name. Where its data is an original layer, what says where chunks
@@ -166,6 +177,50 @@ impl BlobSource for OneBlob {
 
 fn only(blob: Option<PathBuf>, count: usize) -> Option<PathBuf> {
     blob.filter(|_| count == 1)
+}
+
+/// Blobs in a directory, and those that are not there elsewhere.
+#[derive(Debug)]
+struct DirectoryThen {
+    dir: PathBuf,
+    here: LocalFs,
+    elsewhere: Arc<dyn BlobSource>,
+}
+
+impl BlobSource for DirectoryThen {
+    fn kind(&self) -> &'static str {
+        self.elsewhere.kind()
+    }
+
+    fn blob(&self, id: &BlobId) -> storage::Result<Arc<dyn Backend>> {
+        if self.dir.join(id.as_str()).exists() { self.here.blob(id) } else { self.elsewhere.blob(id) }
+    }
+
+    fn blob_of_size(&self, id: &BlobId, stored_size: u64) -> storage::Result<Arc<dyn Backend>> {
+        if self.dir.join(id.as_str()).exists() {
+            self.here.blob(id)
+        } else {
+            self.elsewhere.blob_of_size(id, stored_size)
+        }
+    }
+}
+
+/// The image with its data in `dir` and, as far as it is not there, in the backend or in the blob that
+/// holds the bootstrap.
+pub fn open_beside(
+    opened: Opened,
+    dir: &Path,
+    backend: &BackendArgs,
+    cancel: &CancellationToken,
+) -> anyhow::Result<ImageData> {
+    let own = only(opened.blob, opened.bootstrap.blobs().len());
+    let here = LocalFs::new(Some(dir.to_owned()), Vec::new(), own)?;
+    let source: Arc<dyn BlobSource> = match backend.open()? {
+        Some(elsewhere) => Arc::new(DirectoryThen { dir: dir.to_owned(), here, elsewhere }),
+        None => Arc::new(here),
+    };
+    let options = DataOptions { allow_unverified: false, cancel: cancel.clone() };
+    Ok(ImageData::open(Engine::new(EngineConfig::default())?, opened.bootstrap, &*source, options)?)
 }
 
 /// The blobs in `dir`, named by their ids.

@@ -5,6 +5,7 @@
 
 mod check;
 mod cli;
+mod compact;
 mod convert;
 mod create;
 mod data;
@@ -87,7 +88,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Optimize(_) => Err(cli::not_built("optimize")),
         Command::Export(args) => export::run(&args),
         Command::Stat(args) => stat::run(&args),
-        Command::Compact(_) => Err(cli::not_built("compact")),
+        Command::Compact(args) => compact::run(&args),
         Command::Unpack(args) => unpack::run(&args),
     }
 }
