@@ -14,6 +14,7 @@ mod digests;
 mod failover;
 mod faults;
 mod following;
+mod image_tool;
 mod interrupts;
 mod judges;
 mod kernel;

@@ -5,7 +5,7 @@ use std::io::{IsTerminal as _, Write as _};
 use std::sync::Mutex;
 use std::time::Instant;
 
-use builder::progress::{Activity, Meter, Observer};
+use builder::progress::{Activity, Meter, Observer, Silent};
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 
 /// Bars or lines, as stderr is.
@@ -78,11 +78,14 @@ impl Drop for Bar {
     }
 }
 
-/// One line a finished part.
+/// One line a finished part, which whoever asks for warnings alone does not want.
 struct Lines;
 
 impl Observer for Lines {
     fn begin(&self, activity: Activity, name: &str, total: Option<u64>) -> Box<dyn Meter> {
+        if !tracing::enabled!(tracing::Level::INFO) {
+            return Box::new(Silent);
+        }
         let state = Mutex::new(total.unwrap_or_default());
         Box::new(Line {
             activity,
