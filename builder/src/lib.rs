@@ -3,6 +3,7 @@
 pub mod blob_writer;
 pub mod bootstrap_v5;
 pub mod bootstrap_writer;
+pub mod chunkdict;
 pub mod chunks;
 pub mod compare;
 pub mod content;

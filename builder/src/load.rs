@@ -85,6 +85,15 @@ impl LoadedChunks {
         Ok((tree, named))
     }
 
+    /// Chunks of the files of a layer, one file behind the other, equal ones repeated.
+    pub(crate) fn layer_chunks(&self, layer: LayerIndex) -> &[ChunkId] {
+        let starts = &self.files[usize::from(layer.0)];
+        match (starts.first(), starts.last()) {
+            (Some(&first), Some(&end)) => &self.refs[first..end],
+            _ => &[],
+        }
+    }
+
     /// Lets all files use `instead[id]` in place of chunk `id`.
     pub(crate) fn replace(&mut self, instead: &[ChunkId]) {
         self.refs.iter_mut().for_each(|id| *id = instead[id.0 as usize]);

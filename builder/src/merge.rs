@@ -91,7 +91,7 @@ pub fn merge(
         named.insert(blob.id.clone(), padded_id(blob.id.as_str()));
     }
     for source in sources {
-        consistent(first, source)?;
+        consistent((&first.name, &*first.bootstrap), (&source.name, &*source.bootstrap))?;
         let records = records(source, &mut named);
         let mut tree = chunks
             .load(&*source.bootstrap, &records)
@@ -152,8 +152,12 @@ pub fn shown_id(record: &BlobRecord) -> String {
     String::from_utf8_lossy(&record.blob_id[..len]).into_owned()
 }
 
-fn consistent(first: &MergeSource, other: &MergeSource) -> Result<()> {
-    let (a, b) = (first.bootstrap.summary(), other.bootstrap.summary());
+/// Refuses bootstraps, each with its name, of images whose trees or chunks can not be in one.
+///
+/// # Errors
+/// `Inconsistent`: names what differs.
+pub(crate) fn consistent(first: (&str, &dyn Bootstrap), other: (&str, &dyn Bootstrap)) -> Result<()> {
+    let (a, b) = (first.1.summary(), other.1.summary());
     let ids = |flags: ImageFlags| flags.contains(ImageFlags::EXPLICIT_UID_GID);
     let differs = if a.fs_version != b.fs_version {
         format!("RAFS version {} and {}", a.fs_version, b.fs_version)
@@ -172,10 +176,7 @@ fn consistent(first: &MergeSource, other: &MergeSource) -> Result<()> {
     };
     Err(Error::new(
         ErrorKind::Inconsistent,
-        format!(
-            "{} and {} can not be merged: {differs}; build them with the same options",
-            first.name, other.name
-        ),
+        format!("{} and {} can not be merged: {differs}; build them with the same options", first.0, other.0),
     ))
 }
 
@@ -184,7 +185,9 @@ pub(crate) fn carried_records(bootstrap: &dyn Bootstrap) -> Vec<BlobRecord> {
     let carried = |blob: &rafs::bootstrap::Blob| {
         let mut record = blob.record;
         record.blob_id = padded_id(blob.id.as_str());
-        record.features = U32::new((blob.features - BlobFeatures::INLINED_FS_META).bits());
+        // Both say where the bootstrap at hand came from, not what the blob is.
+        let here = BlobFeatures::INLINED_FS_META | BlobFeatures::IS_CHUNKDICT_GENERATED;
+        record.features = U32::new((blob.features - here).bits());
         // The blob that held this bootstrap holds the context, too; another bootstrap must name it.
         if record.blob_meta_digest == [0; 32]
             && let Some(digest) = blob.context_id.as_ref().and_then(|id| Digest::from_hex(id.as_str()).ok())

@@ -1,5 +1,6 @@
 //! Built images before their judges: the golden set, the kernel, and clients of the command.
 
+mod chunkdict;
 mod cli;
 mod common;
 mod compact;

@@ -210,12 +210,8 @@ impl Blob {
 }
 
 fn refuse_unsupported(features: BlobFeatures) -> Result<()> {
-    let kinds = [
-        (BlobFeatures::EXTERNAL, "external-blob"),
-        (BlobFeatures::IS_CHUNKDICT_GENERATED, "generated chunk dictionary"),
-    ];
-    if let Some((_, kind)) = kinds.iter().find(|(bit, _)| features.contains(*bit)) {
-        return Err(unsupported(kind));
+    if features.contains(BlobFeatures::EXTERNAL) {
+        return Err(unsupported("external-blob"));
     }
     if features.bits() & BlobFeatures::INCOMPATIBLE != 0 {
         return Err(Error::new(
@@ -340,6 +336,13 @@ fn check_context(record: &BlobRecord, features: BlobFeatures, chunks: u64) -> Re
     let units = features.intersects(BlobFeatures::BATCH | BlobFeatures::ZRAN);
     let entries = chunks * if v2 { 24 } else { 16 };
     let sized = if units { decoded >= entries } else { decoded == entries };
+    if !sized && features.contains(BlobFeatures::IS_CHUNKDICT_GENERATED) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "a generated chunk dictionary whose chunks have other numbers than in the blob; make it with this \
+             version's `nydus-image chunkdict generate`",
+        ));
+    }
     if !sized || decoded > limits::MAX_CONTEXT_SIZE || stored > decoded || stored == 0 {
         return Err(Error::corrupt(format!(
             "context of {stored} bytes, {decoded} decoded: want {entries} for {chunks} chunks, at most {}",

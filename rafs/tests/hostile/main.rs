@@ -201,6 +201,11 @@ fn forged_blobs() {
     refused("encrypt", "halves", |f| f.put(BLOBS + 168, &[7; 32]));
     refused("default", "24-byte", |f| f.bytes[BLOBS + 84] |= 0x80);
     refused("default", "external", |f| f.bytes[BLOBS + 85] |= 8);
+    // The mark of a dictionary waives no check.
+    refused("default", "other numbers", |f| {
+        f.bytes[BLOBS + 85] |= 2;
+        f.put32(BLOBS + 72, 478);
+    });
     refused("default", "beyond", |f| f.put64(BLOBS + 88, 4096));
     refused("default", "no room", |f| f.put64(BLOBS + 88, 1 << 41));
     refused("default", "decoded size", |f| f.put64(BLOBS + 96, 1961984 + 1));

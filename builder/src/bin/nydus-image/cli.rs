@@ -7,6 +7,7 @@ use builder::{Error, ErrorKind};
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 
+use crate::chunkdict::ChunkdictArgs;
 use crate::compact::CompactArgs;
 use crate::convert::ConvertArgs;
 use crate::export::ExportArgs;
@@ -57,9 +58,8 @@ pub enum Command {
         #[arg(value_name = "DIR")]
         directory: PathBuf,
     },
-    /// Not built yet.
-    #[command(hide = true)]
-    Chunkdict(Unbuilt),
+    /// Make chunk dictionaries.
+    Chunkdict(ChunkdictArgs),
     /// Not built yet.
     #[command(hide = true)]
     Optimize(Unbuilt),

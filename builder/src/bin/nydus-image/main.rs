@@ -4,6 +4,7 @@
 //! 2: usage, or images that can not be merged with one another.
 
 mod check;
+mod chunkdict;
 mod cli;
 mod compact;
 mod convert;
@@ -84,7 +85,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
                 .with_context(|| directory.display().to_string())?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Chunkdict(_) => Err(cli::not_built("chunkdict")),
+        Command::Chunkdict(args) => chunkdict::run(&args),
         Command::Optimize(_) => Err(cli::not_built("optimize")),
         Command::Export(args) => export::run(&args),
         Command::Stat(args) => stat::run(&args),
