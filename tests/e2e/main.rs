@@ -30,6 +30,7 @@ mod references;
 mod registries;
 mod restoring;
 mod retirement;
+mod rewriting;
 mod rings;
 mod sandbox;
 mod sharing;

@@ -56,11 +56,15 @@ pub(super) fn carry(
     };
     let mut stream = source.data.stream(chunks.iter().map(|&id| source.extent(id))).keeping_stored();
     for &id in chunks {
-        let (_, extent) = source.extent(id)?;
+        let (blob, extent) = source.extent(id)?;
         let fetched = stream.next_fetched()?;
         // The stream answers every chunk, or an error.
         let Some(fetched) = fetched else { return Err(Error::bad_source("a chunk is missing")) };
-        packer.add(source.chunks.row(id), &extent, &fetched.bytes, &fetched.stored)?;
+        // What is stored in an original layer, or with another compressor, may do better here.
+        let blob = &source.bootstrap().blobs()[blob as usize];
+        let native = blob.codec == kind.codec && !blob.features.contains(BlobFeatures::SEPARATE);
+        let stored = Some(&fetched.stored).filter(|_| native && packer.copies(&extent));
+        packer.add(source.chunks.row(id), &extent, &fetched.bytes, stored)?;
         progress(fetched.bytes.len() as u64);
     }
     let chunk_size = source.bootstrap().summary().chunk_size;
@@ -117,7 +121,14 @@ struct Packer<'a> {
 }
 
 impl Packer<'_> {
-    fn add(&mut self, old: ChunkRow, extent: &ChunkExtent, bytes: &Bytes, stored: &Bytes) -> Result<()> {
+    /// Adds a chunk; `stored`: its stored form, if that will do as it is.
+    fn add(
+        &mut self,
+        old: ChunkRow,
+        extent: &ChunkExtent,
+        bytes: &Bytes,
+        stored: Option<&Bytes>,
+    ) -> Result<()> {
         let number = self.rows.len() as u32;
         if number >= MAX_CHUNKS {
             return Err(Error::limit(format!("more than {MAX_CHUNKS} chunks in one blob")));
@@ -150,9 +161,9 @@ impl Packer<'_> {
         } else {
             self.end_unit()?;
             row.compressed_offset = self.stored_end;
-            row.compressed_size = match self.copies(extent) {
-                true => self.write(stored)?,
-                false => self.encode(bytes)?,
+            row.compressed_size = match stored {
+                Some(stored) => self.write(stored)?,
+                None => self.encode(bytes)?,
             };
             // Encryption makes less than a block of the cipher longer.
             let plain = match self.kind.cipher {
@@ -166,7 +177,7 @@ impl Packer<'_> {
         Ok(())
     }
 
-    /// True if the stored bytes of the chunk will do as they are. A blob states that a chunk is
+    /// True if the stored bytes of the chunk are what would be written. A blob states that a chunk is
     /// compressed by its being shorter.
     fn copies(&self, extent: &ChunkExtent) -> bool {
         let unit = &extent.unit;
@@ -248,7 +259,6 @@ impl BlobKind {
             Cipher::Aes128Xts(key) => Some(**key),
             Cipher::None => None,
         };
-        debug_assert!(!blob.features.intersects(BlobFeatures::ZRAN | BlobFeatures::TARFS));
         Self { codec: blob.codec, digester: blob.digester, cipher }
     }
 }

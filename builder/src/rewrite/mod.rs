@@ -10,6 +10,7 @@
 
 mod carry;
 pub mod compact;
+pub mod optimize;
 
 use rafs::bootstrap::Bootstrap;
 use rafs::format::blob_table::BlobRecord;

@@ -8,6 +8,7 @@ mod export;
 mod golden;
 mod kernel;
 mod layers;
+mod optimize;
 mod random;
 mod reference;
 mod stat;

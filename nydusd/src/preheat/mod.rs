@@ -22,7 +22,8 @@ use std::collections::HashSet;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
-use rafs::bootstrap::{Bootstrap, Nid};
+use rafs::bootstrap::{Blob, Bootstrap, Nid};
+use rafs::format::features::BlobFeatures;
 use rafs::fs::Rafs;
 use storage::prefetch::{Class, Order};
 
@@ -40,6 +41,8 @@ pub enum Wish {
     Files(Vec<Vec<u8>>),
     /// The image's prefetch table.
     Table,
+    /// The blobs that `nydus-image optimize` has made of what starts of the image read.
+    Optimized,
     /// What starts of the image read, in their order.
     Trace(Arc<Trace>),
 }
@@ -68,8 +71,11 @@ pub fn trace(mount: &Mount, document: &Document) -> anyhow::Result<Wish> {
 pub fn after_mount(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request> {
     let prefetch = &config.prefetch;
     let first = match &config.prefetch_files {
-        Some(files) => Some(Wish::Files(files.clone())),
-        None => (!bootstrap.prefetch().is_empty()).then_some(Wish::Table),
+        Some(files) => vec![Wish::Files(files.clone())],
+        None => {
+            let table = (!bootstrap.prefetch().is_empty()).then_some(Wish::Table);
+            is_optimized(bootstrap).then_some(Wish::Optimized).into_iter().chain(table).collect()
+        }
     };
     let mut stages: Vec<_> = first.into_iter().map(|wish| (Class::Predicted, wish)).collect();
     if prefetch.all {
@@ -79,27 +85,39 @@ pub fn after_mount(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request
     wanted.then_some(Request { what: "start", stages, bandwidth: prefetch.bandwidth })
 }
 
-/// What the image itself hints at, to be fetched where no start of it is known: its prefetch
-/// table, unless that asks for everything or the configuration speaks of prefetch.
+/// What the image itself hints at, to be fetched where no start of it is known: what was put together
+/// for that, and its prefetch table, unless that asks for everything or the configuration speaks of
+/// prefetch.
 pub fn hints(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request> {
-    let table = bootstrap.prefetch();
-    let wanted = config.prefetch.hints
-        && !config.prefetch.enable
-        && !table.is_empty()
-        && !table.contains(&bootstrap.root());
-    let stages = vec![(Class::Predicted, Wish::Table)];
+    let optimized = is_optimized(bootstrap).then_some(Wish::Optimized);
+    let table = names_files(bootstrap).then_some(Wish::Table);
+    let stages: Vec<_> = optimized.into_iter().chain(table).map(|wish| (Class::Predicted, wish)).collect();
+    let wanted = config.prefetch.hints && !config.prefetch.enable && !stages.is_empty();
     wanted.then_some(Request { what: "hints", stages, bandwidth: config.prefetch.bandwidth })
 }
 
 /// True if neither the image nor the configuration names files that a start reads, and nobody has
 /// forbidden to look for them.
 pub fn is_left_to_follow(config: &Config, bootstrap: &dyn Bootstrap) -> bool {
-    let table = bootstrap.prefetch();
-    let names_files = match &config.prefetch_files {
+    let is_known = match &config.prefetch_files {
         Some(_) => config.prefetch.enable,
-        None => !table.is_empty() && !table.contains(&bootstrap.root()),
+        None => is_optimized(bootstrap) || names_files(bootstrap),
     };
-    config.prefetch.hints && !names_files
+    config.prefetch.hints && !is_known
+}
+
+/// True if the image's prefetch table names some files, and not all of them.
+fn names_files(bootstrap: &dyn Bootstrap) -> bool {
+    let table = bootstrap.prefetch();
+    !table.is_empty() && !table.contains(&bootstrap.root())
+}
+
+fn is_optimized(bootstrap: &dyn Bootstrap) -> bool {
+    bootstrap.blobs().iter().any(is_of_prefetch_files)
+}
+
+fn is_of_prefetch_files(blob: &Blob) -> bool {
+    blob.features.contains(BlobFeatures::IS_SEPARATED_WITH_PREFETCH_FILES)
 }
 
 /// A wish as found in an image.
@@ -107,6 +125,8 @@ pub fn is_left_to_follow(config: &Config, bootstrap: &dyn Bootstrap) -> bool {
 struct Chunks {
     /// These first.
     trace: Option<Arc<Trace>>,
+    /// Then these blobs.
+    blobs: Vec<u32>,
     /// Then these.
     nodes: Vec<Nid>,
     /// Then all of it.
@@ -121,6 +141,11 @@ impl Chunks {
         match wish {
             Wish::Image => Self { image: true, ..Self::default() },
             Wish::Trace(trace) => Self { trace: Some(Arc::clone(trace)), ..Self::default() },
+            Wish::Optimized => {
+                let blobs = (0u32..).zip(bootstrap.blobs());
+                let blobs = blobs.filter(|(_, blob)| is_of_prefetch_files(blob)).map(|(place, _)| place);
+                Self { blobs: blobs.collect(), ..Self::default() }
+            }
             Wish::Table => Self::of(bootstrap.root(), bootstrap.prefetch().into_iter()),
             Wish::Files(paths) => {
                 let found = paths.iter().take_while(|_| !stop()).filter_map(|path| {
@@ -151,9 +176,10 @@ impl Chunks {
 
     fn order(&self, rafs: &Arc<Rafs>) -> Order {
         let trace = self.trace.iter().map(|trace| trace.order(rafs));
+        let blobs = (!self.blobs.is_empty()).then(|| order::blobs(rafs, self.blobs.clone()));
         let nodes = (!self.nodes.is_empty()).then(|| order::nodes(rafs, self.nodes.clone()));
         let image = self.image.then(|| order::image(rafs));
-        let parts: Vec<Order> = trace.chain(nodes).chain(image).collect();
+        let parts: Vec<Order> = trace.chain(blobs).chain(nodes).chain(image).collect();
         Box::new(parts.into_iter().flatten())
     }
 }

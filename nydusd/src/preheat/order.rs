@@ -14,9 +14,15 @@ use storage::prefetch::Order;
 /// Every chunk of every blob, as they lie. Chunks of a blob that the image does not use
 /// have no digest here and are left out.
 pub fn image(rafs: &Arc<Rafs>) -> Order {
+    blobs(rafs, (0..rafs.bootstrap().blobs().len() as u32).collect())
+}
+
+/// Every chunk of the blobs at these places of the table, as they lie; without those that the image does
+/// not use, as [`image`].
+pub fn blobs(rafs: &Arc<Rafs>, places: Vec<u32>) -> Order {
     let rafs = Arc::clone(rafs);
-    let counts: Vec<u32> = rafs.bootstrap().blobs().iter().map(|blob| blob.chunk_count).collect();
-    Box::new((0u32..).zip(counts).flat_map(move |(blob, count)| {
+    Box::new(places.into_iter().flat_map(move |blob| {
+        let count = rafs.bootstrap().blobs().get(blob as usize).map_or(0, |blob| blob.chunk_count);
         let rafs = Arc::clone(&rafs);
         (0..count).filter_map(move |index| Some((blob, rafs.chunk_extent(blob, ChunkIndex(index)).ok()?)))
     }))

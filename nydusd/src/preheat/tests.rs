@@ -14,6 +14,17 @@ fn golden(name: &str) -> Arc<Rafs> {
     Arc::new(Rafs::new(bootstrap, Vec::new(), RafsOptions::default()).unwrap())
 }
 
+/// The image `name` with the mark of prefetch files on blob 0.
+fn optimized(name: &str) -> Arc<Rafs> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name).join("image.boot");
+    let mut bytes = std::fs::read(path).unwrap();
+    // The blob table lies at 4096 in these images; features are bytes 84 to 87 of a record.
+    bytes[4096 + 85] |= (BlobFeatures::IS_SEPARATED_WITH_PREFETCH_FILES.bits() >> 8) as u8;
+    let bootstrap: Arc<dyn Bootstrap> =
+        Arc::from(rafs::bootstrap::from_bytes(bytes, &OpenOptions::default()).unwrap());
+    Arc::new(Rafs::new(bootstrap, Vec::new(), RafsOptions::default()).unwrap())
+}
+
 fn resolve(rafs: &Rafs, wish: &Wish) -> (Chunks, Vec<String>) {
     let mut missing = Vec::new();
     let note = |path: &[u8]| missing.push(String::from_utf8_lossy(path).into_owned());
@@ -140,6 +151,29 @@ fn a_list_goes_before_the_table_and_both_before_the_rest() {
     assert_eq!(after(&config, &plain).unwrap().stages, [(Class::Background, Wish::Image)]);
     let stages = after(&config, &tabled).unwrap().stages;
     assert_eq!(stages, [(Class::Predicted, Wish::Table), (Class::Background, Wish::Image)]);
+}
+
+#[test]
+fn what_was_put_together_goes_first() {
+    let (first, rest) = (Class::Predicted, Class::Background);
+    let (merged, tabled) = (optimized("merged"), optimized("prefetch"));
+    let mut config = Config::localfs_dir(Path::new("/x"));
+    let stages = |request: Option<Request>| request.map(|request| request.stages);
+    let both = vec![(first, Wish::Optimized), (first, Wish::Table)];
+    assert_eq!(stages(hints(&config, &**tabled.bootstrap())), Some(both.clone()));
+    // The table of this one asks for everything, which is no hint.
+    assert_eq!(stages(hints(&config, &**merged.bootstrap())), Some(vec![(first, Wish::Optimized)]));
+    assert!(!is_left_to_follow(&config, &**merged.bootstrap()));
+    config.prefetch = PrefetchConfig { enable: true, all: true, ..config.prefetch };
+    let all = [both, vec![(rest, Wish::Image)]].concat();
+    assert_eq!(stages(after_mount(&config, &**tabled.bootstrap())), Some(all));
+    config.prefetch_files = Some(vec![b"/a".to_vec()]);
+    assert_eq!(stages(after_mount(&config, &**tabled.bootstrap())).unwrap()[0], (first, files(&["/a"])));
+
+    let (chunks, _) = resolve(&merged, &Wish::Optimized);
+    let order: Vec<_> = chunks.order(&merged).collect();
+    let stored: Vec<_> = order::image(&merged).filter(|(blob, _)| *blob == 0).collect();
+    assert!(!order.is_empty() && order == stored && order.len() < order::image(&merged).count());
 }
 
 #[test]

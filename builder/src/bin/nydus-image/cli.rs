@@ -11,6 +11,7 @@ use crate::chunkdict::ChunkdictArgs;
 use crate::compact::CompactArgs;
 use crate::convert::ConvertArgs;
 use crate::export::ExportArgs;
+use crate::optimize::OptimizeArgs;
 use crate::stat::StatArgs;
 use crate::unpack::UnpackArgs;
 pub use crate::values::{
@@ -60,9 +61,8 @@ pub enum Command {
     },
     /// Make chunk dictionaries.
     Chunkdict(ChunkdictArgs),
-    /// Not built yet.
-    #[command(hide = true)]
-    Optimize(Unbuilt),
+    /// Put what a start of an image reads into a blob of its own.
+    Optimize(Box<OptimizeArgs>),
     /// Write an image as a disk that a kernel mounts.
     Export(Box<ExportArgs>),
     /// Tell where the bytes of images are, and what they have in common.
@@ -80,14 +80,6 @@ pub fn not_built(what: &str) -> anyhow::Error {
         format!("{what} is not built yet; a later build of nydus-image brings it"),
     )
     .into()
-}
-
-/// Arguments of a command that is refused by name.
-#[derive(Debug, Args)]
-pub struct Unbuilt {
-    /// Whatever was typed.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
-    pub arguments: Vec<OsString>,
 }
 
 /// Arguments of `create`.

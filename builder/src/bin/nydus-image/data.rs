@@ -104,6 +104,11 @@ pub struct SourceArgs {
 }
 
 impl SourceArgs {
+    /// The directory with the blobs, if one is given.
+    pub fn blob_dir(&self) -> Option<&Path> {
+        self.blob_dir.as_deref()
+    }
+
     /// The image with its data at hand.
     pub fn open(&self, opened: Opened, cancel: &CancellationToken) -> anyhow::Result<ImageData> {
         let source = self.source(&opened)?;

@@ -15,6 +15,7 @@ mod inspect;
 mod interrupt;
 mod logging;
 mod merge;
+mod optimize;
 mod output;
 #[path = "../../../../misc/pages.rs"]
 mod pages;
@@ -86,7 +87,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Chunkdict(args) => chunkdict::run(&args),
-        Command::Optimize(_) => Err(cli::not_built("optimize")),
+        Command::Optimize(args) => optimize::run(&args),
         Command::Export(args) => export::run(&args),
         Command::Stat(args) => stat::run(&args),
         Command::Compact(args) => compact::run(&args),
