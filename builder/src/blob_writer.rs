@@ -52,6 +52,8 @@ pub struct BlobOptions {
     pub id: Option<BlobId>,
     /// What chunks and context are encrypted with.
     pub cipher: Option<XtsKey>,
+    /// Also make the daemon's local copy of the context.
+    pub keep_context: bool,
 }
 
 /// What the context says of chunks beside their places.
@@ -75,6 +77,14 @@ pub enum Context {
         /// Its name.
         id: BlobId,
         /// Its length, a multiple of 512.
+        size: u64,
+    },
+    /// The data is members of a gzip file that is an original layer. Records say where each chunk
+    /// lies; the context is in no blob.
+    Members {
+        /// The layer's name.
+        id: BlobId,
+        /// Its length.
         size: u64,
     },
     /// The data is an original layer, in a file of its own.
@@ -105,6 +115,9 @@ pub struct BlobWriter {
     options: BlobOptions,
     entries: Vec<TocEntry>,
     record: BlobRecord,
+    /// What is written is not kept.
+    nowhere: bool,
+    local: Option<Vec<u8>>,
 }
 
 /// A complete blob.
@@ -117,6 +130,8 @@ pub struct FinishedBlob {
     pub file_digest: Digest,
     /// Bytes of the file.
     pub size: u64,
+    /// The content of the daemon's local copy of the context, if that was asked for and there is one.
+    pub local_context: Option<Vec<u8>>,
     /// Its row for the blob table; with an inlined bootstrap the one stored there, under the
     /// placeholder name. Meaningless if it has no chunks.
     pub record: BlobRecord,
@@ -164,12 +179,18 @@ impl BlobWriter {
             record.blob_id = padded_id(&id.to_string());
             separate = Some(*size);
         }
+        if let Context::Members { id, size } = context {
+            features |= BlobFeatures::SEPARATE | BlobFeatures::CHUNK_INFO_V2;
+            record.blob_id = padded_id(id.as_str());
+            separate = Some(*size);
+        }
         record.chunk_size = U32::new(options.chunk_size);
         record.compression_algo = U32::new(codec_code(options.codec));
         record.digest_algo = U32::new(digester_code(options.digester));
         record.features = U32::new(features.bits());
         record.uncompressed_size = U64::new(decoded_size);
-        let mut this = Self { sink, options, entries: Vec::new(), record };
+        let nowhere = matches!(context, Context::Members { .. });
+        let mut this = Self { sink, options, entries: Vec::new(), record, nowhere, local: None };
         let count = chunks.len();
         if count > MAX_CHUNKS as usize {
             return Err(Error::limit(format!(
@@ -188,18 +209,20 @@ impl BlobWriter {
             }
         }
         this.record.compressed_size = U64::new(separate.unwrap_or(this.sink.len()));
-        if let Some(bytes) = context_bytes.filter(|_| !matches!(context, Context::Plain)) {
-            this.check_context(&bytes)?;
+        let keep = this.options.keep_context;
+        if let Some(bytes) = context_bytes.filter(|_| keep || !matches!(context, Context::Plain)) {
+            let context = this.check_context(&bytes)?;
+            this.local = keep.then(|| context.to_cache_file());
         }
         Ok(this)
     }
 
     /// Reads the context back as a mount would: what readers refuse must not get a name.
-    fn check_context(&self, bytes: &[u8]) -> Result<()> {
+    fn check_context(&self, bytes: &[u8]) -> Result<BlobContext> {
         const FAILS: &str = "the new blob context fails its own check";
         let fails = |e: rafs::Error| Error::from(e).context(FAILS);
         let blob = Blob::from_record(&self.record, 0, self.options.chunk_size, None).map_err(fails)?;
-        BlobContext::from_stored(&blob, bytes).map(drop).map_err(fails)
+        BlobContext::from_stored(&blob, bytes).map_err(fails)
     }
 
     /// A blob of which nothing is written.
@@ -220,7 +243,7 @@ impl BlobWriter {
         record.compressed_size = U64::new(size);
         // There is no context; this is what the reference builder states of it.
         record.ci_compressor = U32::new(compression::LZ4_BLOCK);
-        Ok(Self { sink, options, entries: Vec::new(), record })
+        Ok(Self { sink, options, entries: Vec::new(), record, nowhere: false, local: None })
     }
 
     /// The blob's row as an inlined bootstrap states it: under the placeholder name, its size
@@ -250,7 +273,9 @@ impl BlobWriter {
         let file_digest = self.sink.file_digest();
         let separate =
             BlobFeatures::from_bits_retain(self.record.features.get()).contains(BlobFeatures::SEPARATE);
-        if separate && !self.options.inline_bootstrap {
+        if self.nowhere {
+            // No file to name.
+        } else if separate && !self.options.inline_bootstrap {
             self.record.blob_meta_digest = id.0;
             self.record.blob_meta_size = U64::new(size);
         } else if !self.options.inline_bootstrap && size > 0 {
@@ -264,7 +289,15 @@ impl BlobWriter {
             self.record.blob_toc_digest = digest.0;
             self.record.blob_toc_size = U32::new(size);
         }
-        Ok(FinishedBlob { out: self.sink.close()?, id, file_digest, size, record: self.record })
+        let local_context = self.local;
+        Ok(FinishedBlob {
+            out: self.sink.close()?,
+            id,
+            file_digest,
+            size,
+            local_context,
+            record: self.record,
+        })
     }
 
     fn has_headers(&self) -> bool {
@@ -453,10 +486,16 @@ fn context_array(chunks: impl ExactSizeIterator<Item = ChunkRow>, context: &Cont
             });
             wide(entries.collect(), &slices.bytes, slices.count)
         }
-        Context::None | Context::Tar { .. } | Context::Separate { slices: None, .. } => {
+        Context::None
+        | Context::Tar { .. }
+        | Context::Members { .. }
+        | Context::Separate { slices: None, .. } => {
             let entries = chunks.map(|row| {
-                let crc = if row.crc32 == 0 { EntryFlags::empty() } else { EntryFlags::HAS_CRC32 };
-                EntryV2::pack(&entry(&row, crc, row.crc32.into()))
+                let mut flags = EntryFlags::empty();
+                let compressed = ChunkFlags::from_bits_retain(row.flags).contains(ChunkFlags::COMPRESSED);
+                flags.set(EntryFlags::COMPRESSED, compressed);
+                flags.set(EntryFlags::HAS_CRC32, row.crc32 != 0);
+                EntryV2::pack(&entry(&row, flags, row.crc32.into()))
             });
             wide(entries.collect(), &[], 0)
         }

@@ -93,8 +93,8 @@ pub(crate) struct Member {
 pub struct ChunkStore {
     /// Chunks lie at multiples of 512 bytes of a plain tar.
     in_tar: bool,
-    /// Chunks lie in slices of a gzip file.
-    in_slices: bool,
+    /// Chunks lie in a gzip file: in slices of it, or in members of their own.
+    in_gzip: bool,
     /// Stored bytes are encrypted, which makes less than a cipher block longer.
     is_encrypted: bool,
     /// Small chunks that share units, in order of their numbers.
@@ -235,11 +235,19 @@ impl ChunkStore {
     /// Replaces the place of every chunk in the decoded source by what `place` makes of place and
     /// length: about where it lies in the gzip file, and how long that is.
     pub(crate) fn place_in_slices(&mut self, place: impl Fn(u64, u32) -> (u64, u32)) {
-        self.in_slices = true;
+        self.in_gzip = true;
         for row in self.segments.iter_mut().flatten() {
             (row.compressed_offset, row.compressed_size) =
                 place(row.compressed_offset, row.uncompressed_size);
         }
+    }
+
+    /// Records that chunk `id` is the beginning of a member of a gzip file.
+    pub(crate) fn set_member(&mut self, id: ChunkId, offset: u64, stored: u32) {
+        self.in_gzip = true;
+        let row = self.row_mut(id);
+        row.compressed_offset = offset;
+        row.compressed_size = stored;
     }
 
     /// Records that `id`, the next chunk of `layer` to be stored, takes `compressed_size` bytes.
@@ -386,7 +394,7 @@ impl ChunkSource for BuiltContent {
             true => XtsKey::sealed_len(chunk.uncompressed_size as usize) as u32,
             false => chunk.uncompressed_size,
         };
-        let compressed = self.chunks.in_slices || chunk.compressed_size < plain;
+        let compressed = self.chunks.in_gzip || chunk.compressed_size < plain;
         flags.set(ChunkFlags::COMPRESSED, !is_member && compressed);
         flags.set(ChunkFlags::ENCRYPTED, self.chunks.is_encrypted);
         flags.set(ChunkFlags::HAS_CRC32, chunk.crc32 != 0);

@@ -286,6 +286,7 @@ impl Writer<'_> {
             inline_bootstrap: true,
             id: None,
             cipher: None,
+            keep_context: false,
         };
         let decoded_size = self.chunks.chunks.decoded_size(layer.layer);
         let writer = BlobWriter::new(

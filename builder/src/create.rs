@@ -72,6 +72,8 @@ pub struct LayerOptions {
     pub prefetch_table: bool,
     /// False stores owners as 0 and says so (`--repeatable`).
     pub explicit_ids: bool,
+    /// Also make the daemon's local copy of the blob's context.
+    pub keep_context: bool,
 }
 
 /// Where the layer comes from.
@@ -80,6 +82,13 @@ pub enum LayerSource<'a> {
     Directory(&'a Path),
     /// A tar stream, plain or compressed with gzip or zstd, read once from front to end.
     Tar {
+        /// What messages call it.
+        name: String,
+        /// The stream.
+        input: Box<dyn Read + 'a>,
+    },
+    /// The same of an eStargz layer: without the files that belong to its format.
+    Estargz {
         /// What messages call it.
         name: String,
         /// The stream.
@@ -206,6 +215,7 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
         inline_bootstrap: options.inline_bootstrap,
         id: options.blob_id.clone(),
         cipher: options.data.cipher,
+        keep_context: options.keep_context,
     };
     let packed = match options.version {
         Version::V5 { aligned: false } => Some(PackedContent::new(content, of_layer.clone())),
@@ -361,6 +371,12 @@ fn read(
     match source {
         LayerSource::Directory(path) => read_directory(path, whiteouts, prefetch, layer),
         LayerSource::Tar { name, input } => {
+            let tree = tar::read_layer(&name, input, layer, options)?;
+            let first = prefetch.resolve(&tree);
+            Ok((tree, first))
+        }
+        LayerSource::Estargz { name, input } => {
+            let options = TarOptions { estargz: true, ..options };
             let tree = tar::read_layer(&name, input, layer, options)?;
             let first = prefetch.resolve(&tree);
             Ok((tree, first))

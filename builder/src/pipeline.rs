@@ -87,7 +87,7 @@ pub struct DataOptions {
 
 impl DataOptions {
     /// Checks the options and resolves `threads`.
-    fn checked(mut self) -> Result<Self> {
+    pub(crate) fn checked(mut self) -> Result<Self> {
         if !self.chunk_size.is_power_of_two() || !(MIN_CHUNK_SIZE..=MAX_CHUNK_SIZE).contains(&self.chunk_size)
         {
             return Err(Error::new(

@@ -12,11 +12,12 @@ use storage::ids::BlobId;
 use crate::blob_writer::{Context, SliceTable};
 use crate::content::ChunkSource as _;
 use crate::create::{BuiltLayer, LayerOptions, Parts, finish};
-use crate::pipeline::{DataOptions, Layer, Output, Placement, Session};
+use crate::pipeline::{DataOptions, Layer, LayerData, Output, Placement, Session};
 use crate::sink::BlobSink;
 use crate::source::gzip_index::{GzipIndex, GzipIndexer};
+use crate::source::stargz::{Collector, Index, Indexed, read_entries};
 use crate::source::tar::{self, TarOptions};
-use crate::tree::Tree;
+use crate::tree::{LayerIndex, Tree};
 use crate::{Error, ErrorKind, Result};
 
 /// Bytes read ahead of the decoder.
@@ -29,6 +30,8 @@ const TAR_BLOCK: u64 = 512;
 pub enum ReferenceKind {
     /// Chunks of a gzip file, or of a plain tar (`targz-ref`).
     Layer,
+    /// The same of an eStargz layer, without the files that belong to its format (`estargz-ref`).
+    Estargz,
     /// A plain tar, in blocks of 512 bytes, that the kernel can mount beside its metadata (`tar-tarfs`).
     Tarfs,
 }
@@ -80,7 +83,7 @@ pub fn build_reference(
         digester: DigestAlgorithm::Sha256,
         placement: match kind {
             ReferenceKind::Tarfs => Placement::DecodedSpace,
-            ReferenceKind::Layer => Placement::Source,
+            ReferenceKind::Layer | ReferenceKind::Estargz => Placement::Source,
         },
         batch_size: 0,
         cipher: None,
@@ -90,16 +93,16 @@ pub fn build_reference(
     let layer = session.layer(BlobSink::new("nowhere", std::io::sink()))?;
     let (tree, index) = if gzip {
         let mut indexer = GzipIndexer::new(head.chain(&mut input))?;
-        let tree = read(name, &mut indexer, layer)?;
+        let tree = read(name, &mut indexer, layer, kind)?;
         (tree, Some(indexer.finish().0))
     } else {
-        (read(name, head.chain(&mut input), layer)?, None)
+        (read(name, head.chain(&mut input), layer, kind)?, None)
     };
     let Measured { hasher, len, .. } = input.into_inner();
     let source = hasher.finish();
     let mut output = session.finish()?;
     let context = match kind {
-        ReferenceKind::Layer => {
+        ReferenceKind::Layer | ReferenceKind::Estargz => {
             let slices = index.map(|index| place(&mut output, &index)).transpose()?;
             Context::Separate { id: source, size: len, slices }
         }
@@ -127,13 +130,59 @@ pub fn build_reference(
     Ok(BuiltReference { layer: finish(parts, &options)?, source })
 }
 
-fn read(name: &str, input: impl Read, mut layer: Layer) -> Result<Tree> {
+fn read(name: &str, input: impl Read, mut layer: Layer, kind: ReferenceKind) -> Result<Tree> {
     // Places are those in the stream as it was decoded once.
-    let options = TarOptions { plain: true, ..TarOptions::default() };
+    let estargz = kind == ReferenceKind::Estargz;
+    let options = TarOptions { plain: true, estargz, ..TarOptions::default() };
     match tar::read_layer(name, input, &mut layer, options) {
         Ok(tree) => layer.finish().map(|()| tree),
         Err(error) => Err(layer.abort(error)),
     }
+}
+
+/// Builds the metadata of an eStargz layer from its `index` alone. Records say where in the layer,
+/// which is called `id`, chunks lie; no blob is written.
+///
+/// `layer_size` is the length of the layer, needed if the index does not come from the layer itself.
+///
+/// # Errors
+/// `Corrupt`: the index. `Unsupported`, `Limit`: what records can not refer to. `Invalid`: no size, or an
+/// impossible chunk size.
+pub fn build_indexed(
+    name: &str,
+    index: Index,
+    id: BlobId,
+    layer_size: Option<u64>,
+    options: &LayerOptions,
+) -> Result<BuiltLayer> {
+    let size = match (index.layer_size, layer_size) {
+        (Some(found), Some(stated)) if found != stated => {
+            return Err(Error::invalid(format!("{name} has {found} bytes, --blob-data-size states {stated}")));
+        }
+        (found, stated) => found.or(stated).ok_or_else(|| {
+            Error::invalid(format!(
+                "{name} does not say where the layer ends: give the layer's length in hexadecimal as --blob-data-size"
+            ))
+        })?,
+    };
+    let mut options = options.clone();
+    options.data = DataOptions {
+        codec: Codec::Gzip,
+        digester: DigestAlgorithm::Sha256,
+        placement: Placement::Source,
+        batch_size: 0,
+        cipher: None,
+        ..options.data
+    };
+    let mut collector = Collector::new(options.data.checked()?.chunk_size);
+    read_entries(name, index.json, &mut collector)?;
+    let Indexed { tree, content } = collector
+        .finish(index.data_end.unwrap_or(size))
+        .map_err(|e| e.context(format_args!("index {name}")))?;
+    let first = options.prefetch.resolve(&tree);
+    let data = LayerData { layer: LayerIndex(0), sink: BlobSink::new("nowhere", std::io::sink()) };
+    let context = Context::Members { id, size };
+    finish(Parts { tree: &tree, content: &content, below: None, data, first: &first, context }, &options)
 }
 
 /// Finds the slices of all chunks, and replaces their places in the tar by those in the gzip file.

@@ -5,12 +5,14 @@
 
 mod api;
 mod backing;
+mod cache_files;
 mod clients;
 mod conversions;
 mod corpus;
 mod ctl;
 mod dedup;
 mod digests;
+mod estargz;
 mod failover;
 mod faults;
 mod following;

@@ -1,9 +1,6 @@
 //! Images whose data are the original layers: nothing but metadata is made, and the daemon fetches
 //! slices of the layers that the registry has anyway.
 
-use std::path::Path;
-use std::process::Command;
-
 use rafs::blob_file::BlobFile;
 use serde_json::json;
 use storage::ids::ByteRange;
@@ -17,31 +14,6 @@ use tests::registry::Registry;
 use tests::relay::Relay;
 use tests::tree::{Overlook, assert_same};
 use tests::{Result, ensure, needs_mounts, needs_programs};
-
-/// Puts a file into a repository as a blob.
-const PUSH: &str = r#"
-import hashlib, http.client, sys
-host, repository, path = sys.argv[1:]
-data = open(path, "rb").read()
-digest = hashlib.sha256(data).hexdigest()
-connection = http.client.HTTPConnection(host)
-connection.request("POST", f"/v2/{repository}/blobs/uploads/", b"")
-answer = connection.getresponse()
-answer.read()
-place = answer.headers["Location"]
-place += ("&" if "?" in place else "?") + "digest=sha256:" + digest
-connection.request("PUT", place, data, {"Content-Type": "application/octet-stream"})
-answer = connection.getresponse()
-answer.read()
-assert answer.status == 201, answer.status
-print(digest)
-"#;
-
-fn push(registry: &Registry, repository: &str, file: &Path) -> Result<String> {
-    let mut program = Command::new("python3");
-    program.args(["-c", PUSH, &registry.address().to_string(), repository]).arg(file);
-    Ok(run(&mut program)?.trim().to_owned())
-}
 
 /// The bootstrap at the end of a blob.
 fn bootstrap_in(blob: &[u8]) -> Result<Vec<u8>> {
@@ -90,7 +62,7 @@ fn original_layers_are_mounted_lazily() -> Result<()> {
             let create = ["--type", "targz-ref", "--features", "blob-toc", "--blob-inline-meta", "--blob"];
             let file = journey.source.blob_path(&layer.digest);
             run(nydus_image("create", create).arg(&meta).arg(&file))?;
-            metas.push(push(&registry, "original", &meta)?);
+            metas.push(registry.push("original", &meta)?);
             let boot = journey.path(&hex);
             std::fs::write(&boot, bootstrap_in(&std::fs::read(&meta)?)?)?;
             layers.push(boot);

@@ -30,6 +30,25 @@ pub const USER: &str = "reader";
 /// Their password.
 pub const PASSWORD: &str = "correct horse";
 
+/// Puts a file into a repository as a blob.
+const PUSH: &str = r#"
+import hashlib, http.client, sys
+host, repository, path = sys.argv[1:]
+data = open(path, "rb").read()
+digest = hashlib.sha256(data).hexdigest()
+connection = http.client.HTTPConnection(host)
+connection.request("POST", f"/v2/{repository}/blobs/uploads/", b"")
+answer = connection.getresponse()
+answer.read()
+place = answer.headers["Location"]
+place += ("&" if "?" in place else "?") + "digest=sha256:" + digest
+connection.request("PUT", place, data, {"Content-Type": "application/octet-stream"})
+answer = connection.getresponse()
+answer.read()
+assert answer.status == 201, answer.status
+print(digest)
+"#;
+
 /// A running registry; killed when dropped.
 #[derive(Debug)]
 pub struct Registry {
@@ -108,6 +127,16 @@ impl Registry {
     /// A certificate that the authority gave to a client, and its key.
     pub fn client_certificate(&self) -> (PathBuf, PathBuf) {
         (self.directory.path().join("client.crt"), self.directory.path().join("client.key"))
+    }
+
+    /// Puts `file` into `repository` as a blob; its SHA-256 in hexadecimal.
+    ///
+    /// # Errors
+    /// The registry refuses.
+    pub fn push(&self, repository: &str, file: &Path) -> Result<String> {
+        let mut program = Command::new("python3");
+        program.args(["-c", PUSH, &self.address.to_string(), repository]).arg(file);
+        Ok(run(&mut program)?.trim().to_owned())
     }
 
     /// Where the registry keeps the bytes of `digest` (`sha256:…`): to be damaged.

@@ -80,6 +80,18 @@ pub fn export(image: &ImageData, bootstrap: &mut File, disk: &File, verity: bool
     Ok(Disk { size, block_size, verity })
 }
 
+/// Writes the decoded space of blob `number` of `image` to the empty file `out`: every chunk that the image
+/// knows, verified, at its decoded offset. Runs of zeros are left out of the file.
+///
+/// # Errors
+/// As [`export`]; `Corrupt`: there is no such blob.
+pub fn decode_blob(image: &ImageData, number: u32, out: &File) -> Result<()> {
+    let blob = image.rafs().bootstrap().blobs().get(number as usize);
+    let blob = blob.ok_or_else(|| Error::bad_source(format!("there is no blob {number}")))?;
+    copy_chunks(image, number, blob, 0, out)?;
+    out.set_len(blob.decoded_size).map_err(failed)
+}
+
 fn failed(error: std::io::Error) -> Error {
     Error::io("write the disk", error)
 }

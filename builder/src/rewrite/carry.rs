@@ -244,6 +244,7 @@ impl Packer<'_> {
             inline_bootstrap: false,
             id: None,
             cipher: self.kind.cipher,
+            keep_context: false,
         };
         let rows = self.rows.iter().copied();
         let blob = BlobWriter::new(self.sink, options, self.decoded_end, rows, &context)?.finish(None)?;

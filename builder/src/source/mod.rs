@@ -3,4 +3,5 @@
 pub mod decompress;
 pub mod dir;
 pub mod gzip_index;
+pub mod stargz;
 pub mod tar;

@@ -26,6 +26,7 @@ use self::member::{Kind, Member, Members};
 use crate::layout;
 use crate::pipeline::Layer;
 use crate::source::decompress::Decompressor;
+use crate::source::stargz;
 use crate::tree::{Children, Content, Inode, Metadata, Tree, XattrPool, Xattrs, components, shown};
 use crate::{Error, Result};
 
@@ -48,13 +49,15 @@ pub struct TarOptions {
     pub links_below: bool,
     /// The stream is the tar itself: one that is compressed is damaged.
     pub plain: bool,
+    /// Leave out the files that belong to the format of eStargz.
+    pub estargz: bool,
 }
 
 impl Default for TarOptions {
     fn default() -> Self {
         // 16 Mi entries are ten times the largest images known; at 256 bytes an entry they bound
         // what a hostile layer can make the builder hold.
-        Self { max_entries: 1 << 24, require_end: true, links_below: false, plain: false }
+        Self { max_entries: 1 << 24, require_end: true, links_below: false, plain: false, estargz: false }
     }
 }
 
@@ -146,6 +149,9 @@ impl LayerReader<'_> {
     fn entry<R: Read>(&mut self, member: Member, members: &mut Members<R>) -> Result<()> {
         // Refused before any of its data is stored.
         let path = components(&member.path)?.join(&b'/');
+        if self.options.estargz && stargz::is_own_file(&path) {
+            return Ok(());
+        }
         let (major, minor) = member.device;
         let content = match member.kind {
             Kind::HardLink => return self.hard_link(&path, &member.link),

@@ -188,7 +188,7 @@ fn usage_is_2_and_what_is_not_built_is_refused_by_name() {
             1,
             "conversion type `tar-tarfs` conflicts with `--blob-cache-dir`",
         ),
-        (&["create", "--type", "estargztoc-ref", "-B", "x", "-D", "y", "src"], 1, "--type estargztoc-ref"),
+        (&["create", "--type", "estargztoc-ref", "-B", "x", "-D", "y", "src"], 1, "`--blob-id`"),
         (
             &["create", "--type", "targz-ref", "--encrypt", "-B", "x", "-D", "y", "src"],
             1,

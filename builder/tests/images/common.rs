@@ -60,6 +60,7 @@ pub fn options(codec: Codec, chunk_size: u32) -> LayerOptions {
         prefetch: Patterns::default(),
         prefetch_table: true,
         explicit_ids: true,
+        keep_context: false,
     }
 }
 

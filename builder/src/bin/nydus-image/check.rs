@@ -27,6 +27,7 @@ use builder::pipeline::{DataOptions, Placement};
 use builder::tree::Tree;
 use rafs::blob_context::{BlobContext, stored_range};
 use rafs::bootstrap::{Blob, Bootstrap, FileType, OpenOptions};
+use rafs::format::features::BlobFeatures;
 use rafs::format::limits::MAX_BOOTSTRAP_SIZE;
 use rafs::fs::{Rafs, RafsOptions};
 use storage::codec::Codec;
@@ -184,7 +185,9 @@ fn data(bootstrap: &Arc<dyn Bootstrap>, args: &CheckArgs, report: &mut String) -
     }
     let mut contexts = Vec::new();
     for (blob, file) in bootstrap.blobs().iter().zip(&files) {
-        if !blob.has_context() {
+        // That of an original layer may be in no blob, if every chunk has a record.
+        let nowhere = blob.features.contains(BlobFeatures::SEPARATE) && blob.context_id.is_none();
+        if !blob.has_context() || nowhere && !blob.needs_context() {
             contexts.push(None);
             continue;
         }

@@ -15,7 +15,8 @@ use crate::optimize::OptimizeArgs;
 use crate::stat::StatArgs;
 use crate::unpack::UnpackArgs;
 pub use crate::values::{
-    Compressor, ConversionType, Digester, Feature, FsVersion, LogLevel, PrefetchPolicy, WhiteoutSpec, number,
+    Compressor, ConversionType, Digester, Feature, FsVersion, LogLevel, PrefetchPolicy, WhiteoutSpec,
+    hexadecimal, number,
 };
 
 /// Builds, merges, checks, inspects and converts container images in the RAFS format.
@@ -129,7 +130,7 @@ pub struct CreateArgs {
     #[arg(long, value_name = "blob-id")]
     pub blob_id: Option<String>,
 
-    /// Length of the blob in hexadecimal, for stargz indexes (not built yet).
+    /// Length in hexadecimal of the layer that an index of estargztoc-ref belongs to.
     #[arg(long, value_name = "blob-data-size")]
     pub blob_data_size: Option<String>,
 
@@ -137,13 +138,14 @@ pub struct CreateArgs {
     #[arg(long, value_name = "blob-offset", hide = true)]
     pub blob_offset: Option<String>,
 
-    /// Obsolete; belongs to stargz indexes (not built yet).
+    /// Where to write the context of estargztoc-ref, in the form of the daemon's local copy.
     #[arg(long, value_name = "blob-meta", hide = true)]
     pub blob_meta: Option<PathBuf>,
 
-    /// Bytes of a chunk, a power of two from 0x1000 to 0x1000000.
-    #[arg(long, value_name = "chunk-size", default_value = "0x100000")]
-    pub chunk_size: String,
+    /// Bytes of a chunk, a power of two from 0x1000 to 0x1000000 [default: 0x100000; 0x400000 for
+    /// estargztoc-ref].
+    #[arg(long, value_name = "chunk-size")]
+    pub chunk_size: Option<String>,
 
     /// Compress files smaller than half of this together: 0, or a power of two up to the chunk size.
     #[arg(long, value_name = "batch-size", default_value = "0")]
@@ -205,7 +207,7 @@ pub struct CreateArgs {
     #[arg(short = 'E', long)]
     pub encrypt: bool,
 
-    /// Also write the cache files of the daemon here (not built yet).
+    /// Instead of the blob, write what the cache of a daemon holds when it has fetched all of it.
     #[arg(
         long,
         value_name = "blob-cache-dir",

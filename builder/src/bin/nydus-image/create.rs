@@ -1,5 +1,8 @@
 //! `nydus-image create`: a directory or tar stream in, blob and bootstrap out.
 
+mod cache;
+mod refuse;
+
 use std::fs::File;
 use std::io::BufWriter;
 use std::path::Path;
@@ -12,9 +15,10 @@ use builder::layered::{Below, Common};
 use builder::overlay;
 use builder::pipeline::{DataOptions, Placement};
 use builder::prefetch::Patterns;
-use builder::reference::{ReferenceKind, build_reference};
+use builder::reference::{ReferenceKind, build_indexed, build_reference};
 use builder::root::check_written;
 use builder::sink::BlobSink;
+use builder::source::stargz;
 use rafs::bootstrap::OpenOptions;
 use rafs::format::limits;
 use storage::cipher::XtsKey;
@@ -28,28 +32,41 @@ use crate::cli::{
 use crate::merge::stem;
 use crate::output::{self, Output, Summary};
 
+/// Chunk size unless another is given.
+const DEFAULT_CHUNK_SIZE: &str = "0x100000";
+/// The same for the index of an eStargz layer: that of its writers.
+const INDEX_CHUNK_SIZE: &str = "0x400000";
 /// Bytes gathered before a write to the blob.
 const WRITE_BUFFER: usize = 1 << 20;
 
 /// Runs the command.
 pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    refuse_unbuilt(args)?;
+    refuse::conflicts(args)?;
     let options = options(args)?;
-    let mut blob_output = match (&args.blob, &args.blob_dir) {
+    let mut blob_output = match (&args.blob, args.blob_dir.as_ref().or(args.blob_cache_dir.as_ref())) {
         (Some(path), _) => Output::at(path)?,
         (None, Some(dir)) => Output::in_dir(dir)?,
-        (None, None) if args.conversion == ConversionType::TarTarfs => Output::at(Path::new("/dev/null"))?,
+        (None, None) if !makes_blob(args.conversion) => Output::at(Path::new("/dev/null"))?,
         (None, None) => bail!("no place for the blob: give --blob or --blob-dir"),
     };
     let sink =
         BlobSink::new(blob_output.name(), BufWriter::with_capacity(WRITE_BUFFER, blob_output.writer()?));
-    let (built, reference) = match reference_kind(args.conversion) {
-        None => (build_layer_upon(source(args)?, &options, below(args, &options)?, sink)?, None),
-        Some(kind) => {
-            let name = args.source.display().to_string();
-            let input = File::open(&args.source).with_context(|| format!("open source {name}"))?;
-            let built = build_reference(&name, input, kind, &options, sink)?;
+    let open = || -> anyhow::Result<(String, File)> {
+        let name = args.source.display().to_string();
+        let file = File::open(&args.source).with_context(|| format!("open source {name}"))?;
+        Ok((name, file))
+    };
+    let (mut built, reference) = match (reference_kind(args.conversion), &options.blob_id) {
+        (None, Some(id)) if args.conversion == ConversionType::EstargztocRef => {
+            let (name, file) = open()?;
+            let index = stargz::open(&name, file)?;
+            (build_indexed(&name, index, id.clone(), layer_size(args)?, &options)?, None)
+        }
+        (None, _) => (build_layer_upon(source(args)?, &options, below(args, &options)?, sink)?, None),
+        (Some(kind), _) => {
+            let (name, file) = open()?;
+            let built = build_reference(&name, file, kind, &options, sink)?;
             (built.layer, Some(built.source))
         }
     };
@@ -57,7 +74,7 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
         check_written(&built.bootstrap, Some(built.root))?;
     }
     // A FIFO's reader waits for the end of file.
-    drop(built.blob.out);
+    built.blob.out = Box::new(std::io::sink());
 
     let file_id = match &options.blob_id {
         Some(id) => id.to_string(),
@@ -69,10 +86,18 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
         _ => file_id.clone(),
     };
     let stored = built.blob.size > 0 && (built.has_data || options.inline_bootstrap);
-    if stored {
+    if let Some(dir) = &args.blob_cache_dir {
+        // The blob itself is wanted nowhere: it goes with its temporary file.
+        if built.has_data {
+            cache::write(dir, &id, &built, blob_output.path(), reference.is_some().then_some(&args.source))?;
+        }
+    } else if stored {
         blob_output.commit(&file_id)?;
     } else {
         blob_output.discard()?;
+    }
+    if let (Some(path), Some(context)) = (&args.blob_meta, &built.blob.local_context) {
+        output::write_private(path, context)?;
     }
     let bootstrap_path = if options.inline_bootstrap {
         String::new()
@@ -135,24 +160,40 @@ pub fn dictionary_path(text: &str) -> anyhow::Result<&Path> {
 /// What a reference type makes, `None` for the others.
 fn reference_kind(conversion: ConversionType) -> Option<ReferenceKind> {
     match conversion {
-        ConversionType::TargzRef | ConversionType::EstargzRef => Some(ReferenceKind::Layer),
+        ConversionType::TargzRef => Some(ReferenceKind::Layer),
+        ConversionType::EstargzRef => Some(ReferenceKind::Estargz),
         ConversionType::TarTarfs => Some(ReferenceKind::Tarfs),
         _ => None,
     }
 }
 
+/// False for types whose result is metadata and nothing else.
+fn makes_blob(conversion: ConversionType) -> bool {
+    !matches!(conversion, ConversionType::TarTarfs | ConversionType::EstargztocRef)
+}
+
 /// The compressor that the image states: references take what the original has.
 fn compressor(conversion: ConversionType, chosen: Codec) -> Codec {
-    match reference_kind(conversion) {
-        Some(ReferenceKind::Layer) => Codec::Gzip,
-        Some(ReferenceKind::Tarfs) => Codec::None,
-        None => chosen,
+    match conversion {
+        ConversionType::TargzRef | ConversionType::EstargzRef | ConversionType::EstargztocRef => Codec::Gzip,
+        ConversionType::TarTarfs => Codec::None,
+        _ => chosen,
     }
+}
+
+/// The length of the layer that an index belongs to, if it was given.
+fn layer_size(args: &CreateArgs) -> anyhow::Result<Option<u64>> {
+    let size = args.blob_data_size.as_deref().map(|text| cli::hexadecimal("--blob-data-size", text));
+    Ok(size.transpose()?.filter(|&size| size != 0))
 }
 
 fn source(args: &CreateArgs) -> anyhow::Result<LayerSource<'_>> {
     match args.conversion {
         ConversionType::DirRafs => Ok(LayerSource::Directory(&args.source)),
+        ConversionType::EstargzRafs => match tar_source(&args.source)? {
+            LayerSource::Tar { name, input } => Ok(LayerSource::Estargz { name, input }),
+            other => Ok(other),
+        },
         // Opened once and read front to back: it may be a FIFO.
         _ => tar_source(&args.source),
     }
@@ -181,7 +222,7 @@ fn options(args: &CreateArgs) -> anyhow::Result<LayerOptions> {
                 Digester::Blake3 => DigestAlgorithm::Blake3,
                 Digester::Sha256 => DigestAlgorithm::Sha256,
             },
-            chunk_size: chunk_size(&args.chunk_size)?,
+            chunk_size: chunk_size(args)?,
             threads: args.threads,
             placement: Placement::Blob,
             batch_size: batch_size(args)?,
@@ -198,6 +239,7 @@ fn options(args: &CreateArgs) -> anyhow::Result<LayerOptions> {
         prefetch: prefetch_patterns(args.prefetch_policy)?,
         prefetch_table: args.prefetch_policy == PrefetchPolicy::Fs,
         explicit_ids: !args.repeatable,
+        keep_context: args.blob_cache_dir.is_some() || args.blob_meta.is_some(),
     })
 }
 
@@ -209,7 +251,12 @@ pub fn prefetch_patterns(policy: PrefetchPolicy) -> anyhow::Result<Patterns> {
     }
 }
 
-fn chunk_size(text: &str) -> anyhow::Result<u32> {
+fn chunk_size(args: &CreateArgs) -> anyhow::Result<u32> {
+    let text = match (&args.chunk_size, args.conversion) {
+        (Some(text), _) => text,
+        (None, ConversionType::EstargztocRef) => INDEX_CHUNK_SIZE,
+        (None, _) => DEFAULT_CHUNK_SIZE,
+    };
     let range = u64::from(limits::MIN_CHUNK_SIZE)..=u64::from(limits::MAX_CHUNK_SIZE);
     let size = cli::number("--chunk-size", text)?;
     match u32::try_from(size) {
@@ -221,7 +268,7 @@ fn chunk_size(text: &str) -> anyhow::Result<u32> {
 }
 
 fn batch_size(args: &CreateArgs) -> anyhow::Result<u32> {
-    let (text, chunk) = (&args.batch_size, chunk_size(&args.chunk_size)?);
+    let (text, chunk) = (&args.batch_size, chunk_size(args)?);
     let size = cli::number("--batch-size", text)?;
     let small = u32::try_from(size).ok().filter(|&small| {
         small == 0 || small.is_power_of_two() && (limits::MIN_CHUNK_SIZE..=chunk).contains(&small)
@@ -232,82 +279,4 @@ fn batch_size(args: &CreateArgs) -> anyhow::Result<u32> {
             limits::MIN_CHUNK_SIZE
         )
     })
-}
-
-/// Refuses by name what the contract has and this build has not.
-fn refuse_unbuilt(args: &CreateArgs) -> anyhow::Result<()> {
-    use ConversionType as T;
-    let name = args.conversion.name();
-    let conflicts =
-        matches!(args.conversion, T::TarTarfs | T::EstargztocRef | T::EstargzRafs | T::EstargzRef);
-    if conflicts && args.blob_cache_dir.is_some() {
-        bail!("conversion type `{name}` conflicts with `--blob-cache-dir`");
-    }
-    let batch = cli::number("--batch-size", &args.batch_size)?;
-    if args.fs_version == FsVersion::V5 {
-        refuse_in_v5(args, batch)?;
-    }
-    if args.conversion == T::EstargztocRef {
-        return Err(cli::not_built(&format!("--type {name}")));
-    }
-    refuse_for_references(args)?;
-    let offset = args.blob_offset.as_deref().map(|t| cli::number("--blob-offset", t)).transpose()?;
-    let length = args.blob_data_size.as_deref().map(|t| cli::number("--blob-data-size", t)).transpose()?;
-    let unbuilt = [
-        (args.external_blob.is_some(), "--external-blob"),
-        (args.blob_cache_dir.is_some(), "--blob-cache-dir"),
-        (args.attributes.is_some(), "--attributes"),
-        (args.blob_meta.is_some(), "--blob-meta"),
-        (offset.unwrap_or(0) != 0, "--blob-offset"),
-        (length.unwrap_or(0) != 0, "--blob-data-size"),
-    ];
-    match unbuilt.iter().find(|(set, _)| *set) {
-        Some((_, what)) => Err(cli::not_built(what)),
-        None => exists(&args.source),
-    }
-}
-
-/// Refuses what contradicts a type whose data stays in the original.
-fn refuse_for_references(args: &CreateArgs) -> anyhow::Result<()> {
-    let Some(kind) = reference_kind(args.conversion) else { return Ok(()) };
-    let tarfs = kind == ReferenceKind::Tarfs;
-    let conflicts = [
-        (args.encrypt, "--encrypt"),
-        (args.prefetch_policy == PrefetchPolicy::Blob, "--prefetch-policy blob"),
-        (!tarfs && args.blob_id.is_some(), "--blob-id"),
-        (tarfs && args.blob.is_some(), "--blob"),
-        (args.chunk_dict.is_some(), "--chunk-dict"),
-        (args.parent_bootstrap.is_some(), "--parent-bootstrap"),
-        (tarfs && args.blob_inline_meta, "--blob-inline-meta"),
-        (tarfs && !args.features.is_empty(), "--features"),
-        (tarfs && args.aligned_chunk, "--aligned-chunk"),
-    ];
-    match conflicts.iter().find(|(set, _)| *set) {
-        Some((_, flag)) => bail!("conversion type `{}` conflicts with `{flag}`", args.conversion.name()),
-        None => Ok(()),
-    }
-}
-
-/// Refuses what RAFS v5 can not hold.
-fn refuse_in_v5(args: &CreateArgs, batch: u64) -> anyhow::Result<()> {
-    use ConversionType as T;
-    let built = matches!(args.conversion, T::DirRafs | T::TarRafs | T::TargzRafs | T::EstargzRafs);
-    if !built {
-        bail!("conversion type `{}` needs RAFS v6: use `--fs-version 6`", args.conversion.name());
-    }
-    let impossible = [
-        (args.features.contains(&Feature::BlobToc), "--features blob-toc"),
-        (batch != 0, "--batch-size"),
-        (args.encrypt, "--encrypt"),
-    ];
-    match impossible.iter().find(|(set, _)| *set) {
-        Some((_, what)) => bail!("`{what}` needs RAFS v6: use `--fs-version 6`"),
-        None => Ok(()),
-    }
-}
-
-/// Says so before anything is written.
-fn exists(source: &Path) -> anyhow::Result<()> {
-    std::fs::metadata(source).with_context(|| format!("source {}", source.display()))?;
-    Ok(())
 }

@@ -164,10 +164,21 @@ impl SourceArgs {
 /// One blob in a file of any name. Where its data is an original layer, what says where chunks
 /// lie is in another: one beside it, or that of the bootstrap.
 #[derive(Debug)]
-struct OneBlob {
+pub struct OneBlob {
     id: BlobId,
     data: LocalFs,
     context: LocalFs,
+}
+
+impl OneBlob {
+    /// The blob `id` in the file `data`; what says where its chunks lie is in the file `context`.
+    pub fn with_context(id: BlobId, data: &Path, context: &Path) -> anyhow::Result<Self> {
+        Ok(Self {
+            id,
+            data: LocalFs::new(None, Vec::new(), Some(data.to_owned()))?,
+            context: LocalFs::new(None, Vec::new(), Some(context.to_owned()))?,
+        })
+    }
 }
 
 impl BlobSource for OneBlob {

@@ -61,6 +61,22 @@ impl Output {
         Ok(Self::Whole { path: path.to_owned(), place, file })
     }
 
+    /// A file at `path` that nobody else may read or write, as in a daemon's cache. What has the name is
+    /// replaced.
+    pub fn private(path: &Path) -> anyhow::Result<Self> {
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let file = temporary(dir, BLOB_DIR_MODE)?;
+        Ok(Self::Whole { path: path.to_owned(), place: path.to_owned(), file })
+    }
+
+    /// Where the bytes are before the file has its name.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Stream(path, _) => path,
+            Self::Whole { file, .. } | Self::InDir(_, file) => file.path(),
+        }
+    }
+
     /// A file in `dir`, which is made if it does not exist.
     pub fn in_dir(dir: &Path) -> anyhow::Result<Self> {
         std::fs::create_dir_all(dir).with_context(|| format!("make directory {}", dir.display()))?;
@@ -132,6 +148,14 @@ pub fn print(text: &str) -> anyhow::Result<()> {
 /// Writes `bytes` to `path` at once.
 pub fn write_file(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let mut output = Output::at(path)?;
+    output.writer()?.write_all(bytes).with_context(|| format!("write {}", path.display()))?;
+    output.commit("")?;
+    Ok(())
+}
+
+/// Writes `bytes` to `path` at once, for nobody else to read or write.
+pub fn write_private(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    let mut output = Output::private(path)?;
     output.writer()?.write_all(bytes).with_context(|| format!("write {}", path.display()))?;
     output.commit("")?;
     Ok(())

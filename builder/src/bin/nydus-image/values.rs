@@ -39,7 +39,7 @@ pub enum ConversionType {
     /// Reference to an eStargz.
     #[value(name = "estargz-ref")]
     EstargzRef,
-    /// Reference by stargz index (not built yet).
+    /// Reference to an eStargz by its index: JSON, or the whole layer.
     #[value(name = "estargztoc-ref", alias = "stargz_index")]
     EstargztocRef,
     /// Reference to a plain tar, in blocks of 512 bytes.
@@ -126,6 +126,13 @@ pub fn number(flag: &str, text: &str) -> anyhow::Result<u64> {
     parsed.map_err(|_| Error::invalid(format!("{flag} {text:?}: want a number, decimal or 0x…")).into())
 }
 
+/// A number in hexadecimal, with or without `0x`.
+pub fn hexadecimal(flag: &str, text: &str) -> anyhow::Result<u64> {
+    let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")).unwrap_or(text);
+    u64::from_str_radix(digits, 16)
+        .map_err(|_| Error::invalid(format!("{flag} {text:?}: want a hexadecimal number")).into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -135,5 +142,8 @@ mod tests {
         assert_eq!(number("--chunk-size", "0x1000").unwrap(), 4096);
         assert_eq!(number("--chunk-size", "4096").unwrap(), 4096);
         assert!(number("--chunk-size", "4k").is_err());
+        assert_eq!(hexadecimal("--blob-data-size", "10").unwrap(), 16);
+        assert_eq!(hexadecimal("--blob-data-size", "0x10").unwrap(), 16);
+        assert!(hexadecimal("--blob-data-size", "-1").is_err());
     }
 }

@@ -1,0 +1,166 @@
+use serde_json::{Value, json};
+
+use super::*;
+use crate::content::ChunkSource as _;
+
+const CHUNK: u32 = 0x1000;
+/// The layer's end.
+const END: u64 = 100_000;
+
+fn read(entries: Value) -> Result<Indexed> {
+    read_text(json!({ "version": 1, "entries": entries }).to_string().as_bytes())
+}
+
+fn read_text(text: &[u8]) -> Result<Indexed> {
+    let mut collector = Collector::new(CHUNK);
+    read_entries("index", text, &mut collector)?;
+    collector.finish(END)
+}
+
+fn digest(byte: u8) -> String {
+    format!("sha256:{}", format!("{byte:02x}").repeat(32))
+}
+
+fn file(name: &str, offset: u64, size: u64, byte: u8) -> Value {
+    json!({ "name": name, "type": "reg", "size": size, "offset": offset, "chunkDigest": digest(byte), "mode": 420 })
+}
+
+fn fault(entries: Value) -> String {
+    read(entries).err().expect("refused").to_string()
+}
+
+#[test]
+fn an_index_is_a_tree_and_places() {
+    let indexed = read(json!([
+        { "name": ".prefetch.landmark", "type": "reg", "size": 1, "offset": 40, "chunkDigest": digest(9) },
+        { "name": "d/", "type": "dir", "mode": 0o40755, "uid": 7, "gid": 8, "modtime": "2024-02-29T12:34:56Z",
+          "xattrs": { "user.a": "AAEC" }, "userName": "whoever", "NumLink": 3 },
+        { "name": "d/later", "type": "hardlink", "linkName": "d/file" },
+        file("d/small", 100, 5, 1),
+        { "name": "d/file", "type": "reg", "size": 5000, "offset": 300, "chunkSize": 4096, "chunkDigest": digest(2),
+          "digest": digest(3), "mode": 0o4755 },
+        { "name": "d/file", "type": "chunk", "offset": 4000, "chunkOffset": 4096, "chunkDigest": digest(4) },
+        { "name": "d/empty", "type": "reg" },
+        { "name": "d/again", "type": "reg", "size": 5, "offset": 5000, "digest": digest(1) },
+        { "name": "d/link", "type": "symlink", "linkName": "/x/../y" },
+        { "name": "d/chain", "type": "hardlink", "linkName": "d/later" },
+        { "name": "n", "type": "char", "devMajor": 1, "devMinor": 3 },
+        { "name": "n2", "type": "hardlink", "linkName": "n" },
+        { "name": "p", "type": "fifo", "xattrs": null },
+    ]))
+    .unwrap();
+    let Indexed { tree, content } = indexed;
+    let at = |path: &str| tree.inode(tree.lookup(path.as_bytes()).expect(path)).clone();
+    assert_eq!(tree.lookup(b".prefetch.landmark"), None);
+    let d = at("d").metadata;
+    assert_eq!((d.mode, d.uid, d.gid, d.mtime), (0o755, 7, 8, 1_709_210_096));
+    assert_eq!(d.xattrs.get(b"user.a"), Some(&[0, 1, 2][..]));
+    assert_eq!(tree.lookup(b"d/later"), tree.lookup(b"d/file"));
+    assert_eq!(tree.lookup(b"d/chain"), tree.lookup(b"d/file"));
+    assert_eq!(at("n2").content, Content::CharDevice { major: 1, minor: 3 });
+    let chunks = |path: &str| -> Vec<_> {
+        let Content::Regular { file, .. } = at(path).content else { panic!("{path}") };
+        content.file_chunks(file).iter().map(|&id| content.row(id)).collect()
+    };
+    let places = |path: &str| -> Vec<_> {
+        chunks(path).iter().map(|c| (c.compressed_offset, c.compressed_size, c.uncompressed_size)).collect()
+    };
+    assert_eq!(places("d/small"), [(100, 200, 5)]);
+    assert_eq!(places("d/file"), [(300, 3700, 4096), (4000, 1000, 904)]);
+    assert_eq!(places("d/empty"), []);
+    // Equal to what comes before, and the last: nothing is fetched from there.
+    assert_eq!(places("d/again"), [(100, 200, 5)]);
+    assert!(chunks("d/file").iter().all(|chunk| chunk.flags & 1 == 1));
+}
+
+/// Stored sizes stay in bounds although headers of many entries may follow a chunk.
+#[test]
+fn a_member_with_much_behind_its_chunk_is_not_fetched_whole() {
+    let text = json!({ "version": 1, "entries": [file("a", 10, 5, 1)] }).to_string();
+    let mut collector = Collector::new(CHUNK);
+    read_entries("index", text.as_bytes(), &mut collector).unwrap();
+    let indexed = collector.finish(1 << 30).unwrap();
+    assert_eq!(indexed.content.row(ChunkId(0)).compressed_size, 10 + (64 << 10));
+}
+
+#[test]
+fn hostile_indexes_are_refused_by_name() {
+    let chunk = |name: &str, offset: u64, at: u64| json!({ "name": name, "type": "chunk", "offset": offset, "chunkOffset": at, "chunkDigest": digest(5) });
+    let with = |mut entry: Value, key: &str, value: Value| {
+        entry[key] = value;
+        entry
+    };
+    let two = |size: u64| with(file("f", 10, size, 1), "chunkSize", json!(4096));
+    for (entries, says) in [
+        (json!([file("../f", 10, 5, 1)]), ".."),
+        (json!([file("a\u{0}b", 10, 5, 1)]), "NUL"),
+        (json!([file("f", 10, 5, 1), file("f/g", 20, 5, 1)]), "not a directory"),
+        (json!([file("f", 10, 5, 1), file("g", 10, 5, 2)]), "ascend"),
+        (json!([file("f", 10, 5, 1), file("g", 9, 5, 2)]), "ascend"),
+        (json!([file("f", END, 5, 1)]), "ascend"),
+        (json!([file("f", u64::MAX, 5, 1)]), "ascend"),
+        (json!([file("f", 10, u64::MAX, 1)]), "largest bootstrap"),
+        (json!([file("f", 10, 5000, 1)]), "--chunk-size"),
+        (json!([two(5000)]), "4096 of its 5000"),
+        (json!([two(5000), file("g", 20, 5, 1)]), "4096 of its 5000"),
+        (json!([two(5000), chunk("g", 20, 4096)]), "follow its file"),
+        (json!([two(5000), chunk("f", 20, 4095)]), "want one at 4096"),
+        (json!([two(5000), with(chunk("f", 20, 4096), "chunkSize", json!(905))]), "want one at 4096"),
+        (json!([two(9000), with(chunk("f", 20, 4096), "chunkSize", json!(1000))]), "--chunk-size"),
+        (json!([two(5000), with(chunk("f", 20, 4096), "innerOffset", json!(7))]), "estargz-ref"),
+        (json!([chunk("f", 20, 0)]), "follow its file"),
+        (json!([with(file("f", 10, 5, 1), "chunkDigest", json!(""))]), "no digest"),
+        (json!([with(file("f", 10, 5, 1), "chunkDigest", json!("md5:00"))]), "sha256:"),
+        (json!([with(file("f", 10, 5, 1), "modtime", json!("yesterday"))]), "modtime"),
+        (json!([with(file("f", 10, 5, 1), "xattrs", json!({ "user.a": "!" }))]), "base64"),
+        (json!([file("f\u{fffd}", 10, 5, 1)]), "estargz-ref"),
+        (json!([{ "name": "a", "type": "hardlink", "linkName": "b" }]), "not in the index"),
+        (
+            json!([
+                { "name": "a", "type": "hardlink", "linkName": "b" },
+                { "name": "b", "type": "hardlink", "linkName": "a" },
+            ]),
+            "link to link",
+        ),
+        (json!([{ "name": "a", "type": "hardlink", "linkName": "a" }]), "link to link"),
+        (
+            json!([{ "name": "d", "type": "dir" }, { "name": "a", "type": "hardlink", "linkName": "d" }]),
+            "directory",
+        ),
+        (
+            json!([file("a", 10, 5, 1), file("b", 20, 5, 2), { "name": "a", "type": "hardlink", "linkName": "b" }]),
+            "named twice",
+        ),
+        (json!([{ "name": "a", "type": "symlink" }]), "symlink target"),
+        (json!([{ "name": "a", "type": "what" }]), "no index"),
+        (json!([{ "name": "a", "type": "reg", "size": -1 }]), "no index"),
+        (json!([{ "type": "reg" }]), "no index"),
+        (json!({}), "no index"),
+    ] {
+        let says_so = fault(entries.clone());
+        assert!(says_so.contains(says), "{entries}: {says_so}");
+    }
+    for text in [
+        "",
+        "{",
+        "[]",
+        "{}",
+        r#"{"version":2,"entries":[]}"#,
+        r#"{"entries":[]} x"#,
+        r#"{"entries":[],"entries":[]}"#,
+    ] {
+        assert!(read_text(text.as_bytes()).is_err(), "{text}");
+    }
+    // One string that goes on and on is not held.
+    let long = format!(r#"{{"entries":[{{"name":"{}"#, "x".repeat(17 << 20));
+    assert!(read_text(long.as_bytes()).err().unwrap().to_string().contains("read index"));
+    assert!(read(json!([])).unwrap().content.chunks.is_empty());
+}
+
+/// Of several entries with one path the last one stays, as in an extraction.
+#[test]
+fn a_path_may_be_listed_twice() {
+    let indexed = read(json!([file("f", 10, 5, 1), file("f", 20, 6, 2)])).unwrap();
+    let id = indexed.tree.lookup(b"f").unwrap();
+    assert!(matches!(indexed.tree.inode(id).content, Content::Regular { size: 6, .. }));
+}
