@@ -23,7 +23,7 @@ const STREAMED: u64 = 64 << 20;
 /// Keeps memory that was freed from staying with the process. To be called before threads are
 /// started.
 pub fn keep_heap_small() {
-    crate::sys::keep_heap_small();
+    storage::heap::keep_small();
 }
 
 /// Notes that `bytes` of fetched data went through the heap; now and then gives its free pages
@@ -60,7 +60,7 @@ fn trim(pause: Duration) -> bool {
     if last.is_some_and(|last| last.elapsed() < pause) {
         return false;
     }
-    crate::sys::trim_heap();
+    storage::heap::trim();
     *last = Some(Instant::now());
     true
 }

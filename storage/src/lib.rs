@@ -31,6 +31,8 @@ pub mod digest;
 pub mod engine;
 pub mod error;
 pub mod extent;
+#[expect(unsafe_code, reason = "the allocator's settings have the C interface only")]
+pub mod heap;
 pub mod ids;
 #[expect(unsafe_code, reason = "the only inflate that tells where blocks begin has the C interface of zlib")]
 pub mod inflate;

@@ -142,7 +142,9 @@ where
 
     /// Starts windows as far as memory allows, at least one.
     fn look_ahead(&mut self) -> Result<()> {
-        while !self.ended && (self.jobs.is_empty() || self.ahead < AHEAD) {
+        // What is kept takes room beside what is decoded.
+        let most = if self.keep_stored { AHEAD / 2 } else { AHEAD };
+        while !self.ended && (self.jobs.is_empty() || self.ahead < most) {
             let mut window = Window::default();
             while !window.is_full() {
                 match self.chunks.next() {
@@ -225,7 +227,8 @@ impl Work {
             // Units lie within their range, which has been read as a whole.
             let from = (plan.unit.compressed.start() - self.range.start()) as usize;
             let bytes = stored.slice(from..from + plan.unit.compressed.len() as usize);
-            let kept = if self.keep_stored { bytes.clone() } else { Bytes::new() };
+            // A slice would keep all of the range, with what lies between the units.
+            let kept = if self.keep_stored { Bytes::copy_from_slice(&bytes) } else { Bytes::new() };
             let decoded = open_unit(&plan, bytes).map_err(|e| e.context(format!("blob {}", self.id)))?;
             opened.push((number, Unit { decoded, stored: kept }));
         }

@@ -61,6 +61,12 @@ fn images_are_built_with_what_others_share() {
         shop.layer("plain", &new, &flags);
         shop.layer("with", &new, &with);
         assert_eq!(shop.archive("with"), shop.archive("plain"), "{extra:?}");
+        let paths: Vec<String> = (15..35).map(|n| format!("d/{n}")).collect();
+        if !extra.contains(&"5")
+            && let Some(read) = shop.kernel_reads("with", &paths)
+        {
+            assert!((15..).zip(read).all(|(n, bytes)| bytes == piece(n)), "{extra:?}");
+        }
         let used = shop.opened("with").blobs().to_vec();
         assert_eq!(used.len(), 2, "{extra:?}");
         assert!(used.iter().any(|blob| blob.id == blobs[0].id), "{extra:?}");

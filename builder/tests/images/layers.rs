@@ -1,8 +1,9 @@
 //! Layers made, merged and unpacked with the command itself, in one directory.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rafs::bootstrap::Bootstrap;
 use serde_json::Value;
 
@@ -150,5 +151,21 @@ impl Workshop {
         let (boot, own) = (self.at(name), own.path().to_str().unwrap().to_owned());
         done(&["check", "--log-level", "warn", "--blob-dir", &own, &boot]);
         done(&["unpack", "--log-level", "warn", "--blob-dir", &own, "--output", "-", &boot])
+    }
+
+    /// What the kernel reads of `paths` in an image, exported as a disk; `None` where it mounts no file.
+    pub fn kernel_reads(&self, name: &str, paths: &[String]) -> Option<Vec<Vec<u8>>> {
+        let (boot, blobs, disk) = (self.at(name), self.at("blobs"), self.at("disk"));
+        done(&["export", "--block", "--log-level", "warn", "-B", &boot, "-D", &blobs, "-O", &disk]);
+        let target = self.path("mnt");
+        std::fs::create_dir(&target).unwrap();
+        let flags = MsFlags::MS_RDONLY;
+        if let Err(error) = mount(Some(Path::new(&disk)), &target, Some("erofs"), flags, None::<&str>) {
+            eprintln!("mount skipped: {error}; it needs erofs with file-backed mounts (Linux 6.12)");
+            return None;
+        }
+        let read: Vec<_> = paths.iter().map(|path| std::fs::read(target.join(path))).collect();
+        umount2(&target, MntFlags::MNT_DETACH).unwrap();
+        Some(read.into_iter().map(Result::unwrap).collect())
     }
 }

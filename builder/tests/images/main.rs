@@ -4,6 +4,7 @@ mod chunkdict;
 mod cli;
 mod common;
 mod compact;
+mod damaged;
 mod export;
 mod golden;
 mod kernel;

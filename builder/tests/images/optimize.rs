@@ -104,6 +104,19 @@ fn hot_chunks_come_in_the_order_of_the_list() {
 }
 
 #[test]
+fn the_kernel_reads_hot_files() {
+    let shop = Workshop::open();
+    let files: Vec<File> = (0..20).map(|n| (format!("d/{n}"), piece(n))).collect();
+    shop.image("boot", &[files], &["--chunk-size", "0x1000"]);
+    assert!(optimize(&shop, "boot", &list(&[("/d/17", &[]), ("/d/3", &[])])));
+    let paths: Vec<String> = (0..20).map(|n| format!("d/{n}")).collect();
+    let Some(read) = shop.kernel_reads("new", &paths) else { return };
+    for (n, bytes) in (0..).zip(read) {
+        assert!(bytes == piece(n), "file {n}");
+    }
+}
+
+#[test]
 fn any_image_survives_any_list() {
     for seed in 0..12 {
         let mut dice = Dice::new(seed);

@@ -112,7 +112,7 @@ impl SourceArgs {
     /// The image with its data at hand.
     pub fn open(&self, opened: Opened, cancel: &CancellationToken) -> anyhow::Result<ImageData> {
         let source = self.source(&opened)?;
-        let engine = Engine::new(EngineConfig::default())?;
+        let engine = engine(EngineConfig::default())?;
         let options = DataOptions { allow_unverified: self.allow_unverified, cancel: cancel.clone() };
         Ok(ImageData::open(engine, opened.bootstrap, &*source, options)?)
     }
@@ -236,7 +236,14 @@ pub fn open_beside(
         None => Arc::new(here),
     };
     let options = DataOptions { allow_unverified: false, cancel: cancel.clone() };
-    Ok(ImageData::open(Engine::new(EngineConfig::default())?, opened.bootstrap, &*source, options)?)
+    Ok(ImageData::open(engine(EngineConfig::default())?, opened.bootstrap, &*source, options)?)
+}
+
+/// An engine to read images with. Its threads pass pieces of a MiB on to one another, of which the
+/// heap of each would keep some.
+pub fn engine(config: EngineConfig) -> anyhow::Result<Arc<Engine>> {
+    storage::heap::keep_small();
+    Ok(Engine::new(config)?)
 }
 
 /// The blobs in `dir`, named by their ids.

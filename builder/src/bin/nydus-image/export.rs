@@ -9,7 +9,7 @@ use builder::ErrorKind;
 use builder::image::{DataOptions, ImageData};
 use clap::Args;
 use rafs::format::features::ImageFlags;
-use storage::engine::{Engine, EngineConfig};
+use storage::engine::EngineConfig;
 
 use crate::cli::bootstrap_file;
 use crate::data;
@@ -83,7 +83,7 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
             bootstrap.display()
         );
     }
-    let engine = Engine::new(EngineConfig { cpu_jobs: args.threads.max(1), ..EngineConfig::default() })?;
+    let engine = data::engine(EngineConfig { cpu_jobs: args.threads.max(1), ..EngineConfig::default() })?;
     // A tar that is a blob has no chunk digests, but its name is one.
     let tarfs = opened.bootstrap.summary().flags.contains(ImageFlags::TARFS_MODE);
     let options = DataOptions { allow_unverified: tarfs, cancel: interrupt.token().clone() };
