@@ -118,12 +118,13 @@ impl From<storage::Error> for Error {
         let (kind, context, source) = e.into_parts();
         let kind = match kind {
             Kind::Invalid => ErrorKind::Invalid,
-            Kind::Corrupt => ErrorKind::Corrupt,
+            // Places come from metadata: an object that ends before them is damaged.
+            Kind::Corrupt | Kind::OutOfRange => ErrorKind::Corrupt,
             Kind::NotFound => ErrorKind::NotFound,
             Kind::Unsupported => ErrorKind::Unsupported,
             Kind::Cancelled => ErrorKind::Cancelled,
             Kind::Io => ErrorKind::Io,
-            Kind::Denied | Kind::TimedOut | Kind::OutOfRange | Kind::Unavailable => ErrorKind::Storage,
+            Kind::Denied | Kind::TimedOut | Kind::Unavailable => ErrorKind::Storage,
         };
         Self { kind, context, source }
     }

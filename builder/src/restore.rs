@@ -143,7 +143,7 @@ impl NydusSource {
                 ));
             }
         }
-        let options = DataOptions { allow_unverified: false, cancel: cancel.clone() };
+        let options = DataOptions { cancel: cancel.clone(), ..DataOptions::default() };
         ImageData::open(self.engine.clone(), bootstrap.into(), &*self.nydus.source, options)
     }
 }

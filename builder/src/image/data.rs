@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use rafs::blob_context::{BlobContext, stored_range};
-use rafs::bootstrap::Bootstrap;
+use rafs::bootstrap::{Blob, Bootstrap};
+use rafs::format::features::BlobFeatures;
 use rafs::fs::{Rafs, RafsOptions};
 use storage::backend::{Backend, BlobSource, ReadContext};
 use storage::engine::Engine;
@@ -20,6 +21,8 @@ use crate::Result;
 pub struct DataOptions {
     /// Read chunks that the image has no digest for.
     pub allow_unverified: bool,
+    /// Fetch every context there is, not only those that are needed to find chunks: to have it checked.
+    pub every_context: bool,
     /// Ends all reading.
     pub cancel: CancellationToken,
 }
@@ -33,8 +36,8 @@ pub struct ImageData {
 }
 
 impl ImageData {
-    /// Joins the tree with the blobs at `source`. Fetches only the contexts that are needed to
-    /// find chunks.
+    /// Joins the tree with the blobs at `source`. Unless all are asked for, fetches only the contexts
+    /// that are needed to find chunks.
     ///
     /// # Errors
     /// `Storage`, `NotFound`, `Io`: a context can not be fetched. `Rafs`: it is damaged, or the
@@ -52,7 +55,7 @@ impl ImageData {
         let mut contexts = Vec::with_capacity(backends.len());
         let needed = Rafs::needs_context(&*bootstrap);
         for ((blob, backend), needed) in bootstrap.blobs().iter().zip(&backends).zip(needed) {
-            if !needed {
+            if !(needed || options.every_context && has_context(blob)) {
                 contexts.push(None);
                 continue;
             }
@@ -93,6 +96,12 @@ impl ImageData {
     {
         ChunkStream::new(self, chunks)
     }
+}
+
+/// True if a blob's context is in some blob. That of an original layer need not be.
+fn has_context(blob: &Blob) -> bool {
+    let separate = blob.features.contains(BlobFeatures::SEPARATE);
+    blob.has_context() && !(separate && blob.context_id.is_none())
 }
 
 /// A read that somebody waits for.

@@ -6,17 +6,17 @@ use std::fs::File;
 use std::io::Read as _;
 use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
+use builder::ErrorKind;
 use builder::chunks::BuiltContent;
 use builder::compare::{CompareOptions, Side, compare};
 use builder::create::{LayerSource, read_layers};
-use builder::image;
+use builder::image::{self, ImageData, Opened};
 use builder::load::LoadedChunks;
 use builder::oci::read::read_tree;
 use builder::oci::registry::RegistryOptions;
@@ -25,16 +25,13 @@ use builder::oci::transport::Transport;
 use builder::overlay::WhiteoutSpec;
 use builder::pipeline::{DataOptions, Placement};
 use builder::tree::Tree;
-use rafs::blob_context::{BlobContext, stored_range};
-use rafs::bootstrap::{Blob, Bootstrap, FileType, OpenOptions};
-use rafs::format::features::BlobFeatures;
+use rafs::bootstrap::{Bootstrap, FileType, OpenOptions};
 use rafs::format::limits::MAX_BOOTSTRAP_SIZE;
-use rafs::fs::{Rafs, RafsOptions};
 use storage::codec::Codec;
 use storage::digest::TaggedDigest;
-use storage::ids::{BlobId, ByteRange};
+use storage::ids::ByteRange;
 
-use crate::cli::{self, CheckArgs};
+use crate::cli::CheckArgs;
 use crate::create::tar_source;
 use crate::interrupt::Interrupt;
 use crate::output::{self, Summary};
@@ -46,13 +43,11 @@ const SHOWN: usize = 20;
 /// Runs the command.
 pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    if args.config.is_some() {
-        return Err(cli::not_built("--config"));
-    }
     let expected: Option<TaggedDigest> =
         args.expect_root.as_deref().map(str::parse).transpose().context("--expect-root")?;
     let path = args.bootstrap().context("no bootstrap given")?;
-    let Some(shared) = structure(path)? else { return Ok(ExitCode::FAILURE) };
+    let Some(opened) = structure(path)? else { return Ok(ExitCode::FAILURE) };
+    let shared = Arc::clone(&opened.bootstrap);
     let bootstrap = &*shared;
     let mut ok = true;
 
@@ -60,8 +55,8 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
     if args.verbose {
         tree(bootstrap, &mut report)?;
     }
-    if args.blob_dir.is_some() || args.blob.is_some() {
-        ok &= data(&shared, args, &mut report)?;
+    if let Some(image) = args.places.open_for_check(opened, args.config.as_deref())? {
+        ok &= data(&image, &mut report)?;
     }
     let root = rafs::merkle::image_root(bootstrap)?;
     writeln!(report, "image root digest: {root}")?;
@@ -96,10 +91,10 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// Names every broken rule of the bootstrap; opens it if there is none.
-fn structure(path: &Path) -> anyhow::Result<Option<Arc<dyn Bootstrap>>> {
-    let (bytes, options) = match image::inside(path)? {
-        Some(bytes) => (bytes, OpenOptions { inlined_blob_id: image::blob_id(path) }),
-        None => (read_bootstrap(path)?, OpenOptions::default()),
+fn structure(path: &Path) -> anyhow::Result<Option<Opened>> {
+    let (bytes, options, blob) = match image::inside(path)? {
+        Some(bytes) => (bytes, OpenOptions { inlined_blob_id: image::blob_id(path) }, Some(path.to_owned())),
+        None => (read_bootstrap(path)?, OpenOptions::default(), None),
     };
     let report = rafs::check::structure(bytes.clone(), &options)
         .with_context(|| format!("check {}", path.display()))?;
@@ -113,7 +108,8 @@ fn structure(path: &Path) -> anyhow::Result<Option<Arc<dyn Bootstrap>>> {
     if !report.is_clean() {
         return Ok(None);
     }
-    Ok(Some(Arc::from(rafs::bootstrap::from_bytes(bytes, &options)?)))
+    let bootstrap = rafs::bootstrap::from_bytes(bytes, &options)?.into();
+    Ok(Some(Opened { bootstrap, blob }))
 }
 
 fn read_bootstrap(path: &Path) -> anyhow::Result<Vec<u8>> {
@@ -178,28 +174,13 @@ fn tree(bootstrap: &dyn Bootstrap, out: &mut String) -> anyhow::Result<()> {
 }
 
 /// Compares every chunk with its digest.
-fn data(bootstrap: &Arc<dyn Bootstrap>, args: &CheckArgs, report: &mut String) -> anyhow::Result<bool> {
-    let mut files = Vec::new();
-    for blob in bootstrap.blobs() {
-        files.push(open_blob(blob, bootstrap.blobs().len(), args)?);
-    }
-    let mut contexts = Vec::new();
-    for (blob, file) in bootstrap.blobs().iter().zip(&files) {
-        // That of an original layer may be in no blob, if every chunk has a record.
-        let nowhere = blob.features.contains(BlobFeatures::SEPARATE) && blob.context_id.is_none();
-        if !blob.has_context() || nowhere && !blob.needs_context() {
-            contexts.push(None);
-            continue;
-        }
-        let holder = blob.context_id.as_ref().map(|id| open_context(id, args)).transpose()?;
-        let stored = read_range(holder.as_ref().unwrap_or(file), stored_range(blob)?)
-            .with_context(|| format!("context of blob {}", blob.id))?;
-        contexts.push(Some(BlobContext::from_stored(blob, &stored)?));
-    }
-    let rafs = Rafs::new(Arc::clone(bootstrap), contexts, RafsOptions { allow_unverified: true })?;
+fn data(image: &ImageData, report: &mut String) -> anyhow::Result<bool> {
+    let bootstrap = image.rafs().bootstrap();
     let mut ok = true;
-    for (number, (blob, file)) in (0u32..).zip(bootstrap.blobs().iter().zip(&files)) {
-        let found = rafs::check::data(&rafs, number, &mut |range| read_range(file, range))?;
+    for (number, blob) in (0u32..).zip(bootstrap.blobs()) {
+        // Units were capped when the bootstrap was checked.
+        let mut read = |range| image.read_stored(number, range).map_err(|e| read_fault(range, e));
+        let found = rafs::check::data(image.rafs(), number, &mut read)?;
         for fault in found.faults.iter().take(SHOWN) {
             eprintln!("{fault}");
         }
@@ -217,37 +198,13 @@ fn data(bootstrap: &Arc<dyn Bootstrap>, args: &CheckArgs, report: &mut String) -
     Ok(ok)
 }
 
-fn open_blob(blob: &Blob, count: usize, args: &CheckArgs) -> anyhow::Result<File> {
-    let path = match (&args.blob, &args.blob_dir) {
-        (Some(path), _) if count == 1 => path.clone(),
-        (Some(_), _) => bail!("the image has {count} blobs: use --blob-dir instead of --blob"),
-        (None, Some(dir)) => dir.join(blob.id.as_str()),
-        (None, None) => bail!("no place to read blobs from"),
-    };
-    File::open(&path).with_context(|| format!("open blob {}", path.display()))
-}
-
-/// The blob `id`, which holds the context of one that is an original layer.
-fn open_context(id: &BlobId, args: &CheckArgs) -> anyhow::Result<File> {
-    let dir = match (&args.blob_dir, args.blob.as_deref().and_then(Path::parent)) {
-        (Some(dir), _) => dir,
-        (None, Some(beside)) => beside,
-        (None, None) => bail!("no place to read the blob {id} from"),
-    };
-    let path = dir.join(id.as_str());
-    File::open(&path).with_context(|| format!("open {}, which says where chunks lie", path.display()))
-}
-
-fn read_range(file: &File, range: ByteRange) -> rafs::Result<Vec<u8>> {
-    let failed = |e| rafs::Error::io(format!("read bytes {range} of a blob"), e);
-    let size = file.metadata().map_err(failed)?.len();
-    if range.end() > size {
-        return Err(rafs::Error::corrupt(format!("bytes {range} of a blob file of {size}: it is truncated")));
+/// A blob that ends too early is a fault of its chunks; anything else ends the check.
+fn read_fault(range: ByteRange, error: builder::Error) -> rafs::Error {
+    match error.kind() {
+        ErrorKind::Corrupt => rafs::Error::corrupt(format!("stored bytes are not there: {error}")),
+        _ => rafs::Error::new(rafs::ErrorKind::Storage, format!("read bytes {range}: {error}")),
     }
-    // Units and contexts were capped when the bootstrap was checked.
-    let mut bytes = vec![0; range.len() as usize];
-    file.read_exact_at(&mut bytes, range.start()).map_err(failed)?;
-    Ok(bytes)
+    .with_source(error)
 }
 
 /// Compares with the source layers, entry by entry.

@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::chunkdict::ChunkdictArgs;
 use crate::compact::CompactArgs;
 use crate::convert::ConvertArgs;
+use crate::data::PlaceArgs;
 use crate::export::ExportArgs;
 use crate::optimize::OptimizeArgs;
 use crate::stat::StatArgs;
@@ -291,16 +292,12 @@ pub struct CheckArgs {
     #[arg(short = 'B', long = "bootstrap", value_name = "bootstrap", conflicts_with = "bootstrap")]
     pub bootstrap_flag: Option<PathBuf>,
 
-    /// Directory with the blobs, named by their ids: every chunk is compared with its digest.
-    #[arg(short = 'D', long, value_name = "blob-dir")]
-    pub blob_dir: Option<PathBuf>,
+    /// Every chunk is compared with its digest if this says where they are.
+    #[command(flatten)]
+    pub places: PlaceArgs,
 
-    /// The only blob of the image.
-    #[arg(short = 'b', long, value_name = "blob", conflicts_with = "blob_dir")]
-    pub blob: Option<PathBuf>,
-
-    /// Backend configuration (not built yet).
-    #[arg(short = 'C', long, value_name = "config")]
+    /// Configuration of the daemon, whose backend has the blobs: every chunk is compared with its digest.
+    #[arg(short = 'C', long, value_name = "config", conflicts_with_all = ["blob", "blob_dir", "backend_type"])]
     pub config: Option<PathBuf>,
 
     /// Print the tree.
@@ -347,11 +344,11 @@ pub struct InspectArgs {
     #[arg(short = 'B', long = "bootstrap", value_name = "bootstrap", conflicts_with = "bootstrap")]
     pub bootstrap_flag: Option<PathBuf>,
 
-    /// Directory with the blobs (accepted; nothing asked of it yet).
+    /// Accepted; requests are answered from the bootstrap alone.
     #[arg(short = 'D', long, value_name = "blob-dir")]
     pub blob_dir: Option<PathBuf>,
 
-    /// Backend configuration (not built yet).
+    /// Accepted; requests are answered from the bootstrap alone.
     #[arg(short = 'C', long, value_name = "config")]
     pub config: Option<PathBuf>,
 

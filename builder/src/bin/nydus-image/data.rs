@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use builder::image::{self, DataOptions, ImageData, Opened};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
@@ -84,9 +84,9 @@ impl BackendArgs {
     }
 }
 
-/// The image's blobs.
+/// Where the image's blobs are.
 #[derive(Args, Debug)]
-pub struct SourceArgs {
+pub struct PlaceArgs {
     /// The only blob of the image
     #[arg(short = 'b', long, value_name = "blob", conflicts_with_all = ["blob_dir", "backend_type"])]
     blob: Option<PathBuf>,
@@ -97,6 +97,13 @@ pub struct SourceArgs {
 
     #[command(flatten)]
     backend: BackendArgs,
+}
+
+/// The image's blobs, to be read.
+#[derive(Args, Debug)]
+pub struct SourceArgs {
+    #[command(flatten)]
+    places: PlaceArgs,
 
     /// Read chunks that the image has no digest for, unverified
     #[arg(long)]
@@ -106,15 +113,35 @@ pub struct SourceArgs {
 impl SourceArgs {
     /// The directory with the blobs, if one is given.
     pub fn blob_dir(&self) -> Option<&Path> {
-        self.blob_dir.as_deref()
+        self.places.blob_dir.as_deref()
     }
 
     /// The image with its data at hand.
     pub fn open(&self, opened: Opened, cancel: &CancellationToken) -> anyhow::Result<ImageData> {
-        let source = self.source(&opened)?;
+        let source = self.places.source(&opened)?;
         let engine = engine(EngineConfig::default())?;
-        let options = DataOptions { allow_unverified: self.allow_unverified, cancel: cancel.clone() };
+        let options = DataOptions {
+            allow_unverified: self.allow_unverified,
+            cancel: cancel.clone(),
+            ..DataOptions::default()
+        };
         Ok(ImageData::open(engine, opened.bootstrap, &*source, options)?)
+    }
+}
+
+impl PlaceArgs {
+    /// The image with its data at hand, to have all of it checked; `None` if nothing says where that is.
+    /// `config` is the file of a daemon's configuration.
+    pub fn open_for_check(&self, opened: Opened, config: Option<&Path>) -> anyhow::Result<Option<ImageData>> {
+        let named = self.blob.is_some() || self.blob_dir.is_some() || self.backend.backend_type.is_some();
+        let source = match config {
+            _ if named => self.source(&opened)?,
+            Some(path) => configured_backend(path)?.source(&std::env::temp_dir())?,
+            None => return Ok(None),
+        };
+        let engine = engine(EngineConfig::default())?;
+        let options = DataOptions { allow_unverified: true, every_context: true, ..DataOptions::default() };
+        Ok(Some(ImageData::open(engine, opened.bootstrap, &*source, options)?))
     }
 
     fn source(&self, opened: &Opened) -> anyhow::Result<Arc<dyn BlobSource>> {
@@ -235,7 +262,7 @@ pub fn open_beside(
         Some(elsewhere) => Arc::new(DirectoryThen { dir: dir.to_owned(), here, elsewhere }),
         None => Arc::new(here),
     };
-    let options = DataOptions { allow_unverified: false, cancel: cancel.clone() };
+    let options = DataOptions { cancel: cancel.clone(), ..DataOptions::default() };
     Ok(ImageData::open(engine(EngineConfig::default())?, opened.bootstrap, &*source, options)?)
 }
 
@@ -298,6 +325,34 @@ impl BlobEntry {
         let bootstrap = config["metadata_path"].as_str().filter(|path| !path.is_empty()).map(PathBuf::from);
         Ok(Self { bootstrap, backend })
     }
+}
+
+/// The backend in a configuration of the daemon: JSON as most clients write it, JSON or TOML with
+/// `version = 2`, or a blob entry.
+fn configured_backend(path: &Path) -> anyhow::Result<BackendConfig> {
+    let text = read_config(path)?;
+    let parse = || -> anyhow::Result<BackendConfig> {
+        let document: Value = match serde_json::from_str(&text) {
+            Ok(document) => document,
+            Err(json) => {
+                toml::from_str(&text).map_err(|toml| anyhow!("neither JSON ({json}) nor TOML ({toml})"))?
+            }
+        };
+        let (backend, fields) = match (document.pointer("/device/backend"), document.get("backend")) {
+            (Some(backend), _) => (backend, "config"),
+            (None, Some(backend)) => (backend, backend["type"].as_str().unwrap_or_default()),
+            (None, None) => return Ok(BlobEntry::parse(&document)?.backend),
+        };
+        let kind = backend["type"].as_str().context("the backend's `type` is required")?;
+        let fields = backend.get(fields).with_context(|| format!("the backend's `{fields}` is required"))?;
+        let mut warnings = Vec::new();
+        let config = BackendConfig::from_fields(kind, fields.clone(), &mut warnings)?;
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        Ok(config)
+    };
+    parse().with_context(|| format!("configuration {}", path.display()))
 }
 
 fn read_config(path: &Path) -> anyhow::Result<String> {

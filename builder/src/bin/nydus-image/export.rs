@@ -86,7 +86,8 @@ pub fn run(args: &ExportArgs) -> anyhow::Result<ExitCode> {
     let engine = data::engine(EngineConfig { cpu_jobs: args.threads.max(1), ..EngineConfig::default() })?;
     // A tar that is a blob has no chunk digests, but its name is one.
     let tarfs = opened.bootstrap.summary().flags.contains(ImageFlags::TARFS_MODE);
-    let options = DataOptions { allow_unverified: tarfs, cancel: interrupt.token().clone() };
+    let options =
+        DataOptions { allow_unverified: tarfs, cancel: interrupt.token().clone(), ..DataOptions::default() };
     let image = ImageData::open(engine, opened.bootstrap, &*source, options)?;
 
     let mut output = Output::at(&place)?;

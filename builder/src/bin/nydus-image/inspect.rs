@@ -29,9 +29,6 @@ exit           leave
 
 /// Runs the command.
 pub fn run(args: &InspectArgs) -> anyhow::Result<ExitCode> {
-    if args.config.is_some() {
-        return Err(cli::not_built("--config"));
-    }
     let path = args.bootstrap().context("no bootstrap given")?;
     let bootstrap = data::open_bootstrap(path)?.bootstrap;
     let mut session = Session { path: vec![(Vec::new(), bootstrap.root())], bootstrap: &*bootstrap };

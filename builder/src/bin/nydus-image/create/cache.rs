@@ -8,10 +8,10 @@ use builder::create::BuiltLayer;
 use builder::export;
 use builder::image::{DataOptions, ImageData};
 use rafs::bootstrap::{Bootstrap, OpenOptions};
-use storage::engine::{Engine, EngineConfig};
+use storage::engine::EngineConfig;
 use storage::ids::BlobId;
 
-use crate::data::OneBlob;
+use crate::data::{self, OneBlob};
 use crate::output::{self, Output};
 
 /// Writes `<id>.blob.data`, the decoded space of the blob `id` of `built`, and `<id>.blob.meta`, its
@@ -34,11 +34,11 @@ pub fn write(
         Some(layer) => OneBlob::with_context(BlobId::new(id)?, layer, blob)?,
         None => OneBlob::with_context(BlobId::new(id)?, blob, blob)?,
     };
-    let engine = Engine::new(EngineConfig::default())?;
+    let engine = data::engine(EngineConfig::default())?;
     let image = ImageData::open(engine, bootstrap, &source, DataOptions::default())?;
-    let mut data = Output::private(&dir.join(format!("{id}.blob.data")))?;
-    export::decode_blob(&image, number, &data.writer()?)?;
-    data.commit("")?;
+    let mut decoded = Output::private(&dir.join(format!("{id}.blob.data")))?;
+    export::decode_blob(&image, number, &decoded.writer()?)?;
+    decoded.commit("")?;
     if let Some(context) = &built.blob.local_context {
         output::write_private(&dir.join(format!("{id}.blob.meta")), context)?;
     }
