@@ -42,8 +42,6 @@ pub struct CompactOptions {
     pub small: u64,
     /// Bytes of chunk data that small blobs may come to together.
     pub max: u64,
-    /// Blobs that an image must have for anything to be done.
-    pub least_blobs: usize,
     /// Blobs of the chunk dictionary.
     pub dictionary: HashSet<BlobId>,
 }
@@ -55,8 +53,7 @@ impl CompactOptions {
 
     /// False if nothing would be done whatever is in the blobs. Needs none of them.
     pub fn may_change(&self, bootstrap: &dyn Bootstrap) -> bool {
-        let blobs = bootstrap.blobs();
-        blobs.len() >= self.least_blobs && blobs.iter().any(|blob| self.may_move(blob))
+        bootstrap.blobs().iter().any(|blob| self.may_move(blob))
     }
 }
 

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use rafs::format::features::{BlobFeatures, ImageFlags};
-use rafs::format::limits::MAX_IMAGE_CHUNKS;
+use rafs::format::limits::{MAX_BLOBS, MAX_IMAGE_CHUNKS};
 use serde::Deserialize;
 use storage::codec::Codec;
 use storage::digest::Digest;
@@ -93,13 +93,20 @@ impl Optimization {
     ///
     /// # Errors
     /// `Unsupported`: data that is a plain tar; chunks without records. `Corrupt`: the bootstrap
-    /// contradicts a context. `Limit`: the list names the same chunks far too often.
+    /// contradicts a context. `Limit`: there are 254 blobs already, or the list names the same chunks
+    /// far too often.
     pub fn plan(data: ImageData, files: &HotFiles) -> Result<Option<Self>> {
         if data.rafs().bootstrap().summary().flags.contains(ImageFlags::TARFS_MODE) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 "the image's data is a plain tar in blocks of 512 bytes, beside which there can be no other blob",
             ));
+        }
+        let blobs = data.rafs().bootstrap().blobs().len();
+        if blobs >= MAX_BLOBS {
+            return Err(Error::limit(format!(
+                "the image has {blobs} blobs and can have no other; make them fewer with `nydus-image compact`"
+            )));
         }
         let mut source = Source::load(data)?;
         let hot = hot_chunks(&source, files)?;
@@ -136,7 +143,7 @@ impl Optimization {
     /// The new bootstrap: all blobs of the image, then the new one.
     ///
     /// # Errors
-    /// `Invalid`: the new blob is not written yet. `Limit`: there are 254 blobs already.
+    /// `Invalid`: the new blob is not written yet. Those of the writer of bootstraps.
     pub fn finish(self) -> Result<Rewritten> {
         if !self.is_written {
             return Err(Error::invalid("the new blob is not written"));

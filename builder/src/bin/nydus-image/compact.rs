@@ -74,6 +74,11 @@ pub fn run(args: &CompactArgs) -> anyhow::Result<ExitCode> {
     let path = args.bootstrap.path()?;
     let options = options(args)?;
     let opened = data::open_bootstrap(path)?;
+    let count = opened.bootstrap.blobs().len();
+    if count < args.layers_to_compact {
+        tracing::info!("nothing to do: {count} blobs, and --layers-to-compact {}", args.layers_to_compact);
+        return Ok(ExitCode::SUCCESS);
+    }
     if !options.may_change(&*opened.bootstrap) {
         return Ok(unchanged());
     }
@@ -108,7 +113,7 @@ pub fn run(args: &CompactArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn unchanged() -> ExitCode {
-    tracing::info!("nothing to do: no blob is sparse, and no two are small enough to join");
+    tracing::info!("nothing to do: no blob that may change is sparse, and no two are small enough to join");
     ExitCode::SUCCESS
 }
 
@@ -118,7 +123,6 @@ fn options(args: &CompactArgs) -> anyhow::Result<CompactOptions> {
         min_used_ratio: args.min_used_ratio,
         small: cli::number("--compact-blob-size", &args.compact_blob_size)?,
         max: cli::number("--max-compact-size", &args.max_compact_size)?,
-        least_blobs: args.layers_to_compact,
         dictionary: dictionary.unwrap_or_default(),
     })
 }
