@@ -7,7 +7,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 use tests::command::run;
 use tests::daemon::{Daemon, DaemonOptions};
-use tests::image::{Entry, Image};
+use tests::image::{Entry, Image, sha256_hex, tar_bytes};
 use tests::journey::{Journey, nydus_image};
 use tests::recipes::{noise, prose};
 use tests::tree::{Overlook, assert_same};
@@ -165,4 +165,46 @@ fn images_built_with_a_dictionary_are_mounted() -> Result<()> {
     known.sort();
     ensure!(new == known && new.len() == 2, "{new:?}, the dictionary has {known:?}");
     assert_same(&wanted, scene.mount("new")?.root(), Overlook::default())
+}
+
+/// Data in an original layer, by slices of it or by its own index: what is hot leaves the layer, the rest
+/// stays, and compacting changes nothing.
+#[test]
+fn original_layers_are_optimized_but_not_compacted() -> Result<()> {
+    needs_programs!("python3");
+    let journey = Journey::start(&Image::new(vec![]))?;
+    let at = |name: &str| journey.path(name).to_string_lossy().into_owned();
+    let (tar, layer, index, list) = (at("tar"), at("esgz"), at("index"), at("list.json"));
+    std::fs::write(&tar, tar_bytes(&image().layers[0])?)?;
+    let generator = concat!(env!("CARGO_MANIFEST_DIR"), "/support/estargz.py");
+    run(Command::new("python3").arg(generator).args([&tar, &layer, &index, "0x100000"]))?;
+    let bytes = std::fs::read(&layer)?;
+    let (id, blobs) = (sha256_hex(&bytes), at("blobs"));
+    std::fs::create_dir(&blobs)?;
+    std::fs::write(Path::new(&blobs).join(&id), &bytes)?;
+    std::fs::write(&list, json!({ "version": "v1", "files": [{ "path": "/data/prose" }] }).to_string())?;
+    let size = format!("{:x}", bytes.len());
+    let by_index = ["--type", "estargztoc-ref", "--chunk-size", "0x100000", "--blob-id", &id];
+    let by_index = [&by_index[..], &["--blob-data-size", &size, &index]].concat();
+    let by_slices = vec!["--type", "estargz-ref", "--blob-dir", &blobs, &layer];
+    for (name, arguments) in [("by-index", by_index), ("by-slices", by_slices)] {
+        let (boot, new) = (at(name), at("new"));
+        run(nydus_image("create", ["--log-level", "warn", "-B", &boot]).args(&arguments))?;
+        let flags = ["--log-level", "warn", "-B", &boot, "-D", &blobs, "-O", &new];
+        run(nydus_image("compact", flags).args(["--min-used-ratio", "99"]))?;
+        ensure!(!Path::new(&new).exists(), "{name}: compacted");
+        run(nydus_image("optimize", flags).args(["-p", &list]))?;
+        let mut archives = Vec::new();
+        for boot in [&boot, &new] {
+            let out = at("out.tar");
+            run(&mut nydus_image("unpack", ["-B", boot, "-D", &blobs, "-o", &out]))?;
+            archives.push(std::fs::read(out)?);
+        }
+        ensure!(archives[0] == archives[1], "{name}: another tree");
+        let described = run(&mut nydus_image("inspect", [&new, "--request", "blobs"]))?;
+        let described: Vec<Value> = serde_json::from_str(&described)?;
+        ensure!(described.len() == 2 && described[0]["blob_id"] == id.as_str(), "{name}: {described:?}");
+        std::fs::remove_file(&new)?;
+    }
+    Ok(())
 }
