@@ -128,7 +128,7 @@ pub struct FinishedBlob {
     pub id: Digest,
     /// SHA-256 of the file: the name a registry gives it.
     pub file_digest: Digest,
-    /// Bytes of the file.
+    /// Bytes of the file up to the blob's end.
     pub size: u64,
     /// The content of the daemon's local copy of the context, if that was asked for and there is one.
     pub local_context: Option<Vec<u8>>,
@@ -309,11 +309,12 @@ impl BlobWriter {
         if !self.has_headers() {
             return Ok(());
         }
-        let size = self.sink.len();
+        let start = self.sink.start();
+        let size = self.sink.len() - start;
         self.sink.append(&tar_header(toc::name::IMAGE_BLOB, size))?;
         // Over the header too: the digest is the running one, taken after it was written.
         let digest = self.sink.digest();
-        self.entry(toc::name::IMAGE_BLOB, toc::FLAG_NONE, digest, 0, size, decoded_size);
+        self.entry(toc::name::IMAGE_BLOB, toc::FLAG_NONE, digest, start, size, decoded_size);
         Ok(())
     }
 

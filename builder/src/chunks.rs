@@ -163,15 +163,16 @@ impl ChunkStore {
         self.span(layer).decoded_end
     }
 
-    /// Length of the chunk data of one layer's blob as stored.
+    /// Where the chunk data of one layer's blob ends in the file that holds it.
     pub fn stored_size(&self, layer: LayerIndex) -> u64 {
         self.span(layer).stored_end
     }
 
     /// Opens the next layer: chunks pushed from now on belong to its blob.
-    pub(crate) fn open_layer(&mut self) {
+    /// The data of that blob begins at byte `start` of the file that holds it.
+    pub(crate) fn open_layer(&mut self, start: u64) {
         let blob = self.spans.last().map_or(0, |last| last.blob + u32::from(last.count > 0));
-        self.spans.push(Span { first: self.base + self.len, blob, ..Span::default() });
+        self.spans.push(Span { first: self.base + self.len, blob, stored_end: start, ..Span::default() });
     }
 
     /// Adds a chunk to the blob of the layer opened last and gives it its place in the decoded
@@ -463,7 +464,7 @@ mod tests {
         let mut store = ChunkStore::default();
         let mut want = Vec::new();
         for (layer, count) in [0u32, 3, 0, 0, 2, SEGMENT_ROWS as u32, 0].into_iter().enumerate() {
-            store.open_layer();
+            store.open_layer(0);
             for index in 0..count {
                 let id = store.push(Digest([layer as u8; 32]), 7, 4097).unwrap();
                 store.set_stored(LayerIndex(layer as u16), id, 10).unwrap();

@@ -237,7 +237,7 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
     let mut blobs = below.map_or_else(Vec::new, |below| below.chunks.blobs.clone());
     let prefetch_size = match options.version {
         Version::V5 { .. } if !options.prefetch_table => {
-            prefetch_size(tree, chunks, first, blobs.len() as u32)?
+            prefetch_size(tree, chunks, first, blobs.len() as u32, data.sink.start())?
         }
         _ => 0,
     };
@@ -295,8 +295,15 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
     })
 }
 
-/// Stored bytes at the start of the blob in place `own` that are chunks of `first` and what lies below.
-fn prefetch_size(tree: &Tree, content: &dyn ChunkSource, first: &[InodeId], own: u32) -> Result<u32> {
+/// Bytes from `start`, where the data of the blob in place `own` begins, that are chunks of `first` and what
+/// lies below.
+fn prefetch_size(
+    tree: &Tree,
+    content: &dyn ChunkSource,
+    first: &[InodeId],
+    own: u32,
+    start: u64,
+) -> Result<u32> {
     let mut chunks = HashSet::new();
     for id in prefetch::below(tree, first) {
         if let Content::Regular { file, .. } = tree.inode(id).content {
@@ -306,7 +313,7 @@ fn prefetch_size(tree: &Tree, content: &dyn ChunkSource, first: &[InodeId], own:
     let mut places: Vec<_> =
         chunks.into_iter().map(|id| content.row(id)).filter(|row| row.blob == own).collect();
     places.sort_unstable_by_key(|row| row.compressed_offset);
-    let mut end = 0;
+    let mut end = start;
     for row in places {
         // In the order of a tar other data may come first or between.
         if row.compressed_offset != end {
@@ -314,9 +321,10 @@ fn prefetch_size(tree: &Tree, content: &dyn ChunkSource, first: &[InodeId], own:
         }
         end += u64::from(row.compressed_size);
     }
-    u32::try_from(end).map_err(|_| {
+    let size = end - start;
+    u32::try_from(size).map_err(|_| {
         Error::limit(format!(
-            "prefetch files take {end} bytes of the blob, RAFS v5 can state 4 GiB; name fewer files"
+            "prefetch files take {size} bytes of the blob, RAFS v5 can state 4 GiB; name fewer files"
         ))
     })
 }

@@ -19,6 +19,7 @@ pub struct BlobSink {
     sha256: Hasher,
     /// Digest of everything, kept apart from the first unhashed byte on.
     all: Option<Box<Hasher>>,
+    start: u64,
     len: u64,
 }
 
@@ -30,8 +31,17 @@ impl BlobSink {
             out: Box::new(out),
             sha256: DigestAlgorithm::Sha256.hasher(),
             all: None,
+            start: 0,
             len: 0,
         }
+    }
+
+    /// The same for a blob that is to lie at byte `start` of a larger file: places in it are counted from
+    /// that file's beginning.
+    #[must_use]
+    pub fn lying_at(mut self, start: u64) -> Self {
+        (self.start, self.len) = (start, start);
+        self
     }
 
     /// Appends `bytes` and feeds them to the digest.
@@ -64,14 +74,19 @@ impl BlobSink {
         Ok(())
     }
 
-    /// Bytes written so far, which is the offset of the next one.
+    /// Offset of the first byte.
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Offset of the next byte: how many were written, unless the blob lies in a larger file.
     pub fn len(&self) -> u64 {
         self.len
     }
 
     /// True before the first byte.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len == self.start
     }
 
     /// SHA-256 of everything hashed so far.

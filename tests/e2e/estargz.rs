@@ -215,13 +215,15 @@ fn estargz_layers_are_mounted_lazily() -> Result<()> {
             if kind == "estargz-ref" {
                 let meta = journey.path("meta");
                 run(create.arg("--blob").arg(&meta).arg(&layer.estargz))?;
-                registry.push("original", &meta)?;
+                let digest = registry.push("original", &meta)?;
+                fs::copy(&meta, journey.path("blobs").join(digest))?;
             } else {
                 run(create.args(["--blob-id", &layer.id]).arg(&layer.estargz))?;
             }
             merge.arg(boot);
         }
         run(&mut merge)?;
+        run(nydus_image("check", ["-l", "error", "-D"]).arg(journey.path("blobs")).arg(&merged))?;
         let relay = Relay::start(registry.address())?;
         let config = journey.path("config.json");
         let backend = json!({ "scheme": "http", "host": relay.address().to_string(), "repo": "original" });

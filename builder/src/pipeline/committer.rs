@@ -92,8 +92,8 @@ impl Committer<'_> {
                     files: LayerFiles::default(),
                     unit: Unit::default(),
                 });
-                if self.layers.len() == 1 {
-                    self.store.open_layer();
+                if let [first] = &self.layers[..] {
+                    self.store.open_layer(first.sink.start());
                 }
                 self.decide()
             }
@@ -130,8 +130,8 @@ impl Committer<'_> {
                 self.decide_batch(batch)?;
             } else if layer.batches == Some(layer.decide) {
                 self.front += 1;
-                if self.front < self.layers.len() {
-                    self.store.open_layer();
+                if let Some(next) = self.layers.get(self.front) {
+                    self.store.open_layer(next.sink.start());
                 }
                 self.hub.set_front(self.front);
             } else {

@@ -95,7 +95,7 @@ impl Collector {
     /// For an image with chunks of `chunk_size` bytes.
     pub fn new(chunk_size: u32) -> Self {
         let mut content = BuiltContent::default();
-        content.chunks.open_layer();
+        content.chunks.open_layer(0);
         Self {
             chunk_size,
             tree: Tree::new(),

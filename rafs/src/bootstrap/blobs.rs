@@ -188,7 +188,7 @@ impl Blob {
         };
         match data_size {
             Some(data_size) if data_size > 0 && compressed_size <= limits::MAX_BLOB_COMPRESSED => Ok(Self {
-                context_id: separate.then(|| context_id(record, inlined)).flatten(),
+                context_id: separate.then(|| context_id(record, features, inlined)).flatten(),
                 id,
                 chunk_count,
                 codec,
@@ -243,10 +243,10 @@ fn cipher(record: &BlobRecord, features: BlobFeatures) -> Result<Cipher> {
 }
 
 /// The blob that holds the context of one whose data is the original layer: as the record says,
-/// else the one that holds this bootstrap.
-fn context_id(record: &BlobRecord, inlined: Option<&BlobId>) -> Option<BlobId> {
+/// else the one that holds this bootstrap, if that was made to be held.
+fn context_id(record: &BlobRecord, features: BlobFeatures, inlined: Option<&BlobId>) -> Option<BlobId> {
     if record.blob_meta_digest == [0; 32] {
-        return inlined.cloned();
+        return inlined.filter(|_| features.contains(BlobFeatures::INLINED_FS_META)).cloned();
     }
     BlobId::new(&Digest(record.blob_meta_digest).to_string()).ok()
 }

@@ -297,3 +297,18 @@ fn blob_directories_hold_files_named_by_their_digest() -> Result<()> {
     ensure!(place.json("none.json")?["blobs"] == serde_json::json!([]), "blobs of nothing");
     Ok(())
 }
+
+/// A blob that its caller puts into a larger file is read there.
+#[test]
+fn a_blob_may_lie_inside_a_file() -> Result<()> {
+    let place = Place::new()?;
+    for flags in ["", "-v 5", "--batch-size 0x4000", "--features blob-toc", "--encrypt"] {
+        let line = format!("create -l warn {flags} --blob-offset 0x1234 -B boot -b blob src");
+        place.quiet(&line, Input::Closed)?;
+        let file = [vec![0xee; 0x1234], place.read("blob")?].concat();
+        std::fs::write(place.path("file"), file)?;
+        let said = place.quiet("check -l error boot --blob file --source src", Input::Closed)?.stdout;
+        ensure!(said.contains("0 faults"), "{flags}: {said}");
+    }
+    Ok(())
+}

@@ -135,7 +135,7 @@ pub struct CreateArgs {
     #[arg(long, value_name = "blob-data-size")]
     pub blob_data_size: Option<String>,
 
-    /// Offset of the data in the blob (not built yet).
+    /// Byte of a larger file at which the caller puts the blob: offsets are counted from that file's beginning.
     #[arg(long, value_name = "blob-offset", hide = true)]
     pub blob_offset: Option<String>,
 

@@ -52,6 +52,8 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     };
     let sink =
         BlobSink::new(blob_output.name(), BufWriter::with_capacity(WRITE_BUFFER, blob_output.writer()?));
+    let offset = args.blob_offset.as_deref().map(|text| cli::number("--blob-offset", text)).transpose()?;
+    let sink = sink.lying_at(offset.unwrap_or(0));
     let open = || -> anyhow::Result<(String, File)> {
         let name = args.source.display().to_string();
         let file = File::open(&args.source).with_context(|| format!("open source {name}"))?;

@@ -33,7 +33,7 @@ pub struct Index {
 /// is read.
 ///
 /// # Errors
-/// `Corrupt`: gzip data without a footer of eStargz. `Io`.
+/// `Corrupt`: gzip data without a footer of eStargz. `Invalid`: gzip data in a FIFO. `Io`.
 pub fn open(name: &str, mut file: File) -> Result<Index> {
     let failed = |e: io::Error| Error::io(format!("read {name}"), e);
     let mut head = Vec::new();
@@ -48,6 +48,11 @@ pub fn open(name: &str, mut file: File) -> Result<Index> {
     let damaged = |why: &str| {
         Error::bad_source(format!("{name} is gzip data {why}: want an eStargz layer, or its index as JSON"))
     };
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(Error::invalid(format!(
+            "{name} is a layer, of which only the end is read, but no regular file: give the file, or the index as JSON"
+        )));
+    }
     let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
     let footer_at = size.checked_sub(FOOTER).ok_or_else(|| damaged("too short for a footer"))?;
     file.seek(SeekFrom::Start(footer_at)).map_err(failed)?;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, bail};
 use builder::reference::ReferenceKind;
+use rafs::format::limits;
 
 use super::reference_kind;
 use crate::cli::{self, ConversionType, CreateArgs, Feature, FsVersion, PrefetchPolicy};
@@ -27,11 +28,23 @@ pub fn conflicts(args: &CreateArgs) -> anyhow::Result<()> {
         bail!("source {}: --blob-cache-dir reads a layer twice, want a regular file", args.source.display());
     }
     let offset = args.blob_offset.as_deref().map(|t| cli::number("--blob-offset", t)).transpose()?;
-    let unbuilt = [
-        (args.external_blob.is_some(), "--external-blob"),
-        (args.attributes.is_some(), "--attributes"),
-        (offset.unwrap_or(0) != 0, "--blob-offset"),
-    ];
+    if let Some(offset) = offset.filter(|&offset| offset != 0) {
+        if offset > limits::MAX_BLOB_COMPRESSED {
+            bail!("--blob-offset {offset}: at most 2^40 is possible");
+        }
+        let whole = [
+            (reference_kind(args.conversion).is_some() || args.conversion == T::EstargztocRef, "a reference"),
+            (args.blob_inline_meta, "--blob-inline-meta"),
+            (args.blob_cache_dir.is_some(), "--blob-cache-dir"),
+        ];
+        if let Some((_, what)) = whole.iter().find(|(set, _)| *set) {
+            bail!(
+                "--blob-offset is for a blob that becomes a part of another file, which {what} does not make"
+            );
+        }
+    }
+    let unbuilt =
+        [(args.external_blob.is_some(), "--external-blob"), (args.attributes.is_some(), "--attributes")];
     match unbuilt.iter().find(|(set, _)| *set) {
         Some((_, what)) => Err(cli::not_built(what)),
         None => exists(&args.source),
