@@ -159,6 +159,23 @@ const ROWS: &[Row] = &[
     ),
     ("create --type tar-tarfs -b y -B x layer.tar", Input::Closed, 1, Nothing, Words(&["`--blob`"])),
     ("create --type estargztoc-ref -B x layer.tar", Input::Closed, 1, Nothing, Words(&["estargztoc-ref"])),
+    // A full disk: nothing is left.
+    ("create -l warn -B x -b /dev/full src", Input::Closed, 1, Nothing, Words(&["Error: ", "/dev/full"])),
+    (
+        "create -l warn -B /dev/full -b /dev/null src",
+        Input::Closed,
+        1,
+        Nothing,
+        Words(&["Error: ", "/dev/full"]),
+    ),
+    ("merge -l warn -B /dev/full boot", Input::Closed, 1, Nothing, Words(&["Error: ", "/dev/full"])),
+    (
+        "unpack -l warn -B boot -D blobs -o /dev/full",
+        Input::Closed,
+        1,
+        Nothing,
+        Words(&["Error: ", "/dev/full"]),
+    ),
     // Spellings that clients use.
     ("create -l warn -t directory -B new --blob y src", Input::Closed, 0, Nothing, Nothing),
     (

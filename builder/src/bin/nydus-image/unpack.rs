@@ -48,14 +48,15 @@ pub fn run(args: &UnpackArgs) -> anyhow::Result<ExitCode> {
     let observer = progress::observer();
     let meter = observer.begin(Activity::Write, &args.output.display().to_string(), None);
     let mut out = BufWriter::with_capacity(WRITE_BUFFER, out);
+    let unpacking = || format!("unpack to {}", args.output.display());
     let done = unpack::unpack(&image, &mut out, UnpackOptions::default(), &|bytes| meter.advance(bytes));
     let done = match done {
         Err(error) if error.kind() == ErrorKind::Cancelled => {
             bail!("interrupted: the archive is not complete")
         }
-        done => done?,
+        done => done.with_context(unpacking)?,
     };
-    out.into_inner().map_err(std::io::IntoInnerError::into_error).context("write the archive")?;
+    out.into_inner().map_err(std::io::IntoInnerError::into_error).with_context(unpacking)?;
     if let Some(output) = output {
         output.commit("")?;
     }

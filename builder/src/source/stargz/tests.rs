@@ -164,3 +164,98 @@ fn a_path_may_be_listed_twice() {
     let id = indexed.tree.lookup(b"f").unwrap();
     assert!(matches!(indexed.tree.inode(id).content, Content::Regular { size: 6, .. }));
 }
+
+mod layers {
+    use std::io::{Read as _, Write as _};
+
+    use super::*;
+
+    fn member(bytes: &[u8]) -> Vec<u8> {
+        let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+        out.write_all(bytes).unwrap();
+        out.finish().unwrap()
+    }
+
+    fn index(name: &str, text: &[u8], size: u64) -> Vec<u8> {
+        let mut header = tar::Header::new_gnu();
+        header.set_path(name).unwrap();
+        header.set_size(size);
+        header.set_cksum();
+        member(&[&header.as_bytes()[..], text, &[0; 1024]].concat())
+    }
+
+    fn footer(extra: &[u8]) -> Vec<u8> {
+        let head = [0x1f, 0x8b, 8, 4, 0, 0, 0, 0, 0, 0xff, extra.len() as u8, 0];
+        [&head[..], extra, &[1, 0, 0, 0xff, 0xff], &[0; 8]].concat()
+    }
+
+    fn extra(start: u64) -> Vec<u8> {
+        [b"SG\x16\0", format!("{start:016x}STARGZ").as_bytes()].concat()
+    }
+
+    fn open(bytes: &[u8]) -> Result<Index> {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        std::io::Seek::rewind(&mut file).unwrap();
+        super::open("layer", file)
+    }
+
+    #[test]
+    fn an_index_is_found_at_the_end_of_its_layer() {
+        let (data, text) = (member(b"data"), br#"{"entries":[]}"#);
+        let index = index("stargz.index.json", text, text.len() as u64);
+        let layer = [&data[..], &index, &footer(&extra(data.len() as u64))].concat();
+        let mut found = open(&layer).unwrap();
+        let mut json = Vec::new();
+        found.json.read_to_end(&mut json).unwrap();
+        assert_eq!(json, text);
+        assert_eq!((found.data_end, found.layer_size), (Some(data.len() as u64), Some(layer.len() as u64)));
+        // JSON as it is.
+        let mut found = open(text).unwrap();
+        json.clear();
+        found.json.read_to_end(&mut json).unwrap();
+        assert_eq!((&json[..], found.data_end, found.layer_size), (&text[..], None, None));
+    }
+
+    #[test]
+    fn layers_without_an_index_are_refused() {
+        let (data, text) = (member(b"data"), br#"{"entries":[]}"#);
+        let at = data.len() as u64;
+        let good = index("stargz.index.json", text, text.len() as u64);
+        let layer = |index: &[u8], extra: &[u8]| [&data[..], index, &footer(extra)].concat();
+        let mut broken = good.clone();
+        // A block of a type that does not exist.
+        broken[10] = 7;
+        let end = (data.len() + good.len()) as u64;
+        for (bytes, says) in [
+            (data.clone(), "too short"),
+            (
+                member(b"no two letters are quite alike, so this takes more bytes than a footer has"),
+                "without the footer",
+            ),
+            (layer(&good, b"SG\x16\x00000000000000000xSTARGZ"), "without the footer"),
+            (layer(&good, &extra(end)), "without the footer"),
+            (layer(&good, &extra(u64::MAX)), "without the footer"),
+            (layer(&good, &extra(0)), "leads to no index"),
+            (layer(&good, &extra(at + 1)), "damaged"),
+            (layer(&broken, &extra(at)), "damaged"),
+            (layer(&index("other", text, 5), &extra(at)), "leads to no index"),
+            (layer(&index("stargz.index.json", text, 1 << 40), &extra(at)), "are accepted"),
+        ] {
+            let error = open(&bytes).err().expect(says).to_string();
+            assert!(error.contains(says), "{says}: {error}");
+        }
+    }
+
+    /// What the header promises and the member does not hold is missed by who reads it.
+    #[test]
+    fn an_index_that_ends_too_early_is_refused() {
+        let data = member(b"data");
+        let text = br#"{"entries":[{"name":"a","type":"reg"}"#;
+        let index = index("stargz.index.json", text, 5000);
+        let layer = [&data[..], &index, &footer(&extra(data.len() as u64))].concat();
+        let mut collector = Collector::new(CHUNK);
+        let error = read_entries("layer", open(&layer).unwrap().json, &mut collector).unwrap_err();
+        assert!(error.to_string().contains("no index"), "{error}");
+    }
+}
