@@ -32,5 +32,6 @@ pub mod source;
 pub mod stat;
 pub mod tree;
 pub mod unpack;
+pub mod write_back;
 
 pub use error::{Error, ErrorKind, Result};

@@ -19,6 +19,7 @@ use builder::reference::{ReferenceKind, build_indexed, build_reference};
 use builder::root::check_written;
 use builder::sink::BlobSink;
 use builder::source::stargz;
+use builder::write_back::WriteBack;
 use rafs::bootstrap::OpenOptions;
 use rafs::format::limits;
 use storage::cipher::XtsKey;
@@ -50,8 +51,8 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
         (None, None) if !makes_blob(args.conversion) => Output::at(Path::new("/dev/null"))?,
         (None, None) => bail!("no place for the blob: give --blob or --blob-dir"),
     };
-    let sink =
-        BlobSink::new(blob_output.name(), BufWriter::with_capacity(WRITE_BUFFER, blob_output.writer()?));
+    let file = WriteBack::new(blob_output.writer()?);
+    let sink = BlobSink::new(blob_output.name(), BufWriter::with_capacity(WRITE_BUFFER, file));
     let offset = args.blob_offset.as_deref().map(|text| cli::number("--blob-offset", text)).transpose()?;
     let sink = sink.lying_at(offset.unwrap_or(0));
     let open = || -> anyhow::Result<(String, File)> {
