@@ -38,6 +38,7 @@ mod sandbox;
 mod sharing;
 mod steady;
 mod stores;
+mod surroundings;
 mod tampering;
 mod traces;
 mod unit;
