@@ -66,7 +66,7 @@ def local_times(image, work, host, unpacked):
             with open(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb", "w", encoding="utf-8") as file:
                 file.write("0")
             image.run(merged)
-            chunks = json.loads(run(f"{BIN}/touched-chunks", "--bootstrap", image.bootstrap, input=cached_pages(point)))
+            chunks = json.loads(run(f"{BIN}/touched-chunks", "--bootstrap", image.bootstrap, "--cache", cache, input=cached_pages(point)))
     return {"alone": statistics.median(alone[1:]), "daemon": statistics.median(daemon[1:])} | chunks
 
 

@@ -5,6 +5,7 @@ use std::io::{BufRead, Write};
 use std::path::PathBuf;
 
 use clap::Parser;
+use rafs::blob_context::BlobContext;
 use rafs::bootstrap::{Bootstrap, Nid, OpenOptions};
 use rafs::fs::{Rafs, RafsOptions};
 use serde_json::json;
@@ -17,12 +18,24 @@ struct Cli {
     /// Bootstrap of the image
     #[arg(long)]
     bootstrap: PathBuf,
+    /// Cache of a daemon that has served the image: small files may share what they are stored in, and it
+    /// has what says so
+    #[arg(long)]
+    cache: Option<PathBuf>,
 }
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
     let bootstrap = rafs::bootstrap::open(&cli.bootstrap, &OpenOptions::default())?;
-    let rafs = Rafs::new(bootstrap.into(), Vec::new(), RafsOptions::default())?;
+    let needed = Rafs::needs_context(&*bootstrap);
+    let contexts = bootstrap.blobs().iter().zip(needed).map(|(blob, needed)| {
+        let Some(cache) = cli.cache.as_ref().filter(|_| needed) else { return Ok(None) };
+        let path = cache.join(format!("{}.blob.meta", blob.id));
+        let file = std::fs::read(&path).with_context(|| format!("{}", path.display()))?;
+        Ok(Some(BlobContext::from_cache_file(blob, &file)?))
+    });
+    let contexts = contexts.collect::<Result<Vec<_>>>()?;
+    let rafs = Rafs::new(bootstrap.into(), contexts, RafsOptions::default())?;
     let mut units = HashMap::new();
     let mut slices = Vec::new();
     for line in std::io::stdin().lock().split(b'\n') {
