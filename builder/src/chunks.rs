@@ -43,6 +43,21 @@ impl Chunk {
     }
 }
 
+/// What has to be decoded to have a chunk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StoredUnit {
+    /// The layer whose blob holds it.
+    pub layer: LayerIndex,
+    /// Where it begins in the blob.
+    pub start: u64,
+    /// Stored and decoded bytes; equal if it is stored as it is.
+    pub stored: u32,
+    pub decoded: u32,
+    /// Where the chunk begins in the decoded unit, and its bytes.
+    pub offset: u32,
+    pub len: u32,
+}
+
 struct Row {
     digest: Digest,
     crc32: u32,
@@ -97,8 +112,8 @@ pub struct ChunkStore {
     in_gzip: bool,
     /// Stored bytes are encrypted, which makes less than a cipher block longer.
     is_encrypted: bool,
-    /// Small chunks that share units, in order of their numbers.
-    members: Vec<Member>,
+    /// By layer: small chunks that share units, in order of their numbers.
+    members: Vec<Vec<Member>>,
     /// The number of the first chunk: those below have the numbers before.
     base: u32,
     segments: Vec<Vec<Row>>,
@@ -280,7 +295,11 @@ impl ChunkStore {
         if span.stored_end > MAX_BLOB_COMPRESSED {
             return Err(Error::new(ErrorKind::Limit, "a blob of more than 2^40 bytes; split the layer"));
         }
-        self.members.extend(members.iter().map(|&(id, offset)| Member {
+        let layer = usize::from(layer.0);
+        if self.members.len() <= layer {
+            self.members.resize_with(layer + 1, Vec::new);
+        }
+        self.members[layer].extend(members.iter().map(|&(id, offset)| Member {
             id,
             unit,
             stored,
@@ -293,10 +312,22 @@ impl ChunkStore {
 
     /// The chunks of `layer` that share units, in order of their numbers.
     pub(crate) fn members(&self, layer: LayerIndex) -> &[Member] {
-        let span = self.span(layer);
-        let from = self.members.partition_point(|member| member.id.0 < span.first);
-        let to = self.members.partition_point(|member| member.id.0 < span.first + span.count);
-        &self.members[from..to]
+        self.members.get(usize::from(layer.0)).map_or(&[], Vec::as_slice)
+    }
+
+    /// Where the bytes of chunk `id` are stored.
+    pub(crate) fn stored_unit(&self, id: ChunkId) -> StoredUnit {
+        let chunk = self.get(id);
+        let members = self.members(chunk.layer);
+        let (start, stored, decoded, offset) = match members.binary_search_by_key(&id.0, |member| member.id.0)
+        {
+            Ok(place) => {
+                let Member { start, stored, decoded, offset, .. } = members[place];
+                (start, stored, decoded, offset)
+            }
+            Err(_) => (chunk.compressed_offset, chunk.compressed_size, chunk.uncompressed_size, 0),
+        };
+        StoredUnit { layer: chunk.layer, start, stored, decoded, offset, len: chunk.uncompressed_size }
     }
 
     /// Numbers chunks from `base` on.

@@ -36,12 +36,13 @@ use tempfile::NamedTempFile;
 use tokio_util::sync::CancellationToken;
 use zerocopy::byteorder::little_endian::{U32, U64};
 
-use crate::blob_writer::{BlobOptions, BlobWriter, Context};
+use crate::blob_writer::{BlobOptions, BlobWriter};
 use crate::bootstrap_writer::{self, Image, padded_id};
 use crate::chunks::BuiltContent;
 use crate::content::ChunkSource as _;
+use crate::create::context_of;
 use crate::hints::{self, Contents};
-use crate::oci::image::{self, BlobLayer, ManifestParts, RootStatement};
+use crate::oci::image::{self, BlobLayer, BootstrapLayer, ManifestParts, RootStatement};
 use crate::oci::manifest::SourceConfig;
 use crate::oci::read::{ImageContent, ReadOptions, read_layers};
 use crate::oci::source::ImageSource;
@@ -53,6 +54,7 @@ use crate::progress::{Observer, check};
 use crate::root::{RootOptions, check_written, image_root};
 use crate::sink::BlobSink;
 use crate::tree::{InodeId, Tree};
+use crate::write_back::WriteBack;
 use crate::{Error, Result};
 
 /// Chunk size of converted images: 256 KiB.
@@ -70,6 +72,9 @@ use crate::{Error, Result};
 /// Below it the image grows and requests multiply for few bytes saved; above it each start pays
 /// for bytes nobody reads.
 pub const DEFAULT_CHUNK_SIZE: u32 = 0x40000;
+
+/// Unit of small files of converted images.
+pub const DEFAULT_BATCH_SIZE: u32 = 0;
 
 /// Write buffer of a blob's temporary file.
 const WRITE_BUFFER: usize = 256 << 10;
@@ -149,13 +154,23 @@ pub fn convert(source: &ImageSource, target: Target, options: &ConvertOptions<'_
     })?;
     check(options.cancel)?;
 
-    let Merged { bootstrap, root, entry_count, blobs, layers, spooled } =
-        finish_layers(content, files, &options.data, options.hints.then(|| source.config()))?;
-    put_all(&target, spooled, options)?;
+    let ImageContent { output, trees } = content;
+    let (chunks, data) = (&output.content, &options.data);
+    let Finished { merged, layers, spooled, records, owners } =
+        finish_layers(chunks, data, trees, files.into_iter().zip(output.layers))?;
+    let stored = spooled.iter().map(|(_, blob)| blob.reader()).collect::<Result<Vec<_>>>()?;
+    // Blobs are on their way while one thread makes the bootstrap of them all.
+    let (put, merged) = std::thread::scope(|scope| {
+        let put = scope.spawn(|| put_all(&target, spooled, options));
+        let config = options.hints.then(|| source.config());
+        let merged = write_merged(chunks, data, &merged, &records, stored, config)
+            .and_then(|merged| Ok((merged.pack(&spool_dir, data.chunk_size)?, merged)));
+        (put.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), merged)
+    });
+    let (packed, Merged { bootstrap, digest: bootstrap_digest, root, entry_count, places }) = merged?;
+    put?;
+    let blobs: Vec<String> = places.iter().map(|&place| layers[owners[place]].digest.to_string()).collect();
 
-    let bootstrap_digest = DigestAlgorithm::Sha256.digest(&bootstrap);
-    let statement = RootStatement { root, chunk_size: options.data.chunk_size, bootstrap: bootstrap_digest };
-    let packed = image::pack_bootstrap(&spool_dir, &bootstrap, &statement)?;
     let blob_layers: Vec<BlobLayer> =
         layers.iter().map(|l| BlobLayer { digest: l.digest, size: l.size }).collect();
     let config = image::config(source.config(), &blob_layers, packed.diff_id)?;
@@ -203,7 +218,10 @@ fn blob_file(dir: &Path) -> Result<(NamedTempFile, BlobSink)> {
     let failed = |e| Error::io(format!("temporary file in {}", dir.display()), e);
     let file = tempfile::Builder::new().prefix(TEMP_PREFIX).tempfile_in(dir).map_err(failed)?;
     let out: File = file.as_file().try_clone().map_err(failed)?;
-    let sink = BlobSink::new(file.path().display().to_string(), BufWriter::with_capacity(WRITE_BUFFER, out));
+    let sink = BlobSink::new(
+        file.path().display().to_string(),
+        BufWriter::with_capacity(WRITE_BUFFER, WriteBack::new(out)),
+    );
     Ok((file, sink))
 }
 
@@ -213,31 +231,30 @@ struct FinishedLayer {
     chunk_count: u64,
 }
 
-struct Merged {
-    bootstrap: Vec<u8>,
-    root: TaggedDigest,
-    entry_count: u64,
-    blobs: Vec<String>,
+/// The blobs of all layers.
+struct Finished {
+    /// The image's tree.
+    merged: Tree,
     layers: Vec<FinishedLayer>,
+    /// With what messages call them.
     spooled: Vec<(String, SpooledBlob)>,
+    /// Blobs with chunks, and the layer of each.
+    records: Vec<BlobRecord>,
+    owners: Vec<usize>,
 }
 
-/// Completes the blob of each layer, merges the trees and writes the merged bootstrap, with hints
-/// for the command of `config`.
+/// Completes the blob of each layer and merges the trees.
 fn finish_layers(
-    content: ImageContent,
-    files: Vec<NamedTempFile>,
+    chunks: &BuiltContent,
     data: &DataOptions,
-    config: Option<&SourceConfig>,
-) -> Result<Merged> {
-    let ImageContent { output, trees } = content;
-    let chunks = output.content;
-    let mut writer = Writer { chunks: &chunks, data, records: Vec::new(), owners: Vec::new() };
+    trees: Vec<Tree>,
+    parts: impl Iterator<Item = (NamedTempFile, LayerData)>,
+) -> Result<Finished> {
+    let mut writer = Writer { chunks, data, records: Vec::new(), owners: Vec::new() };
     let (mut layers, mut spooled) = (Vec::new(), Vec::new());
     let mut merged = Tree::new();
     let count = trees.len();
-    let parts = trees.into_iter().zip(files.into_iter().zip(output.layers));
-    for (number, (mut tree, (file, layer))) in parts.enumerate() {
+    for (number, (mut tree, (file, layer))) in trees.into_iter().zip(parts).enumerate() {
         tree.resolve_links(&merged).map_err(|e| e.context(format!("layer {} of {count}", number + 1)))?;
         let finished = writer
             .finish_blob(&tree, layer, number)
@@ -247,21 +264,63 @@ fn finish_layers(
         layers.push(finished);
         overlay::apply(&mut merged, tree, WhiteoutSpec::Oci)?;
     }
-    let prefetch = match config {
-        Some(config) => {
-            let blobs = spooled.iter().map(|(_, blob): &(_, SpooledBlob)| blob.reader());
-            let blobs = blobs.collect::<Result<Vec<_>>>()?;
-            hints::find(&merged, &config.document, Contents::new(&chunks, blobs, data.codec, data.chunk_size))
-        }
-        None => Vec::new(),
-    };
-    let written = writer.bootstrap(&merged, &writer.records, true, &prefetch)?;
-    let named = |&place: &usize| layers[writer.owners[place]].digest.to_string();
-    let blobs = written.blobs.iter().map(named).collect();
+    let Writer { records, owners, .. } = writer;
+    Ok(Finished { merged, layers, spooled, records, owners })
+}
+
+/// The bootstrap of the merged tree.
+struct Merged {
+    bootstrap: Vec<u8>,
+    /// Of its bytes.
+    digest: Digest,
+    root: TaggedDigest,
+    entry_count: u64,
+    /// Which of the blobs with chunks it names.
+    places: Vec<usize>,
+}
+
+/// Writes the bootstrap of all layers, with hints for the command of `config`, which are told from
+/// the blobs as they are stored.
+fn write_merged(
+    chunks: &BuiltContent,
+    data: &DataOptions,
+    tree: &Tree,
+    records: &[BlobRecord],
+    stored: Vec<File>,
+    config: Option<&SourceConfig>,
+) -> Result<Merged> {
     let options = RootOptions { digester: data.digester, chunk_size: data.chunk_size, explicit_ids: true };
-    let root = image_root(&merged, &chunks, options)?;
-    check_written(&written.bytes, Some(root))?;
-    Ok(Merged { bootstrap: written.bytes, root, entry_count: written.entry_count, blobs, layers, spooled })
+    let (root, written) = std::thread::scope(|scope| {
+        let root = scope.spawn(|| image_root(tree, chunks, options));
+        let prefetch = config.map_or_else(Vec::new, |config| {
+            let contents = Contents::new(chunks, stored, data.codec, data.chunk_size);
+            hints::find(tree, &config.document, contents)
+        });
+        let written = write_bootstrap(chunks, data, tree, records, true, &prefetch);
+        (root.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), written)
+    });
+    let (root, written) = (root?, written?);
+    let digest = DigestAlgorithm::Sha256.digest(&written.bytes);
+    Ok(Merged {
+        bootstrap: written.bytes,
+        digest,
+        root,
+        entry_count: written.entry_count,
+        places: written.blobs,
+    })
+}
+
+impl Merged {
+    /// Packs the layer that holds the bootstrap, which is checked meanwhile.
+    fn pack(&self, spool_dir: &Path, chunk_size: u32) -> Result<BootstrapLayer> {
+        let statement = RootStatement { root: self.root, chunk_size, bootstrap: self.digest };
+        std::thread::scope(|scope| {
+            let checked = scope.spawn(|| check_written(&self.bootstrap, Some(self.root)));
+            let packed = image::pack_bootstrap(spool_dir, &self.bootstrap, &statement);
+            checked.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            packed
+        })
+    }
 }
 
 /// Writes blobs and bootstraps of one image.
@@ -294,13 +353,13 @@ impl Writer<'_> {
             options,
             decoded_size,
             own.map(|id| self.chunks.row(id)),
-            &Context::Plain,
+            &context_of(self.chunks, layer.layer, self.data),
         )?;
         let mut records = self.records.clone();
         if chunk_count > 0 {
             records.push(*writer.record());
         }
-        let bootstrap = self.bootstrap(tree, &records, false, &[])?;
+        let bootstrap = write_bootstrap(self.chunks, self.data, tree, &records, false, &[])?;
         let blob = writer.finish(Some(&bootstrap.bytes))?;
         if chunk_count > 0 {
             let mut record = blob.record;
@@ -313,29 +372,30 @@ impl Writer<'_> {
         }
         Ok(FinishedLayer { digest: blob.file_digest, size: blob.size, chunk_count })
     }
+}
 
-    fn bootstrap(
-        &self,
-        tree: &Tree,
-        blobs: &[BlobRecord],
-        merged: bool,
-        prefetch: &[InodeId],
-    ) -> Result<bootstrap_writer::Bootstrap> {
-        bootstrap_writer::write(&Image {
-            tree,
-            chunks: self.chunks,
-            blobs,
-            chunk_size: self.data.chunk_size,
-            codec: self.data.codec,
-            digester: self.data.digester,
-            explicit_ids: true,
-            tarfs: false,
-            force_xattr_flag: merged,
-            kept: &[],
-            prefetch,
-            prefetch_sizes: &[],
-        })
-    }
+fn write_bootstrap(
+    chunks: &BuiltContent,
+    data: &DataOptions,
+    tree: &Tree,
+    blobs: &[BlobRecord],
+    merged: bool,
+    prefetch: &[InodeId],
+) -> Result<bootstrap_writer::Bootstrap> {
+    bootstrap_writer::write(&Image {
+        tree,
+        chunks,
+        blobs,
+        chunk_size: data.chunk_size,
+        codec: data.codec,
+        digester: data.digester,
+        explicit_ids: true,
+        tarfs: false,
+        force_xattr_flag: merged,
+        kept: &[],
+        prefetch,
+        prefetch_sizes: &[],
+    })
 }
 
 /// Hands blobs to the target, `jobs` at a time; the first error stops the others.

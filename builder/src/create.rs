@@ -175,7 +175,7 @@ pub fn build_layer_upon(
 }
 
 /// What the context of a layer with data of its own must say.
-fn context_of(content: &BuiltContent, layer: LayerIndex, options: &DataOptions) -> Context {
+pub(crate) fn context_of(content: &BuiltContent, layer: LayerIndex, options: &DataOptions) -> Context {
     if options.cipher.is_none() && options.batch_size == 0 {
         return Context::Plain;
     }

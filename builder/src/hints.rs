@@ -11,13 +11,16 @@ use rafs::hints::{self, Command, Files, Inode, Kind};
 use serde_json::{Map, Value};
 use storage::codec::{Codec, decompress};
 
-use crate::chunks::BuiltContent;
-use crate::content::{ChunkId, ChunkSource as _};
-use crate::tree::{Content, InodeId, Tree};
+use crate::chunks::{BuiltContent, StoredUnit};
+use crate::content::ChunkSource as _;
+use crate::tree::{Content, InodeId, LayerIndex, Tree};
+
+/// Decoded bytes that are kept for further reads.
+const RECENT_SIZE: usize = 8 << 20;
 
 /// The files that a start of the image with this configuration reads, in order.
 pub fn find(tree: &Tree, config: &Map<String, Value>, contents: Contents<'_>) -> Vec<InodeId> {
-    let image = Image { tree, contents, last: RefCell::new(None) };
+    let image = Image { tree, contents, recent: RefCell::default() };
     // Numbers of a tree fit.
     let ids = hints::find(&image, Command::of(config)).into_iter();
     ids.filter_map(|inode| u32::try_from(inode.0).ok().map(InodeId)).collect()
@@ -37,25 +40,57 @@ impl<'a> Contents<'a> {
         Self { chunks, blobs, codec, chunk_size }
     }
 
-    fn chunk(&self, id: ChunkId) -> io::Result<Vec<u8>> {
-        let chunk = self.chunks.chunks.get(id);
-        let blob = self.blobs.get(usize::from(chunk.layer.0)).ok_or(io::ErrorKind::NotFound)?;
-        let mut stored = vec![0; chunk.compressed_size as usize];
-        blob.read_exact_at(&mut stored, chunk.compressed_offset)?;
-        if !chunk.is_compressed() {
+    /// Decodes what a chunk is stored in.
+    fn unit(&self, unit: &StoredUnit) -> io::Result<Vec<u8>> {
+        let blob = self.blobs.get(usize::from(unit.layer.0)).ok_or(io::ErrorKind::NotFound)?;
+        let mut stored = vec![0; unit.stored as usize];
+        blob.read_exact_at(&mut stored, unit.start)?;
+        if unit.stored == unit.decoded {
             return Ok(stored);
         }
-        let mut bytes = vec![0; chunk.uncompressed_size as usize];
+        let mut bytes = vec![0; unit.decoded as usize];
         decompress(self.codec, &stored, &mut bytes).map_err(io::Error::other)?;
         Ok(bytes)
+    }
+}
+
+/// Units read last, the latest at the end: programs are looked into here and there, and small reads
+/// come one behind the other.
+#[derive(Default)]
+struct Recent {
+    /// By layer, and where they begin in its blob.
+    units: Vec<((LayerIndex, u64), Vec<u8>)>,
+    /// Their bytes.
+    size: usize,
+}
+
+impl Recent {
+    /// The bytes of `unit`, which is read if they are not there.
+    fn get(&mut self, unit: &StoredUnit, read: impl FnOnce() -> io::Result<Vec<u8>>) -> io::Result<&[u8]> {
+        let key = (unit.layer, unit.start);
+        match self.units.iter().position(|(known, _)| *known == key) {
+            Some(place) => self.units[place..].rotate_left(1),
+            None => {
+                let bytes = read()?;
+                self.size += bytes.len();
+                self.units.push((key, bytes));
+                let many = self.units.len() - 1;
+                let mut old = 0;
+                while old < many && self.size > RECENT_SIZE {
+                    self.size -= self.units[old].1.len();
+                    old += 1;
+                }
+                self.units.drain(..old);
+            }
+        }
+        Ok(self.units.last().map_or(&[], |(_, bytes)| bytes))
     }
 }
 
 struct Image<'a> {
     tree: &'a Tree,
     contents: Contents<'a>,
-    /// The chunk read last: small reads come one behind the other.
-    last: RefCell<Option<(ChunkId, Vec<u8>)>>,
+    recent: RefCell<Recent>,
 }
 
 impl Image<'_> {
@@ -105,11 +140,11 @@ impl Files for Image<'_> {
         // A file has less than 2^32 chunks.
         let id = self.contents.chunks.file_chunks(*file).get((offset / chunk_size) as usize);
         let id = *id.ok_or(io::ErrorKind::UnexpectedEof)?;
-        let mut last = self.last.borrow_mut();
-        if last.as_ref().is_none_or(|(known, _)| *known != id) {
-            *last = Some((id, self.contents.chunk(id)?));
-        }
-        let bytes = last.as_ref().map_or(&[][..], |(_, bytes)| bytes);
+        let mut recent = self.recent.borrow_mut();
+        let unit = self.contents.chunks.chunks.stored_unit(id);
+        let bytes = recent.get(&unit, || self.contents.unit(&unit))?;
+        let start = unit.offset as usize;
+        let bytes = bytes.get(start..start + unit.len as usize).unwrap_or_default();
         let rest = bytes.get((offset % chunk_size) as usize..).unwrap_or_default();
         let n = rest.len().min(into.len());
         into[..n].copy_from_slice(&rest[..n]);

@@ -145,12 +145,6 @@ impl Hub {
         if index >= MAX_LAYERS {
             return Err(Error::new(ErrorKind::Limit, format!("more than {MAX_LAYERS} layers")));
         }
-        if index > 0 && self.options.batch_size > 0 {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                "small chunks share units in builds of one layer only",
-            ));
-        }
         state.used_by.push(0);
         state.events.push_back(Event::Opened(sink));
         self.news.notify_one();

@@ -8,6 +8,10 @@ use std::collections::{HashMap, HashSet};
 /// Imports and names taken from one text, or one line, at most: what is behind them comes when it is
 /// read.
 const MAX_NAMES: usize = 8192;
+/// What a call that imports begins with.
+const CALLS: [&str; 2] = ["__import__(", "import_module("];
+/// What texts of several lines are put in, and its first character.
+const QUOTES: [(char, &str); 2] = [('"', "\"\"\""), ('\'', "'''")];
 /// Longest dotted name followed.
 pub(super) const MAX_LEN: usize = 256;
 
@@ -53,6 +57,9 @@ pub(super) fn read(text: &str, is_main: bool) -> Imports {
     let mut skipped: Option<usize> = None;
     let mut in_getattr = false;
     let mut quote: Option<&str> = None;
+    // Once for the text, as most have none of either.
+    let has_calls = CALLS.iter().any(|call| text.contains(call));
+    let quotes: Vec<_> = QUOTES.into_iter().filter(|(_, mark)| text.contains(mark)).collect();
     let mut lines = text.lines();
     let mut left = MAX_NAMES;
     while left > 0
@@ -69,7 +76,7 @@ pub(super) fn read(text: &str, is_main: bool) -> Imports {
             continue;
         }
         let indent = line.len() - code.len();
-        quote = ["\"\"\"", "'''"].into_iter().find(|mark| line.matches(mark).count() % 2 == 1);
+        quote = opened_quote(&quotes, line);
         // A bracket closes the parameters of a function, whose body is still to come.
         let closes = code.starts_with([')', ']']);
         if skipped.is_some_and(|limit| indent > limit || (indent == limit && closes)) {
@@ -92,14 +99,24 @@ pub(super) fn read(text: &str, is_main: bool) -> Imports {
             skipped = Some(indent);
             continue;
         }
-        let code = code.split(" #").next().unwrap_or_default();
+        let code = if code.contains('#') { code.split(" #").next().unwrap_or_default() } else { code };
         match statement(code, &mut lines, &mut names) {
             Some(imports) => keep(&mut found.at_once, imports, &mut left),
             None => keep(&mut found.at_once, names.uses(code), &mut left),
         }
-        keep(&mut found.at_once, calls(code).map(Import::of), &mut left);
+        if has_calls {
+            keep(&mut found.at_once, calls(code).map(Import::of), &mut left);
+        }
     }
     found
+}
+
+/// The mark of a text that goes on behind `line`.
+fn opened_quote(quotes: &[(char, &'static str)], line: &str) -> Option<&'static str> {
+    // A single character is looked for much faster.
+    let opened =
+        |&&(first, mark): &&(char, &str)| line.contains(first) && line.matches(mark).count() % 2 == 1;
+    quotes.iter().find(opened).map(|(_, mark)| *mark)
 }
 
 /// Adds imports as long as names are `left`.
@@ -177,7 +194,14 @@ impl Names {
     /// The names of imported modules in a line, each once in the text.
     fn uses(&mut self, code: &str) -> Vec<Import> {
         let mut found = Vec::new();
-        for word in code.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == '.')) {
+        if self.modules.is_empty() || !code.contains('.') {
+            return found;
+        }
+        let is_inside = |c: char| match u8::try_from(c) {
+            Ok(byte) if byte.is_ascii() => byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'.',
+            _ => c.is_alphanumeric(),
+        };
+        for word in code.split(|c: char| !is_inside(c)) {
             let mut parts = word.split('.');
             let (Some(first), Some(name)) = (parts.next(), parts.next()) else { continue };
             let Some(module) = self.modules.get(first).filter(|_| !name.is_empty()) else { continue };
@@ -195,7 +219,7 @@ impl Names {
 
 /// The literal names that a line imports by call.
 fn calls(code: &str) -> impl Iterator<Item = String> {
-    let calls = ["__import__(", "import_module("].into_iter().flat_map(|call| code.split(call).skip(1));
+    let calls = CALLS.into_iter().flat_map(|call| code.split(call).skip(1));
     calls.filter_map(|rest| {
         let quote = rest.chars().next().filter(|c| matches!(c, '"' | '\''))?;
         identifier(rest[1..].split(quote).next()?)

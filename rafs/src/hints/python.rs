@@ -526,5 +526,8 @@ impl Python {
 }
 
 fn read(text: &[u8], is_main: bool) -> Imports {
-    imports::read(&String::from_utf8_lossy(text), is_main)
+    match std::str::from_utf8(text) {
+        Ok(text) => imports::read(text, is_main),
+        Err(_) => imports::read(&String::from_utf8_lossy(text), is_main),
+    }
 }
