@@ -30,6 +30,7 @@ use std::sync::Mutex;
 
 use rafs::format::blob_table::BlobRecord;
 use rafs::format::features::BlobFeatures;
+use rafs::format::limits::MAX_CHUNK_SIZE;
 use storage::codec::Codec;
 use storage::digest::{Digest, DigestAlgorithm, TaggedDigest};
 use tempfile::NamedTempFile;
@@ -57,24 +58,15 @@ use crate::tree::{InodeId, Tree};
 use crate::write_back::WriteBack;
 use crate::{Error, Result};
 
-/// Chunk size of converted images: 256 KiB.
-///
-/// Measured on two real images (zstd, sha256): bytes of the image, and bytes and requests until
-/// the program in it printed its first line from an empty cache.
-///
-/// | chunk | python, 5 layers | cold start | node, 3 layers | cold start |
-/// |---|---|---|---|---|
-/// | 128 KiB | 138.2 MB | 21.6 MB in 927 | 137.3 MB | 19.4 MB in 533 |
-/// | 256 KiB | 135.4 MB | 22.5 MB in 814 | 134.1 MB | 19.5 MB in 417 |
-/// | 512 KiB | 134.5 MB | 24.1 MB in 755 | 132.8 MB | 20.3 MB in 340 |
-/// | 1 MiB | 133.9 MB | 25.3 MB in 720 | 132.0 MB | 21.5 MB in 294 |
-///
-/// Below it the image grows and requests multiply for few bytes saved; above it each start pays
-/// for bytes nobody reads.
-pub const DEFAULT_CHUNK_SIZE: u32 = 0x40000;
+/// Chunk size of converted images: 512 KiB. Measured, with the size of units: "Layout for start-up" in
+/// misc/docs/nydus-image.md.
+pub const DEFAULT_CHUNK_SIZE: u32 = 0x80000;
 
-/// Unit of small files of converted images.
-pub const DEFAULT_BATCH_SIZE: u32 = 0;
+/// Unit of small files of images converted with chunks of so many bytes: 256 KiB as far as possible.
+pub fn default_batch_size(chunk_size: u32) -> u32 {
+    // The context has no room for units beside chunks of the largest size.
+    if chunk_size < MAX_CHUNK_SIZE { chunk_size.min(0x40000) } else { 0 }
+}
 
 /// Write buffer of a blob's temporary file.
 const WRITE_BUFFER: usize = 256 << 10;

@@ -64,6 +64,7 @@ fn a_layout_on_disk_mounts_too() -> Result<()> {
         ("default", &[][..]),
         ("lz4", &["--compressor", "lz4_block", "--chunk-size", "0x1000"]),
         ("none", &["--compressor", "none", "--digester", "blake3"]),
+        ("units", &["--batch-size", "0x40000"]),
     ] {
         let nydus = journey.convert(name, flags)?;
         let daemon = DaemonOptions::image(&nydus.reference(), &journey.path("cache")).start()?;

@@ -35,9 +35,9 @@ enum Floor {
         layout: PathBuf,
         #[arg(long, default_value_t = builder::convert::DEFAULT_CHUNK_SIZE)]
         chunk_size: u32,
-        /// Bytes of a unit of small files
-        #[arg(long, default_value_t = 0)]
-        batch_size: u32,
+        /// Bytes of a unit of small files [default: that of convert]
+        #[arg(long)]
+        batch_size: Option<u32>,
         #[arg(long, default_value = "zstd")]
         compressor: Codec,
     },
@@ -49,6 +49,7 @@ fn main() -> Result<()> {
     let took = match Cli::parse().floor {
         Floor::Convert { layout, chunk_size, batch_size, compressor } => {
             let files = layers(&layout)?;
+            let batch_size = batch_size.unwrap_or(builder::convert::default_batch_size(chunk_size));
             let plans = plan::of_layers(&files, plan::Units { chunk_size, batch_size })?;
             schedule::run(&files, &plans, compressor)?
         }

@@ -65,12 +65,14 @@ impl Journey {
     }
 }
 
-/// `nydus-image convert SOURCE TARGET FLAGS`.
+/// `nydus-image convert SOURCE TARGET FLAGS`. Each chunk is stored alone unless FLAGS have a `--batch-size`:
+/// what a daemon fetches of small files can be counted then.
 ///
 /// # Errors
 /// It fails.
 pub fn convert(source: &str, target: &str, flags: &[&str]) -> Result<()> {
-    run(&mut nydus_image("convert", [&[source, target], flags].concat()))
+    let alone: &[&str] = if flags.contains(&"--batch-size") { &[] } else { &["--batch-size", "0"] };
+    run(&mut nydus_image("convert", [&[source, target], alone, flags].concat()))
         .map(drop)
         .with_context(|| format!("convert {source} to {target}"))
 }

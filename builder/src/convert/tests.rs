@@ -135,6 +135,31 @@ fn differences(bootstrap: &dyn rafs::bootstrap::Bootstrap, source: &ImageSource)
 }
 
 #[test]
+fn small_files_of_every_layer_share_units() {
+    let layout = layout_of(&layers());
+    let source = layout.open("", None).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let convert_with = |name: &str, batch_size, threads| {
+        let path = dir.path().join(name);
+        let target: Transport = format!("oci:{}:nydus", path.display()).parse().unwrap();
+        let cancel = CancellationToken::new();
+        let mut options = options(&cancel, threads, 3);
+        options.data.batch_size = batch_size;
+        let done =
+            convert(&source, Target::open(&target, &RegistryOptions::default()).unwrap(), &options).unwrap();
+        (path, done)
+    };
+    let (path, one) = convert_with("one", 4096, 1);
+    assert_eq!(convert_with("more", 4096, 4).1.manifest, one.manifest);
+    let (_, alone) = convert_with("alone", 0, 2);
+    assert_eq!(alone.root, one.root);
+    let read = read_back(&path);
+    assert_eq!(differences(&*read.bootstrap, &source).count, 0);
+    let batches = |blob: &rafs::bootstrap::Blob| blob.record.features.get() & BlobFeatures::BATCH.bits() != 0;
+    assert!(read.bootstrap.blobs().iter().any(batches));
+}
+
+#[test]
 fn layers_merge_and_share_chunks() {
     let layout = layout_of(&layers());
     let source = layout.open("", None).unwrap();

@@ -69,7 +69,9 @@ fn a_renewed_login_is_used_by_the_next_request() -> Result<()> {
         json!({ "auths": { host.as_str(): { "auth": right } } }).to_string(),
     )?;
     let reference = relay.reference("some/repository");
-    let mut convert = tests::journey::nydus_image("convert", [&journey.source.reference(), &reference]);
+    let source = journey.source.reference();
+    let arguments = [source.as_str(), &reference, "--batch-size", "0"];
+    let mut convert = tests::journey::nydus_image("convert", arguments);
     command::run(convert.env("DOCKER_CONFIG", &docker))?;
     // The same image once more, for its bootstrap.
     let bootstrap = journey.path("image.boot");

@@ -59,9 +59,10 @@ pub struct ConvertArgs {
     /// Bytes of a chunk, hexadecimal with 0x or decimal: a power of two, 4 KiB to 16 MiB
     #[arg(long, default_value_t = ChunkSize(convert::DEFAULT_CHUNK_SIZE))]
     chunk_size: ChunkSize,
-    /// Bytes of a unit of small files that are compressed together, as of --chunk-size, or 0 for none
-    #[arg(long, default_value_t = ChunkSize(convert::DEFAULT_BATCH_SIZE))]
-    batch_size: ChunkSize,
+    /// Bytes of a unit of small files that are compressed together, as --chunk-size and at most that, or 0
+    /// for none [default: 0x40000, or the chunk size if that is less]
+    #[arg(long)]
+    batch_size: Option<ChunkSize>,
     /// Name the files that a start surely reads in the image, to be fetched ahead: on or off
     #[arg(long, default_value = "on", value_name = "WHETHER", action = ArgAction::Set, value_parser = on_or_off)]
     hints: bool,
@@ -144,7 +145,9 @@ impl ConvertArgs {
                 chunk_size: self.chunk_size.0,
                 threads: self.threads,
                 placement: Placement::Blob,
-                batch_size: self.batch_size.0,
+                batch_size: self
+                    .batch_size
+                    .map_or(convert::default_batch_size(self.chunk_size.0), |size| size.0),
                 cipher: None,
             },
             hints: self.hints,
