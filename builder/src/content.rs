@@ -35,7 +35,7 @@ pub struct ChunkRow {
 }
 
 /// Chunks of files. Ids it did not hand out itself are never asked for.
-pub trait ChunkSource {
+pub trait ChunkSource: Sync {
     /// Chunks of `file` in order: `div_ceil(size, chunk size)` of them.
     fn file_chunks(&self, file: FileId) -> &[ChunkId];
 

@@ -266,23 +266,28 @@ pub(crate) fn finish(parts: Parts<'_>, options: &LayerOptions) -> Result<BuiltLa
             prefetch_sizes: &prefetch_sizes,
         })
     };
-    let (bootstrap, blob) = if options.inline_bootstrap {
-        let bootstrap = write(*writer.record())?;
-        let blob = writer.finish(Some(&bootstrap.bytes))?;
-        (bootstrap, blob)
-    } else {
-        let blob = writer.finish(None)?;
-        (write(blob.record)?, blob)
+    let root_options = RootOptions {
+        digester: options.data.digester,
+        chunk_size: options.data.chunk_size,
+        explicit_ids: options.explicit_ids,
     };
-    let root = image_root(
-        tree,
-        chunks,
-        RootOptions {
-            digester: options.data.digester,
-            chunk_size: options.data.chunk_size,
-            explicit_ids: options.explicit_ids,
-        },
-    )?;
+    let (written, root) = std::thread::scope(|scope| {
+        // Neither needs the other, and both walk the whole tree.
+        let root = scope.spawn(|| image_root(tree, chunks, root_options));
+        let written = || -> Result<_> {
+            Ok(if options.inline_bootstrap {
+                let bootstrap = write(*writer.record())?;
+                let blob = writer.finish(Some(&bootstrap.bytes))?;
+                (bootstrap, blob)
+            } else {
+                let blob = writer.finish(None)?;
+                (write(blob.record)?, blob)
+            })
+        };
+        (written(), root.join())
+    });
+    let (bootstrap, blob) = written?;
+    let root = root.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     let known = below.map_or(&[][..], |below| &below.chunks.blobs);
     let blobs = bootstrap.blobs.iter().map(|&place| known.get(place).map(shown_id)).collect();
     Ok(BuiltLayer {
@@ -398,8 +403,11 @@ fn read_directory(
     patterns: &Patterns,
     layer: &mut Layer,
 ) -> Result<(Tree, Vec<InodeId>)> {
-    let mut source = dir::scan(path)?;
-    overlay::drop_whiteouts(&mut source.tree, whiteouts);
+    if patterns.is_empty() {
+        let tree = dir::read(path, whiteouts, |mut file, size| layer.add_file(&mut file, size))?;
+        return Ok((tree, Vec::new()));
+    }
+    let mut source = dir::scan(path, whiteouts)?;
     let first = patterns.resolve(&source.tree);
     let order = prefetch::file_order(&source.tree, &first);
     source.read_files(&order, |mut file, size| layer.add_file(&mut file, size))?;

@@ -67,17 +67,22 @@ enum Marker<'a> {
 }
 
 impl WhiteoutSpec {
-    fn marker<'a>(self, name: &'a [u8], inode: &Inode) -> Option<Marker<'a>> {
+    fn marker<'a>(self, name: &'a [u8], content: &Content) -> Option<Marker<'a>> {
         match self {
             Self::Oci if name == OPAQUE_MARKER => Some(Marker::Opaque),
             Self::Oci => {
                 // An empty rest names nothing: such a file is an ordinary entry.
                 name.strip_prefix(WHITEOUT_PREFIX).filter(|rest| !rest.is_empty()).map(Marker::Whiteout)
             }
-            Self::Overlayfs => matches!(inode.content, Content::CharDevice { major: 0, minor: 0 })
+            Self::Overlayfs => matches!(content, Content::CharDevice { major: 0, minor: 0 })
                 .then_some(Marker::Whiteout(name)),
             Self::None => None,
         }
+    }
+
+    /// True for an entry that only says what it removes from the layers below.
+    pub(crate) fn is_marker(self, name: &[u8], content: &Content) -> bool {
+        self.marker(name, content).is_some()
     }
 
     fn opaque_xattr(self, dir: &Inode) -> Option<&'static [u8]> {
@@ -99,7 +104,7 @@ pub fn drop_whiteouts(tree: &mut Tree, spec: WhiteoutSpec) {
         let mut doomed = Vec::new();
         for (name, &id) in children {
             let inode = tree.inode(id);
-            if spec.marker(name, inode).is_some() {
+            if spec.is_marker(name, &inode.content) {
                 doomed.push(name.clone());
             } else if inode.is_dir() {
                 stack.push(id);
@@ -160,7 +165,7 @@ impl Merger<'_> {
                 children.clear();
             }
             for (name, id) in &entries {
-                match self.spec.marker(name, &self.upper[id.0 as usize]) {
+                match self.spec.marker(name, &self.upper[id.0 as usize].content) {
                     Some(Marker::Opaque) => children.clear(),
                     Some(Marker::Whiteout(name)) => {
                         children.remove(name);
@@ -171,7 +176,7 @@ impl Merger<'_> {
         }
         for (name, id) in entries {
             let inode = &self.upper[id.0 as usize];
-            if self.spec.marker(&name, inode).is_some() {
+            if self.spec.is_marker(&name, &inode.content) {
                 continue;
             }
             let below = self.lower.inode(to).children().and_then(|c| c.get(&name)).copied();

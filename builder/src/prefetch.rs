@@ -60,6 +60,11 @@ impl Patterns {
         Self(vec![Vec::new()])
     }
 
+    /// True if there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// The inodes they name in `tree`; paths that do not exist are dropped silently.
     pub fn resolve(&self, tree: &Tree) -> Vec<InodeId> {
         let mut seen = HashSet::new();

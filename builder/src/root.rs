@@ -27,8 +27,15 @@ pub struct RootOptions {
 /// None of its own; the walk's type demands it.
 pub fn image_root(tree: &Tree, chunks: &dyn ChunkSource, options: RootOptions) -> Result<TaggedDigest> {
     let merkle = Merkle(options.digester);
-    let mut hasher =
-        TreeHasher { tree, chunks, options, merkle, links: links(tree, merkle)?, done: HashMap::new() };
+    let mut hasher = TreeHasher {
+        tree,
+        chunks,
+        options,
+        merkle,
+        no_xattrs: merkle.xattrs::<&[u8], &[u8]>(&[]),
+        links: links(tree, merkle)?,
+        done: HashMap::new(),
+    };
     Ok(merkle.root(options.chunk_size, hasher.root()))
 }
 
@@ -83,6 +90,8 @@ struct TreeHasher<'a> {
     chunks: &'a dyn ChunkSource,
     options: RootOptions,
     merkle: Merkle,
+    /// Of an inode without xattrs, as nearly all are.
+    no_xattrs: Digest,
     links: HashMap<InodeId, Digest>,
     /// Nodes of hard-linked files.
     done: HashMap<InodeId, Digest>,
@@ -152,14 +161,20 @@ impl<'a> TreeHasher<'a> {
     fn node(&self, id: InodeId, data: Digest) -> Digest {
         let inode = self.tree.inode(id);
         let meta = &inode.metadata;
-        let xattrs: Vec<_> = meta.xattrs.iter().map(|x| (&x.name, &x.value)).collect();
+        let xattrs = match meta.xattrs.is_empty() {
+            true => self.no_xattrs,
+            false => {
+                let sorted: Vec<_> = meta.xattrs.iter().map(|x| (&x.name, &x.value)).collect();
+                self.merkle.xattrs(&sorted)
+            }
+        };
         self.merkle.node(&NodeFields {
             mode: inode.mode(),
             uid: if self.options.explicit_ids { meta.uid } else { 0 },
             gid: if self.options.explicit_ids { meta.gid } else { 0 },
             mtime: meta.mtime,
             mtime_nsec: meta.mtime_nsec,
-            xattrs: self.merkle.xattrs(&xattrs),
+            xattrs,
             links: self.links.get(&id).copied().unwrap_or(NO_LINKS),
             data,
         })

@@ -5,6 +5,9 @@
 //! mtime is not part of the image (the reference directory builder forces it to 0), since
 //! unpacking into a fresh directory changes it.
 //!
+//! Data is read in the order of inode numbers: the files of a directory, then its directories. So
+//! one pass does, unless prefetch patterns put other files first.
+//!
 //! Sparse files are ordinary data: a hole reads as zeros and equal chunks are stored once.
 
 use std::collections::HashMap;
@@ -17,10 +20,17 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
+use crate::overlay::WhiteoutSpec;
 use crate::tree::{
     Children, Content, FileId, Inode, InodeId, LayerIndex, Metadata, Tree, Xattr, XattrPool, Xattrs,
 };
 use crate::{Error, ErrorKind, Result};
+
+/// How directories are opened.
+const DIRECTORY: OFlags =
+    OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+/// How files are opened; what has become a FIFO since it was listed does not block.
+const FILE: OFlags = OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
 
 /// A scanned directory tree whose file data is still on disk.
 #[derive(Debug)]
@@ -31,27 +41,41 @@ pub struct Directory {
     pub tree: Tree,
 }
 
-/// Reads the whole tree of metadata below `path`.
+/// Reads the metadata of the whole tree below `path`, but not the whiteouts of `spec`.
 ///
 /// # Errors
 /// `Io`: something can not be read. `Limit`: an xattr that the format can not store.
-pub fn scan(path: &Path) -> Result<Directory> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::open(path, flags, Mode::empty())
-        .map_err(|e| Error::io(format!("open source directory {}", path.display()), e.into()))?;
-    let mut scan = Scan {
-        tree: Tree::new(),
-        links: HashMap::new(),
-        pool: XattrPool::default(),
-        next_file: 0,
-        path: path.as_os_str().as_bytes().to_vec(),
-    };
-    scan.root(&root)?;
-    Ok(Directory { root, path: path.to_owned(), tree: scan.tree })
+pub fn scan(path: &Path, spec: WhiteoutSpec) -> Result<Directory> {
+    let root = open_root(path)?;
+    let tree = Scan::new(path, spec, None).run(&root)?;
+    Ok(Directory { root, path: path.to_owned(), tree })
 }
 
-struct Scan {
+/// Reads the whole tree below `path`, but not the whiteouts of `spec`, and hands its files to `add`
+/// in the order of inode numbers. `add` gets a file's length by its metadata, and must refuse a
+/// file that has another.
+///
+/// # Errors
+/// As [`scan`]; the errors of `add`, with the path in front.
+pub fn read(
+    path: &Path,
+    spec: WhiteoutSpec,
+    mut add: impl FnMut(File, u64) -> Result<FileId>,
+) -> Result<Tree> {
+    Scan::new(path, spec, Some(&mut add)).run(&open_root(path)?)
+}
+
+fn open_root(path: &Path) -> Result<OwnedFd> {
+    // The caller may name a symlink.
+    rustix::fs::open(path, DIRECTORY.difference(OFlags::NOFOLLOW), Mode::empty())
+        .map_err(|e| Error::io(format!("open source directory {}", path.display()), e.into()))
+}
+
+struct Scan<'a> {
     tree: Tree,
+    spec: WhiteoutSpec,
+    /// Takes the data of files, if that is read now.
+    add: Option<&'a mut dyn FnMut(File, u64) -> Result<FileId>>,
     /// Regular files with several names, by device and inode number.
     links: HashMap<(u64, u64), InodeId>,
     pool: XattrPool,
@@ -60,85 +84,159 @@ struct Scan {
     path: Vec<u8>,
 }
 
-/// A directory being read: its descriptor, its inode, names yet to come (in reverse).
+/// A directory whose entries have been read: its descriptor, and those of its directories that have
+/// not (in reverse).
 struct Level {
     fd: OwnedFd,
-    id: InodeId,
-    names: Vec<CString>,
+    below: Vec<(CString, InodeId)>,
     path_len: usize,
 }
 
-impl Scan {
-    fn root(&mut self, root: &OwnedFd) -> Result<()> {
-        let stat = rustix::fs::fstat(root).map_err(|e| self.failed("stat", e))?;
-        let xattrs = self.xattrs(
-            |list| rustix::fs::flistxattr(root, list),
-            |name, value| rustix::fs::fgetxattr(root, name, value),
-        )?;
+impl<'a> Scan<'a> {
+    fn new(
+        path: &Path,
+        spec: WhiteoutSpec,
+        add: Option<&'a mut dyn FnMut(File, u64) -> Result<FileId>>,
+    ) -> Self {
+        Self {
+            tree: Tree::new(),
+            spec,
+            add,
+            links: HashMap::new(),
+            pool: XattrPool::default(),
+            next_file: 0,
+            path: path.as_os_str().as_bytes().to_vec(),
+        }
+    }
+
+    fn run(mut self, root: &OwnedFd) -> Result<Tree> {
         let id = self.tree.root();
-        *self.tree.inode_mut(id) = Inode::new(
-            Metadata { mtime: 0, mtime_nsec: 0, ..metadata(&stat, xattrs) },
-            Content::Directory(Children::new()),
-        );
         let fd = root.try_clone().map_err(|e| Error::io("duplicate a descriptor", e))?;
-        let mut stack = vec![self.open_level(fd, id)?];
+        let mut stack = vec![self.directory(fd, id)?];
+        let metadata = &mut self.tree.inode_mut(id).metadata;
+        (metadata.mtime, metadata.mtime_nsec) = (0, 0);
         while let Some(level) = stack.last_mut() {
             self.path.truncate(level.path_len);
-            let Some(name) = level.names.pop() else {
+            let Some((name, id)) = level.below.pop() else {
                 stack.pop();
                 continue;
             };
-            self.path.push(b'/');
-            self.path.extend_from_slice(name.to_bytes());
-            if let Some(below) = self.entry(level, &name)? {
-                stack.push(below);
-            }
+            self.push(&name);
+            let fd = rustix::fs::openat(&level.fd, &name, DIRECTORY, Mode::empty())
+                .map_err(|e| self.failed("open directory", e))?;
+            stack.push(self.directory(fd, id)?);
         }
-        Ok(())
+        Ok(self.tree)
     }
 
-    fn open_level(&self, fd: OwnedFd, id: InodeId) -> Result<Level> {
+    /// Fills in the directory `id` and reads its entries.
+    fn directory(&mut self, fd: OwnedFd, id: InodeId) -> Result<Level> {
+        let stat = rustix::fs::fstat(&fd).map_err(|e| self.failed("stat", e))?;
+        let metadata = metadata(&stat, self.xattrs_of(&fd)?);
+        *self.tree.inode_mut(id) = Inode::new(metadata, Content::Directory(Children::new()));
         let mut names = Vec::new();
         for entry in Dir::read_from(&fd).map_err(|e| self.failed("read directory", e))? {
             let entry = entry.map_err(|e| self.failed("read directory", e))?;
             if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
-                names.push(entry.file_name().to_owned());
+                names.push((entry.file_name().to_owned(), entry.file_type()));
             }
         }
-        names.sort_unstable_by(|a, b| b.to_bytes().cmp(a.to_bytes()));
-        Ok(Level { fd, id, names, path_len: self.path.len() })
+        names.sort_unstable_by(|(a, _), (b, _)| a.to_bytes().cmp(b.to_bytes()));
+        let path_len = self.path.len();
+        let mut below = Vec::new();
+        for (name, listed) in names {
+            self.push(&name);
+            if let Some(id) = self.entry(&fd, id, &name, listed)? {
+                below.push((name, id));
+            }
+            self.path.truncate(path_len);
+        }
+        below.reverse();
+        Ok(Level { fd, below, path_len })
     }
 
-    /// Adds one entry; a directory is returned to be read next.
-    fn entry(&mut self, level: &Level, name: &CStr) -> Result<Option<Level>> {
-        let dir = &level.fd;
-        let stat =
-            rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| self.failed("stat", e))?;
-        let file_type = FileType::from_raw_mode(stat.st_mode);
-        let key = (stat.st_dev, stat.st_ino);
-        if file_type == FileType::RegularFile
-            && stat.st_nlink > 1
-            && let Some(&first) = self.links.get(&key)
-        {
-            self.tree.set_child(level.id, name.to_bytes(), first);
+    fn push(&mut self, name: &CStr) {
+        self.path.push(b'/');
+        self.path.extend_from_slice(name.to_bytes());
+    }
+
+    /// Adds one entry of `parent`; that of a directory is answered, to be filled in. `listed` is its
+    /// type as the directory has it, which may be unknown.
+    fn entry(
+        &mut self,
+        dir: &OwnedFd,
+        parent: InodeId,
+        name: &CStr,
+        listed: FileType,
+    ) -> Result<Option<InodeId>> {
+        let file_type = |stat: &Stat| FileType::from_raw_mode(stat.st_mode);
+        let reads = self.add.is_some();
+        let by_name = match listed {
+            FileType::RegularFile if reads => None,
+            _ => Some(
+                rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)
+                    .map_err(|e| self.failed("stat", e))?,
+            ),
+        };
+        let (stat, fd) = match by_name {
+            Some(stat) if !reads || file_type(&stat) != FileType::RegularFile => (stat, None),
+            // It is opened anyway, and a descriptor tells the rest at less cost than a name.
+            _ => {
+                let fd =
+                    rustix::fs::openat(dir, name, FILE, Mode::empty()).map_err(|e| self.failed("open", e))?;
+                (rustix::fs::fstat(&fd).map_err(|e| self.failed("stat", e))?, Some(fd))
+            }
+        };
+        let mut content = self.content(dir, name, &stat)?;
+        if self.spec.is_marker(name.to_bytes(), &content) {
             return Ok(None);
         }
-        // The only way to reach an entry's xattrs from its directory, symlinks included.
-        let mut by_fd = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
-        by_fd.extend_from_slice(name.to_bytes());
-        let by_fd = Path::new(OsStr::from_bytes(&by_fd));
-        let xattrs = self.xattrs(
-            |list| rustix::fs::llistxattr(by_fd, list),
-            |name, value| rustix::fs::lgetxattr(by_fd, name, value),
-        )?;
-        let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
-        let content = match file_type {
-            FileType::Directory => Content::Directory(Children::new()),
-            FileType::RegularFile => {
-                let file = FileId { layer: LayerIndex(0), index: self.next_file };
-                self.next_file += 1;
-                Content::Regular { file, size: stat.st_size.cast_unsigned() }
+        let link = match content {
+            Content::Directory(_) => {
+                let id = self.add_inode(Inode::new(Metadata::implied_directory(), content))?;
+                self.tree.set_child(parent, name.to_bytes(), id);
+                return Ok(Some(id));
             }
+            Content::Regular { .. } if stat.st_nlink > 1 => Some((stat.st_dev, stat.st_ino)),
+            _ => None,
+        };
+        if let Some(&first) = link.as_ref().and_then(|link| self.links.get(link)) {
+            self.tree.set_child(parent, name.to_bytes(), first);
+            return Ok(None);
+        }
+        let xattrs = match &fd {
+            Some(fd) => self.xattrs_of(fd)?,
+            None => self.xattrs_by_name(dir, name)?,
+        };
+        if let Content::Regular { file, size } = &mut content {
+            match (fd, &mut self.add) {
+                (Some(fd), Some(add)) => {
+                    *file = add(File::from(fd), *size)
+                        .map_err(|e| e.context(format!("read {}", crate::tree::shown(&self.path))))?;
+                }
+                _ => self.next_file += 1,
+            }
+        }
+        let id = self.add_inode(Inode::new(metadata(&stat, xattrs), content))?;
+        self.tree.set_child(parent, name.to_bytes(), id);
+        if let Some(link) = link {
+            self.links.insert(link, id);
+        }
+        Ok(None)
+    }
+
+    fn add_inode(&mut self, inode: Inode) -> Result<InodeId> {
+        self.tree.add(inode).map_err(|e| e.context(self.shown()))
+    }
+
+    fn content(&self, dir: &OwnedFd, name: &CStr, stat: &Stat) -> Result<Content> {
+        let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+        Ok(match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => Content::Directory(Children::new()),
+            FileType::RegularFile => Content::Regular {
+                file: FileId { layer: LayerIndex(0), index: self.next_file },
+                size: stat.st_size.cast_unsigned(),
+            },
             FileType::Symlink => {
                 let target = rustix::fs::readlinkat(dir, name, Vec::new())
                     .map_err(|e| self.failed("read symlink", e))?;
@@ -154,25 +252,25 @@ impl Scan {
                     format!("{}: unknown file type in mode {:o}", self.shown(), stat.st_mode),
                 ));
             }
-        };
-        let id = self
-            .tree
-            .add(Inode::new(metadata(&stat, xattrs), content))
-            .map_err(|e| e.context(self.shown()))?;
-        self.tree.set_child(level.id, name.to_bytes(), id);
-        match file_type {
-            FileType::RegularFile if stat.st_nlink > 1 => {
-                self.links.insert(key, id);
-                Ok(None)
-            }
-            FileType::Directory => {
-                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let fd = rustix::fs::openat(dir, name, flags, Mode::empty())
-                    .map_err(|e| self.failed("open directory", e))?;
-                Ok(Some(self.open_level(fd, id)?))
-            }
-            _ => Ok(None),
-        }
+        })
+    }
+
+    fn xattrs_of(&mut self, fd: &OwnedFd) -> Result<Xattrs> {
+        self.xattrs(
+            |list| rustix::fs::flistxattr(fd, list),
+            |name, value| rustix::fs::fgetxattr(fd, name, value),
+        )
+    }
+
+    fn xattrs_by_name(&mut self, dir: &OwnedFd, name: &CStr) -> Result<Xattrs> {
+        // The only way to reach an entry's xattrs from its directory, symlinks included.
+        let mut by_fd = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
+        by_fd.extend_from_slice(name.to_bytes());
+        let by_fd = Path::new(OsStr::from_bytes(&by_fd));
+        self.xattrs(
+            |list| rustix::fs::llistxattr(by_fd, list),
+            |name, value| rustix::fs::lgetxattr(by_fd, name, value),
+        )
     }
 
     fn xattrs(
@@ -185,6 +283,9 @@ impl Scan {
             Err(Errno::NOTSUP) => return Ok(Xattrs::default()),
             Err(e) => return Err(self.failed("list xattrs", e)),
         };
+        if names.is_empty() {
+            return Ok(Xattrs::default());
+        }
         let mut out = Vec::new();
         for name in names.split_inclusive(|&b| b == 0) {
             let Ok(name) = CStr::from_bytes_with_nul(name) else { continue };
@@ -260,8 +361,7 @@ impl Directory {
                 _ => self.open_dir(&names, *parent)?,
             };
             let shown = |e: &dyn std::fmt::Display| format!("{e} {}", self.path_of(&names, id).display());
-            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-            let file = rustix::fs::openat(&at, OsStr::from_bytes(name), flags, Mode::empty())
+            let file = rustix::fs::openat(&at, OsStr::from_bytes(name), FILE, Mode::empty())
                 .map_err(|e| Error::io(shown(&"open"), e.into()))?;
             let file = add(File::from(file), size).map_err(|e| e.context(shown(&"read")))?;
             self.tree.inode_mut(id).content = Content::Regular { file, size };
@@ -311,8 +411,7 @@ impl Directory {
         let mut fd =
             self.root.as_fd().try_clone_to_owned().map_err(|e| Error::io("duplicate a descriptor", e))?;
         for name in self.components(names, id) {
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            fd = rustix::fs::openat(&fd, OsStr::from_bytes(name), flags, Mode::empty()).map_err(|e| {
+            fd = rustix::fs::openat(&fd, OsStr::from_bytes(name), DIRECTORY, Mode::empty()).map_err(|e| {
                 Error::io(format!("open directory {}", self.path_of(names, id).display()), e.into())
             })?;
         }
@@ -336,7 +435,7 @@ mod tests {
         std::fs::set_permissions(at(b"link"), std::fs::Permissions::from_mode(0o4750)).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(at(b"sock")).unwrap();
 
-        let mut scanned = scan(dir.path()).unwrap();
+        let mut scanned = scan(dir.path(), WhiteoutSpec::None).unwrap();
         let tree = &scanned.tree;
         assert_eq!(tree.lookup(b"link"), tree.lookup(b"sub/\xff\xfe"));
         let file = tree.inode(tree.lookup(b"link").unwrap());
@@ -361,5 +460,46 @@ mod tests {
         assert_eq!(read, [b"content"]);
         let id = scanned.tree.lookup(b"link").unwrap();
         assert!(matches!(scanned.tree.inode(id).content, Content::Regular { file, .. } if file.layer.0 == 3));
+    }
+
+    #[test]
+    fn one_pass_reads_in_the_order_of_inode_numbers() {
+        let dir = tempfile::tempdir().unwrap();
+        for path in ["b/x/deep", "b/y", "a/.wh.gone/below", "a/z", "c", ".wh.c", "a/.wh..wh..opq"] {
+            let path = dir.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, path.file_name().unwrap().as_bytes()).unwrap();
+        }
+        std::fs::hard_link(dir.path().join("b/y"), dir.path().join("a/link")).unwrap();
+        std::fs::hard_link(dir.path().join("c"), dir.path().join("a/.wh.link")).unwrap();
+        let oci: &[&str] = &["c", "y", "z", "deep"];
+        let all: &[&str] = &[".wh.c", "c", ".wh..wh..opq", "y", "z", "below", "deep"];
+        for (spec, want) in [(WhiteoutSpec::Oci, oci), (WhiteoutSpec::Overlayfs, all)] {
+            let taken = std::cell::RefCell::new(Vec::new());
+            let add = |mut file: File, size| {
+                let mut text = String::new();
+                std::io::Read::read_to_string(&mut file, &mut text).unwrap();
+                assert_eq!(text.len() as u64, size);
+                taken.borrow_mut().push(text);
+                Ok(FileId { layer: LayerIndex(0), index: taken.borrow().len() as u32 })
+            };
+            let entries = |tree: &Tree| {
+                let mut entries = Vec::new();
+                tree.walk(|path, id| {
+                    entries.push((path.to_vec(), tree.inode(id).clone()));
+                    Ok(())
+                })
+                .unwrap();
+                entries
+            };
+            let tree = read(dir.path(), spec, add).unwrap();
+            assert_eq!(taken.take(), want, "{spec}");
+
+            let mut scanned = scan(dir.path(), spec).unwrap();
+            let order = crate::prefetch::file_order(&scanned.tree, &[]);
+            scanned.read_files(&order, add).unwrap();
+            assert_eq!(taken.take(), want, "{spec}");
+            assert_eq!(entries(&tree), entries(&scanned.tree), "{spec}");
+        }
     }
 }

@@ -16,6 +16,7 @@
 mod proof;
 mod root;
 
+use smallvec::SmallVec;
 use storage::digest::{Digest, DigestAlgorithm, Hasher, TaggedDigest};
 
 use crate::bootstrap::digester_code;
@@ -138,7 +139,7 @@ impl Merkle {
     }
 
     fn tagged(self, tag: &[u8]) -> Input {
-        let mut input = Input { algorithm: self.0, start: Vec::with_capacity(256), hasher: None };
+        let mut input = Input { algorithm: self.0, start: SmallVec::new(), hasher: None };
         input.update(tag);
         input
     }
@@ -148,7 +149,8 @@ impl Merkle {
 /// which is several times faster than a running hasher.
 struct Input {
     algorithm: DigestAlgorithm,
-    start: Vec<u8>,
+    /// Room for a node, and for a file of a few chunks.
+    start: SmallVec<[u8; 192]>,
     hasher: Option<Hasher>,
 }
 
@@ -164,7 +166,7 @@ impl Input {
                 let mut hasher = self.algorithm.hasher();
                 hasher.update(&self.start);
                 hasher.update(data);
-                self.start = Vec::new();
+                self.start = SmallVec::new();
                 self.hasher = Some(hasher);
             }
         }

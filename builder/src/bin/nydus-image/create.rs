@@ -31,7 +31,7 @@ use crate::cli::{
     self, Compressor, ConversionType, CreateArgs, Digester, Feature, FsVersion, PrefetchPolicy, WhiteoutSpec,
 };
 use crate::merge::stem;
-use crate::output::{self, Output, Summary};
+use crate::output::{self, Output, StagedBootstrap, Summary};
 
 /// Chunk size unless another is given.
 const DEFAULT_CHUNK_SIZE: &str = "0x100000";
@@ -73,9 +73,19 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
             (built.layer, Some(built.source))
         }
     };
-    if !args.disable_check {
-        check_written(&built.bootstrap, Some(built.root))?;
-    }
+    let (bootstrap, root) = (&built.bootstrap, built.root);
+    let (checked, staged) = std::thread::scope(|scope| {
+        let check = scope.spawn(|| match args.disable_check {
+            true => Ok(()),
+            false => check_written(bootstrap, Some(root)),
+        });
+        // It goes to the disk meanwhile.
+        let staged = (!options.inline_bootstrap)
+            .then(|| StagedBootstrap::new(args.bootstrap.as_deref(), args.blob_dir.as_deref(), bootstrap));
+        (check.join(), staged.transpose())
+    });
+    checked.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let staged = staged?;
     // A FIFO's reader waits for the end of file.
     built.blob.out = Box::new(std::io::sink());
 
@@ -102,12 +112,9 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
     if let (Some(path), Some(context)) = (&args.blob_meta, &built.blob.local_context) {
         output::write_private(path, context)?;
     }
-    let bootstrap_path = if options.inline_bootstrap {
-        String::new()
-    } else {
-        output::write_bootstrap(args.bootstrap.as_deref(), args.blob_dir.as_deref(), &built.bootstrap)?
-            .display()
-            .to_string()
+    let bootstrap_path = match staged {
+        Some(staged) => staged.commit()?.display().to_string(),
+        None => String::new(),
     };
     let blobs: Vec<String> =
         built.blobs.iter().map(|name| name.clone().unwrap_or_else(|| id.clone())).collect();

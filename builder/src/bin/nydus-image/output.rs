@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use builder::oci::spool;
 use serde_json::{Value, json};
+use storage::digest::DigestAlgorithm;
 use tempfile::NamedTempFile;
 
 use crate::version;
@@ -103,6 +104,14 @@ impl Output {
         }
     }
 
+    /// Has what was written so far on the disk.
+    fn sync(&self) -> anyhow::Result<()> {
+        match self {
+            Self::Stream(..) => Ok(()),
+            Self::Whole { file, .. } | Self::InDir(_, file) => synced(file),
+        }
+    }
+
     /// Gives the complete file its name; in a directory that is `name`, and a file that has it
     /// already is kept. Returns the path.
     pub fn commit(self, name: &str) -> anyhow::Result<PathBuf> {
@@ -163,14 +172,43 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
 
 /// Writes the bootstrap to `path`, or into `dir` under its SHA-256; returns where.
 pub fn write_bootstrap(path: Option<&Path>, dir: Option<&Path>, bytes: &[u8]) -> anyhow::Result<PathBuf> {
-    let mut output = match (path, dir) {
-        (Some(path), _) => Output::at(path)?,
-        (None, Some(dir)) => Output::in_dir(dir)?,
-        (None, None) => anyhow::bail!("no place for the bootstrap: give --bootstrap or --blob-dir"),
-    };
-    let name = output.name();
-    output.writer()?.write_all(bytes).with_context(|| format!("write bootstrap {name}"))?;
-    output.commit(&storage::digest::DigestAlgorithm::Sha256.digest(bytes).to_string())
+    StagedBootstrap::new(path, dir, bytes)?.commit()
+}
+
+/// A bootstrap that is on the disk, but that nobody can see yet.
+pub struct StagedBootstrap<'a> {
+    output: Output,
+    bytes: &'a [u8],
+}
+
+impl<'a> StagedBootstrap<'a> {
+    /// `bytes` for `path`, or for a file in `dir` that is named by their SHA-256.
+    pub fn new(path: Option<&Path>, dir: Option<&Path>, bytes: &'a [u8]) -> anyhow::Result<Self> {
+        let output = match (path, dir) {
+            (Some(path), _) => Output::at(path)?,
+            (None, Some(dir)) => Output::in_dir(dir)?,
+            (None, None) => anyhow::bail!("no place for the bootstrap: give --bootstrap or --blob-dir"),
+        };
+        let mut this = Self { output, bytes };
+        if !matches!(this.output, Output::Stream(..)) {
+            this.write()?;
+            this.output.sync()?;
+        }
+        Ok(this)
+    }
+
+    /// Gives the file its name, or the bytes to whoever reads them; returns the path.
+    pub fn commit(mut self) -> anyhow::Result<PathBuf> {
+        if let Output::Stream(..) = self.output {
+            self.write()?;
+        }
+        self.output.commit(&DigestAlgorithm::Sha256.digest(self.bytes).to_string())
+    }
+
+    fn write(&mut self) -> anyhow::Result<()> {
+        let name = self.output.name();
+        self.output.writer()?.write_all(self.bytes).with_context(|| format!("write bootstrap {name}"))
+    }
 }
 
 /// The summary that `-J` asks for.
