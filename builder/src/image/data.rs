@@ -79,6 +79,11 @@ impl ImageData {
         &self.rafs
     }
 
+    /// What ends all reading.
+    pub fn cancel(&self) -> &CancellationToken {
+        &self.options.cancel
+    }
+
     /// Bytes `range` of a blob as they are stored, not verified. The caller bounds the range.
     ///
     /// # Errors

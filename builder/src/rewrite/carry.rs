@@ -160,21 +160,27 @@ impl Packer<'_> {
             self.unit.bytes.extend_from_slice(bytes);
         } else {
             self.end_unit()?;
-            row.compressed_offset = self.stored_end;
-            row.compressed_size = match stored {
-                Some(stored) => self.write(stored)?,
-                None => self.encode(bytes)?,
-            };
-            // Encryption makes less than a block of the cipher longer.
-            let plain = match self.kind.cipher {
-                Some(_) => XtsKey::sealed_len(bytes.len()) as u32,
-                None => extent.len,
-            };
-            flags.set(ChunkFlags::COMPRESSED, row.compressed_size < plain);
-            row.flags = flags.bits();
+            row = self.alone(row, bytes, stored)?;
         }
         self.rows.push(row);
         Ok(())
+    }
+
+    /// Writes a chunk that is a unit of its own, and says so in its row.
+    fn alone(&mut self, row: ChunkRow, bytes: &[u8], stored: Option<&Bytes>) -> Result<ChunkRow> {
+        let compressed_offset = self.stored_end;
+        let compressed_size = match stored {
+            Some(stored) => self.write(stored)?,
+            None => self.encode(bytes)?,
+        };
+        // Encryption makes less than a block of the cipher longer.
+        let plain = match self.kind.cipher {
+            Some(_) => XtsKey::sealed_len(bytes.len()) as u32,
+            None => row.uncompressed_size,
+        };
+        let mut flags = ChunkFlags::from_bits_retain(row.flags);
+        flags.set(ChunkFlags::COMPRESSED, compressed_size < plain);
+        Ok(ChunkRow { compressed_offset, compressed_size, flags: flags.bits(), ..row })
     }
 
     /// True if the stored bytes of the chunk are what would be written. A blob states that a chunk is
@@ -217,8 +223,15 @@ impl Packer<'_> {
     fn end_unit(&mut self) -> Result<()> {
         let Unit { bytes, members, limit } = std::mem::take(&mut self.unit);
         self.unit.limit = limit;
-        if members.is_empty() {
-            return Ok(());
+        match members[..] {
+            [] => return Ok(()),
+            // It shares nothing any more; whoever carries it on from here does the same.
+            [(number, _)] => {
+                let row = self.rows[number as usize];
+                self.rows[number as usize] = self.alone(row, &bytes, None)?;
+                return Ok(());
+            }
+            _ => {}
         }
         let start = self.stored_end;
         let stored = self.encode(&bytes)?;

@@ -27,7 +27,7 @@ use crate::image::ImageData;
 use crate::load::LoadedChunks;
 use crate::merge::{carried_records, shown_id};
 use crate::root::check_written;
-use crate::tree::{InodeId, Tree};
+use crate::tree::{InodeId, LayerIndex, Tree};
 use crate::{Error, Result};
 
 /// An image with its chunks in other places.
@@ -72,6 +72,11 @@ impl Source {
     fn extent(&self, id: ChunkId) -> Result<(u32, ChunkExtent)> {
         let row = self.chunks.row(id);
         Ok((row.blob, self.data.rafs().chunk_extent(row.blob, ChunkIndex(row.index))?))
+    }
+
+    /// The chunks of all files, one file behind the other.
+    fn file_chunks(&self) -> &[ChunkId] {
+        self.chunks.layer_chunks(LayerIndex(0))
     }
 
     /// Adds a blob with what has moved there.

@@ -118,6 +118,7 @@ fn the_kernel_reads_hot_files() {
 
 #[test]
 fn any_image_survives_any_list() {
+    let (mut optimized, mut compacted) = (0, 0);
     for seed in 0..12 {
         let mut dice = Dice::new(seed);
         let shop = Workshop::open();
@@ -143,19 +144,122 @@ fn any_image_survives_any_list() {
         if !optimize(&shop, "boot", &list(&chosen)) {
             continue;
         }
+        optimized += 1;
         assert_eq!(shop.archive("new"), shop.archive("boot"), "seed {seed}, {flags:?}");
         let opened = shop.opened("new");
         let last = opened.blobs().last().unwrap();
         assert!(last.features.contains(MARK));
         assert_eq!(last.cipher == storage::extent::Cipher::None, seed % 4 != 2, "seed {seed}");
+        // The same again changes nothing, not even which files there are.
+        let (first, count) = (std::fs::read(shop.path("new")).unwrap(), shop.count("blobs"));
+        std::fs::rename(shop.path("new"), shop.path("once")).unwrap();
+        assert!(optimize(&shop, "once", &list(&chosen)));
+        assert!(std::fs::read(shop.path("new")).unwrap() == first, "seed {seed}, {flags:?}");
+        assert_eq!(shop.count("blobs"), count, "seed {seed}");
         // Compacting leaves the new blob alone, whatever it does with the others.
         let (boot, blobs, third) = (shop.at("new"), shop.at("blobs"), shop.at("third"));
         let settings = ["--min-used-ratio", "99", "-O", &third, "-D", &blobs, "-B", &boot];
         done(&[&["compact", "--log-level", "warn"], &settings[..]].concat());
         if shop.path("third").exists() {
+            compacted += 1;
             assert!(shop.blobs("third").contains(&last.id.to_string()));
             assert_eq!(shop.archive("third"), shop.archive("boot"), "seed {seed}");
         }
+    }
+    assert!(optimized > 8 && compacted > 3, "{optimized} optimized, {compacted} compacted: all too tame");
+}
+
+/// Which blobs of an image have the mark.
+fn marks(shop: &Workshop, name: &str) -> Vec<bool> {
+    shop.opened(name).blobs().iter().map(|blob| blob.features.contains(MARK)).collect()
+}
+
+#[test]
+fn a_blob_of_the_same_bytes_is_the_same_blob() {
+    for flags in [&["--chunk-size", "0x1000"][..], &["--fs-version", "5"], &["--batch-size", "0x4000"]] {
+        let shop = Workshop::open();
+        let files: Vec<File> = (0..9).map(|n| (format!("d/{n}"), piece(n))).collect();
+        shop.layer("boot", &files, flags);
+        let old = shop.blobs("boot");
+        // All of it, in the order in which it lies.
+        assert!(optimize(&shop, "boot", &list(&[("/", &[])])), "{flags:?}");
+        assert_eq!((shop.blobs("new"), shop.count("blobs")), (old.clone(), 1), "{flags:?}");
+        assert_eq!(marks(&shop, "new"), [true]);
+        assert_eq!(shop.archive("new"), shop.archive("boot"));
+
+        // A layer among others goes to the end of the table.
+        shop.image("both", &[files.clone(), vec![("e".into(), piece(20))]], flags);
+        let other = shop.blobs("both-1").remove(0);
+        assert!(optimize(&shop, "both", &list(&[("/d", &[])])), "{flags:?}");
+        assert_eq!(shop.blobs("new"), [other, old[0].clone()], "{flags:?}");
+        assert_eq!(marks(&shop, "new"), [false, true]);
+        assert_eq!(shop.archive("new"), shop.archive("both"));
+    }
+}
+
+#[test]
+fn only_the_newest_blob_is_marked() {
+    for version in ["6", "5"] {
+        let shop = Workshop::open();
+        let files: Vec<File> = (0..9).map(|n| (format!("{n}"), piece(n))).collect();
+        shop.layer("boot", &files, &["--fs-version", version]);
+        let mut history = vec![shop.blobs("boot")[0].clone()];
+        let mut step = |wanted: &[&str], from: &[usize]| {
+            let wanted: Vec<(&str, &[(u64, u64)])> = wanted.iter().map(|&path| (path, &[][..])).collect();
+            assert!(optimize(&shop, "boot", &list(&wanted)));
+            assert_eq!(shop.archive("new"), shop.archive("boot"));
+            let blobs = shop.blobs("new");
+            history.push(blobs[blobs.len() - 1].clone());
+            let expected: Vec<String> = from.iter().map(|&n| history[n].clone()).collect();
+            assert_eq!(blobs, expected, "version {version}, {wanted:?}");
+            assert!(marks(&shop, "new").iter().rev().enumerate().all(|(n, &mark)| mark == (n == 0)));
+            std::fs::rename(shop.path("new"), shop.path("boot")).unwrap();
+        };
+        step(&["/1", "/2"], &[0, 1]);
+        // A chunk of the older one is still in use: it stays, without the mark.
+        step(&["/2", "/3"], &[0, 1, 2]);
+        // Nothing is: it goes. What has lost the mark stays like any other blob.
+        step(&["/3", "/2", "/1", "/4"], &[0, 1, 3]);
+        step(&["/5"], &[0, 1, 3, 4]);
+    }
+}
+
+/// The compressor is that of the image, whatever the first hot file happens to lie in.
+#[test]
+fn the_image_says_how_chunks_are_compressed() {
+    use storage::codec::Codec;
+    let shop = Workshop::open();
+    let text = |n: u8| vec![b'a' + n; 0x1000];
+    let layer = |name: &str, n: u8, compressor: &str| {
+        shop.layer(name, &[(name.into(), text(n))], &["--digester", "sha256", "--compressor", compressor]);
+    };
+    layer("plain", 0, "none");
+    layer("packed", 1, "zstd");
+    layer("other", 2, "none");
+    std::fs::write(shop.path("tar"), crate::layers::tar_of(&[("tarred".into(), text(3))])).unwrap();
+    let (tar, boot, blobs) = (shop.at("tar"), shop.at("tarred"), shop.at("blobs"));
+    done(&["create", "--log-level", "warn", "--type", "targz-ref", "-B", &boot, "-D", &blobs, &tar]);
+    let bytes = std::fs::read(&tar).unwrap();
+    let name = storage::digest::DigestAlgorithm::Sha256.digest(&bytes).to_string();
+    std::fs::write(shop.path("blobs").join(name), bytes).unwrap();
+    let archive = |name: &str| {
+        done(&["unpack", "--log-level", "warn", "-B", &shop.at(name), "-D", &blobs, "--output", "-"])
+    };
+    for (layers, hot, codec) in [
+        (&["plain", "packed"][..], &["/plain", "/packed"][..], Codec::Zstd),
+        (&["packed", "plain"], &["/plain", "/packed"], Codec::Zstd),
+        (&["plain", "other"], &["/plain", "/other"], Codec::None),
+        (&["packed", "plain"], &["/plain"], Codec::None),
+        (&["tarred", "packed"], &["/tarred", "/packed"], Codec::Zstd),
+        (&["packed", "tarred"], &["/packed"], Codec::Zstd),
+        (&["tarred", "plain"], &["/tarred"], Codec::Zstd),
+        (&["tarred", "plain"], &["/tarred", "/plain"], Codec::None),
+    ] {
+        shop.merge("boot", layers, &[]);
+        let hot: Vec<(&str, &[(u64, u64)])> = hot.iter().map(|&path| (path, &[][..])).collect();
+        assert!(optimize(&shop, "boot", &list(&hot)));
+        assert_eq!(shop.opened("new").blobs().last().unwrap().codec, codec, "{layers:?} {hot:?}");
+        assert_eq!(archive("new"), archive("boot"));
     }
 }
 
