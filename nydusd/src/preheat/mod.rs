@@ -86,10 +86,10 @@ pub fn after_mount(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request
 }
 
 /// What the image itself hints at, to be fetched where no start of it is known: what was put together
-/// for that, and its prefetch table, unless that asks for everything or the configuration speaks of
+/// for that, and its prefetch table, unless one asks for everything or the configuration speaks of
 /// prefetch.
 pub fn hints(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request> {
-    let optimized = is_optimized(bootstrap).then_some(Wish::Optimized);
+    let optimized = is_partly_optimized(bootstrap).then_some(Wish::Optimized);
     let table = names_files(bootstrap).then_some(Wish::Table);
     let stages: Vec<_> = optimized.into_iter().chain(table).map(|wish| (Class::Predicted, wish)).collect();
     let wanted = config.prefetch.hints && !config.prefetch.enable && !stages.is_empty();
@@ -101,7 +101,7 @@ pub fn hints(config: &Config, bootstrap: &dyn Bootstrap) -> Option<Request> {
 pub fn is_left_to_follow(config: &Config, bootstrap: &dyn Bootstrap) -> bool {
     let is_known = match &config.prefetch_files {
         Some(_) => config.prefetch.enable,
-        None => is_optimized(bootstrap) || names_files(bootstrap),
+        None => is_partly_optimized(bootstrap) || names_files(bootstrap),
     };
     config.prefetch.hints && !is_known
 }
@@ -114,6 +114,12 @@ fn names_files(bootstrap: &dyn Bootstrap) -> bool {
 
 fn is_optimized(bootstrap: &dyn Bootstrap) -> bool {
     bootstrap.blobs().iter().any(is_of_prefetch_files)
+}
+
+/// True if some blobs are marked, and not all that have data.
+fn is_partly_optimized(bootstrap: &dyn Bootstrap) -> bool {
+    let mut blobs = bootstrap.blobs().iter().filter(|blob| blob.chunk_count > 0);
+    is_optimized(bootstrap) && !blobs.all(is_of_prefetch_files)
 }
 
 fn is_of_prefetch_files(blob: &Blob) -> bool {
@@ -142,7 +148,9 @@ impl Chunks {
             Wish::Image => Self { image: true, ..Self::default() },
             Wish::Trace(trace) => Self { trace: Some(Arc::clone(trace)), ..Self::default() },
             Wish::Optimized => {
-                let blobs = (0u32..).zip(bootstrap.blobs());
+                // Of several the last was made last.
+                let blobs =
+                    bootstrap.blobs().iter().enumerate().rev().map(|(place, blob)| (place as u32, blob));
                 let blobs = blobs.filter(|(_, blob)| is_of_prefetch_files(blob)).map(|(place, _)| place);
                 Self { blobs: blobs.collect(), ..Self::default() }
             }

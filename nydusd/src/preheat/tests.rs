@@ -14,12 +14,14 @@ fn golden(name: &str) -> Arc<Rafs> {
     Arc::new(Rafs::new(bootstrap, Vec::new(), RafsOptions::default()).unwrap())
 }
 
-/// The image `name` with the mark of prefetch files on blob 0.
-fn optimized(name: &str) -> Arc<Rafs> {
+/// The image `name` with the mark of prefetch files on its first `marked` blobs.
+fn optimized(name: &str, marked: usize) -> Arc<Rafs> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name).join("image.boot");
     let mut bytes = std::fs::read(path).unwrap();
-    // The blob table lies at 4096 in these images; features are bytes 84 to 87 of a record.
-    bytes[4096 + 85] |= (BlobFeatures::IS_SEPARATED_WITH_PREFETCH_FILES.bits() >> 8) as u8;
+    // The blob table lies at 4096 in these images; features are bytes 84 to 87 of a record of 256.
+    for record in 0..marked {
+        bytes[4096 + 256 * record + 85] |= (BlobFeatures::IS_SEPARATED_WITH_PREFETCH_FILES.bits() >> 8) as u8;
+    }
     let bootstrap: Arc<dyn Bootstrap> =
         Arc::from(rafs::bootstrap::from_bytes(bytes, &OpenOptions::default()).unwrap());
     Arc::new(Rafs::new(bootstrap, Vec::new(), RafsOptions::default()).unwrap())
@@ -156,11 +158,12 @@ fn a_list_goes_before_the_table_and_both_before_the_rest() {
 #[test]
 fn what_was_put_together_goes_first() {
     let (first, rest) = (Class::Predicted, Class::Background);
-    let (merged, tabled) = (optimized("merged"), optimized("prefetch"));
+    let (merged, tabled) = (optimized("merged", 1), optimized("prefetch", 1));
     let mut config = Config::localfs_dir(Path::new("/x"));
     let stages = |request: Option<Request>| request.map(|request| request.stages);
     let both = vec![(first, Wish::Optimized), (first, Wish::Table)];
-    assert_eq!(stages(hints(&config, &**tabled.bootstrap())), Some(both.clone()));
+    // All data of this one is marked, which is no hint.
+    assert_eq!(stages(hints(&config, &**tabled.bootstrap())), Some(both[1..].to_vec()));
     // The table of this one asks for everything, which is no hint.
     assert_eq!(stages(hints(&config, &**merged.bootstrap())), Some(vec![(first, Wish::Optimized)]));
     assert!(!is_left_to_follow(&config, &**merged.bootstrap()));
@@ -174,6 +177,13 @@ fn what_was_put_together_goes_first() {
     let order: Vec<_> = chunks.order(&merged).collect();
     let stored: Vec<_> = order::image(&merged).filter(|(blob, _)| *blob == 0).collect();
     assert!(!order.is_empty() && order == stored && order.len() < order::image(&merged).count());
+
+    // With all blobs marked there is nothing to go first, and of several the last one does.
+    let config = Config::localfs_dir(Path::new("/x"));
+    let all = optimized("merged", 2);
+    assert_eq!(stages(hints(&config, &**all.bootstrap())), None);
+    assert!(is_left_to_follow(&config, &**all.bootstrap()));
+    assert_eq!(resolve(&all, &Wish::Optimized).0.blobs, [1, 0]);
 }
 
 #[test]
