@@ -1,7 +1,7 @@
 //! Compress and decompress one fetch unit within its recorded size.
 
 use std::fmt;
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
@@ -60,10 +60,11 @@ impl FromStr for Codec {
 /// Fills `dst` with the decoded form of `src`.
 ///
 /// `dst.len()` is the recorded decoded size; hostile input can not make this allocate
-/// or write more.
+/// or write more. Of gzip, the checksum is compared only if the member is whole and ends with `dst`; a chunk
+/// that it goes on behind is known by its digest alone, which the caller must verify.
 ///
 /// # Errors
-/// `Corrupt`: `src` is not a valid stream, or decodes to another length.
+/// `Corrupt`: `src` is not a valid stream, decodes to another length, or has another checksum.
 pub fn decompress(codec: Codec, src: &[u8], dst: &mut [u8]) -> Result<()> {
     let corrupt =
         |why: String| Error::new(ErrorKind::Corrupt, format!("{codec} data of {} bytes: {why}", src.len()));
@@ -82,7 +83,11 @@ pub fn decompress(codec: Codec, src: &[u8], dst: &mut [u8]) -> Result<()> {
         Codec::Gzip => {
             let mut reader = flate2::bufread::GzDecoder::new(src);
             reader.read_exact(dst).map_err(|e| corrupt(e.to_string()))?;
-            want
+            // At its end a member is checked, when more is asked for. A range may end before that.
+            match reader.read(&mut [0]) {
+                Err(e) if e.kind() != io::ErrorKind::UnexpectedEof => return Err(corrupt(e.to_string())),
+                _ => want,
+            }
         }
     };
     if got != want {
@@ -211,6 +216,14 @@ mod tests {
             let error = decompress(Codec::Gzip, stored, &mut vec![0; len]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Corrupt);
         }
+        // The trailer is checksum and length: wrong, or cut off.
+        let mut wrong = packed.clone();
+        let end = wrong.len();
+        wrong[end - 8] ^= 1;
+        let mut out = vec![0; 5000];
+        assert_eq!(decompress(Codec::Gzip, &wrong, &mut out).unwrap_err().kind(), ErrorKind::Corrupt);
+        decompress(Codec::Gzip, &wrong, &mut out[..4096]).unwrap();
+        decompress(Codec::Gzip, &packed[..end - 8], &mut out).unwrap();
     }
 
     #[test]
