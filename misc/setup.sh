@@ -14,6 +14,7 @@ packages=(
   erofs-utils squashfs-tools      # fsck.erofs, the builder's rival in the bench
   fuse3 python3 util-linux mount  # mounts, the second implementation of the root digest
   fdisk python3-pip               # partitioned disks, the S3 server
+  strace                          # the order in which files become durable
   ca-certificates
 )
 

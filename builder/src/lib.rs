@@ -10,6 +10,7 @@ pub mod content;
 pub mod convert;
 pub mod create;
 mod dedup;
+pub mod durable;
 pub mod error;
 pub mod export;
 pub mod hints;

@@ -16,7 +16,8 @@ use storage::oci::manifest::MAX_MANIFEST_SIZE;
 use super::archive::Archive;
 use super::media;
 use super::objects::{Objects, blob_name};
-use super::spool::{self, SpooledBlob, TEMP_PREFIX, sync_dir};
+use super::spool::{self, SpooledBlob, TEMP_PREFIX};
+use crate::durable::sync_dir;
 use crate::{Error, ErrorKind, Result};
 
 const LAYOUT_MARKER: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;

@@ -138,13 +138,3 @@ impl SpooledBlob {
             .map_err(|e| Error::io(format!("temporary file {}", self.path.display()), e))
     }
 }
-
-/// Makes the names in `dir` durable.
-///
-/// # Errors
-/// `Io`.
-pub fn sync_dir(dir: &Path) -> Result<()> {
-    File::open(dir)
-        .and_then(|d| d.sync_all())
-        .map_err(|e| Error::io(format!("directory {}", dir.display()), e))
-}

@@ -291,6 +291,110 @@ fn nothing_half_written_is_left() {
 }
 
 #[test]
+fn a_damaged_file_of_the_new_name_is_replaced() {
+    let shop = Workshop::open();
+    shop.image("boot", &[files("d", 0, 9), files("e", 5, 9)], &["--chunk-size", "0x1000"]);
+    assert!(compact(&shop, "boot", "new", &[]));
+    let path = shop.path("blobs").join(&shop.blobs("new")[0]);
+    let whole = std::fs::read(&path).unwrap();
+    let mut flipped = whole.clone();
+    flipped[100] ^= 1;
+    for bytes in [&whole[..100], &flipped] {
+        std::fs::write(&path, bytes).unwrap();
+        assert!(compact(&shop, "boot", "new", &[]));
+        assert!(std::fs::read(&path).unwrap() == whole);
+        assert_eq!(shop.archive("new"), shop.archive("boot"));
+    }
+}
+
+/// A copy that was cut off does not hide the blob of the backend.
+#[test]
+fn a_short_file_is_passed_over_for_the_backend() {
+    let shop = Workshop::open();
+    shop.image("boot", &[files("d", 0, 9), files("e", 5, 9)], &["--chunk-size", "0x1000"]);
+    std::fs::rename(shop.path("blobs"), shop.path("store")).unwrap();
+    std::fs::create_dir(shop.path("blobs")).unwrap();
+    let short = shop.path("blobs").join(&shop.blobs("boot")[0]);
+    std::fs::write(&short, b"short").unwrap();
+    let store = serde_json::json!({ "dir": shop.at("store") }).to_string();
+    assert!(compact(&shop, "boot", "new", &["--backend-type", "localfs", "--backend-config", &store]));
+    for blob in shop.blobs("boot") {
+        std::fs::copy(shop.path("store").join(&blob), shop.path("blobs").join(&blob)).unwrap();
+    }
+    assert_eq!(shop.archive("new"), shop.archive("boot"));
+    // Nothing else is the matter with what can not even be looked for.
+    std::fs::remove_file(&short).unwrap();
+    std::os::unix::fs::symlink(&short, &short).unwrap();
+    let (boot, blobs) = (shop.at("boot"), shop.at("blobs"));
+    let arguments = ["compact", "-B", &boot, "-D", &blobs, "--backend-type", "localfs"];
+    let said = refused(&[&arguments[..], &["--backend-config", &store]].concat());
+    assert!(said.contains(short.to_str().unwrap()), "{said}");
+}
+
+#[test]
+fn files_of_earlier_runs_are_told_apart() {
+    let shop = Workshop::open();
+    shop.layer("boot", &files("d", 0, 2), &[]);
+    std::fs::write(shop.path("list"), r#"{"version": "v1", "files": []}"#).unwrap();
+    let (boot, blobs, list) = (shop.at("boot"), shop.at("blobs"), shop.at("list"));
+    let (out, json) = (shop.at("out"), shop.at("json"));
+    for command in [&["compact"][..], &["optimize", "-p", &list]] {
+        let flags = ["-B", &boot, "-D", &blobs, "-O", &out, "-J", &json, "--log-level", "warn"];
+        let run = || {
+            let output = nydus_image(&[command, &flags].concat());
+            assert_eq!(output.status.code(), Some(0));
+            String::from_utf8(output.stderr).unwrap()
+        };
+        for path in [&out, &json] {
+            let _ = std::fs::remove_file(path);
+        }
+        assert_eq!(run(), "", "{command:?}");
+        assert!(!Path::new(&out).exists() && !Path::new(&json).exists());
+        for path in [&out, &json] {
+            std::fs::write(path, b"old").unwrap();
+        }
+        let said = run();
+        assert!([&out, &json].iter().all(|path| said.contains(*path)), "{command:?}: {said}");
+        assert!([&out, &json].iter().all(|path| std::fs::read(path).unwrap() == b"old"));
+    }
+}
+
+/// After a power cut a bootstrap never names a blob that has no name yet.
+#[test]
+fn blobs_are_durable_before_the_bootstrap_is_named() {
+    let shop = Workshop::open();
+    shop.image("boot", &[files("d", 0, 9), files("e", 5, 9)], &["--chunk-size", "0x1000"]);
+    std::fs::create_dir(shop.path("out")).unwrap();
+    let (boot, blobs, out, log) = (shop.at("boot"), shop.at("blobs"), shop.at("out/new"), shop.at("calls"));
+    let calls = "trace=fsync,fdatasync,rename,renameat,renameat2,link,linkat";
+    let traced = std::process::Command::new("strace")
+        .args(["-f", "-y", "-e", calls, "-o", &log, env!("CARGO_BIN_EXE_nydus-image")])
+        .args(["compact", "--log-level", "warn", "-B", &boot, "-D", &blobs, "-O", &out])
+        .status();
+    match traced {
+        Ok(status) => assert!(status.success()),
+        Err(error) => {
+            eprintln!("skipped: strace: {error}");
+            return;
+        }
+    }
+    let log = std::fs::read_to_string(log).unwrap();
+    let blob = shop.path("blobs").join(&shop.blobs("out/new")[0]);
+    let at = |call: &str, what: String| {
+        let line = log.lines().position(|line| line.contains(call) && line.contains(&what));
+        line.unwrap_or_else(|| panic!("no {call} of {what}:\n{log}"))
+    };
+    let steps = [
+        at("fdatasync", format!("{blobs}/.nydus-image-")),
+        at("rename", format!("\"{}\"", blob.display())),
+        at("fsync", format!("<{blobs}>")),
+        at("rename", format!("\"{out}\"")),
+        at("fsync", format!("<{}>", shop.at("out"))),
+    ];
+    assert!(steps.is_sorted(), "{steps:?}:\n{log}");
+}
+
+#[test]
 fn misuse_is_named() {
     let shop = Workshop::open();
     shop.layer("boot", &files("d", 0, 2), &[]);

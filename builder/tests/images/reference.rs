@@ -13,6 +13,7 @@ use storage::codec::Codec;
 use storage::ids::{ByteRange, ChunkIndex};
 
 use crate::common::{Memory, assert_same, golden, options};
+use crate::layers::{Workshop, done, refused};
 
 fn built(kind: ReferenceKind, input: &[u8], chunk_size: u32) -> (BuiltReference, Vec<u8>) {
     let memory = Memory::default();
@@ -184,4 +185,45 @@ fn what_does_not_lie_in_the_layer_as_it_is_is_refused() {
         assert!(sparse.contains("sparse"), "{sparse}");
     }
     assert!(refused(ReferenceKind::Layer, &tar, 0x100_0000).contains("chunk size"));
+}
+
+/// The file with the bootstrap says where chunks lie, but has none of them.
+#[test]
+fn an_absent_layer_is_not_looked_for_in_its_reference() {
+    let shop = Workshop::open();
+    let layer = golden("src/mini.tar.gz").to_str().unwrap().to_owned();
+    let (meta, empty, blobs) = (shop.at("meta"), shop.at("empty"), shop.at("blobs"));
+    done(&[
+        "create",
+        "--log-level",
+        "warn",
+        "--type",
+        "targz-ref",
+        "--blob-inline-meta",
+        "-b",
+        &meta,
+        &layer,
+    ]);
+    let held = std::fs::read(&meta).unwrap();
+    let named = shop.at(&storage::digest::DigestAlgorithm::Sha256.digest(&held).to_string());
+    std::fs::write(&named, held).unwrap();
+    std::fs::create_dir(&empty).unwrap();
+    std::fs::create_dir(&blobs).unwrap();
+    let id = storage::digest::DigestAlgorithm::Sha256.digest(&std::fs::read(&layer).unwrap()).to_string();
+    std::fs::write(shop.path("list"), r#"{"version": "v1", "files": [{"path": "/"}]}"#).unwrap();
+    let (list, out) = (shop.at("list"), shop.at("out"));
+    let commands = [
+        &["check"][..],
+        &["unpack", "--output", &out],
+        &["optimize", "-p", &list, "-O", &out, "--output-blob-dir", &blobs],
+    ];
+    for command in commands {
+        let said = refused(&[command, &["-D", &empty, "-B", &named]].concat());
+        assert!(
+            said.contains("No such file") && said.contains(&format!("{empty}/{id}")),
+            "{command:?}: {said}"
+        );
+    }
+    std::fs::copy(&layer, shop.path("blobs").join(&id)).unwrap();
+    done(&["check", "--log-level", "warn", "-D", &blobs, "-B", &named]);
 }

@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context as _, bail};
-use builder::ErrorKind;
+use anyhow::Context as _;
 use builder::progress::Activity;
 use builder::rewrite::Rewritten;
 use builder::rewrite::compact::{CompactOptions, Compaction};
@@ -18,12 +17,14 @@ use storage::ids::BlobId;
 use crate::cli;
 use crate::create::dictionary_path;
 use crate::data::{self, BackendArgs, BootstrapArgs};
-use crate::interrupt::Interrupt;
+use crate::interrupt::{Interrupt, interruptible};
 use crate::output::{self, Output, Summary};
 use crate::progress;
 
 /// Bytes gathered before a write to a blob.
 const WRITE_BUFFER: usize = 1 << 20;
+/// Why there may be nothing to do.
+const ALL_STAY: &str = "no blob that may change is sparse, and no two are small enough to join";
 
 /// Put what an image uses of sparse and small blobs into fewer new ones
 #[derive(Args, Debug)]
@@ -74,16 +75,23 @@ pub fn run(args: &CompactArgs) -> anyhow::Result<ExitCode> {
     let path = args.bootstrap.path()?;
     let options = options(args)?;
     let opened = data::open_bootstrap(path)?;
+    let to = args.output_bootstrap.clone().unwrap_or_else(|| beside(path));
+    let unchanged = |why: &str| {
+        let outputs: Vec<&Path> = args.output_json.as_deref().into_iter().chain([&*to]).collect();
+        output::nothing_to_do(why, &outputs);
+        Ok(ExitCode::SUCCESS)
+    };
     let count = opened.bootstrap.blobs().len();
     if count < args.layers_to_compact {
-        tracing::info!("nothing to do: {count} blobs, and --layers-to-compact {}", args.layers_to_compact);
-        return Ok(ExitCode::SUCCESS);
+        return unchanged(&format!("{count} blobs, and --layers-to-compact {}", args.layers_to_compact));
     }
     if !options.may_change(&*opened.bootstrap) {
-        return Ok(unchanged());
+        return unchanged(ALL_STAY);
     }
     let image = data::open_beside(opened, &args.blob_dir, &args.backend, interrupt.token())?;
-    let Some(mut compaction) = Compaction::plan(image, &options)? else { return Ok(unchanged()) };
+    let Some(mut compaction) = interruptible(Compaction::plan(image, &options))? else {
+        return unchanged(ALL_STAY);
+    };
     let observer = progress::observer();
     let meter = observer.begin(Activity::Write, &args.blob_dir.display().to_string(), None);
     let mut blobs = Vec::new();
@@ -91,11 +99,7 @@ pub fn run(args: &CompactArgs) -> anyhow::Result<ExitCode> {
         let mut output = Output::in_dir(&args.blob_dir)?;
         let buffered = BufWriter::with_capacity(WRITE_BUFFER, output.writer()?);
         let sink = BlobSink::new(output.name(), buffered);
-        let written = compaction.write_blob(sink, &|bytes| meter.advance(bytes));
-        let blob = match written {
-            Err(error) if error.kind() == ErrorKind::Cancelled => bail!("interrupted: nothing is written"),
-            written => written?,
-        };
+        let blob = interruptible(compaction.write_blob(sink, &|bytes| meter.advance(bytes)))?;
         blobs.push((output, blob.id.to_string(), blob.size));
     }
     let image = compaction.finish()?;
@@ -105,16 +109,10 @@ pub fn run(args: &CompactArgs) -> anyhow::Result<ExitCode> {
         output.commit(&id)?;
     }
     meter.finish(&format!("{count} new blobs"));
-    let to = args.output_bootstrap.clone().unwrap_or_else(|| beside(path));
     output::write_file(&to, &image.bootstrap)?;
     tracing::info!("the image has {} blobs, {count} of them new with {size} bytes", image.blobs.len());
     summarise(&image, &to, started, args.output_json.as_deref())?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn unchanged() -> ExitCode {
-    tracing::info!("nothing to do: no blob that may change is sparse, and no two are small enough to join");
-    ExitCode::SUCCESS
 }
 
 fn options(args: &CompactArgs) -> anyhow::Result<CompactOptions> {

@@ -147,12 +147,7 @@ impl PlaceArgs {
     fn source(&self, opened: &Opened) -> anyhow::Result<Arc<dyn BlobSource>> {
         let count = opened.bootstrap.blobs().len();
         if let Some(dir) = &self.blob_dir {
-            // A bootstrap inside its blob has one blob more at hand than the directory.
-            return Ok(Arc::new(LocalFs::new(
-                Some(dir.clone()),
-                Vec::new(),
-                only(opened.blob.clone(), count),
-            )?));
+            return Ok(Arc::new(BesideHolder::new(dir, opened)?));
         }
         if let Some(backend) = self.backend.open()? {
             return Ok(backend);
@@ -218,16 +213,74 @@ impl BlobSource for OneBlob {
     }
 }
 
-fn only(blob: Option<PathBuf>, count: usize) -> Option<PathBuf> {
-    blob.filter(|_| count == 1)
+/// Blobs in a directory, and what is in the file of the bootstrap.
+#[derive(Debug)]
+struct BesideHolder {
+    dir: LocalFs,
+    /// The blob that holds the bootstrap, in the directory or where it was opened.
+    held: Option<(BlobId, LocalFs)>,
 }
 
-/// Blobs in a directory, and those that are not there elsewhere.
+impl BesideHolder {
+    fn new(dir: &Path, opened: &Opened) -> anyhow::Result<Self> {
+        let held = match (&opened.blob, opened.bootstrap.blobs()) {
+            (Some(file), [blob]) => {
+                // If its data is an original layer, it is not in there, but only what says where chunks lie.
+                let id = blob.context_id.as_ref().unwrap_or(&blob.id).clone();
+                Some((id, LocalFs::new(Some(dir.to_owned()), Vec::new(), Some(file.clone()))?))
+            }
+            _ => None,
+        };
+        Ok(Self { dir: LocalFs::new(Some(dir.to_owned()), Vec::new(), None)?, held })
+    }
+
+    fn holds(&self, id: &BlobId) -> bool {
+        self.held.as_ref().is_some_and(|(held, _)| held == id)
+    }
+}
+
+impl BlobSource for BesideHolder {
+    fn kind(&self) -> &'static str {
+        "localfs"
+    }
+
+    fn blob(&self, id: &BlobId) -> storage::Result<Arc<dyn Backend>> {
+        match &self.held {
+            Some((held, place)) if held == id => place.blob(id),
+            _ => self.dir.blob(id),
+        }
+    }
+}
+
+/// Blobs at hand, and those that are not there elsewhere.
 #[derive(Debug)]
 struct DirectoryThen {
     dir: PathBuf,
-    here: LocalFs,
+    here: BesideHolder,
     elsewhere: Arc<dyn BlobSource>,
+}
+
+impl DirectoryThen {
+    /// Whether the blob is at hand with at least so many bytes.
+    fn is_here(&self, id: &BlobId, stored_size: u64) -> storage::Result<bool> {
+        if self.here.holds(id) {
+            return Ok(true);
+        }
+        let path = self.dir.join(id.as_str());
+        match std::fs::metadata(&path) {
+            Ok(metadata) if metadata.len() < stored_size => {
+                tracing::warn!(
+                    "{} has {} of {stored_size} bytes and is passed over: the blob is read from the backend",
+                    path.display(),
+                    metadata.len()
+                );
+                Ok(false)
+            }
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(storage::Error::io(format!("look for {}", path.display()), e)),
+        }
+    }
 }
 
 impl BlobSource for DirectoryThen {
@@ -236,11 +289,11 @@ impl BlobSource for DirectoryThen {
     }
 
     fn blob(&self, id: &BlobId) -> storage::Result<Arc<dyn Backend>> {
-        if self.dir.join(id.as_str()).exists() { self.here.blob(id) } else { self.elsewhere.blob(id) }
+        if self.is_here(id, 0)? { self.here.blob(id) } else { self.elsewhere.blob(id) }
     }
 
     fn blob_of_size(&self, id: &BlobId, stored_size: u64) -> storage::Result<Arc<dyn Backend>> {
-        if self.dir.join(id.as_str()).exists() {
+        if self.is_here(id, stored_size)? {
             self.here.blob(id)
         } else {
             self.elsewhere.blob_of_size(id, stored_size)
@@ -256,8 +309,7 @@ pub fn open_beside(
     backend: &BackendArgs,
     cancel: &CancellationToken,
 ) -> anyhow::Result<ImageData> {
-    let own = only(opened.blob, opened.bootstrap.blobs().len());
-    let here = LocalFs::new(Some(dir.to_owned()), Vec::new(), own)?;
+    let here = BesideHolder::new(dir, &opened)?;
     let source: Arc<dyn BlobSource> = match backend.open()? {
         Some(elsewhere) => Arc::new(DirectoryThen { dir: dir.to_owned(), here, elsewhere }),
         None => Arc::new(here),

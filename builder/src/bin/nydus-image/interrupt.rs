@@ -1,6 +1,7 @@
 //! Ctrl-C and SIGTERM: the first asks the work to end cleanly, the second ends the process.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
+use builder::ErrorKind;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -47,5 +48,13 @@ impl Interrupt {
     /// Fires at the first signal.
     pub fn token(&self) -> &CancellationToken {
         &self.token
+    }
+}
+
+/// What work came to; of one that a signal has ended, that nothing is written.
+pub fn interruptible<T>(done: builder::Result<T>) -> Result<T> {
+    match done {
+        Err(error) if error.kind() == ErrorKind::Cancelled => bail!("interrupted: nothing is written"),
+        done => Ok(done?),
     }
 }

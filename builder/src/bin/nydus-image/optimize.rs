@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
-use builder::ErrorKind;
 use builder::progress::Activity;
 use builder::rewrite::optimize::{HotFiles, Optimization};
 use builder::sink::BlobSink;
@@ -14,7 +13,7 @@ use clap::Args;
 
 use crate::compact::summarise;
 use crate::data::{self, BootstrapArgs, SourceArgs};
-use crate::interrupt::Interrupt;
+use crate::interrupt::{Interrupt, interruptible};
 use crate::output::{self, Output};
 use crate::progress;
 
@@ -61,24 +60,25 @@ pub fn run(args: &OptimizeArgs) -> anyhow::Result<ExitCode> {
     let dir = dir.context("no place for the new blob: give --output-blob-dir")?;
     let files = read_list(&args.prefetch_files)?;
     let opened = data::open_bootstrap(args.bootstrap.path()?)?;
+    let unchanged = |why| {
+        let json = args.output_json.as_deref();
+        let outputs: Vec<&Path> = json.into_iter().chain([&*args.output_bootstrap]).collect();
+        output::nothing_to_do(why, &outputs);
+        Ok(ExitCode::SUCCESS)
+    };
     if files.is_empty() {
-        tracing::warn!("nothing to do: no file is named");
-        return Ok(ExitCode::SUCCESS);
+        return unchanged("no file is named");
     }
     let image = args.source.open(opened, interrupt.token())?;
-    let Some(mut optimization) = Optimization::plan(image, &files)? else {
-        tracing::warn!("nothing to do: no file that is named has data in the image");
-        return Ok(ExitCode::SUCCESS);
+    let Some(mut optimization) = interruptible(Optimization::plan(image, &files))? else {
+        return unchanged("no file that is named has data in the image");
     };
     let observer = progress::observer();
     let meter = observer.begin(Activity::Write, &dir.display().to_string(), None);
     let mut output = Output::in_dir(dir)?;
     let buffered = BufWriter::with_capacity(WRITE_BUFFER, output.writer()?);
     let sink = BlobSink::new(output.name(), buffered);
-    let blob = match optimization.write_blob(sink, &|bytes| meter.advance(bytes)) {
-        Err(error) if error.kind() == ErrorKind::Cancelled => bail!("interrupted: nothing is written"),
-        written => written?,
-    };
+    let blob = interruptible(optimization.write_blob(sink, &|bytes| meter.advance(bytes)))?;
     let count = optimization.chunk_count();
     let image = optimization.finish()?;
     // Nothing has its name before everything is known to be good.

@@ -1,14 +1,15 @@
 //! Output files: nothing half-written ever stands under its final name.
 //!
-//! A regular file is written beside its place and renamed when complete. A FIFO or device is
-//! opened once and written front to back.
+//! A regular file is written beside its place and renamed when complete; bytes and name are durable
+//! before anything else is named. A FIFO or device is opened once and written front to back.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use builder::durable::sync_dir;
 use builder::oci::spool;
 use serde_json::{Value, json};
 use storage::digest::DigestAlgorithm;
@@ -20,6 +21,8 @@ use crate::version;
 const NAMED_MODE: u32 = 0o666;
 /// Mode of files in a blob directory.
 const BLOB_DIR_MODE: u32 = 0o600;
+/// Bytes of two files that are compared at a time.
+const COMPARED: usize = 256 << 10;
 
 /// A file being written.
 pub enum Output {
@@ -54,19 +57,14 @@ impl Output {
         }
         // What a symlink names is replaced, not the symlink: it may be /dev/stdout.
         let place = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        let dir = match place.parent() {
-            Some(dir) if !dir.as_os_str().is_empty() => dir,
-            _ => Path::new("."),
-        };
-        let file = temporary(dir, NAMED_MODE)?;
+        let file = temporary(parent_of(&place), NAMED_MODE)?;
         Ok(Self::Whole { path: path.to_owned(), place, file })
     }
 
     /// A file at `path` that nobody else may read or write, as in a daemon's cache. What has the name is
     /// replaced.
     pub fn private(path: &Path) -> anyhow::Result<Self> {
-        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let file = temporary(dir, BLOB_DIR_MODE)?;
+        let file = temporary(parent_of(path), BLOB_DIR_MODE)?;
         Ok(Self::Whole { path: path.to_owned(), place: path.to_owned(), file })
     }
 
@@ -80,7 +78,12 @@ impl Output {
 
     /// A file in `dir`, which is made if it does not exist.
     pub fn in_dir(dir: &Path) -> anyhow::Result<Self> {
+        let new: Vec<&Path> = dir.ancestors().take_while(|dir| !dir.exists()).collect();
         std::fs::create_dir_all(dir).with_context(|| format!("make directory {}", dir.display()))?;
+        // The last one of a relative path is the working directory, which has a name.
+        for made in new.iter().filter(|made| !made.as_os_str().is_empty()) {
+            sync_dir(parent_of(made))?;
+        }
         Ok(Self::InDir(dir.to_owned(), temporary(dir, BLOB_DIR_MODE)?))
     }
 
@@ -112,24 +115,36 @@ impl Output {
         }
     }
 
-    /// Gives the complete file its name; in a directory that is `name`, and a file that has it
-    /// already is kept. Returns the path.
+    /// Gives the complete file its name, durably; in a directory that is `name`. What has it already
+    /// stays if it has the same bytes, and is replaced if not. Returns the path.
     pub fn commit(self, name: &str) -> anyhow::Result<PathBuf> {
         match self {
             Self::Stream(path, _) => Ok(path),
             Self::Whole { path, place, file } => {
                 synced(&file)?;
                 file.persist(&place).with_context(|| format!("name {}", path.display()))?;
+                sync_dir(parent_of(&place))?;
                 Ok(path)
             }
             Self::InDir(dir, file) => {
                 let path = dir.join(name);
                 synced(&file)?;
                 match file.persist_noclobber(&path) {
-                    Ok(_) => Ok(path),
-                    Err(e) if e.error.kind() == std::io::ErrorKind::AlreadyExists => Ok(path),
-                    Err(e) => Err(e).with_context(|| format!("name {}", path.display())),
+                    Ok(_) => {}
+                    Err(e) if e.error.kind() == std::io::ErrorKind::AlreadyExists => {
+                        // What can not be read is of no use to anybody.
+                        if !is_same(e.file.path(), &path).unwrap_or(false) {
+                            tracing::warn!(
+                                "{} is replaced: it has other bytes than the new file of that name",
+                                path.display()
+                            );
+                            e.file.persist(&path).with_context(|| format!("name {}", path.display()))?;
+                        }
+                    }
+                    Err(e) => return Err(e).with_context(|| format!("name {}", path.display())),
                 }
+                sync_dir(&dir)?;
+                Ok(path)
             }
         }
     }
@@ -246,6 +261,38 @@ impl Summary<'_> {
     }
 }
 
+/// Says that there is nothing to do, and what that means for files of earlier runs.
+pub fn nothing_to_do(why: &str, outputs: &[&Path]) {
+    tracing::info!("nothing to do: {why}; no file is written");
+    for path in outputs.iter().filter(|path| path.exists()) {
+        tracing::warn!("{} is left as it was: nothing was to do, so it is not of this run", path.display());
+    }
+}
+
+/// True if two regular files have the same bytes.
+fn is_same(one: &Path, other: &Path) -> std::io::Result<bool> {
+    let (one_is, other_is) = (std::fs::metadata(one)?, std::fs::metadata(other)?);
+    if !other_is.is_file() || one_is.len() != other_is.len() {
+        return Ok(false);
+    }
+    let (mut one, mut other) = (File::open(one)?, File::open(other)?);
+    let (mut ours, mut theirs) = (vec![0; COMPARED], vec![0; COMPARED]);
+    loop {
+        let count = one.read(&mut ours)?;
+        if count == 0 {
+            return Ok(true);
+        }
+        other.read_exact(&mut theirs[..count])?;
+        if ours[..count] != theirs[..count] {
+            return Ok(false);
+        }
+    }
+}
+
+fn parent_of(path: &Path) -> &Path {
+    path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 fn temporary(dir: &Path, mode: u32) -> anyhow::Result<NamedTempFile> {
     spool::sweep(dir);
     tempfile::Builder::new()
@@ -290,5 +337,33 @@ mod tests {
         }
         assert_eq!(std::fs::metadata(blobs.join("id")).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::read_dir(&blobs).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_has_the_name_stays_only_if_it_is_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let blobs = dir.path().join("new/blobs");
+        let (path, bytes) = (blobs.join("id"), vec![7; 2 * COMPARED + 5]);
+        let commit = || {
+            let mut output = Output::in_dir(&blobs).unwrap();
+            output.writer().unwrap().write_all(&bytes).unwrap();
+            assert_eq!(output.commit("id").unwrap(), path);
+            assert_eq!(std::fs::read(&path).unwrap(), bytes);
+            assert_eq!(std::fs::read_dir(&blobs).unwrap().count(), 1);
+        };
+        commit();
+        let inode = || std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(&path).unwrap());
+        let first = inode();
+        commit();
+        assert_eq!(inode(), first, "the same bytes stay as they are");
+        let mut flipped = bytes.clone();
+        flipped[COMPARED + 1] ^= 1;
+        for other in [&bytes[..100], &flipped, &[]] {
+            std::fs::write(&path, other).unwrap();
+            commit();
+        }
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("nowhere", &path).unwrap();
+        commit();
     }
 }
