@@ -7,7 +7,8 @@
 //!   (compressor, digester, encrypted or not).
 //! - A small blob that remains alone and is not sparse stays as it is. So does everything of a
 //!   dictionary, of an original layer, and of prefetch files.
-//! - A chunk that moves and is in another of these blobs too is stored once.
+//! - A chunk that moves and is in another native blob too is stored once. One in a blob that stays is read
+//!   before it stands for another: if that can not be done, the one that moves is kept.
 
 use std::collections::HashSet;
 
@@ -24,7 +25,7 @@ use crate::blob_writer::FinishedBlob;
 use crate::content::{ChunkId, ChunkSource as _};
 use crate::image::ImageData;
 use crate::sink::BlobSink;
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// Blobs that are left as they are.
 const FIXED: BlobFeatures = BlobFeatures::ZRAN
@@ -91,6 +92,7 @@ impl Compaction {
     ///
     /// # Errors
     /// `Unsupported`: chunks without records. `Rafs`, `Corrupt`: a context contradicts the bootstrap.
+    /// `Cancelled`.
     pub fn plan(data: ImageData, options: &CompactOptions) -> Result<Option<Self>> {
         if !options.may_change(&**data.rafs().bootstrap()) {
             return Ok(None);
@@ -113,7 +115,7 @@ impl Compaction {
                 group_of[blob] = Some(number);
             }
         }
-        let moving = share(&mut source, &group_of);
+        let moving = share(&mut source, &group_of)?;
         let mut new: Vec<(usize, Vec<ChunkId>)> =
             groups.iter().map(|group| (group.blobs[0], Vec::new())).collect();
         for id in moving {
@@ -204,13 +206,15 @@ fn groups(blobs: &[Blob], used: &[Used], options: &CompactOptions) -> Vec<Group>
 
 /// Lets files use one of equal chunks if the others would move; answers the chunks that do move, in
 /// the order of their blobs and numbers. `group_of`: the new blob of each blob that has one.
-fn share(source: &mut Source, group_of: &[Option<usize>]) -> Vec<ChunkId> {
+fn share(source: &mut Source, group_of: &[Option<usize>]) -> Result<Vec<ChunkId>> {
     let chunks = &source.chunks;
     let blobs = source.data.rafs().bootstrap().blobs();
     let count = chunks.chunk_count() as u32;
     let mut sorted: Vec<ChunkId> = (0..count).map(ChunkId).collect();
+    let blob_of = |id: ChunkId| chunks.row(id).blob as usize;
+    let moves = |id: ChunkId| group_of[blob_of(id)].is_some();
     // Data of original layers takes longer to read, so nothing is led there.
-    let eligible = |id: ChunkId| !blobs[chunks.row(id).blob as usize].features.intersects(FIXED);
+    let eligible = |id: ChunkId| !blobs[blob_of(id)].features.intersects(FIXED);
     let content = |id: ChunkId| {
         let row = chunks.row(id);
         let digester = digester_code(blobs[row.blob as usize].digester);
@@ -218,23 +222,58 @@ fn share(source: &mut Source, group_of: &[Option<usize>]) -> Vec<ChunkId> {
     };
     sorted.sort_unstable_by_key(|&id| {
         let row = chunks.row(id);
-        let moves = group_of[row.blob as usize].is_some();
-        (content(id), !eligible(id), moves, row.blob, row.index)
+        (content(id), !eligible(id), moves(id), row.blob, row.index)
     });
     let mut instead: Vec<ChunkId> = (0..count).map(ChunkId).collect();
-    for equal in sorted.chunk_by(|&a, &b| content(a) == content(b)) {
-        let first = equal[0];
-        for &id in equal {
-            let moves = group_of[chunks.row(id).blob as usize].is_some();
-            // What moves is eligible, so the first one is, too.
-            if moves {
+    let mut is_verified = vec![false; count as usize];
+    let mut is_broken = vec![false; source.blob_count];
+    loop {
+        let mut unread = Vec::new();
+        for equal in sorted.chunk_by(|&a, &b| content(a) == content(b)) {
+            // What moves is eligible and never broken, so what is found is eligible, too.
+            if !equal.iter().any(|&id| moves(id)) {
+                continue;
+            }
+            let Some(&first) = equal.iter().find(|&&id| !is_broken[blob_of(id)]) else { continue };
+            if !moves(first) && !std::mem::replace(&mut is_verified[first.0 as usize], true) {
+                unread.push(first);
+            }
+            for &id in equal.iter().filter(|&&id| moves(id)) {
                 instead[id.0 as usize] = first;
             }
         }
+        if unread.is_empty() {
+            break;
+        }
+        unread.sort_unstable_by_key(|&id| (chunks.row(id).blob, chunks.row(id).index));
+        for of_blob in unread.chunk_by(|&a, &b| blob_of(a) == blob_of(b)) {
+            is_broken[blob_of(of_blob[0])] = !are_readable(source, of_blob)?;
+        }
     }
     let mut moving: Vec<ChunkId> = sorted;
-    moving.retain(|&id| instead[id.0 as usize] == id && group_of[chunks.row(id).blob as usize].is_some());
+    moving.retain(|&id| instead[id.0 as usize] == id && moves(id));
     moving.sort_unstable_by_key(|&id| (chunks.row(id).blob, chunks.row(id).index));
     source.chunks.replace(&instead);
-    moving
+    Ok(moving)
+}
+
+/// Reads chunks of a blob that stays.
+///
+/// # Errors
+/// `Cancelled`.
+fn are_readable(source: &Source, chunks: &[ChunkId]) -> Result<bool> {
+    let mut stream = source.data.stream(chunks.iter().map(|&id| source.extent(id)));
+    for _ in chunks {
+        match stream.next_fetched() {
+            Err(error) if error.kind() == ErrorKind::Cancelled => return Err(error),
+            Ok(Some(_)) => {}
+            failed => {
+                let why = failed.err().map_or_else(|| "a chunk is missing".to_owned(), |e| e.to_string());
+                let blob = &source.bootstrap().blobs()[source.chunks.row(chunks[0]).blob as usize];
+                tracing::warn!("blob {} stands for no chunk that moves: {why}", blob.id);
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
 }

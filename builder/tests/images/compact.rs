@@ -307,6 +307,39 @@ fn a_damaged_file_of_the_new_name_is_replaced() {
     }
 }
 
+/// What stands for a chunk that is given up must be good itself.
+#[test]
+fn a_damaged_copy_stands_for_no_chunk() {
+    let shop = Workshop::open();
+    // Files of d and e have the same content; the first blob is sparse, the second one all in use.
+    let hidden = (10..100).map(|n| (format!("d/{n}"), Vec::new()));
+    let upper: Vec<File> = files("e", 0, 40).into_iter().chain(hidden).collect();
+    let flags = ["--chunk-size", "0x1000", "--compressor", "none"];
+    shop.image("boot", &[files("d", 0, 100), upper], &flags);
+    let settings = ["--compact-blob-size", "0", "--min-used-ratio", "50"];
+    assert!(compact(&shop, "boot", "new", &settings));
+    let stays = shop.blobs("boot-1").remove(0);
+    assert_eq!(shop.blobs("new"), std::slice::from_ref(&stays), "what is in both needs no new blob");
+    let victim = shop.path("blobs").join(&stays);
+    let whole = std::fs::read(&victim).unwrap();
+    let mut flipped = whole.clone();
+    flipped[5] ^= 1;
+    for bytes in [Some(flipped), None] {
+        match bytes {
+            Some(bytes) => std::fs::write(&victim, bytes).unwrap(),
+            None => std::fs::remove_file(&victim).unwrap(),
+        }
+        assert!(compact(&shop, "boot", "new", &settings));
+        assert_eq!(shop.blobs("new").len(), 2);
+        let used = shop.opened("new").blobs().iter().map(|blob| blob.id.to_string()).find(|id| *id != stays);
+        let moved = shop.path("blobs").join(used.unwrap());
+        let moved = std::fs::read(moved).unwrap();
+        assert!((0..10).all(|n| moved.windows(0x1000).any(|bytes| bytes == piece(n))));
+        std::fs::write(&victim, &whole).unwrap();
+        assert_eq!(shop.archive("new"), shop.archive("boot"));
+    }
+}
+
 /// A copy that was cut off does not hide the blob of the backend.
 #[test]
 fn a_short_file_is_passed_over_for_the_backend() {
