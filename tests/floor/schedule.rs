@@ -106,7 +106,7 @@ enum Job<'a> {
 
 impl<'a> Shared<'a> {
     fn work(&self) -> Result<()> {
-        let mut compressor = Compressor::new(self.codec)?;
+        let mut compressor = Compressor::for_chunks(self.codec)?;
         let (mut digests, mut scratch) = (Vec::new(), Vec::new());
         while let Some(job) = self.next() {
             let done = match job {

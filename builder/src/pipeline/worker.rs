@@ -26,7 +26,7 @@ fn work(hub: &Hub) -> Result<()> {
         // Nothing is stored.
         Placement::Source | Placement::DecodedSpace => Codec::None,
     };
-    let mut compressor = Compressor::new(codec)?;
+    let mut compressor = Compressor::for_chunks(codec)?;
     while let Some(job) = hub.next_job() {
         match job {
             Job::Hash(mut batch) => {

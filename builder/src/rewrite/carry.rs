@@ -45,7 +45,7 @@ pub(super) fn carry(
     let mut packer = Packer {
         sink,
         kind,
-        compressor: Compressor::new(kind.codec)?,
+        compressor: Compressor::for_chunks(kind.codec)?,
         alignment: if packed { 1 } else { BLOCK_SIZE },
         stored_end: 0,
         decoded_end: 0,
