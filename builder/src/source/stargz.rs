@@ -42,6 +42,15 @@ const OWN_FILES: [&[u8]; 3] = [b"stargz.index.json", b".prefetch.landmark", b".n
 const MAX_ENTRIES: u32 = 1 << 24;
 /// Links that lead to links.
 const MAX_LINK_CHAIN: usize = 40;
+/// Bytes of a name or of a hard link's target, those of a path that Linux takes.
+const MAX_PATH: usize = 4096;
+/// What the names and targets of hard links may take, which wait for the last entry; more than this only
+/// where they are short on average, by [`LINK_BYTES`] an entry.
+const FREE_LINK_BYTES: u64 = 16 << 20;
+/// See [`FREE_LINK_BYTES`].
+const LINK_BYTES: u64 = 128;
+/// Bytes of an inode in a bootstrap, without its name.
+const INODE_BYTES: u64 = 64;
 /// Largest stored size that a record can state.
 const MAX_STORED: u64 = (1 << 24) - 1;
 
@@ -69,11 +78,19 @@ pub(crate) struct Collector {
     entries: u32,
     /// Bytes that the entries so far take in a bootstrap, at least.
     metadata: u64,
-    links: Vec<(Vec<u8>, Vec<u8>)>,
+    links: Vec<HardLink>,
+    /// Bytes of `links`.
+    link_bytes: u64,
     /// The file whose chunks are read.
     open: Option<OpenFile>,
     /// Where the member of the last chunk begins.
     last: Option<Place>,
+}
+
+/// A hard link, and the path that it leads to.
+struct HardLink {
+    path: Box<[u8]>,
+    target: Box<[u8]>,
 }
 
 /// A file some of whose chunks are to come.
@@ -106,6 +123,7 @@ impl Collector {
             entries: 0,
             metadata: 0,
             links: Vec::new(),
+            link_bytes: 0,
             open: None,
             last: None,
         }
@@ -153,8 +171,7 @@ impl Collector {
             let content = match entry.kind {
                 Kind::Hardlink => {
                     let target = components(entry.link.as_bytes())?.join(&b'/');
-                    self.links.push((path, target));
-                    return Ok(());
+                    return self.link(path.into(), target.into());
                 }
                 Kind::Directory => Content::Directory(Children::new()),
                 Kind::Symlink => Content::Symlink(entry.link.as_bytes().into()),
@@ -180,6 +197,19 @@ impl Collector {
             self.tree.insert(&path, Inode::new(metadata, content))?;
         }
         if self.open.is_some() { self.chunk(&entry) } else { Ok(()) }
+    }
+
+    /// Keeps a hard link until all entries came.
+    fn link(&mut self, path: Box<[u8]>, target: Box<[u8]>) -> Result<()> {
+        self.link_bytes += (path.len() + target.len()) as u64;
+        let most = FREE_LINK_BYTES + LINK_BYTES * u64::from(self.entries);
+        if self.link_bytes > most {
+            return Err(Error::limit(format!(
+                "its hard links have names of more than {most} bytes in all: use --type estargz-ref"
+            )));
+        }
+        self.links.push(HardLink { path, target });
+        Ok(())
     }
 
     /// The next chunk of the file that is open.
@@ -278,6 +308,14 @@ impl Collector {
         if self.entries > MAX_ENTRIES || self.tree.inode_count() > MAX_ENTRIES as usize {
             return Err(Error::limit(format!("more than {MAX_ENTRIES} entries, implied ones included")));
         }
+        let longest = match entry.kind {
+            // The tree knows how long a target may be.
+            Kind::Symlink => entry.name.len(),
+            _ => entry.name.len().max(entry.link.len()),
+        };
+        if longest > MAX_PATH {
+            return Err(Error::limit(format!("a path of {longest} bytes, at most {MAX_PATH} are accepted")));
+        }
         let name = entry.name.len().min(limits::MAX_NAME_LEN);
         let xattrs: usize =
             entry.xattrs.iter().flatten().map(|(name, value)| name.len() + value.len() / 2).sum();
@@ -286,7 +324,9 @@ impl Collector {
     }
 
     fn bounded(&self) -> Result<()> {
-        match self.metadata > limits::MAX_BOOTSTRAP_SIZE {
+        // Directories that are only implied are inodes, too.
+        let inodes = self.tree.inode_count() as u64 * INODE_BYTES;
+        match self.metadata.saturating_add(inodes) > limits::MAX_BOOTSTRAP_SIZE {
             true => Err(Error::limit(format!(
                 "its entries take more than the {} bytes of the largest bootstrap",
                 limits::MAX_BOOTSTRAP_SIZE
@@ -298,9 +338,8 @@ impl Collector {
     /// Names files again. The index may name a link before what it leads to.
     fn resolve_links(&mut self) -> Result<()> {
         let links = std::mem::take(&mut self.links);
-        let targets: HashMap<&[u8], &[u8]> =
-            links.iter().map(|(path, target)| (&path[..], &target[..])).collect();
-        for (path, target) in &links {
+        let targets: HashMap<&[u8], &[u8]> = links.iter().map(|link| (&*link.path, &*link.target)).collect();
+        for HardLink { path, target } in &links {
             let refused = |why: &str| {
                 Error::bad_source(format!("{}: hard link to {}, which {why}", shown(path), shown(target)))
             };

@@ -18,8 +18,11 @@ use crate::{Error, ErrorKind, Result};
 
 /// The only version there is.
 const VERSION: u64 = 1;
-/// Bytes of JSON of one entry, and of whatever stands between two of them.
-const MAX_ENTRY: u64 = 16 << 20;
+/// Bytes of JSON of one entry, and of whatever stands between two of them: the largest xattrs that an
+/// inode can have, every byte escaped.
+const MAX_ENTRY: u64 = 2 << 20;
+/// Bytes of JSON of one index: some 2 million entries.
+pub(super) const MAX_INDEX: u64 = 1 << 30;
 /// Bytes of JSON that are read ahead.
 const INPUT_BUFFER: usize = 128 << 10;
 
@@ -131,7 +134,7 @@ pub(crate) fn read(name: &str, input: impl Read, collector: &mut Collector) -> R
     let mut refused = None;
     let input = BufReader::with_capacity(INPUT_BUFFER, input);
     let document = Document { collector, since: &since, refused: &mut refused };
-    let mut json = serde_json::Deserializer::from_reader(Metered { input, since: &since });
+    let mut json = serde_json::Deserializer::from_reader(Metered { input, since: &since, total: 0 });
     let read = document.deserialize(&mut json).and_then(|()| json.end());
     match (read, refused) {
         (_, Some(error)) => Err(error.context(format_args!("index {name}"))),
@@ -143,19 +146,27 @@ pub(crate) fn read(name: &str, input: impl Read, collector: &mut Collector) -> R
     }
 }
 
-/// Ends where one entry goes on and on: a string is held in memory as a whole.
+/// Ends where one entry goes on and on, for a string is held in memory as a whole, and where an index does.
 struct Metered<'a, R> {
     input: R,
     /// Bytes since the last entry was complete.
     since: &'a Cell<u64>,
+    /// Bytes of the index so far.
+    total: u64,
 }
 
 impl<R: Read> Read for Metered<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let len = self.input.read(buffer)?;
         self.since.set(self.since.get() + len as u64);
-        if self.since.get() > MAX_ENTRY {
-            let what = format!("an entry of more than {MAX_ENTRY} bytes");
+        self.total += len as u64;
+        let exceeded = match (self.since.get(), self.total) {
+            (since, _) if since > MAX_ENTRY => Some(("an entry", MAX_ENTRY)),
+            (_, total) if total > MAX_INDEX => Some(("an index", MAX_INDEX)),
+            _ => None,
+        };
+        if let Some((what, most)) = exceeded {
+            let what = format!("{what} of more than {most} bytes");
             return Err(io::Error::new(io::ErrorKind::InvalidData, what));
         }
         Ok(len)

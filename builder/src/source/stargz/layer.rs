@@ -6,19 +6,19 @@ use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use flate2::bufread::{GzDecoder, MultiGzDecoder};
 use tar::Header;
 
+use super::entry::MAX_INDEX;
 use crate::{Error, Result};
 
 /// Bytes of the footer: an empty gzip member whose extra field says where the index begins.
 const FOOTER: u64 = 51;
+/// The same as older writers made it, without name and length of a sub-field.
+const OLD_FOOTER: u64 = 47;
 /// What stands in the extra field behind 16 hexadecimal digits.
 const MARK: &[u8] = b"STARGZ";
 /// The sub-field's name and length.
 const SUBFIELD: [u8; 4] = [b'S', b'G', 22, 0];
 /// Name of the index in its tar.
 const NAME: &[u8] = b"stargz.index.json";
-/// Decoded bytes of an index that a layer may hold: some 2 million entries.
-const MAX_INDEX: u64 = 1 << 30;
-
 /// An index, not read yet.
 pub struct Index {
     /// Its JSON.
@@ -54,13 +54,17 @@ pub fn open(name: &str, mut file: File) -> Result<Index> {
         )));
     }
     let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
-    let footer_at = size.checked_sub(FOOTER).ok_or_else(|| damaged("too short for a footer"))?;
-    file.seek(SeekFrom::Start(footer_at)).map_err(failed)?;
-    let mut footer = [0; FOOTER as usize];
-    file.read_exact(&mut footer).map_err(failed)?;
-    let start = index_start(&footer)
-        .filter(|&start| start < footer_at)
-        .ok_or_else(|| damaged("without the footer of an eStargz layer"))?;
+    let longest = size.checked_sub(FOOTER).ok_or_else(|| damaged("too short for a footer"))?;
+    file.seek(SeekFrom::Start(longest)).map_err(failed)?;
+    let mut end = [0; FOOTER as usize];
+    file.read_exact(&mut end).map_err(failed)?;
+    let (start, footer_at) = [FOOTER, OLD_FOOTER]
+        .into_iter()
+        .find_map(|len| Some((index_start(&end[(FOOTER - len) as usize..])?, size - len)))
+        .filter(|&(start, footer_at)| start < footer_at)
+        .ok_or_else(|| {
+            damaged("without the footer of an eStargz layer (--type targz-ref takes any gzip layer)")
+        })?;
     file.seek(SeekFrom::Start(start)).map_err(failed)?;
     let mut tar = MultiGzDecoder::new(BufReader::new(file.take(footer_at - start)));
     let mut header = Header::new_old();
@@ -79,6 +83,6 @@ pub fn open(name: &str, mut file: File) -> Result<Index> {
 fn index_start(footer: &[u8]) -> Option<u64> {
     let decoder = GzDecoder::new(footer);
     let extra = decoder.header()?.extra()?;
-    let text = extra.strip_prefix(&SUBFIELD)?.strip_suffix(MARK)?;
+    let text = extra.strip_prefix(&SUBFIELD).unwrap_or(extra).strip_suffix(MARK)?;
     u64::from_str_radix(std::str::from_utf8(text).ok().filter(|text| text.len() == 16)?, 16).ok()
 }

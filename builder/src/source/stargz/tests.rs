@@ -151,6 +151,16 @@ fn hostile_indexes_are_refused_by_name() {
     ] {
         assert!(read_text(text.as_bytes()).is_err(), "{text}");
     }
+    // Names longer than any path.
+    let long = "d/".repeat(2049);
+    let link = |name: &str, target: &str| json!({ "name": name, "type": "hardlink", "linkName": target });
+    for entry in [file(&long, 10, 5, 1), link(&long, "a"), link("a", &long)] {
+        assert!(fault(json!([entry])).contains("a path of 4098 bytes"));
+    }
+    // Hard links wait for the last entry, so all of their names together have a bound.
+    let long = format!("{}x", "d/".repeat(2047));
+    let links: Vec<Value> = (0..FREE_LINK_BYTES / 4095 + 200).map(|_| link(&long, "a")).collect();
+    assert!(fault(json!(links)).contains("hard links have names"));
     // One string that goes on and on is not held.
     let long = format!(r#"{{"entries":[{{"name":"{}"#, "x".repeat(17 << 20));
     assert!(read_text(long.as_bytes()).err().unwrap().to_string().contains("read index"));
@@ -207,6 +217,13 @@ mod layers {
         let layer = [&data[..], &index, &footer(&extra(data.len() as u64))].concat();
         let mut found = open(&layer).unwrap();
         let mut json = Vec::new();
+        found.json.read_to_end(&mut json).unwrap();
+        assert_eq!(json, text);
+        assert_eq!((found.data_end, found.layer_size), (Some(data.len() as u64), Some(layer.len() as u64)));
+        // As older writers end a layer.
+        let layer = [&data[..], &index, &footer(&extra(data.len() as u64)[4..])].concat();
+        let mut found = open(&layer).unwrap();
+        json.clear();
         found.json.read_to_end(&mut json).unwrap();
         assert_eq!(json, text);
         assert_eq!((found.data_end, found.layer_size), (Some(data.len() as u64), Some(layer.len() as u64)));
