@@ -131,7 +131,7 @@ pub struct FinishedBlob {
     pub id: Digest,
     /// SHA-256 of the file: the name a registry gives it.
     pub file_digest: Digest,
-    /// Bytes of the file up to the blob's end.
+    /// Bytes that were written.
     pub size: u64,
     /// The content of the daemon's local copy of the context, if that was asked for and there is one.
     pub local_context: Option<Vec<u8>>,
@@ -272,7 +272,8 @@ impl BlobWriter {
             self.sink.append(&bytes)?;
             table = Some((DigestAlgorithm::Sha256.digest(&bytes), bytes.len() as u32));
         }
-        let (id, size) = (self.sink.digest(), self.sink.len());
+        let (id, end) = (self.sink.digest(), self.sink.len());
+        let size = end - self.sink.start();
         let file_digest = self.sink.file_digest();
         let separate =
             BlobFeatures::from_bits_retain(self.record.features.get()).contains(BlobFeatures::SEPARATE);
@@ -280,13 +281,13 @@ impl BlobWriter {
             // No file to name.
         } else if separate && !self.options.inline_bootstrap {
             self.record.blob_meta_digest = id.0;
-            self.record.blob_meta_size = U64::new(size);
+            self.record.blob_meta_size = U64::new(end);
         } else if !self.options.inline_bootstrap && size > 0 {
             self.record.blob_id = match &self.options.id {
                 Some(id) => padded_id(id.as_str()),
                 None => padded_id(&id.to_string()),
             };
-            self.record.compressed_size = U64::new(size);
+            self.record.compressed_size = U64::new(end);
         }
         if let Some((digest, size)) = table.filter(|_| !self.options.inline_bootstrap) {
             self.record.blob_toc_digest = digest.0;

@@ -57,7 +57,6 @@ mod tests {
         let path = dir.path().join("file");
         let mut file = WriteBack::new(File::create(&path).unwrap());
         bytes.chunks(1_000_001).for_each(|part| file.write_all(part).unwrap());
-        assert_eq!((file.len, file.started), (bytes.len() as u64, 2 * 9 * 1_000_001));
         assert_eq!(std::fs::read(&path).unwrap(), bytes);
 
         let (mut reader, writer) = std::io::pipe().unwrap();
