@@ -23,10 +23,11 @@
 //! - Nothing is published before every layer has matched its digests and the merged bootstrap
 //!   has passed the reader's own checks.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::BufWriter;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rafs::format::blob_table::BlobRecord;
 use rafs::format::features::BlobFeatures;
@@ -45,7 +46,7 @@ use crate::create::context_of;
 use crate::hints::{self, Contents};
 use crate::oci::image::{self, BlobLayer, BootstrapLayer, ManifestParts, RootStatement};
 use crate::oci::manifest::SourceConfig;
-use crate::oci::read::{ImageContent, ReadOptions, read_layers};
+use crate::oci::read::{LayerTaker, ReadOptions, read_layers};
 use crate::oci::source::ImageSource;
 use crate::oci::spool::{SpooledBlob, TEMP_PREFIX};
 use crate::oci::target::Target;
@@ -56,7 +57,7 @@ use crate::root::{RootOptions, check_written, image_root};
 use crate::sink::BlobSink;
 use crate::tree::{InodeId, Tree};
 use crate::write_back::WriteBack;
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// Chunk size of converted images: 512 KiB. Measured, with the size of units: "Layout for start-up" in
 /// misc/docs/nydus-image.md.
@@ -132,24 +133,28 @@ pub struct Converted {
 /// the target; `Cancelled`. Nothing is published then, and temporary files are gone.
 pub fn convert(source: &ImageSource, target: Target, options: &ConvertOptions<'_>) -> Result<Converted> {
     let spool_dir = target.spool_dir();
-    let mut files = Vec::new();
+    let layers = Arc::new(Mutex::new(Layers::new(options.data, source.layers().len())));
     let read = ReadOptions {
         data: options.data,
         jobs: options.jobs,
         observer: options.observer,
         cancel: options.cancel,
     };
-    let content = read_layers(source, &read, |_| {
+    let blob_file = |_| {
         let (file, sink) = blob_file(&spool_dir)?;
-        files.push(file);
+        lock(&layers).files.push_back(file);
         Ok(sink)
-    })?;
+    };
+    let taker = Arc::clone(&layers);
+    let taker: LayerTaker = Box::new(move |chunks, layer, tree| lock(&taker).add(chunks, layer, tree));
+    let chunks = &read_layers(source, &read, blob_file, taker)?;
     check(options.cancel)?;
 
-    let ImageContent { output, trees } = content;
-    let (chunks, data) = (&output.content, &options.data);
-    let Finished { merged, layers, spooled, records, owners } =
-        finish_layers(chunks, data, trees, files.into_iter().zip(output.layers))?;
+    let data = &options.data;
+    // Whoever else had them is joined.
+    let layers = Arc::into_inner(layers).and_then(|layers| layers.into_inner().ok());
+    let layers = layers.ok_or_else(|| Error::new(ErrorKind::Cancelled, "the layers were given up"))?;
+    let Layers { merged, layers, spooled, records, owners, .. } = layers;
     let stored = spooled.iter().map(|(_, blob)| blob.reader()).collect::<Result<Vec<_>>>()?;
     // Blobs are on their way while one thread makes the bootstrap of them all.
     let (put, merged) = std::thread::scope(|scope| {
@@ -223,43 +228,6 @@ struct FinishedLayer {
     chunk_count: u64,
 }
 
-/// The blobs of all layers.
-struct Finished {
-    /// The image's tree.
-    merged: Tree,
-    layers: Vec<FinishedLayer>,
-    /// With what messages call them.
-    spooled: Vec<(String, SpooledBlob)>,
-    /// Blobs with chunks, and the layer of each.
-    records: Vec<BlobRecord>,
-    owners: Vec<usize>,
-}
-
-/// Completes the blob of each layer and merges the trees.
-fn finish_layers(
-    chunks: &BuiltContent,
-    data: &DataOptions,
-    trees: Vec<Tree>,
-    parts: impl Iterator<Item = (NamedTempFile, LayerData)>,
-) -> Result<Finished> {
-    let mut writer = Writer { chunks, data, records: Vec::new(), owners: Vec::new() };
-    let (mut layers, mut spooled) = (Vec::new(), Vec::new());
-    let mut merged = Tree::new();
-    let count = trees.len();
-    for (number, (mut tree, (file, layer))) in trees.into_iter().zip(parts).enumerate() {
-        tree.resolve_links(&merged).map_err(|e| e.context(format!("layer {} of {count}", number + 1)))?;
-        let finished = writer
-            .finish_blob(&tree, layer, number)
-            .map_err(|e| e.context(format!("blob of layer {} of {count}", number + 1)))?;
-        let blob = SpooledBlob::adopt(file, finished.digest, finished.size);
-        spooled.push((format!("blob {} of {count}", number + 1), blob));
-        layers.push(finished);
-        overlay::apply(&mut merged, tree, WhiteoutSpec::Oci)?;
-    }
-    let Writer { records, owners, .. } = writer;
-    Ok(Finished { merged, layers, spooled, records, owners })
-}
-
 /// The bootstrap of the merged tree.
 struct Merged {
     bootstrap: Vec<u8>,
@@ -315,19 +283,61 @@ impl Merged {
     }
 }
 
-/// Writes blobs and bootstraps of one image.
-struct Writer<'a> {
-    chunks: &'a BuiltContent,
-    data: &'a DataOptions,
+/// The layers so far, each with its blob complete.
+struct Layers {
+    data: DataOptions,
+    /// How many there will be.
+    count: usize,
+    /// The blobs of those that are still to come.
+    files: VecDeque<NamedTempFile>,
+    /// The image's tree.
+    merged: Tree,
+    layers: Vec<FinishedLayer>,
+    /// With what messages call them.
+    spooled: Vec<(String, SpooledBlob)>,
     /// Blobs with chunks, lowest layer first, as other bootstraps name them.
     records: Vec<BlobRecord>,
     /// The layer of each record.
     owners: Vec<usize>,
 }
 
-impl Writer<'_> {
-    fn finish_blob(&mut self, tree: &Tree, layer: LayerData, number: usize) -> Result<FinishedLayer> {
-        let own = self.chunks.chunks.of_layer(layer.layer);
+impl Layers {
+    fn new(data: DataOptions, count: usize) -> Self {
+        Self {
+            data,
+            count,
+            files: VecDeque::new(),
+            merged: Tree::new(),
+            layers: Vec::new(),
+            spooled: Vec::new(),
+            records: Vec::new(),
+            owners: Vec::new(),
+        }
+    }
+
+    /// Completes the blob of the next layer, and merges its tree.
+    fn add(&mut self, chunks: &BuiltContent, layer: LayerData, mut tree: Tree) -> Result<()> {
+        let number = self.layers.len();
+        let place = format!("{} of {}", number + 1, self.count);
+        let file = self.files.pop_front().ok_or_else(|| Error::invalid("a layer without a blob"))?;
+        tree.resolve_links(&self.merged).map_err(|e| e.context(format!("layer {place}")))?;
+        let finished = self
+            .finish_blob(chunks, &tree, layer, number)
+            .map_err(|e| e.context(format!("blob of layer {place}")))?;
+        let blob = SpooledBlob::adopt(file, finished.digest, finished.size);
+        self.spooled.push((format!("blob {place}"), blob));
+        self.layers.push(finished);
+        overlay::apply(&mut self.merged, tree, WhiteoutSpec::Oci)
+    }
+
+    fn finish_blob(
+        &mut self,
+        chunks: &BuiltContent,
+        tree: &Tree,
+        layer: LayerData,
+        number: usize,
+    ) -> Result<FinishedLayer> {
+        let own = chunks.chunks.of_layer(layer.layer);
         let chunk_count = own.len() as u64;
         let options = BlobOptions {
             codec: self.data.codec,
@@ -339,19 +349,19 @@ impl Writer<'_> {
             cipher: None,
             keep_context: false,
         };
-        let decoded_size = self.chunks.chunks.decoded_size(layer.layer);
+        let decoded_size = chunks.chunks.decoded_size(layer.layer);
         let writer = BlobWriter::new(
             layer.sink,
             options,
             decoded_size,
-            own.map(|id| self.chunks.row(id)),
-            &context_of(self.chunks, layer.layer, self.data),
+            own.map(|id| chunks.row(id)),
+            &context_of(chunks, layer.layer, &self.data),
         )?;
         let mut records = self.records.clone();
         if chunk_count > 0 {
             records.push(*writer.record());
         }
-        let bootstrap = write_bootstrap(self.chunks, self.data, tree, &records, false, &[])?;
+        let bootstrap = write_bootstrap(chunks, &self.data, tree, &records, false, &[])?;
         let blob = writer.finish(Some(&bootstrap.bytes))?;
         if chunk_count > 0 {
             let mut record = blob.record;
@@ -396,11 +406,10 @@ fn put_all(target: &Target, blobs: Vec<(String, SpooledBlob)>, options: &Convert
     let queue = Mutex::new(blobs.into_iter());
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     let fail = |error: Error| {
-        let mut first = failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        first.get_or_insert(error);
+        lock(&failure).get_or_insert(error);
     };
-    let failed = || failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_some();
-    let next = || queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+    let failed = || lock(&failure).is_some();
+    let next = || lock(&queue).next();
     let work = || {
         while !failed() {
             let Some((name, blob)) = next() else { break };
@@ -421,6 +430,11 @@ fn put_all(target: &Target, blobs: Vec<(String, SpooledBlob)>, options: &Convert
         work();
     });
     failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic under one of these ends the conversion.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Defaults of conversions: a digest that registries share, and the codec with the best ratio.

@@ -33,7 +33,7 @@ mod pack;
 mod tests;
 mod worker;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use rafs::format::limits::{MAX_CHUNK_SIZE, MIN_CHUNK_SIZE};
@@ -144,11 +144,15 @@ pub struct LayerData {
     pub sink: BlobSink,
 }
 
+/// Takes each layer whose data is all stored, lowest first, while those above are on their way. Of what the
+/// build knows by then, chunks and files of layers up to this one are final. An error ends the build.
+pub type Finisher = Box<dyn FnMut(&BuiltContent, LayerData) -> Result<()> + Send>;
+
 /// What a build knows at its end.
 pub struct Output {
     /// Every distinct chunk, and which chunks each file is made of.
     pub content: BuiltContent,
-    /// One per layer, in order.
+    /// One per layer, in order; none of those that a [`Finisher`] took.
     pub layers: Vec<LayerData>,
 }
 
@@ -156,7 +160,9 @@ pub struct Output {
 pub struct Session {
     hub: Arc<Hub>,
     workers: Vec<JoinHandle<()>>,
-    committer: Option<JoinHandle<Option<Output>>>,
+    committer: Option<JoinHandle<Option<BuiltContent>>>,
+    /// Layers that are complete and that nobody took.
+    layers: Arc<Mutex<Vec<LayerData>>>,
 }
 
 impl Session {
@@ -168,14 +174,37 @@ impl Session {
         Self::upon(options, None)
     }
 
+    /// The same; layers go to `finisher`.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn finishing(options: DataOptions, finisher: Finisher) -> Result<Self> {
+        Self::start(options, None, finisher, Arc::default())
+    }
+
     /// The same for a layer that does not store the chunks of `below` again.
     ///
     /// # Errors
     /// As [`Self::new`].
     pub fn upon(options: DataOptions, below: Option<Arc<Below>>) -> Result<Self> {
+        let layers: Arc<Mutex<Vec<LayerData>>> = Arc::default();
+        let kept = Arc::clone(&layers);
+        let keep = move |_: &BuiltContent, layer| {
+            kept.lock().unwrap_or_else(PoisonError::into_inner).push(layer);
+            Ok(())
+        };
+        Self::start(options, below, Box::new(keep), layers)
+    }
+
+    fn start(
+        options: DataOptions,
+        below: Option<Arc<Below>>,
+        finisher: Finisher,
+        layers: Arc<Mutex<Vec<LayerData>>>,
+    ) -> Result<Self> {
         let options = options.checked()?;
         let hub = Arc::new(Hub::new(options, below));
-        let mut session = Self { hub: Arc::clone(&hub), workers: Vec::new(), committer: None };
+        let mut session = Self { hub: Arc::clone(&hub), workers: Vec::new(), committer: None, layers };
         for number in 0..options.threads {
             let hub = Arc::clone(&hub);
             let thread = std::thread::Builder::new()
@@ -186,7 +215,7 @@ impl Session {
         }
         let thread = std::thread::Builder::new()
             .name("build-commit".into())
-            .spawn(move || committer::run(&hub))
+            .spawn(move || committer::run(&hub, finisher))
             .map_err(|e| Error::io("start the commit thread", e))?;
         session.committer = Some(thread);
         Ok(session)
@@ -210,9 +239,12 @@ impl Session {
     /// The first error of the build, whoever met it. `Invalid`: a layer is still open.
     pub fn finish(mut self) -> Result<Output> {
         self.hub.request_finish();
-        let output = self.committer.take().and_then(|thread| thread.join().ok().flatten());
-        match (self.hub.failure(), output) {
-            (None, Some(output)) => Ok(output),
+        let content = self.committer.take().and_then(|thread| thread.join().ok().flatten());
+        match (self.hub.failure(), content) {
+            (None, Some(content)) => {
+                let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+                Ok(Output { content, layers: std::mem::take(&mut *layers) })
+            }
             (Some(error), _) => Err(error),
             (None, None) => Err(Error::new(ErrorKind::Cancelled, "the build was given up")),
         }

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::source::ImageSource;
 use crate::chunks::BuiltContent;
 use crate::overlay::{self, WhiteoutSpec};
-use crate::pipeline::{DataOptions, Layer, Output, Placement, Session};
+use crate::pipeline::{DataOptions, Finisher, Layer, LayerData, Placement, Session};
 use crate::progress::{Activity, Meter, Observer, Watched};
 use crate::sink::BlobSink;
 use crate::source::tar::{self, TarOptions};
@@ -33,15 +33,12 @@ pub struct ReadOptions<'a> {
     pub cancel: &'a CancellationToken,
 }
 
-/// What an image's layers hold.
-pub struct ImageContent {
-    /// Chunks, files, and the sinks with section 1 of each blob.
-    pub output: Output,
-    /// The tree of each layer, whiteout entries included.
-    pub trees: Vec<Tree>,
-}
+/// Takes the layers whose data is all stored, lowest first, as a [`Finisher`] does, each with its tree,
+/// whiteout entries included.
+pub type LayerTaker = Box<dyn FnMut(&BuiltContent, LayerData, Tree) -> Result<()> + Send>;
 
-/// Reads every layer of `source`; the data of layer `n` goes to the sink `sinks(n)`.
+/// Reads every layer of `source`; the data of layer `n` goes to the sink `sinks(n)`, and then to `taker`, while
+/// others are read. A layer that `taker` gets has matched its digests.
 ///
 /// # Errors
 /// `Mismatch`, `Corrupt`: a layer is not what the image's metadata says, or not a tar.
@@ -50,28 +47,33 @@ pub fn read_layers(
     source: &ImageSource,
     options: &ReadOptions<'_>,
     mut sinks: impl FnMut(usize) -> Result<BlobSink>,
-) -> Result<ImageContent> {
-    let session = Session::new(options.data)?;
+    mut taker: LayerTaker,
+) -> Result<BuiltContent> {
     let count = source.layers().len();
+    let trees: Arc<Mutex<Vec<Option<Tree>>>> = Arc::new(Mutex::new((0..count).map(|_| None).collect()));
+    let known = Arc::clone(&trees);
+    let finisher: Finisher = Box::new(move |content, layer| {
+        let tree = lock(&known).get_mut(usize::from(layer.layer.0)).and_then(Option::take);
+        let tree = tree.ok_or_else(|| Error::new(ErrorKind::Cancelled, "a layer was given up"))?;
+        taker(content, layer, tree)
+    });
+    let session = Session::finishing(options.data, finisher)?;
     let mut queue = VecDeque::with_capacity(count);
     for index in 0..count {
         queue.push_back((index, session.layer(sinks(index)?)?));
     }
     let queue = Mutex::new(queue);
-    let trees: Mutex<Vec<Option<Tree>>> = Mutex::new((0..count).map(|_| None).collect());
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     let work = || {
         loop {
             let next = lock(&queue).pop_front();
             let Some((index, layer)) = next else { break };
-            match read_layer(source, index, options, layer) {
-                Ok(tree) => lock(&trees)[index] = Some(tree),
-                Err(error) => {
-                    lock(&failure).get_or_insert(error);
-                    // Layers left over belong to a build that has failed.
-                    lock(&queue).clear();
-                    break;
-                }
+            let keep = |tree| lock(&trees)[index] = Some(tree);
+            if let Err(error) = read_layer(source, index, options, layer, keep) {
+                lock(&failure).get_or_insert(error);
+                // Layers left over belong to a build that has failed.
+                lock(&queue).clear();
+                break;
             }
         }
     };
@@ -89,11 +91,7 @@ pub fn read_layers(
     if let Some(error) = lock(&failure).take() {
         return Err(error);
     }
-    let output = session.finish()?;
-    let trees = trees.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let trees: Option<Vec<Tree>> = trees.into_iter().collect();
-    let trees = trees.ok_or_else(|| Error::new(ErrorKind::Cancelled, "a layer was given up"))?;
-    Ok(ImageContent { output, trees })
+    Ok(session.finish()?.content)
 }
 
 /// The merged tree of `source`, its data cut and hashed as the image that `summary` describes has
@@ -118,12 +116,13 @@ pub fn read_tree(
         cipher: None,
     };
     let options = ReadOptions { data, jobs, observer, cancel };
-    let content = read_layers(source, &options, |_| Ok(BlobSink::new("nowhere", std::io::sink())))?;
-    let mut merged = Tree::new();
-    for tree in content.trees {
-        overlay::apply(&mut merged, tree, WhiteoutSpec::Oci)?;
-    }
-    Ok((merged, content.output.content))
+    let merged = Arc::new(Mutex::new(Tree::new()));
+    let all = Arc::clone(&merged);
+    let taker: LayerTaker =
+        Box::new(move |_, _, tree| overlay::apply(&mut lock(&all), tree, WhiteoutSpec::Oci));
+    let content = read_layers(source, &options, |_| Ok(BlobSink::new("nowhere", std::io::sink())), taker)?;
+    let merged = std::mem::take(&mut *lock(&merged));
+    Ok((merged, content))
 }
 
 fn read_layer(
@@ -131,15 +130,18 @@ fn read_layer(
     index: usize,
     options: &ReadOptions<'_>,
     mut layer: Layer,
-) -> Result<Tree> {
+    keep: impl FnOnce(Tree),
+) -> Result<()> {
     let promise = &source.layers()[index];
     let total = promise.stored.map(|(_, size)| size);
     let meter: Arc<dyn Meter> = Arc::from(options.observer.begin(Activity::Read, &promise.name, total));
     match stream_layer(source, index, &meter, options.cancel, &mut layer) {
         Ok(tree) => {
+            // It is looked for as soon as the layer is finished.
+            keep(tree);
             layer.finish()?;
             meter.finish("");
-            Ok(tree)
+            Ok(())
         }
         Err(error) => Err(layer.abort(error)),
     }

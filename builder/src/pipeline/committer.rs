@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::batch::{Batch, Packed, PieceState, Stored, Unit};
 use super::hub::{Event, Hub, Job};
 use super::pack::{ends_unit, pack_unit};
-use super::{LayerData, Output, Placement};
+use super::{Finisher, LayerData, Placement};
 use storage::codec::Compressor;
 
 use crate::chunks::{BuiltContent, ChunkStore, FileChunks, LayerFiles};
@@ -20,7 +20,8 @@ const MAX_LAYER_REFS: usize = 1 << 28;
 
 /// A layer as the committer sees it.
 struct Progress {
-    sink: BlobSink,
+    /// None when the layer is complete.
+    sink: Option<BlobSink>,
     /// Hashed batches that wait for their turn, by number.
     hashed: BTreeMap<u64, Batch>,
     /// Next batch to be decided.
@@ -31,7 +32,6 @@ struct Progress {
     write: u64,
     /// Number of batches, once the layer's reader is through.
     batches: Option<u64>,
-    files: LayerFiles,
     /// Small chunks that wait for others to share a unit with.
     unit: Unit,
 }
@@ -41,22 +41,33 @@ struct Committer<'a> {
     layers: Vec<Progress>,
     /// The layer whose batches are decided now.
     front: usize,
-    store: ChunkStore,
+    /// Layers that are complete, the lowest ones.
+    complete: usize,
+    finisher: Finisher,
+    content: BuiltContent,
     index: DedupIndex,
     finish: bool,
 }
 
 /// Runs the committer; `None` if the build failed, for a reason that the hub knows.
-pub(super) fn run(hub: &Hub) -> Option<Output> {
-    let mut store = ChunkStore::default();
+pub(super) fn run(hub: &Hub, finisher: Finisher) -> Option<BuiltContent> {
+    let mut chunks = ChunkStore::default();
     if hub.options.cipher.is_some() {
-        store.encrypted();
+        chunks.encrypted();
     }
-    store.number_from(hub.below.as_ref().map_or(0, |below| below.chunk_count()));
-    let committer =
-        Committer { hub, layers: Vec::new(), front: 0, store, index: DedupIndex::default(), finish: false };
+    chunks.number_from(hub.below.as_ref().map_or(0, |below| below.chunk_count()));
+    let committer = Committer {
+        hub,
+        layers: Vec::new(),
+        front: 0,
+        complete: 0,
+        finisher,
+        content: BuiltContent { chunks, files: FileChunks::default() },
+        index: DedupIndex::default(),
+        finish: false,
+    };
     match catch_unwind(AssertUnwindSafe(|| committer.run())) {
-        Ok(Ok(output)) => output,
+        Ok(Ok(content)) => content,
         Ok(Err(error)) => {
             hub.fail(error);
             None
@@ -69,31 +80,47 @@ pub(super) fn run(hub: &Hub) -> Option<Output> {
 }
 
 impl Committer<'_> {
-    fn run(mut self) -> Result<Option<Output>> {
+    fn run(mut self) -> Result<Option<BuiltContent>> {
         while let Some(event) = self.hub.next_event() {
             self.handle(event)?;
-            if self.finish && self.layers.iter().all(|l| l.batches == Some(l.write)) {
-                return Ok(Some(self.output()));
+            self.complete()?;
+            if self.finish && self.complete == self.layers.len() {
+                return Ok(Some(self.content));
             }
         }
         Ok(None)
     }
 
+    /// Hands on the layers whose data is all written, in order.
+    fn complete(&mut self) -> Result<()> {
+        while let Some(progress) = self.layers.get_mut(self.complete)
+            && progress.batches == Some(progress.write)
+            && let Some(sink) = progress.sink.take()
+        {
+            // The hub admits at most MAX_LAYERS.
+            let layer = LayerIndex(self.complete as u16);
+            (self.finisher)(&self.content, LayerData { layer, sink })?;
+            self.complete += 1;
+        }
+        Ok(())
+    }
+
     fn handle(&mut self, event: Event) -> Result<()> {
         match event {
             Event::Opened(sink) => {
+                let start = sink.start();
+                self.content.files.layers.push(LayerFiles::default());
                 self.layers.push(Progress {
-                    sink,
+                    sink: Some(sink),
                     hashed: BTreeMap::new(),
                     decide: 0,
                     packed: BTreeMap::new(),
                     write: 0,
                     batches: None,
-                    files: LayerFiles::default(),
                     unit: Unit::default(),
                 });
-                if let [first] = &self.layers[..] {
-                    self.store.open_layer(first.sink.start());
+                if self.layers.len() == 1 {
+                    self.content.chunks.open_layer(start);
                 }
                 self.decide()
             }
@@ -105,7 +132,7 @@ impl Committer<'_> {
             Event::Closed { layer, batches, files } => {
                 let progress = &mut self.layers[usize::from(layer.0)];
                 progress.batches = Some(batches);
-                progress.files.files = files;
+                self.content.files.layers[usize::from(layer.0)].files = files;
                 self.decide()?;
                 self.flush_unit(layer)
             }
@@ -131,7 +158,8 @@ impl Committer<'_> {
             } else if layer.batches == Some(layer.decide) {
                 self.front += 1;
                 if let Some(next) = self.layers.get(self.front) {
-                    self.store.open_layer(next.sink.start());
+                    let start = next.sink.as_ref().map_or(0, BlobSink::start);
+                    self.content.chunks.open_layer(start);
                 }
                 self.hub.set_front(self.front);
             } else {
@@ -142,12 +170,13 @@ impl Committer<'_> {
     }
 
     fn decide_batch(&mut self, mut batch: Batch) -> Result<()> {
-        let refs = &mut self.layers[self.front].files.refs;
+        let BuiltContent { chunks, files } = &mut self.content;
+        let refs = &mut files.layers[self.front].refs;
         let placement = self.hub.options.placement;
         let mut any_new = false;
         for piece in &mut batch.buffer.pieces {
             if placement == Placement::DecodedSpace {
-                refs.push(self.store.push_at(piece.digest, piece.crc32, piece.len, piece.origin)?);
+                refs.push(chunks.push_at(piece.digest, piece.crc32, piece.len, piece.origin)?);
                 continue;
             }
             if let Some(id) = self.hub.below.as_ref().and_then(|b| b.find(&piece.digest, piece.len)) {
@@ -155,16 +184,16 @@ impl Committer<'_> {
                 refs.push(id);
                 continue;
             }
-            let id = match self.index.find(&self.store, &piece.digest, piece.len) {
+            let id = match self.index.find(chunks, &piece.digest, piece.len) {
                 Some(id) => {
                     piece.state = PieceState::Known;
                     id
                 }
                 None => {
-                    let id = self.store.push(piece.digest, piece.crc32, piece.len)?;
-                    self.index.insert(&self.store, id);
+                    let id = chunks.push(piece.digest, piece.crc32, piece.len)?;
+                    self.index.insert(chunks, id);
                     if placement == Placement::Source {
-                        self.store.set_origin(id, piece.origin);
+                        chunks.set_origin(id, piece.origin);
                     } else {
                         piece.state = PieceState::New(id);
                         any_new = true;
@@ -226,18 +255,18 @@ impl Committer<'_> {
         }
         let mut unit = std::mem::take(&mut progress.unit);
         let mut packed = Packed::default();
-        let mut compressor = Compressor::new(self.hub.options.codec)?;
+        let mut compressor = Compressor::for_chunks(self.hub.options.codec)?;
         pack_unit(&self.hub.options, &mut compressor, &mut unit, &mut packed)?;
         self.store_packed(layer, packed)
     }
 
     fn store_packed(&mut self, layer: LayerIndex, packed: Packed) -> Result<()> {
-        self.layers[usize::from(layer.0)].sink.append(&packed.bytes)?;
+        self.append(layer, &packed.bytes)?;
         for stored in packed.stored {
             match stored {
-                Stored::Chunk(id, size) => self.store.set_stored(layer, id, size)?,
+                Stored::Chunk(id, size) => self.content.chunks.set_stored(layer, id, size)?,
                 Stored::Unit { stored, decoded, members } => {
-                    self.store.set_unit(layer, stored, decoded, &members)?;
+                    self.content.chunks.set_unit(layer, stored, decoded, &members)?;
                 }
             }
         }
@@ -255,30 +284,23 @@ impl Committer<'_> {
             if let Some(packed) = batch.packed {
                 self.store_packed(layer, packed)?;
             }
-            let progress = &mut self.layers[number];
             let buffer = batch.buffer;
-            if buffer.filled > 0 {
-                progress.sink.append(&buffer.bytes[..buffer.filled])?;
-            }
+            self.append(layer, &buffer.bytes[..buffer.filled])?;
             for piece in &buffer.pieces {
                 if let PieceState::Packed(id, size) = piece.state {
-                    self.store.set_stored(layer, id, size)?;
+                    self.content.chunks.set_stored(layer, id, size)?;
                 }
             }
-            progress.write += 1;
+            self.layers[number].write += 1;
             self.hub.release(layer, buffer);
         }
         self.flush_unit(layer)
     }
 
-    fn output(self) -> Output {
-        let mut files = FileChunks::default();
-        let mut layers = Vec::new();
-        for (number, progress) in self.layers.into_iter().enumerate() {
-            // The hub admits at most MAX_LAYERS.
-            layers.push(LayerData { layer: LayerIndex(number as u16), sink: progress.sink });
-            files.layers.push(progress.files);
+    fn append(&mut self, layer: LayerIndex, bytes: &[u8]) -> Result<()> {
+        match &mut self.layers[usize::from(layer.0)].sink {
+            Some(sink) if !bytes.is_empty() => sink.append(bytes),
+            _ => Ok(()),
         }
-        Output { content: BuiltContent { chunks: self.store, files }, layers }
     }
 }

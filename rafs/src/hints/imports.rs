@@ -5,13 +5,17 @@
 
 use std::collections::{HashMap, HashSet};
 
+use memchr::{memchr, memmem};
+
 /// Imports and names taken from one text, or one line, at most: what is behind them comes when it is
 /// read.
 const MAX_NAMES: usize = 8192;
 /// What a call that imports begins with.
 const CALLS: [&str; 2] = ["__import__(", "import_module("];
-/// What texts of several lines are put in, and its first character.
-const QUOTES: [(char, &str); 2] = [('"', "\"\"\""), ('\'', "'''")];
+/// A mark, and its first character.
+type Quote = (u8, &'static str);
+/// What texts of several lines are put in.
+const QUOTES: [Quote; 2] = [(b'"', "\"\"\""), (b'\'', "'''")];
 /// Longest dotted name followed.
 pub(super) const MAX_LEN: usize = 256;
 
@@ -56,27 +60,28 @@ pub(super) fn read(text: &str, is_main: bool) -> Imports {
     // Lines indented deeper than this do not run now.
     let mut skipped: Option<usize> = None;
     let mut in_getattr = false;
-    let mut quote: Option<&str> = None;
+    let mut quote: Option<Quote> = None;
     // Once for the text, as most have none of either.
-    let has_calls = CALLS.iter().any(|call| text.contains(call));
-    let quotes: Vec<_> = QUOTES.into_iter().filter(|(_, mark)| text.contains(mark)).collect();
-    let mut lines = text.lines();
+    let has = |what: &str| memmem::find(text.as_bytes(), what.as_bytes()).is_some();
+    let has_calls = CALLS.into_iter().any(has);
+    let quotes: Vec<_> = QUOTES.into_iter().filter(|(_, mark)| has(mark)).collect();
+    let mut lines = Lines(text);
     let mut left = MAX_NAMES;
     while left > 0
         && let Some(line) = lines.next()
     {
-        if let Some(mark) = quote {
-            if line.matches(mark).count() % 2 == 1 {
+        if let Some(open) = quote {
+            if turns(open, line) {
                 quote = None;
             }
             continue;
         }
-        let code = line.trim_start();
+        let code = line.trim_ascii_start();
         if code.is_empty() || code.starts_with('#') {
             continue;
         }
         let indent = line.len() - code.len();
-        quote = opened_quote(&quotes, line);
+        quote = quotes.iter().copied().find(|&quote| turns(quote, line));
         // A bracket closes the parameters of a function, whose body is still to come.
         let closes = code.starts_with([')', ']']);
         if skipped.is_some_and(|limit| indent > limit || (indent == limit && closes)) {
@@ -99,7 +104,7 @@ pub(super) fn read(text: &str, is_main: bool) -> Imports {
             skipped = Some(indent);
             continue;
         }
-        let code = if code.contains('#') { code.split(" #").next().unwrap_or_default() } else { code };
+        let code = if contains(code, b'#') { code.split(" #").next().unwrap_or_default() } else { code };
         match statement(code, &mut lines, &mut names) {
             Some(imports) => keep(&mut found.at_once, imports, &mut left),
             None => keep(&mut found.at_once, names.uses(code), &mut left),
@@ -111,12 +116,33 @@ pub(super) fn read(text: &str, is_main: bool) -> Imports {
     found
 }
 
-/// The mark of a text that goes on behind `line`.
-fn opened_quote(quotes: &[(char, &'static str)], line: &str) -> Option<&'static str> {
+/// What is left of a text, by lines: most of a program's text is only passed.
+struct Lines<'a>(&'a str);
+
+impl<'a> Iterator for Lines<'a> {
+    type Item = &'a str;
+
+    fn next(&mut self) -> Option<&'a str> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let (line, rest) = match memchr(b'\n', self.0.as_bytes()) {
+            Some(end) => (&self.0[..end], &self.0[end + 1..]),
+            None => (self.0, ""),
+        };
+        self.0 = rest;
+        Some(line.strip_suffix('\r').unwrap_or(line))
+    }
+}
+
+fn contains(line: &str, byte: u8) -> bool {
+    memchr(byte, line.as_bytes()).is_some()
+}
+
+/// True if a text between quotes begins in `line` and goes on behind it, or ends there.
+fn turns((first, mark): Quote, line: &str) -> bool {
     // A single character is looked for much faster.
-    let opened =
-        |&&(first, mark): &&(char, &str)| line.contains(first) && line.matches(mark).count() % 2 == 1;
-    quotes.iter().find(opened).map(|(_, mark)| *mark)
+    contains(line, first) && line.matches(mark).count() % 2 == 1
 }
 
 /// Adds imports as long as names are `left`.
@@ -194,7 +220,7 @@ impl Names {
     /// The names of imported modules in a line, each once in the text.
     fn uses(&mut self, code: &str) -> Vec<Import> {
         let mut found = Vec::new();
-        if self.modules.is_empty() || !code.contains('.') {
+        if self.modules.is_empty() || !contains(code, b'.') {
             return found;
         }
         let is_inside = |c: char| match u8::try_from(c) {

@@ -2,6 +2,8 @@
 
 use std::collections::HashSet;
 
+use memchr::memchr_iter;
+
 /// Names taken from one segment of a library at most.
 const MAX_NAMES: usize = 4096;
 /// Longest name looked at.
@@ -22,8 +24,9 @@ pub(super) fn scripts(constants: &[u8]) -> Vec<&[u8]> {
 
 fn whole(constants: &[u8], is_wanted: impl Fn(&[u8]) -> bool) -> Vec<&[u8]> {
     let mut seen = HashSet::new();
-    constants
-        .split(|&b| b == 0)
+    let mut from = 0;
+    let ends = memchr_iter(0, constants).chain([constants.len()]);
+    ends.map(|end| &constants[std::mem::replace(&mut from, end + 1)..end])
         .filter(|text| text.len() <= MAX_LEN && is_wanted(text) && seen.insert(*text))
         .take(MAX_NAMES)
         .collect()
