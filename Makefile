@@ -14,6 +14,7 @@ SOAK_KILLS ?= 500
 SOAK_SUPERVISED_KILLS ?= 1000
 SOAK_MOUNTS ?= 1000
 SOAK_MINUTES ?= 20
+SOAK_ENTRIES ?= 1000000
 export CARGO_TARGET_DIR := $(TARGET)
 
 help: ## This list
@@ -52,13 +53,13 @@ doc: ## rustdoc of the workspace; a warning is an error
 fuzz: ## Every fuzz target for FUZZ_SECONDS (60) each; installs cargo-fuzz if missing
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) misc/fuzz.sh
 
-soak: setup ## The long runs: SOAK_KILLS (500) kills under readers, SOAK_SUPERVISED_KILLS (1000) that they must not notice, SOAK_MOUNTS (1000) live mounts, SOAK_MINUTES (20) of load, the corpus images
+soak: setup ## The long runs: SOAK_KILLS (500) kills under readers, SOAK_SUPERVISED_KILLS (1000) that they must not notice, SOAK_MOUNTS (1000) live mounts, SOAK_MINUTES (20) of load, SOAK_ENTRIES (1000000) in an image, the corpus images
 	@cargo build --workspace --profile fast --bins --tests
 	@misc/images/make-images misc/.cache/images debian python node
 	@NYDUS_TEST_KILLS=$(SOAK_KILLS) NYDUS_TEST_SUPERVISED_KILLS=$(SOAK_SUPERVISED_KILLS) \
-		NYDUS_TEST_MOUNTS=$(SOAK_MOUNTS) NYDUS_TEST_MINUTES=$(SOAK_MINUTES) \
+		NYDUS_TEST_MOUNTS=$(SOAK_MOUNTS) NYDUS_TEST_MINUTES=$(SOAK_MINUTES) NYDUS_TEST_ENTRIES=$(SOAK_ENTRIES) \
 		NYDUS_TEST_CORPUS=$(CURDIR)/misc/.cache/images \
-		cargo test --workspace --profile fast --test e2e -- --nocapture corpus kills mounts:: steady::
+		cargo test --workspace --profile fast --test e2e -- --nocapture corpus kills memory mounts:: steady::
 
 install: build ## Build, then copy to $(DESTDIR)$(PREFIX): programs, man pages, completions, systemd unit
 	@install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(addprefix $(TARGET)/release/,$(PROGRAMS))

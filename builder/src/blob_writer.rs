@@ -19,14 +19,14 @@ use std::collections::HashMap;
 use std::io::Write;
 
 use rafs::blob_context::BlobContext;
-use rafs::bootstrap::{Blob, codec_code, digester_code};
+use rafs::bootstrap::{Blob, Buffer, codec_code, digester_code};
 use rafs::format::blob_context::{BatchUnit, CONTEXT_MAGIC, ContextHeader, Entry, EntryV1, EntryV2};
 use rafs::format::blob_table::{BlobRecord, compression, digest};
 use rafs::format::features::{BlobFeatures, ChunkFlags, EntryFlags};
 use rafs::format::limits::{INLINED_BLOB_ID, MAX_CHUNKS};
 use rafs::format::toc::{self, TocEntry};
 use storage::cipher::XtsKey;
-use storage::codec::{Codec, Compressor};
+use storage::codec::{Codec, Compressor, ZSTD_LEVEL};
 use storage::digest::{Digest, DigestAlgorithm};
 use storage::ids::BlobId;
 use zerocopy::byteorder::little_endian::{U32, U64};
@@ -37,6 +37,9 @@ use crate::bootstrap_writer::padded_id;
 use crate::content::ChunkRow;
 use crate::sink::BlobSink;
 use crate::{Error, Result};
+
+/// Tables from this size on are compressed piece by piece.
+const LARGE_TABLE: usize = 1 << 20;
 
 /// What a blob is made with.
 #[derive(Clone, Debug)]
@@ -107,7 +110,7 @@ pub struct SliceTable {
     /// By chunk number: slice, and where in it the chunk begins.
     pub places: Vec<(u32, u32)>,
     /// Contexts and dictionaries as they are stored.
-    pub bytes: Vec<u8>,
+    pub bytes: Buffer,
     /// Number of contexts.
     pub count: u32,
 }
@@ -225,7 +228,7 @@ impl BlobWriter {
         const FAILS: &str = "the new blob context fails its own check";
         let fails = |e: rafs::Error| Error::from(e).context(FAILS);
         let blob = Blob::from_record(&self.record, 0, self.options.chunk_size, None).map_err(fails)?;
-        BlobContext::from_stored(&blob, bytes).map_err(fails)
+        BlobContext::from_stored_in(&blob, bytes, Buffer::zeroed).map_err(fails)
     }
 
     /// A blob of which nothing is written.
@@ -337,22 +340,19 @@ impl BlobWriter {
             Codec::Gzip => Codec::Zstd,
             codec => codec,
         };
-        let compressed = Compressor::new(codec)?.compress(array)?;
-        let (codec, stored) = match &compressed {
-            Some(bytes) => (codec, &bytes[..]),
-            None => (Codec::None, array),
+        let (codec, mut stored) = match compress(codec, array)? {
+            Some(bytes) => (codec, bytes),
+            None => (Codec::None, array.to_vec()),
         };
-        let sealed = self.options.cipher.map(|key| {
-            let mut sealed = stored.to_vec();
-            key.seal(&mut sealed);
-            sealed
-        });
-        let stored = sealed.as_deref().unwrap_or(stored);
+        if let Some(key) = &self.options.cipher {
+            key.seal(&mut stored);
+        }
+        let stored_size = stored.len() as u64;
         let offset = self.sink.len();
         let record = &mut self.record;
         record.ci_compressor = U32::new(codec_code(codec));
         record.ci_offset = U64::new(offset);
-        record.ci_compressed_size = U64::new(stored.len() as u64);
+        record.ci_compressed_size = U64::new(stored_size);
         record.ci_uncompressed_size = U64::new(array.len() as u64);
         let mut header = ContextHeader::new_zeroed();
         header.magic = U32::new(CONTEXT_MAGIC);
@@ -368,7 +368,7 @@ impl BlobWriter {
             header.unit_size = U64::new((array.len() - units_at) as u64);
             header.unit_count = U32::new(unit_count);
         }
-        self.sink.append(stored)?;
+        self.sink.append(&stored)?;
         let mut stored_header = header.as_bytes().to_vec();
         if let Some(key) = &self.options.cipher {
             key.seal(&mut stored_header);
@@ -378,14 +378,15 @@ impl BlobWriter {
             let size = self.sink.len() - offset;
             self.sink.append(&tar_header(toc::name::BLOB_META, size))?;
             let flag = if codec == Codec::Zstd { toc::FLAG_ZSTD } else { toc::FLAG_NONE };
-            let (stored_size, array_size) = (stored.len() as u64, array.len() as u64);
+            let array_size = array.len() as u64;
             let digest = DigestAlgorithm::Sha256.digest(array);
             self.entry(toc::name::BLOB_META, flag, digest, offset, stored_size, array_size);
             let digest = DigestAlgorithm::Sha256.digest(header.as_bytes());
             let size = size_of::<ContextHeader>() as u64;
             self.entry(toc::name::BLOB_META_HEADER, toc::FLAG_NONE, digest, offset + stored_size, size, size);
         }
-        Ok([stored, &stored_header].concat())
+        stored.extend_from_slice(&stored_header);
+        Ok(stored)
     }
 
     /// Sections 6 and 7.
@@ -405,16 +406,27 @@ impl BlobWriter {
 
     /// Sections 8 and 9.
     fn bootstrap(&mut self, bytes: &[u8]) -> Result<()> {
-        let compressed = if self.options.toc { Compressor::new(Codec::Zstd)?.compress(bytes)? } else { None };
-        let (flag, stored) = match &compressed {
-            Some(stored) => (toc::FLAG_ZSTD, &stored[..]),
-            None => (toc::FLAG_NONE, bytes),
+        let offset = self.sink.len();
+        let flag = if self.options.toc {
+            self.compress(bytes).map_err(|e| Error::io("compress the bootstrap with zstd", e))?;
+            toc::FLAG_ZSTD
+        } else {
+            self.sink.append(bytes)?;
+            toc::FLAG_NONE
         };
-        let (offset, size) = (self.sink.len(), stored.len() as u64);
-        self.sink.append(stored)?;
+        let size = self.sink.len() - offset;
         self.sink.append(&tar_header(toc::name::IMAGE_BOOT, size))?;
         let digest = DigestAlgorithm::Sha256.digest(bytes);
         self.entry(toc::name::IMAGE_BOOT, flag, digest, offset, size, bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Appends `bytes` compressed, piece by piece.
+    fn compress(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        let mut encoder = zstd::Encoder::new(&mut self.sink, ZSTD_LEVEL)?;
+        encoder.set_pledged_src_size(Some(bytes.len() as u64))?;
+        encoder.write_all(bytes)?;
+        encoder.finish()?;
         Ok(())
     }
 
@@ -432,10 +444,26 @@ impl BlobWriter {
 
 /// A context before compression.
 struct ContextArray {
-    bytes: Vec<u8>,
+    bytes: Buffer,
     /// Where what follows the entries begins.
     units_at: usize,
     unit_count: u32,
+}
+
+/// Compresses a table; `None` if that does not make it shorter.
+fn compress(codec: Codec, table: &[u8]) -> Result<Option<Vec<u8>>> {
+    // In one go, room for the worst case is needed beside the table.
+    if codec != Codec::Zstd || table.len() < LARGE_TABLE {
+        return Ok(Compressor::new(codec)?.compress(table)?);
+    }
+    let compressed = || {
+        let mut encoder = zstd::Encoder::new(Vec::new(), ZSTD_LEVEL)?;
+        encoder.set_pledged_src_size(Some(table.len() as u64))?;
+        encoder.write_all(table)?;
+        encoder.finish()
+    };
+    let bytes = compressed().map_err(|e| Error::io("compress a blob context with zstd", e))?;
+    Ok((bytes.len() < table.len()).then_some(bytes))
 }
 
 fn context_array(chunks: impl ExactSizeIterator<Item = ChunkRow>, context: &Context) -> ContextArray {
@@ -448,16 +476,17 @@ fn context_array(chunks: impl ExactSizeIterator<Item = ChunkRow>, context: &Cont
         data,
     };
     let wide = |entries: Vec<EntryV2>, units: &[u8], unit_count| {
-        let mut bytes = entries.as_bytes().to_vec();
-        let units_at = bytes.len();
-        bytes.extend_from_slice(units);
+        let units_at = size_of_val(&entries[..]);
+        let mut bytes = Buffer::zeroed(units_at + units.len());
+        bytes[..units_at].copy_from_slice(entries.as_bytes());
+        bytes[units_at..].copy_from_slice(units);
         ContextArray { bytes, units_at, unit_count }
     };
     match context {
         Context::Plain => {
             let entries: Vec<EntryV1> =
                 chunks.map(|row| EntryV1::pack(&entry(&row, EntryFlags::empty(), 0))).collect();
-            let bytes = entries.as_bytes().to_vec();
+            let bytes = Buffer::copy_of(entries.as_bytes());
             ContextArray { units_at: bytes.len(), bytes, unit_count: 0 }
         }
         Context::Wide { units, members } => {

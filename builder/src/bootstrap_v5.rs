@@ -9,6 +9,7 @@
 //! v6 inodes are numbered; the records lie in another order, each directory directly before all
 //! that is below it.
 
+use rafs::bootstrap::Buffer;
 use rafs::format::chunk::ChunkInfo;
 use rafs::format::features::{ChunkFlags, ImageFlags};
 use rafs::format::limits::{MAX_BOOTSTRAP_SIZE, MAX_DEPTH};
@@ -17,6 +18,7 @@ use rafs::format::v5::{
     VERSION,
 };
 use storage::codec::Codec;
+use storage::digest::Digest;
 use zerocopy::FromZeros;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 
@@ -50,7 +52,7 @@ pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
     let first = extended_table + size_of_val(&rows[..]) as u64;
     let (offsets, end) = places(image, &slots, first)?;
 
-    let mut out = Output { bytes: vec![0; end as usize] };
+    let mut out = Output { bytes: Buffer::zeroed(end as usize) };
     let mut sb = Superblock::new_zeroed();
     sb.magic = U32::new(MAGIC);
     sb.version = U32::new(VERSION);
@@ -78,16 +80,8 @@ pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
     }
     out.put(blob_table, &names[..]);
     out.put(extended_table, &rows[..]);
-    let digests = digests(image, &slots);
-    Writer {
-        image,
-        slots: &slots,
-        offsets: &offsets,
-        digests: &digests,
-        numbering: &numbering,
-        out: &mut out,
-    }
-    .run();
+    digests(image, &slots, &offsets, &mut out.bytes);
+    Writer { image, slots: &slots, offsets: &offsets, numbering: &numbering, out: &mut out }.run();
     Ok(Bootstrap { bytes: out.bytes, blobs: numbering.order, entry_count: count })
 }
 
@@ -271,9 +265,13 @@ fn places(image: &Image<'_>, slots: &Slots, first: u64) -> Result<(Vec<u64>, u64
     Ok((offsets, at))
 }
 
-/// The digest of the inode in each slot: children have higher slots than their directory.
-fn digests(image: &Image<'_>, slots: &Slots) -> Vec<[u8; 32]> {
-    let mut digests = vec![[0; 32]; slots.by_slot.len()];
+/// Writes the digest of the inode in each slot into its record; children have higher slots than their
+/// directory.
+fn digests(image: &Image<'_>, slots: &Slots, offsets: &[u64], out: &mut [u8]) {
+    let place = |slot: usize| {
+        let start = offsets[slot] as usize + std::mem::offset_of!(Record, i_digest);
+        start..start + size_of::<Digest>()
+    };
     for (at, &id) in slots.by_slot.iter().enumerate().rev() {
         let mut hasher = image.digester.hasher();
         match &image.tree.inode(id).content {
@@ -283,21 +281,19 @@ fn digests(image: &Image<'_>, slots: &Slots) -> Vec<[u8; 32]> {
             }
             Content::Directory(children) => {
                 let first = slots.numbers[id.0 as usize].child_index as usize - 1;
-                digests[first..first + children.len()].iter().for_each(|digest| hasher.update(digest));
+                (first..first + children.len()).for_each(|slot| hasher.update(&out[place(slot)]));
             }
             Content::Symlink(target) => hasher.update(target),
             _ => {}
         }
-        digests[at] = hasher.finish().0;
+        out[place(at)].copy_from_slice(&hasher.finish().0);
     }
-    digests
 }
 
 struct Writer<'a> {
     image: &'a Image<'a>,
     slots: &'a Slots,
     offsets: &'a [u64],
-    digests: &'a [[u8; 32]],
     numbering: &'a Numbering,
     out: &'a mut Output,
 }
@@ -316,8 +312,11 @@ impl Writer<'_> {
         let inode = self.image.tree.inode(id);
         let (meta, number) = (&inode.metadata, self.slots.numbers[id.0 as usize]);
         let xattrs = xattr_size(&meta.xattrs);
+        let mut at = self.offsets[slot as usize - 1];
         let mut record = Record::new_zeroed();
-        record.i_digest = self.digests[slot as usize - 1];
+        // Written before.
+        let digest = at as usize + std::mem::offset_of!(Record, i_digest);
+        record.i_digest.copy_from_slice(&self.out.bytes[digest..][..size_of::<Digest>()]);
         if id != parent {
             record.i_parent = U64::new(self.slots.numbers[parent.0 as usize].ino.into());
         }
@@ -353,7 +352,6 @@ impl Writer<'_> {
             _ => {}
         }
         record.i_flags = U64::new(flags);
-        let mut at = self.offsets[slot as usize - 1];
         self.out.put(at, &record);
         at += size_of::<Record>() as u64;
         self.out.put(at, name);

@@ -9,6 +9,7 @@
 //! Blobs are numbered in the order in which the tree first uses them; a blob that nothing
 //! uses any more does not appear.
 
+use rafs::bootstrap::Buffer;
 use rafs::format::blob_table::BlobRecord;
 use rafs::format::chunk::ChunkInfo;
 use rafs::format::dirent::{self, Dirent};
@@ -20,7 +21,7 @@ use rafs::format::xattr::{self, XattrEntry, XattrHeader};
 use storage::codec::Codec;
 use storage::digest::DigestAlgorithm;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
-use zerocopy::{FromZeros, Immutable, IntoBytes};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use crate::content::{ChunkId, ChunkSource};
 use crate::layout::{self, Entry, Geometry, Layout};
@@ -73,7 +74,7 @@ impl Image<'_> {
 #[derive(Debug)]
 pub struct Bootstrap {
     /// Its bytes, a multiple of 4096.
-    pub bytes: Vec<u8>,
+    pub bytes: Buffer,
     /// Row of the blob table → place in [`Image::blobs`].
     pub blobs: Vec<usize>,
     /// Directory entries with root, hard links counted each.
@@ -107,8 +108,7 @@ pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
     let layout = layout::lay_out(image.tree, &geometry)?;
 
     let chunk_table_offset = (meta_offset + layout.area_size).next_multiple_of(BLOCK);
-    let records = numbering.records(image);
-    let chunk_table_size = 80 * records.len() as u64;
+    let chunk_table_size = (size_of::<ChunkInfo>() * numbering.used().count()) as u64;
     let end = (chunk_table_offset + chunk_table_size).next_multiple_of(BLOCK);
     if end > limits::MAX_BOOTSTRAP_SIZE {
         return Err(Error::limit(format!(
@@ -116,7 +116,7 @@ pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
             limits::MAX_BOOTSTRAP_SIZE
         )));
     }
-    let mut out = Output { bytes: vec![0; end as usize] };
+    let mut out = Output { bytes: Buffer::zeroed(end as usize) };
 
     let mut features = BlobFeatures::INLINED_CHUNK_DIGEST.bits();
     let (mut blocks, mut device_position) = (0u64, end);
@@ -170,9 +170,7 @@ pub fn write(image: &Image<'_>) -> Result<Bootstrap> {
     out.put(superblock::EXT_SUPERBLOCK_OFFSET as u64, &ext);
 
     InodeWriter { image, layout: &layout, numbering: &numbering, meta_offset, out: &mut out }.run()?;
-    for (n, record) in records.iter().enumerate() {
-        out.put(chunk_table_offset + 80 * n as u64, record);
-    }
+    numbering.fill(image, &mut out.bytes[chunk_table_offset as usize..][..chunk_table_size as usize]);
     Ok(Bootstrap { bytes: out.bytes, blobs: numbering.order, entry_count: u64::from(layout.entry_count) })
 }
 
@@ -303,19 +301,21 @@ impl Numbering {
         }
     }
 
-    /// The chunk-info table: used chunks by digest, blob and number. Equal ones of a blob keep a record
-    /// each, for a file refers to one of them.
-    fn records(&self, image: &Image<'_>) -> Vec<ChunkInfo> {
-        let mut records: Vec<ChunkInfo> =
-            self.used().map(|(id, file_offset)| self.record(image, id, file_offset)).collect();
-        records.sort_by_key(|r| (r.digest, r.blob_index.get(), r.index.get()));
-        records
+    /// Fills the chunk-info table: used chunks by digest, blob and number. Equal ones of a blob keep a
+    /// record each, for a file refers to one of them. `table` has room for all of them.
+    fn fill(&self, image: &Image<'_>, table: &mut [u8]) {
+        // Records are made of bytes, so every length divides, and every place is aligned.
+        let Ok(records) = <[ChunkInfo]>::mut_from_bytes(table) else { return };
+        for (place, (id, file_offset)) in records.iter_mut().zip(self.used()) {
+            *place = self.record(image, id, file_offset);
+        }
+        records.sort_unstable_by_key(|r| (r.digest, r.blob_index.get(), r.index.get()));
     }
 }
 
 /// A bootstrap of either version in the making. Positions were computed before and lie inside.
 pub(crate) struct Output {
-    pub bytes: Vec<u8>,
+    pub bytes: Buffer,
 }
 
 impl Output {

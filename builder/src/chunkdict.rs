@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use rafs::bootstrap::{Bootstrap, digester_code};
+use rafs::bootstrap::{Bootstrap, Buffer, digester_code};
 use rafs::format::blob_table::BlobRecord;
 use rafs::format::features::{BlobFeatures, ImageFlags};
 use rafs::format::limits::MAX_BLOBS;
@@ -63,7 +63,7 @@ pub struct DictionaryBlob {
 #[derive(Debug)]
 pub struct Dictionary {
     /// The bootstrap.
-    pub bootstrap: Vec<u8>,
+    pub bootstrap: Buffer,
     /// Its blobs in table order; empty if the images have nothing in common.
     pub blobs: Vec<DictionaryBlob>,
     /// Version of the format, that of all sources.

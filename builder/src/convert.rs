@@ -29,6 +29,7 @@ use std::io::BufWriter;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rafs::bootstrap::Buffer;
 use rafs::format::blob_table::BlobRecord;
 use rafs::format::features::BlobFeatures;
 use rafs::format::limits::MAX_CHUNK_SIZE;
@@ -230,7 +231,7 @@ struct FinishedLayer {
 
 /// The bootstrap of the merged tree.
 struct Merged {
-    bootstrap: Vec<u8>,
+    bootstrap: Buffer,
     /// Of its bytes.
     digest: Digest,
     root: TaggedDigest,

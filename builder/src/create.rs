@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
+use rafs::bootstrap::Buffer;
 use rafs::format::blob_table::BlobRecord;
 use storage::codec::Codec;
 use storage::digest::TaggedDigest;
@@ -99,7 +100,7 @@ pub enum LayerSource<'a> {
 /// A built layer.
 pub struct BuiltLayer {
     /// The bootstrap.
-    pub bootstrap: Vec<u8>,
+    pub bootstrap: Buffer,
     /// The blob. Without chunks and without an inlined bootstrap nothing was written to it.
     pub blob: FinishedBlob,
     /// True if the layer has file data of its own, so that the bootstrap names the blob.

@@ -1,12 +1,11 @@
 //! What a layer is built upon: chunks that exist already, and the tree below.
 
-use std::collections::HashMap;
-
 use rafs::bootstrap::Bootstrap;
 use rafs::format::features::{BlobFeatures, ImageFlags};
 use storage::digest::{Digest, DigestAlgorithm};
 
 use crate::content::{ChunkId, ChunkRow, ChunkSource};
+use crate::id_table::IdTable;
 use crate::load::LoadedChunks;
 use crate::merge::carried_records;
 use crate::tree::{Content, FileId, InodeId, LayerIndex, Tree};
@@ -32,7 +31,7 @@ pub struct Below {
     /// Places of the parent's blobs, which stay in the image whether it uses them or not.
     pub(crate) kept: Vec<usize>,
     layers: u16,
-    by_digest: HashMap<(Digest, u32), ChunkId>,
+    by_digest: IdTable,
 }
 
 impl Below {
@@ -53,7 +52,7 @@ impl Below {
             parent: None,
             kept: Vec::new(),
             layers: 0,
-            by_digest: HashMap::new(),
+            by_digest: IdTable::default(),
         };
         if let Some(dictionary) = dictionary {
             agrees("the chunk dictionary", dictionary, common)?;
@@ -100,14 +99,17 @@ impl Below {
         for id in (first..self.chunks.chunk_count() as u32).map(ChunkId) {
             let row = self.chunks.row(id);
             // Of equal chunks the first stays: the dictionary's.
-            self.by_digest.entry((row.digest, row.uncompressed_size)).or_insert(id);
+            if self.find(&row.digest, row.uncompressed_size).is_none() {
+                let key = (row.digest, row.uncompressed_size);
+                self.by_digest.insert(&key, id, |other| content_of(&self.chunks, other));
+            }
         }
         Ok(tree)
     }
 
     /// The chunk with this digest and length.
     pub(crate) fn find(&self, digest: &Digest, len: u32) -> Option<ChunkId> {
-        self.by_digest.get(&(*digest, len)).copied()
+        self.by_digest.find(&(*digest, len), |id| content_of(&self.chunks, id))
     }
 
     /// Number of chunks: those of the layer are numbered from here.
@@ -123,6 +125,12 @@ impl Below {
             }
         }
     }
+}
+
+/// What makes two chunks the same.
+fn content_of(chunks: &LoadedChunks, id: ChunkId) -> (Digest, u32) {
+    let row = chunks.row(id);
+    (row.digest, row.uncompressed_size)
 }
 
 /// Chunks below, then those of the layer.

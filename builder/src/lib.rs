@@ -14,6 +14,7 @@ pub mod durable;
 pub mod error;
 pub mod export;
 pub mod hints;
+mod id_table;
 pub mod image;
 pub mod layered;
 pub mod layout;

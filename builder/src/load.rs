@@ -8,6 +8,7 @@ use rafs::format::blob_table::BlobRecord;
 use rafs::format::limits::MAX_DEPTH;
 
 use crate::content::{ChunkId, ChunkRow, ChunkSource};
+use crate::id_table::IdTable;
 use crate::tree::{
     Children, Content, FileId, Inode, InodeId, LayerIndex, Metadata, Tree, Xattr, XattrPool, Xattrs, shown,
 };
@@ -20,7 +21,8 @@ pub struct LoadedChunks {
     pub blobs: Vec<BlobRecord>,
     by_id: HashMap<[u8; 64], u32>,
     rows: Vec<ChunkRow>,
-    by_place: HashMap<(u32, u32), ChunkId>,
+    /// Rows by blob and number there, as they were loaded.
+    by_place: IdTable,
     /// Per layer: where each file's chunks start in `refs`.
     files: Vec<Vec<usize>>,
     refs: Vec<ChunkId>,
@@ -243,8 +245,11 @@ impl Loader<'_> {
                 ),
             )
         })?;
-        if let Some(&id) = self.chunks.by_place.get(&(blob, chunk.index.0)) {
-            let known = &self.chunks.rows[id.0 as usize];
+        let rows = &self.chunks.rows;
+        let place = (blob, chunk.index.0);
+        let of = |id: ChunkId| (rows[id.0 as usize].blob, rows[id.0 as usize].index);
+        if let Some(id) = self.chunks.by_place.find(&place, of) {
+            let known = &rows[id.0 as usize];
             let same = known.digest.0 == record.digest
                 && known.uncompressed_size == record.uncompressed_size.get()
                 && known.uncompressed_offset == record.uncompressed_offset.get();
@@ -257,9 +262,8 @@ impl Loader<'_> {
             }
             return Ok(id);
         }
-        let id = ChunkId(
-            u32::try_from(self.chunks.rows.len()).map_err(|_| Error::limit("more than 2^32 chunks"))?,
-        );
+        let id = ChunkId(u32::try_from(rows.len()).map_err(|_| Error::limit("more than 2^32 chunks"))?);
+        self.chunks.by_place.insert(&place, id, of);
         self.chunks.rows.push(ChunkRow {
             digest: storage::digest::Digest(record.digest),
             blob,
@@ -271,7 +275,6 @@ impl Loader<'_> {
             uncompressed_offset: record.uncompressed_offset.get(),
             crc32: record.crc32.get(),
         });
-        self.chunks.by_place.insert((blob, chunk.index.0), id);
         Ok(id)
     }
 }

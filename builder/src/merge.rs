@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use rafs::bootstrap::{Bootstrap, digester_code};
+use rafs::bootstrap::{Bootstrap, Buffer, digester_code};
 use rafs::format::blob_table::BlobRecord;
 use rafs::format::features::{BlobFeatures, ImageFlags};
 use storage::codec::Codec;
@@ -53,7 +53,7 @@ pub struct MergeSource {
 /// A merged image.
 pub struct Merged {
     /// The bootstrap.
-    pub bootstrap: Vec<u8>,
+    pub bootstrap: Buffer,
     /// Names of its blobs in table order.
     pub blobs: Vec<String>,
     /// Default compressor: the last layer's.

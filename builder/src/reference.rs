@@ -103,7 +103,7 @@ pub fn build_reference(
     let mut output = session.finish()?;
     let context = match kind {
         ReferenceKind::Layer | ReferenceKind::Estargz => {
-            let slices = index.map(|index| place(&mut output, &index)).transpose()?;
+            let slices = index.map(|index| place(&mut output, index)).transpose()?;
             Context::Separate { id: source, size: len, slices }
         }
         ReferenceKind::Tarfs if len.is_multiple_of(TAR_BLOCK) => {
@@ -186,16 +186,16 @@ pub fn build_indexed(
 }
 
 /// Finds the slices of all chunks, and replaces their places in the tar by those in the gzip file.
-fn place(output: &mut Output, index: &GzipIndex) -> Result<SliceTable> {
+fn place(output: &mut Output, index: GzipIndex) -> Result<SliceTable> {
     let chunks = &mut output.content.chunks;
     let count = chunks.len() as u32;
     let rows = |n: u32| {
         let chunk = output.content.row(crate::content::ChunkId(n));
         (chunk.compressed_offset, chunk.uncompressed_size)
     };
-    let slices = index.slices((0..count).map(rows))?;
+    let mut slices = index.slices((0..count).map(rows))?;
     let places = (0..count).map(|n| slices.place(rows(n).0)).collect();
-    let (bytes, count) = slices.encode();
+    let (bytes, count) = slices.encode()?;
     output.content.chunks.place_in_slices(|at, len| slices.hint(at, len));
     Ok(SliceTable { places, bytes, count })
 }

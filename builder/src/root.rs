@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 
+use rafs::bootstrap::Buffer;
 use rafs::merkle::{DirectoryDigest, Merkle, NO_LINKS, NodeFields};
 use storage::digest::{Digest, DigestAlgorithm, TaggedDigest};
 
@@ -47,7 +48,7 @@ pub fn image_root(tree: &Tree, chunks: &dyn ChunkSource, options: RootOptions) -
 pub fn check_written(bootstrap: &[u8], root: Option<TaggedDigest>) -> Result<()> {
     const FAILS: &str = "the new bootstrap fails its own check";
     let options = rafs::bootstrap::OpenOptions::default();
-    let opened = rafs::bootstrap::from_bytes(bootstrap.to_vec(), &options)
+    let opened = rafs::bootstrap::from_bytes(Buffer::copy_of(bootstrap), &options)
         .map_err(|e| Error::from(e).context(FAILS))?;
     let Some(root) = root else { return Ok(()) };
     let found = rafs::merkle::image_root(&*opened).map_err(|e| Error::from(e).context(FAILS))?;

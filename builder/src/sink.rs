@@ -1,7 +1,7 @@
 //! Where the bytes of one blob go: any writer, with the running SHA-256 that names the blob.
 
 use std::fmt;
-use std::io::Write;
+use std::io::{self, Write};
 
 use storage::digest::{Digest, DigestAlgorithm, Hasher};
 
@@ -53,7 +53,7 @@ impl BlobSink {
         if let Some(all) = &mut self.all {
             all.update(bytes);
         }
-        self.write(bytes)
+        self.put(bytes)
     }
 
     /// Appends `bytes` without feeding them to the digest.
@@ -63,10 +63,10 @@ impl BlobSink {
     pub fn append_unhashed(&mut self, bytes: &[u8]) -> Result<()> {
         let sha256 = &self.sha256;
         self.all.get_or_insert_with(|| Box::new(sha256.clone())).update(bytes);
-        self.write(bytes)
+        self.put(bytes)
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.out.write_all(bytes).map_err(|e| {
             Error::io(format!("write blob {} ({} bytes at {})", self.name, bytes.len(), self.len), e)
         })?;
@@ -106,6 +106,18 @@ impl BlobSink {
     pub fn close(mut self) -> Result<Box<dyn Write + Send>> {
         self.out.flush().map_err(|e| Error::io(format!("flush blob {}", self.name), e))?;
         Ok(self.out)
+    }
+}
+
+/// As [`BlobSink::append`], for encoders.
+impl Write for BlobSink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.append(bytes).map_err(Error::into_io)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
     }
 }
 

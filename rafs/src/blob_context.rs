@@ -6,6 +6,7 @@
 //! nothing else waits for it. For data that is an original layer it lies in a blob of its own.
 //! The local copy beside the cache (`<id>.blob.meta`) holds it decoded.
 
+use std::ops::DerefMut;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -80,12 +81,23 @@ impl BlobContext {
     /// # Errors
     /// `Corrupt`: it does not decode, contradicts the blob record, or an entry is bad.
     pub fn from_stored(blob: &Blob, stored: &[u8]) -> Result<Self> {
+        Self::from_stored_in(blob, stored, |len| vec![0; len])
+    }
+
+    /// [`Self::from_stored`] in memory that `room` gives: as many bytes as asked for.
+    ///
+    /// # Errors
+    /// As [`Self::from_stored`].
+    pub fn from_stored_in<R>(blob: &Blob, stored: &[u8], room: impl FnOnce(usize) -> R) -> Result<Self>
+    where
+        R: AsRef<[u8]> + DerefMut<Target = [u8]> + Send + 'static,
+    {
         let name = |e: Error| e.context(format_args!("context of blob {}", blob.id));
         let Some((array, header)) = stored.split_last_chunk::<HEADER_SIZE>() else {
             return Err(name(Error::corrupt(format!("{} bytes are too few", stored.len()))));
         };
         // The record's size was capped when the blob table was checked.
-        let mut decoded = vec![0; blob.record.ci_uncompressed_size.get() as usize];
+        let mut decoded = room(blob.record.ci_uncompressed_size.get() as usize);
         let codec = codec_of_context(&blob.record).map_err(name)?;
         let mut header = *header;
         match &blob.cipher {
@@ -100,7 +112,7 @@ impl BlobContext {
             }
         }
         .map_err(|e| name(Error::corrupt("the array does not decode").with_source(e)))?;
-        Self::new(blob, decoded, &header).map_err(name)
+        Self::new(blob, Bytes::from_owner(decoded), &header).map_err(name)
     }
 
     /// Reads a local `<id>.blob.meta` file.
@@ -112,7 +124,7 @@ impl BlobContext {
         let len = blob.record.ci_uncompressed_size.get() as usize;
         match file.split_last_chunk::<HEADER_SIZE>() {
             Some((array, header)) if array.len() == len.next_multiple_of(HEADER_SIZE) => {
-                Self::new(blob, array[..len].to_vec(), header).map_err(name)
+                Self::new(blob, Bytes::copy_from_slice(&array[..len]), header).map_err(name)
             }
             _ => Err(name(Error::corrupt(format!("{} bytes: want {len} padded and a header", file.len())))),
         }
@@ -127,11 +139,10 @@ impl BlobContext {
         file
     }
 
-    fn new(blob: &Blob, array: Vec<u8>, header: &[u8; HEADER_SIZE]) -> Result<Self> {
+    fn new(blob: &Blob, array: Bytes, header: &[u8; HEADER_SIZE]) -> Result<Self> {
         let fields = ContextHeader::ref_from_bytes(header).map_err(|_| Error::corrupt("header size"))?;
         let v2 = blob.features.contains(BlobFeatures::CHUNK_INFO_V2);
         let unit_count = check_header(blob, fields, array.len() as u64, v2)?;
-        let array = Bytes::from(array);
         let slices = match blob.features.contains(BlobFeatures::ZRAN) {
             true => slices(blob, &array, unit_count)?,
             false => Vec::new(),

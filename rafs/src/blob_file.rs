@@ -14,6 +14,7 @@ use storage::digest::{Digest, DigestAlgorithm};
 use storage::ids::ByteRange;
 use zerocopy::FromBytes;
 
+use crate::bootstrap::Buffer;
 use crate::format::blob_context::{CONTEXT_MAGIC, ContextHeader, HEADER_SIZE};
 use crate::format::limits::{MAX_BOOTSTRAP_SIZE, MAX_TOC_SIZE};
 use crate::format::tar_header;
@@ -89,7 +90,7 @@ impl BlobFile {
     ///
     /// # Errors
     /// `NotFound`: the file holds none. `Corrupt`: larger than 2 GiB, or damaged.
-    pub fn bootstrap(&self, read: &mut ReadAt<'_>) -> Result<Vec<u8>> {
+    pub fn bootstrap(&self, read: &mut ReadAt<'_>) -> Result<Buffer> {
         self.decode(name::IMAGE_BOOT, MAX_BOOTSTRAP_SIZE, read)
     }
 
@@ -97,7 +98,7 @@ impl BlobFile {
     ///
     /// # Errors
     /// `NotFound`: the file has no such section. `Corrupt`: more than `cap` bytes, or damaged.
-    pub fn decode(&self, name: &str, cap: u64, read: &mut ReadAt<'_>) -> Result<Vec<u8>> {
+    pub fn decode(&self, name: &str, cap: u64, read: &mut ReadAt<'_>) -> Result<Buffer> {
         let section = self
             .section(name)
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("the blob file has no section {name}")))?;
@@ -107,9 +108,9 @@ impl BlobFile {
         }
         let stored = read(section.stored)?;
         let decoded = if section.codec == Codec::None {
-            stored
+            stored.into()
         } else {
-            let mut decoded = vec![0; section.decoded_size as usize];
+            let mut decoded = Buffer::zeroed(section.decoded_size as usize);
             decompress(section.codec, &stored, &mut decoded)
                 .map_err(|e| fail("does not decode".into()).with_source(e))?;
             decoded

@@ -1,7 +1,7 @@
-//! The only unsafe of this crate: mapping a bootstrap and giving its pages back.
+//! The only unsafe of this crate: mapping a bootstrap, giving its pages back, and memory that a file backs.
 
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut};
 
 use crate::{Error, Result};
 
@@ -47,5 +47,39 @@ impl Deref for Mapping {
 
     fn deref(&self) -> &[u8] {
         &self.0
+    }
+}
+
+/// A file without a name, mapped, which this process alone can reach.
+#[derive(Debug)]
+pub struct UnnamedFile(memmap2::MmapMut);
+
+impl UnnamedFile {
+    /// A file of `len` zeros in the system's folder for temporary files, all of it allocated: a
+    /// full disk is an error here, and not a signal when a page is written.
+    ///
+    /// # Errors
+    /// Those of making, allocating and mapping it.
+    pub fn zeroed(len: usize) -> std::io::Result<Self> {
+        let file = tempfile::tempfile()?;
+        let size = i64::try_from(len).map_err(std::io::Error::other)?;
+        nix::fcntl::posix_fallocate(&file, 0, size)?;
+        // SAFETY: nobody changes the file beside this map: it has no name, and its only descriptor
+        // is closed below.
+        Ok(Self(unsafe { memmap2::MmapMut::map_mut(&file) }?))
+    }
+}
+
+impl Deref for UnnamedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl DerefMut for UnnamedFile {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.0
     }
 }

@@ -97,7 +97,7 @@ fn inlined_bootstraps_list_and_decode() {
             |range: storage::ids::ByteRange| Ok(layer[range.start() as usize..range.end() as usize].to_vec());
         let file = BlobFile::read(layer.len() as u64, &mut read).unwrap();
         let bytes = file.bootstrap(&mut read).unwrap();
-        assert_eq!(open_bytes(bytes.clone()).blobs()[0].id.as_str(), "x".repeat(64));
+        assert_eq!(open_bytes(bytes.to_vec()).blobs()[0].id.as_str(), "x".repeat(64));
         let inlined_blob_id = Some(BlobId::new("layer").unwrap());
         let bootstrap = from_bytes(bytes, &OpenOptions { inlined_blob_id }).unwrap();
         assert_eq!(bootstrap.blobs()[0].id.as_str(), "layer");

@@ -23,6 +23,7 @@ mod kernel;
 mod kills;
 mod lazy;
 mod lifetime;
+mod memory;
 mod mounts;
 mod outages;
 mod own_mount;

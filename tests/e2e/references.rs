@@ -18,7 +18,7 @@ use tests::{Result, ensure, needs_mounts, needs_programs};
 /// The bootstrap at the end of a blob.
 fn bootstrap_in(blob: &[u8]) -> Result<Vec<u8>> {
     let mut read = |range: ByteRange| Ok(blob[range.start() as usize..range.end() as usize].to_vec());
-    Ok(BlobFile::read(blob.len() as u64, &mut read)?.bootstrap(&mut read)?)
+    Ok(BlobFile::read(blob.len() as u64, &mut read)?.bootstrap(&mut read)?.to_vec())
 }
 
 /// Two layers that name every directory they put something into: what a bootstrap of a layer says of

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rafs::blob_file::BlobFile;
-use rafs::bootstrap::{Bootstrap, OpenOptions};
+use rafs::bootstrap::{Bootstrap, Buffer, OpenOptions};
 use rafs::format::toc::name;
 use storage::ids::{BlobId, ByteRange};
 
@@ -44,7 +44,7 @@ pub fn open(path: &Path) -> Result<Opened> {
 ///
 /// # Errors
 /// As [`open`].
-pub fn inside(path: &Path) -> Result<Option<Vec<u8>>> {
+pub fn inside(path: &Path) -> Result<Option<Buffer>> {
     let failed = |e| Error::io(format!("open {}", path.display()), e);
     let file = storage::outside::open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;

@@ -12,7 +12,7 @@ mod carry;
 pub mod compact;
 pub mod optimize;
 
-use rafs::bootstrap::Bootstrap;
+use rafs::bootstrap::{Bootstrap, Buffer};
 use rafs::format::blob_table::BlobRecord;
 use rafs::format::features::ImageFlags;
 use storage::codec::Codec;
@@ -34,7 +34,7 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct Rewritten {
     /// The bootstrap.
-    pub bootstrap: Vec<u8>,
+    pub bootstrap: Buffer,
     /// Names of its blobs in table order.
     pub blobs: Vec<String>,
     /// Version of the format, that of the image.

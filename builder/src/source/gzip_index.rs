@@ -10,12 +10,15 @@
 //! A start keeps the 32 KiB decoded before it. Slices are made of starts when all chunks are known,
 //! so nothing but the stream itself decides where they begin.
 
-use std::io::{self, Read};
+use std::env::temp_dir;
+use std::io::{self, Read, Seek as _, Write as _};
 
-use bytes::Bytes;
+use rafs::bootstrap::Buffer;
 use rafs::format::blob_context::ZranSlice;
 use rafs::format::limits::{MAX_CHUNK_SIZE, MAX_CONTEXT_SIZE};
 use storage::inflate::{Boundary, GzipBlocks, MAX_DICTIONARY};
+use tempfile::SpooledTempFile;
+use zerocopy::IntoBytes as _;
 use zerocopy::byteorder::little_endian::{U32, U64};
 
 use crate::{Error, ErrorKind, Result};
@@ -23,6 +26,8 @@ use crate::{Error, ErrorKind, Result};
 /// Decoded bytes between starts, at least. A start costs 32 KiB of dictionary before compression,
 /// a slice is what a first read of any of its chunks fetches: some 1.5 MiB of an ordinary layer.
 const STRIDE: u64 = 4 << 20;
+/// Dictionaries of layers up to 1 GiB decoded stay in memory, those of others go to a temporary file.
+const DICTIONARIES_IN_MEMORY: usize = 8 << 20;
 /// Most starts: readers hold a context of 512 MiB at most.
 const MAX_STARTS: usize = (MAX_CONTEXT_SIZE / MAX_DICTIONARY as u64) as usize;
 /// Bytes of input read at once.
@@ -52,16 +57,18 @@ pub struct GzipIndexer<R> {
 }
 
 /// Where decoding can begin.
-#[derive(Default)]
 pub struct GzipIndex {
-    starts: Vec<(Boundary, Bytes)>,
+    /// With the length of the dictionary of each.
+    starts: Vec<(Boundary, usize)>,
+    /// Dictionaries of all starts, one behind the other.
+    dictionaries: SpooledTempFile,
     /// (decoded, stored) bytes up to points in between, ascending.
     marks: Vec<(u64, u64)>,
 }
 
 /// The slices that the chunks of a build lie in.
-pub struct Slices<'a> {
-    index: &'a GzipIndex,
+pub struct Slices {
+    index: GzipIndex,
     /// End of each start's slice, decoded; where it begins if no chunk lies in it.
     ends: Vec<u64>,
     /// Number of each start's slice among those that have chunks.
@@ -87,7 +94,11 @@ impl<R: Read> GzipIndexer<R> {
             padded: false,
             consumed: 0,
             produced: 0,
-            index: GzipIndex::default(),
+            index: GzipIndex {
+                starts: Vec::new(),
+                dictionaries: SpooledTempFile::new(DICTIONARIES_IN_MEMORY),
+                marks: Vec::new(),
+            },
         })
     }
 
@@ -157,8 +168,11 @@ impl<R: Read> GzipIndexer<R> {
             return Err(Error::limit("a layer of more than 64 GiB decoded can not be referred to").into_io());
         }
         let from = self.decoded_end.saturating_sub(MAX_DICTIONARY);
-        let dictionary = Bytes::copy_from_slice(&self.decoded[from..self.decoded_end]);
-        self.index.starts.push((boundary, dictionary));
+        let dictionary = &self.decoded[from..self.decoded_end];
+        self.index.dictionaries.write_all(dictionary).map_err(|e| {
+            Error::io(format!("write a temporary file in {}", temp_dir().display()), e).into_io()
+        })?;
+        self.index.starts.push((boundary, dictionary.len()));
         self.index.marks.push((boundary.out_offset, boundary.in_offset));
         Ok(())
     }
@@ -181,7 +195,7 @@ impl GzipIndex {
     ///
     /// # Errors
     /// `Unsupported`: a block is so long that a slice with it would be larger than readers accept.
-    pub fn slices(&self, chunks: impl Iterator<Item = (u64, u32)>) -> Result<Slices<'_>> {
+    pub fn slices(self, chunks: impl Iterator<Item = (u64, u32)>) -> Result<Slices> {
         let mut ends: Vec<u64> = self.starts.iter().map(|(start, _)| start.out_offset).collect();
         for (at, len) in chunks {
             let number = self.start_of(at)?;
@@ -218,10 +232,8 @@ impl GzipIndex {
         behind.checked_sub(1).ok_or_else(|| Error::bad_source("gzip data without a first block"))
     }
 
-    /// Stored bytes that surely decode to all of the first `decoded` ones.
     fn stored_up_to(&self, decoded: u64) -> u64 {
-        let mark = self.marks.partition_point(|(out, _)| *out < decoded);
-        self.marks.get(mark).or(self.marks.last()).map_or(0, |(_, stored)| *stored)
+        stored_up_to(&self.marks, decoded)
     }
 
     /// Stored bytes that surely do not reach byte `decoded`.
@@ -231,7 +243,13 @@ impl GzipIndex {
     }
 }
 
-impl Slices<'_> {
+/// Stored bytes that surely decode to all of the first `decoded` ones.
+fn stored_up_to(marks: &[(u64, u64)], decoded: u64) -> u64 {
+    let mark = marks.partition_point(|(out, _)| *out < decoded);
+    marks.get(mark).or(marks.last()).map_or(0, |(_, stored)| *stored)
+}
+
+impl Slices {
     /// The slice of a chunk, and where in it the chunk begins.
     pub fn place(&self, at: u64) -> (u32, u32) {
         // `slices` has looked at every chunk.
@@ -248,30 +266,48 @@ impl Slices<'_> {
     }
 
     /// Contexts and dictionaries as a blob context has them, and the number of contexts.
-    pub fn encode(&self) -> (Vec<u8>, u32) {
-        use zerocopy::IntoBytes as _;
-        let (mut contexts, mut dictionaries) = (Vec::new(), Vec::new());
-        for ((start, dictionary), end) in self.index.starts.iter().zip(&self.ends) {
-            if *end == start.out_offset {
+    ///
+    /// # Errors
+    /// `Io`: reading dictionaries back from a temporary file.
+    pub fn encode(&mut self) -> Result<(Buffer, u32)> {
+        let Self { index, ends, .. } = self;
+        let GzipIndex { starts, dictionaries, marks } = index;
+        let used = |&((start, _), end): &(&(Boundary, usize), &u64)| *end > start.out_offset;
+        let count = starts.iter().zip(&*ends).filter(used).count();
+        let len: usize = starts.iter().zip(&*ends).filter(used).map(|((_, len), _)| len).sum();
+        let mut bytes = Buffer::zeroed(count * size_of::<ZranSlice>() + len);
+        let (contexts, mut room) = bytes.split_at_mut(count * size_of::<ZranSlice>());
+        let mut contexts = contexts.chunks_exact_mut(size_of::<ZranSlice>());
+        let failed = |e| Error::io("read dictionaries from a temporary file", e);
+        dictionaries.rewind().map_err(failed)?;
+        let mut at = 0;
+        for (&(start, size), &end) in starts.iter().zip(&*ends) {
+            if end == start.out_offset {
+                let behind = i64::try_from(size).map_err(|_| Error::limit("a dictionary beyond 2^63"))?;
+                dictionaries.seek_relative(behind).map_err(failed)?;
                 continue;
             }
-            contexts.push(ZranSlice {
+            let (dictionary, rest) = room.split_at_mut(size);
+            dictionaries.read_exact(dictionary).map_err(failed)?;
+            room = rest;
+            let slice = ZranSlice {
                 in_offset: U64::new(start.in_offset),
                 out_offset: U64::new(start.out_offset),
-                dict_offset: U64::new(dictionaries.len() as u64),
+                dict_offset: U64::new(at),
                 // Both were bounded when the slices were made.
-                in_len: U32::new((self.index.stored_up_to(*end) - start.in_offset) as u32),
+                in_len: U32::new((stored_up_to(marks, end) - start.in_offset) as u32),
                 out_len: U32::new((end - start.out_offset) as u32),
-                dict_size: U32::new(dictionary.len() as u32),
+                dict_size: U32::new(size as u32),
                 ctx_byte: if start.bits > 0 { start.byte } else { 0 },
                 ctx_bits: start.bits,
                 reserved: [0; 2],
-            });
-            dictionaries.extend_from_slice(dictionary);
+            };
+            if let Some(place) = contexts.next() {
+                place.copy_from_slice(slice.as_bytes());
+            }
+            at += size as u64;
         }
-        let count = contexts.len() as u32;
-        let mut bytes = contexts.as_bytes().to_vec();
-        bytes.extend_from_slice(&dictionaries);
-        (bytes, count)
+        // At most MAX_STARTS.
+        Ok((bytes, count as u32))
     }
 }

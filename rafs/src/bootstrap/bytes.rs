@@ -4,6 +4,7 @@ use std::ops::Deref;
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
+use super::buffer::Buffer;
 use crate::sys::Mapping;
 use crate::{Error, Result};
 
@@ -13,7 +14,7 @@ pub enum Image {
     /// A file nobody else can truncate.
     Mapped(Mapping),
     /// Everything else is read.
-    Owned(Vec<u8>),
+    Owned(Buffer),
 }
 
 impl Image {

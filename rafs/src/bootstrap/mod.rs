@@ -13,6 +13,7 @@
 //! to digest row, and one bit per 32 bytes of bootstrap that says where an inode starts.
 
 mod blobs;
+mod buffer;
 mod bytes;
 mod chunks;
 mod faults;
@@ -27,9 +28,10 @@ mod xattr_names;
 
 use blobs::blob_name;
 pub use blobs::{codec, codec_code, codec_of_context, digester_code};
+pub use buffer::Buffer;
 pub use chunks::{lies_in_context, stored_size};
 pub use faults::Faults;
-pub use open::{OpenOptions, adopt, adopt_own, digest, from_bytes, open};
+pub use open::{OpenOptions, adopt, adopt_own, digest, from_bytes, open, read};
 pub(crate) use v5::validate as validate_v5;
 pub use v5::{Record as V5Record, V5};
 pub use v6::V6;

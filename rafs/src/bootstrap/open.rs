@@ -9,6 +9,7 @@ use storage::digest::{Digest, DigestAlgorithm};
 use storage::ids::BlobId;
 
 use super::Bootstrap;
+use super::buffer::Buffer;
 use super::bytes::Image;
 use super::v5::V5;
 use super::v6::V6;
@@ -37,14 +38,20 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn Bootstrap>> {
     validate(&mut open_source(path)?, options).map_err(|e| e.context(path.display()))
 }
 
+/// The bytes of `path`, whatever they are.
+///
+/// # Errors
+/// `Io`, `Invalid`, `Corrupt`: it can not be read, is no regular file, or larger than any bootstrap.
+pub fn read(path: &Path) -> Result<Buffer> {
+    read_bounded(&mut open_source(path)?).map_err(|e| e.context(path.display()))
+}
+
 /// The bootstrap that `file` holds.
 fn validate(file: &mut File, options: &OpenOptions) -> Result<Box<dyn Bootstrap>> {
     let image = if is_private(file)? {
         Image::Mapped(Mapping::new(file)?)
     } else {
-        let mut bytes = Vec::new();
-        copy_bounded(file, &mut bytes)?;
-        Image::Owned(bytes)
+        Image::Owned(read_bounded(file)?)
     };
     from_image(image, options)
 }
@@ -61,8 +68,8 @@ fn from_image(image: Image, options: &OpenOptions) -> Result<Box<dyn Bootstrap>>
 ///
 /// # Errors
 /// As [`open`], without `Io`.
-pub fn from_bytes(bytes: Vec<u8>, options: &OpenOptions) -> Result<Box<dyn Bootstrap>> {
-    from_image(Image::Owned(bytes), options)
+pub fn from_bytes(bytes: impl Into<Buffer>, options: &OpenOptions) -> Result<Box<dyn Bootstrap>> {
+    from_image(Image::Owned(bytes.into()), options)
 }
 
 /// Copies the bootstrap at `source` into `work_dir` as `<sha256>.boot`, mode 0600, and opens
@@ -188,7 +195,10 @@ fn check_size(size: u64) -> Result<()> {
     Ok(())
 }
 
-fn copy_bounded(file: &mut File, into: &mut Vec<u8>) -> Result<()> {
-    file.take(MAX_BOOTSTRAP_SIZE + 1).read_to_end(into).map_err(|e| Error::io("read", e))?;
-    check_size(into.len() as u64)
+fn read_bounded(file: &mut File) -> Result<Buffer> {
+    let len = file.metadata().map_err(|e| Error::io("stat", e))?.len().min(MAX_BOOTSTRAP_SIZE);
+    let bytes = Buffer::read(file.take(MAX_BOOTSTRAP_SIZE + 1), len as usize);
+    let bytes = bytes.map_err(|e| Error::io("read", e))?;
+    check_size(bytes.len() as u64)?;
+    Ok(bytes)
 }

@@ -16,7 +16,8 @@ use zerocopy::byteorder::little_endian::U32;
 pub use data::{DataReport, data};
 
 use crate::bootstrap::{
-    Bootstrap, ChunkRef, Faults, FileType, Nid, OpenOptions, Step, V5, V6, Walk, validate, validate_v5,
+    Bootstrap, Buffer, ChunkRef, Faults, FileType, Nid, OpenOptions, Step, V5, V6, Walk, validate,
+    validate_v5,
 };
 use crate::format::features::{BlobFeatures, ImageFlags};
 use crate::format::superblock::{SUPERBLOCK_OFFSET, Superblock};
@@ -66,7 +67,8 @@ pub struct Counts {
 /// # Errors
 /// `Unsupported`: an image of a kind not read yet, by name. Every broken rule is in the
 /// report instead.
-pub fn structure(bytes: Vec<u8>, options: &OpenOptions) -> Result<Report> {
+pub fn structure(bytes: impl Into<Buffer>, options: &OpenOptions) -> Result<Report> {
+    let bytes = bytes.into();
     let mut faults = Faults::collect(MAX_FAULTS);
     let (inlined, v5) = (options.inlined_blob_id.as_ref(), is_v5(&bytes));
     let door = if v5 {
@@ -83,11 +85,11 @@ pub fn structure(bytes: Vec<u8>, options: &OpenOptions) -> Result<Report> {
     }
     let mut counts = Counts::default();
     if faults.is_empty() && v5 {
-        counts = v5::check(&V5::from_vec(bytes, options)?, &mut faults)?;
+        counts = v5::check(&V5::from_buffer(bytes, options)?, &mut faults)?;
     } else if faults.is_empty() {
         let blocks = Superblock::ref_from_prefix(bytes.get(SUPERBLOCK_OFFSET..).unwrap_or_default())
             .map_or(U32::ZERO, |(sb, _)| sb.blocks);
-        let bootstrap = V6::from_vec(bytes, options)?;
+        let bootstrap = V6::from_buffer(bytes, options)?;
         tables(&bootstrap, blocks.get(), &mut faults)?;
         let mut used = vec![false; bootstrap.chunk_table().len()];
         counts = tree(&bootstrap, &mut faults, &mut |chunk| {

@@ -2,8 +2,6 @@
 //! from.
 
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io::Read as _;
 use std::ops::ControlFlow;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -11,7 +9,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use builder::ErrorKind;
 use builder::chunks::BuiltContent;
 use builder::compare::{CompareOptions, Side, compare};
@@ -26,7 +24,6 @@ use builder::overlay::WhiteoutSpec;
 use builder::pipeline::{DataOptions, Placement};
 use builder::tree::Tree;
 use rafs::bootstrap::{Bootstrap, FileType, OpenOptions};
-use rafs::format::limits::MAX_BOOTSTRAP_SIZE;
 use storage::codec::Codec;
 use storage::digest::TaggedDigest;
 use storage::ids::ByteRange;
@@ -94,7 +91,7 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
 fn structure(path: &Path) -> anyhow::Result<Option<Opened>> {
     let (bytes, options, blob) = match image::inside(path)? {
         Some(bytes) => (bytes, OpenOptions { inlined_blob_id: image::blob_id(path) }, Some(path.to_owned())),
-        None => (read_bootstrap(path)?, OpenOptions::default(), None),
+        None => (rafs::bootstrap::read(path)?, OpenOptions::default(), None),
     };
     let report = rafs::check::structure(bytes.clone(), &options)
         .with_context(|| format!("check {}", path.display()))?;
@@ -110,18 +107,6 @@ fn structure(path: &Path) -> anyhow::Result<Option<Opened>> {
     }
     let bootstrap = rafs::bootstrap::from_bytes(bytes, &options)?.into();
     Ok(Some(Opened { bootstrap, blob }))
-}
-
-fn read_bootstrap(path: &Path) -> anyhow::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let file = File::open(path).with_context(|| format!("open bootstrap {}", path.display()))?;
-    file.take(MAX_BOOTSTRAP_SIZE + 1)
-        .read_to_end(&mut bytes)
-        .with_context(|| format!("read bootstrap {}", path.display()))?;
-    if bytes.len() as u64 > MAX_BOOTSTRAP_SIZE {
-        bail!("{} is larger than {MAX_BOOTSTRAP_SIZE} bytes: not a bootstrap", path.display());
-    }
-    Ok(bytes)
 }
 
 fn describe(bootstrap: &dyn Bootstrap) -> anyhow::Result<String> {

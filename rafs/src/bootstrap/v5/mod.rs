@@ -12,6 +12,7 @@ use std::ops::ControlFlow;
 use storage::ids::ChunkIndex;
 use zerocopy::byteorder::little_endian::U32;
 
+use super::buffer::Buffer;
 use super::bytes::{Image, records};
 use super::faults::Faults;
 use super::open::OpenOptions;
@@ -47,7 +48,7 @@ impl V5 {
     ///
     /// # Errors
     /// As [`super::from_bytes`].
-    pub(crate) fn from_vec(bytes: Vec<u8>, options: &OpenOptions) -> Result<Self> {
+    pub(crate) fn from_buffer(bytes: Buffer, options: &OpenOptions) -> Result<Self> {
         Self::new(Image::Owned(bytes), options)
     }
 
