@@ -3,10 +3,10 @@
 //! Of a gzip file, slices are found that can be decoded alone (`targz-ref`); of a plain tar every
 //! chunk can be read where it lies (`targz-ref`, too, and `tar-tarfs` for the kernel).
 
-use std::io::{BufReader, Read};
+use std::io::Read;
 
 use storage::codec::Codec;
-use storage::digest::{Digest, DigestAlgorithm, Hasher};
+use storage::digest::{Digest, DigestAlgorithm};
 use storage::ids::BlobId;
 
 use crate::blob_writer::{Context, SliceTable};
@@ -15,13 +15,12 @@ use crate::create::{BuiltLayer, LayerOptions, Parts, finish};
 use crate::pipeline::{DataOptions, Layer, LayerData, Output, Placement, Session};
 use crate::sink::BlobSink;
 use crate::source::gzip_index::{GzipIndex, GzipIndexer};
+use crate::source::hashed::Hashed;
 use crate::source::stargz::{Collector, Index, Indexed, read_entries};
 use crate::source::tar::{self, TarOptions};
 use crate::tree::{LayerIndex, Tree};
 use crate::{Error, ErrorKind, Result};
 
-/// Bytes read ahead of the decoder.
-const INPUT_BUFFER: usize = 256 << 10;
 /// Bytes of a tar block.
 const TAR_BLOCK: u64 = 512;
 
@@ -58,10 +57,7 @@ pub fn build_reference(
     options: &LayerOptions,
     sink: BlobSink,
 ) -> Result<BuiltReference> {
-    let mut input = BufReader::with_capacity(
-        INPUT_BUFFER,
-        Measured { input, hasher: DigestAlgorithm::Sha256.hasher(), len: 0 },
-    );
+    let mut input = Hashed::new(input, DigestAlgorithm::Sha256)?;
     // A FIFO may give less at first.
     let mut head = Vec::new();
     input.by_ref().take(4).read_to_end(&mut head).map_err(|e| Error::io(format!("read {name}"), e))?;
@@ -98,8 +94,7 @@ pub fn build_reference(
     } else {
         (read(name, head.chain(&mut input), layer, kind)?, None)
     };
-    let Measured { hasher, len, .. } = input.into_inner();
-    let source = hasher.finish();
+    let (source, len) = input.finish()?;
     let mut output = session.finish()?;
     let context = match kind {
         ReferenceKind::Layer | ReferenceKind::Estargz => {
@@ -198,20 +193,4 @@ fn place(output: &mut Output, index: GzipIndex) -> Result<SliceTable> {
     let (bytes, count) = slices.encode()?;
     output.content.chunks.place_in_slices(|at, len| slices.hint(at, len));
     Ok(SliceTable { places, bytes, count })
-}
-
-/// Hashes and counts what is read.
-struct Measured<R> {
-    input: R,
-    hasher: Hasher,
-    len: u64,
-}
-
-impl<R: Read> Read for Measured<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let len = self.input.read(buffer)?;
-        self.hasher.update(&buffer[..len]);
-        self.len += len as u64;
-        Ok(len)
-    }
 }

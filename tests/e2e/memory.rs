@@ -31,8 +31,9 @@ fn small_files(path: &Path, entries: u64) -> Result<()> {
 }
 
 /// Most kilobytes that the command had for itself.
-fn peak<S: AsRef<OsStr>>(command: &str, arguments: impl IntoIterator<Item = S>) -> Result<u64> {
-    let mut child = nydus_image(command, arguments).stdout(Stdio::null()).spawn()?;
+fn peak<S: AsRef<OsStr>>(log: &Path, command: &str, arguments: impl IntoIterator<Item = S>) -> Result<u64> {
+    let mut child =
+        nydus_image(command, arguments).stdout(Stdio::null()).stderr(File::create(log)?).spawn()?;
     let status = format!("/proc/{}/status", child.id());
     let mut peak = 0;
     let code = loop {
@@ -49,7 +50,7 @@ fn peak<S: AsRef<OsStr>>(command: &str, arguments: impl IntoIterator<Item = S>) 
         }
         std::thread::sleep(INTERVAL);
     };
-    ensure!(code.success(), "{command}: {code}");
+    ensure!(code.success(), "{command}: {code}: {}", fs::read_to_string(log)?);
     ensure!(peak > 0, "{command}: nothing was measured");
     Ok(peak)
 }
@@ -83,7 +84,7 @@ fn memory_is_bounded_by_what_there_is() -> Result<()> {
     for (command, arguments) in rows {
         let arguments =
             arguments.replace("{blobs}", &blobs).replace("{boot}", &boot).replace("{source}", &source);
-        let peak = peak(command, arguments.split(' '))?;
+        let peak = peak(&dir.path().join("log"), command, arguments.split(' '))?;
         println!("{entries} entries: {} MiB of {}: {command} {arguments}", peak >> 10, most >> 10);
         ensure!(peak <= most, "{peak} kB, at most {most} are promised: {command} {arguments}");
     }

@@ -11,7 +11,7 @@
 //! so nothing but the stream itself decides where they begin.
 
 use std::env::temp_dir;
-use std::io::{self, Read, Seek as _, Write as _};
+use std::io::{self, BufRead, Read, Seek as _, Write as _};
 
 use rafs::bootstrap::Buffer;
 use rafs::format::blob_context::ZranSlice;
@@ -30,8 +30,6 @@ const STRIDE: u64 = 4 << 20;
 const DICTIONARIES_IN_MEMORY: usize = 8 << 20;
 /// Most starts: readers hold a context of 512 MiB at most.
 const MAX_STARTS: usize = (MAX_CONTEXT_SIZE / MAX_DICTIONARY as u64) as usize;
-/// Bytes of input read at once.
-const INPUT: usize = 256 << 10;
 /// Decoded bytes held for the reader.
 const OUTPUT: usize = 256 << 10;
 /// Largest stored size that a context entry can state.
@@ -40,9 +38,6 @@ const MAX_HINT: u64 = (1 << 24) - 1;
 /// Decodes a gzip file and notes where decoding can begin.
 pub struct GzipIndexer<R> {
     input: R,
-    stored: Box<[u8]>,
-    stored_at: usize,
-    stored_end: usize,
     blocks: GzipBlocks,
     /// The last 32 KiB that were handed out, and what is still to be.
     decoded: Box<[u8]>,
@@ -75,7 +70,7 @@ pub struct Slices {
     numbers: Vec<u32>,
 }
 
-impl<R: Read> GzipIndexer<R> {
+impl<R: BufRead> GzipIndexer<R> {
     /// A decoder of `input` from its first byte.
     ///
     /// # Errors
@@ -83,9 +78,6 @@ impl<R: Read> GzipIndexer<R> {
     pub fn new(input: R) -> Result<Self> {
         Ok(Self {
             input,
-            stored: vec![0; INPUT].into(),
-            stored_at: 0,
-            stored_end: 0,
             blocks: GzipBlocks::new()?,
             decoded: vec![0; MAX_DICTIONARY + OUTPUT].into(),
             decoded_at: 0,
@@ -113,23 +105,14 @@ impl<R: Read> GzipIndexer<R> {
         self.decoded.copy_within(self.decoded_end - keep..self.decoded_end, 0);
         (self.decoded_at, self.decoded_end) = (keep, keep);
         while !self.ended && self.decoded_end < self.decoded.len() {
-            if self.stored_at == self.stored_end {
-                self.stored_at = 0;
-                self.stored_end = loop {
-                    match self.input.read(&mut self.stored) {
-                        Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                        got => break got?,
-                    }
-                };
-                if self.stored_end == 0 {
-                    self.ended = true;
-                    if !self.blocks.is_between_members() {
-                        return Err(io::ErrorKind::UnexpectedEof.into());
-                    }
-                    break;
+            let input = self.input.fill_buf()?;
+            if input.is_empty() {
+                self.ended = true;
+                if !self.blocks.is_between_members() {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
                 }
+                break;
             }
-            let input = &self.stored[self.stored_at..self.stored_end];
             // What pads a file behind its last member is nobody's, but zeros it must be.
             self.padded |= self.blocks.is_between_members() && self.produced > 0 && input[0] == 0;
             if self.padded {
@@ -139,14 +122,23 @@ impl<R: Read> GzipIndexer<R> {
                         "data behind the padding of a gzip file",
                     ));
                 }
-                self.stored_at = self.stored_end;
+                let len = input.len();
+                self.input.consume(len);
                 continue;
             }
-            let step = self
-                .blocks
-                .run(input, &mut self.decoded[self.decoded_end..])
-                .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
-            self.stored_at += step.consumed;
+            let room = &mut self.decoded[self.decoded_end..];
+            // Where no start can be, blocks are of no interest. Whether one that begins where output
+            // ends is seen depends on how the input came, so this ends before the first that counts.
+            let far = match self.index.starts.last() {
+                Some((last, _)) => (last.out_offset + STRIDE - 1).saturating_sub(self.produced),
+                None => 0,
+            };
+            let step = match usize::try_from(far).unwrap_or(usize::MAX).min(room.len()) {
+                0 => self.blocks.run(input, room),
+                far => self.blocks.run_through(input, &mut room[..far]),
+            }
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+            self.input.consume(step.consumed);
             self.decoded_end += step.produced;
             self.consumed += step.consumed as u64;
             self.produced += step.produced as u64;
@@ -178,7 +170,7 @@ impl<R: Read> GzipIndexer<R> {
     }
 }
 
-impl<R: Read> Read for GzipIndexer<R> {
+impl<R: BufRead> Read for GzipIndexer<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.decoded_at == self.decoded_end {
             self.fill()?;
