@@ -37,9 +37,10 @@ mkdir -p "$work/mount"
 umoci unpack --image "$images/$name:latest" "$work/bundle" >/dev/null 2>&1
 root=$work/bundle/rootfs
 
-# milliseconds COMMAND...: its wall time on stdout, its output nowhere.
+# milliseconds COMMAND...: its wall time on stdout, its output nowhere. What `before_COMMAND` does takes no time.
 milliseconds() {
   local start end
+  if declare -F "before_$1" >/dev/null; then "before_$1"; fi
   start=$(date +%s%N)
   "$@" >"$work/out" 2>&1 || { cat "$work/out" >&2; fail "$* failed"; }
   end=$(date +%s%N)
@@ -51,10 +52,12 @@ wanted() { [ -z "${ONLY:-}" ] || [ "$ONLY" = "$1" ]; }
 
 echo "image $name: $(find "$root" | wc -l) entries, $(du -s --block-size=1M "$root" | cut -f1) MiB unpacked; $(nproc) cores; $("$bin/nydus-image" --version | tr '\n\t' '  ' | cut -c1-60)"
 
-build() { rm -rf "$work/blobs" && mkdir "$work/blobs" && "$bin/nydus-image" create --compressor zstd --bootstrap "$work/boot" --blob-dir "$work/blobs" "$root"; }
+before_build() { rm -rf "$work/blobs" && mkdir "$work/blobs"; }
+build() { "$bin/nydus-image" create --compressor zstd --bootstrap "$work/boot" --blob-dir "$work/blobs" "$root"; }
 if wanted create; then
-  squash() { rm -f "$work/squash" && mksquashfs "$root" "$work/squash" -comp zstd -Xcompression-level 3 -no-progress -quiet; }
-  build >/dev/null 2>&1; squash >/dev/null # both warm
+  before_squash() { rm -f "$work/squash"; }
+  squash() { mksquashfs "$root" "$work/squash" -comp zstd -Xcompression-level 3 -no-progress -quiet; }
+  milliseconds build >/dev/null; milliseconds squash >/dev/null # both warm
   : >"$work/ours"; : >"$work/theirs"
   for ((i = 0; i < runs; i++)); do # in turns, so that both meet the same machine
     milliseconds build >>"$work/ours"
@@ -65,9 +68,11 @@ if wanted create; then
   ours=$(($(du -sb "$work/blobs" | cut -f1) + $(stat -c %s "$work/boot")))
   theirs=$(stat -c %s "$work/squash")
   awk -v a="$ours" -v b="$theirs" 'BEGIN {printf "%-44s %8.3f x   (%d and %d bytes)\n", "size, ours to squashfs", a / b, a, b}'
-  build_lz4() { rm -rf "$work/lz4" && mkdir "$work/lz4" && "$bin/nydus-image" create --compressor lz4_block --bootstrap "$work/lz4/boot" --blob "$work/lz4/blob" "$root"; }
-  erofs() { rm -f "$work/erofs" && mkfs.erofs -zlz4 --quiet "$work/erofs" "$root"; }
-  build_lz4 >/dev/null 2>&1; erofs >/dev/null
+  before_build_lz4() { rm -rf "$work/lz4" && mkdir "$work/lz4"; }
+  build_lz4() { "$bin/nydus-image" create --compressor lz4_block --bootstrap "$work/lz4/boot" --blob "$work/lz4/blob" "$root"; }
+  before_erofs() { rm -f "$work/erofs"; }
+  erofs() { mkfs.erofs -zlz4 --quiet "$work/erofs" "$root"; }
+  milliseconds build_lz4 >/dev/null; milliseconds erofs >/dev/null
   : >"$work/ours"; : >"$work/theirs"
   for ((i = 0; i < runs; i++)); do
     milliseconds build_lz4 >>"$work/ours"
@@ -88,9 +93,10 @@ against() {
 
 if wanted reference; then
   layer=$(find "$images/$name/blobs/sha256" -type f -printf '%s %p\n' | sort -n | tail -1 | cut -d' ' -f2)
-  refer() { rm -f "$work/meta" && "$bin/nydus-image" create --type targz-ref --features blob-toc --blob-inline-meta --blob "$work/meta" "$layer"; }
+  before_refer() { rm -f "$work/meta"; }
+  refer() { "$bin/nydus-image" create --type targz-ref --features blob-toc --blob-inline-meta --blob "$work/meta" "$layer"; }
   inflate() { "$bin/builder-floor" inflate "$layer"; }
-  refer >/dev/null 2>&1
+  milliseconds refer >/dev/null
   : >"$work/ours"; : >"$work/theirs"
   for ((i = 0; i < runs; i++)); do
     milliseconds refer >>"$work/ours"
@@ -102,8 +108,9 @@ fi
 
 if wanted convert; then
   for compressor in zstd lz4_block none; do
-    convert() { rm -rf "$work/layout" && "$bin/nydus-image" convert "oci:$images/$name:latest" "oci:$work/layout:latest" --compressor "$compressor"; }
-    convert >/dev/null 2>&1
+    before_convert() { rm -rf "$work/layout"; }
+    convert() { "$bin/nydus-image" convert "oci:$images/$name:latest" "oci:$work/layout:latest" --compressor "$compressor"; }
+    milliseconds convert >/dev/null
     : >"$work/ours"; : >"$work/theirs"
     for ((i = 0; i < runs; i++)); do
       milliseconds convert >>"$work/ours"
@@ -113,7 +120,7 @@ if wanted convert; then
   done
 fi
 
-[ -e "$work/boot" ] || build >/dev/null 2>&1
+[ -e "$work/boot" ] || milliseconds build >/dev/null
 cat >"$work/config.json" <<JSON
 {"version": 2, "backend": {"type": "localfs", "localfs": {"dir": "$work/blobs"}},
  "cache": {"type": "filecache", "filecache": {"work_dir": "$work/cache"}}, "rafs": {"mode": "direct"}}

@@ -22,7 +22,18 @@ fn two_daemons_fetch_each_chunk_once() -> Result<()> {
     let flags = ["--chunk-size", "0x10000"];
     convert(&journey.source.reference(), &registry.reference("shared"), &flags)?;
     let nydus = journey.convert("nydus", &flags)?;
-    let options = DaemonOptions::image(&relay.reference("shared"), &journey.path("cache"));
+    let (bootstrap, config) = (journey.path("image.boot"), journey.path("config.json"));
+    nydus.save_bootstrap(&bootstrap)?;
+    let text = serde_json::json!({
+        "version": 2,
+        // A late answer is asked for once more, which is no fault.
+        "backend": { "type": "registry", "registry": {
+            "scheme": "http", "host": relay.address().to_string(), "repo": "shared", "hedge": false,
+        } },
+        "cache": { "type": "filecache", "filecache": { "work_dir": journey.path("cache") } },
+    });
+    std::fs::write(&config, text.to_string())?;
+    let options = DaemonOptions::bootstrap(&bootstrap, &config);
     let (first, second) = (options.start()?, options.start()?);
     relay.forget();
     std::thread::scope(|scope| -> Result<()> {
