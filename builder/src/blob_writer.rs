@@ -13,6 +13,7 @@
 //! bootstrap or a table of content; 6, 7, 10 and 11 with the latter only; a blob without
 //! chunks has 8 to 11 only. The blob's own name covers all but section 6.
 
+mod context;
 mod reverse_tar;
 
 use std::collections::HashMap;
@@ -20,26 +21,24 @@ use std::io::Write;
 
 use rafs::blob_context::BlobContext;
 use rafs::bootstrap::{Blob, Buffer, codec_code, digester_code};
-use rafs::format::blob_context::{BatchUnit, CONTEXT_MAGIC, ContextHeader, Entry, EntryV1, EntryV2};
+use rafs::format::blob_context::{CONTEXT_MAGIC, ContextHeader};
 use rafs::format::blob_table::{BlobRecord, compression, digest};
-use rafs::format::features::{BlobFeatures, ChunkFlags, EntryFlags};
+use rafs::format::features::BlobFeatures;
 use rafs::format::limits::{INLINED_BLOB_ID, MAX_CHUNKS};
 use rafs::format::toc::{self, TocEntry};
 use storage::cipher::XtsKey;
-use storage::codec::{Codec, Compressor, ZSTD_LEVEL};
+use storage::codec::{Codec, ZSTD_LEVEL};
 use storage::digest::{Digest, DigestAlgorithm};
 use storage::ids::BlobId;
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromZeros, IntoBytes};
 
+use self::context::{ContextArray, StoredContext, context_array};
 use self::reverse_tar::tar_header;
 use crate::bootstrap_writer::padded_id;
 use crate::content::ChunkRow;
 use crate::sink::BlobSink;
 use crate::{Error, Result};
-
-/// Tables from this size on are compressed piece by piece.
-const LARGE_TABLE: usize = 1 << 20;
 
 /// What a blob is made with.
 #[derive(Clone, Debug)]
@@ -217,7 +216,7 @@ impl BlobWriter {
         this.record.compressed_size = U64::new(separate.unwrap_or(this.sink.len()));
         let keep = this.options.keep_context;
         if let Some(bytes) = context_bytes.filter(|_| keep || !matches!(context, Context::Plain)) {
-            let context = this.check_context(&bytes)?;
+            let context = this.check_context(bytes.with_header())?;
             this.local = keep.then(|| context.to_cache_file());
         }
         Ok(this)
@@ -325,12 +324,12 @@ impl BlobWriter {
         Ok(())
     }
 
-    /// Sections 3 to 5. Answers context and header as they are stored.
+    /// Sections 3 to 5.
     fn context(
         &mut self,
         chunks: impl ExactSizeIterator<Item = ChunkRow>,
         context: &Context,
-    ) -> Result<Vec<u8>> {
+    ) -> Result<StoredContext> {
         let ContextArray { bytes: array, units_at, unit_count } = context_array(chunks, context);
         let array = &array[..];
         // Readers of the table of content know stored and zstd sections only.
@@ -340,14 +339,11 @@ impl BlobWriter {
             Codec::Gzip => Codec::Zstd,
             codec => codec,
         };
-        let (codec, mut stored) = match compress(codec, array)? {
-            Some(bytes) => (codec, bytes),
-            None => (Codec::None, array.to_vec()),
-        };
+        let (codec, mut stored) = StoredContext::new(codec, array)?;
         if let Some(key) = &self.options.cipher {
-            key.seal(&mut stored);
+            stored = stored.sealed(key);
         }
-        let stored_size = stored.len() as u64;
+        let stored_size = stored.len as u64;
         let offset = self.sink.len();
         let record = &mut self.record;
         record.ci_compressor = U32::new(codec_code(codec));
@@ -368,12 +364,13 @@ impl BlobWriter {
             header.unit_size = U64::new((array.len() - units_at) as u64);
             header.unit_count = U32::new(unit_count);
         }
-        self.sink.append(&stored)?;
         let mut stored_header = header.as_bytes().to_vec();
         if let Some(key) = &self.options.cipher {
+            // Whole blocks of the cipher stay as long as they are.
             key.seal(&mut stored_header);
         }
-        self.sink.append(&stored_header)?;
+        stored.header().copy_from_slice(&stored_header);
+        self.sink.append(stored.with_header())?;
         if self.has_headers() {
             let size = self.sink.len() - offset;
             self.sink.append(&tar_header(toc::name::BLOB_META, size))?;
@@ -385,7 +382,6 @@ impl BlobWriter {
             let size = size_of::<ContextHeader>() as u64;
             self.entry(toc::name::BLOB_META_HEADER, toc::FLAG_NONE, digest, offset + stored_size, size, size);
         }
-        stored.extend_from_slice(&stored_header);
         Ok(stored)
     }
 
@@ -439,99 +435,5 @@ impl BlobWriter {
         entry.stored_size = U64::new(stored);
         entry.uncompressed_size = U64::new(decoded);
         self.entries.push(entry);
-    }
-}
-
-/// A context before compression.
-struct ContextArray {
-    bytes: Buffer,
-    /// Where what follows the entries begins.
-    units_at: usize,
-    unit_count: u32,
-}
-
-/// Compresses a table; `None` if that does not make it shorter.
-fn compress(codec: Codec, table: &[u8]) -> Result<Option<Vec<u8>>> {
-    // In one go, room for the worst case is needed beside the table.
-    if codec != Codec::Zstd || table.len() < LARGE_TABLE {
-        return Ok(Compressor::new(codec)?.compress(table)?);
-    }
-    let compressed = || {
-        let mut encoder = zstd::Encoder::new(Vec::new(), ZSTD_LEVEL)?;
-        encoder.set_pledged_src_size(Some(table.len() as u64))?;
-        encoder.write_all(table)?;
-        encoder.finish()
-    };
-    let bytes = compressed().map_err(|e| Error::io("compress a blob context with zstd", e))?;
-    Ok((bytes.len() < table.len()).then_some(bytes))
-}
-
-fn context_array(chunks: impl ExactSizeIterator<Item = ChunkRow>, context: &Context) -> ContextArray {
-    let entry = |row: &ChunkRow, flags, data| Entry {
-        uncompressed_offset: row.uncompressed_offset,
-        uncompressed_size: row.uncompressed_size,
-        compressed_offset: row.compressed_offset,
-        compressed_size: row.compressed_size,
-        flags,
-        data,
-    };
-    let wide = |entries: Vec<EntryV2>, units: &[u8], unit_count| {
-        let units_at = size_of_val(&entries[..]);
-        let mut bytes = Buffer::zeroed(units_at + units.len());
-        bytes[..units_at].copy_from_slice(entries.as_bytes());
-        bytes[units_at..].copy_from_slice(units);
-        ContextArray { bytes, units_at, unit_count }
-    };
-    match context {
-        Context::Plain => {
-            let entries: Vec<EntryV1> =
-                chunks.map(|row| EntryV1::pack(&entry(&row, EntryFlags::empty(), 0))).collect();
-            let bytes = Buffer::copy_of(entries.as_bytes());
-            ContextArray { units_at: bytes.len(), bytes, unit_count: 0 }
-        }
-        Context::Wide { units, members } => {
-            let entries = (0u32..).zip(chunks).map(|(number, row)| {
-                let chunk = ChunkFlags::from_bits_retain(row.flags);
-                let mut flags = EntryFlags::empty();
-                flags.set(EntryFlags::ENCRYPTED, chunk.contains(ChunkFlags::ENCRYPTED));
-                if let Some(&(unit, start, offset)) = members.get(&number) {
-                    flags |= EntryFlags::BATCH | EntryFlags::COMPRESSED;
-                    let row = ChunkRow { compressed_offset: start, compressed_size: 0, ..row };
-                    return EntryV2::pack(&entry(&row, flags, u64::from(unit) << 32 | u64::from(offset)));
-                }
-                flags.set(EntryFlags::COMPRESSED, chunk.contains(ChunkFlags::COMPRESSED));
-                flags.set(EntryFlags::HAS_CRC32, row.crc32 != 0);
-                EntryV2::pack(&entry(&row, flags, row.crc32.into()))
-            });
-            let units_stored: Vec<BatchUnit> = units
-                .iter()
-                .map(|&(stored, decoded)| BatchUnit {
-                    compressed_size: U32::new(stored),
-                    uncompressed_size: U32::new(decoded),
-                    reserved: [0; 32],
-                })
-                .collect();
-            wide(entries.collect(), units_stored.as_bytes(), units.len() as u32)
-        }
-        Context::Separate { slices: Some(slices), .. } => {
-            let entries = chunks.zip(&slices.places).map(|(row, &(slice, offset))| {
-                let flags = EntryFlags::ZRAN | EntryFlags::COMPRESSED;
-                EntryV2::pack(&entry(&row, flags, u64::from(slice) << 32 | u64::from(offset)))
-            });
-            wide(entries.collect(), &slices.bytes, slices.count)
-        }
-        Context::None
-        | Context::Tar { .. }
-        | Context::Members { .. }
-        | Context::Separate { slices: None, .. } => {
-            let entries = chunks.map(|row| {
-                let mut flags = EntryFlags::empty();
-                let compressed = ChunkFlags::from_bits_retain(row.flags).contains(ChunkFlags::COMPRESSED);
-                flags.set(EntryFlags::COMPRESSED, compressed);
-                flags.set(EntryFlags::HAS_CRC32, row.crc32 != 0);
-                EntryV2::pack(&entry(&row, flags, row.crc32.into()))
-            });
-            wide(entries.collect(), &[], 0)
-        }
     }
 }

@@ -70,6 +70,9 @@ pub fn default_batch_size(chunk_size: u32) -> u32 {
     if chunk_size < MAX_CHUNK_SIZE { chunk_size.min(0x40000) } else { 0 }
 }
 
+/// Most layers that are read at a time: each has threads and buffers, and only one is decided.
+pub const MAX_JOBS: usize = 16;
+
 /// Write buffer of a blob's temporary file.
 const WRITE_BUFFER: usize = 256 << 10;
 
@@ -77,7 +80,7 @@ const WRITE_BUFFER: usize = 256 << 10;
 pub struct ConvertOptions<'a> {
     /// Chunking, compression and threads.
     pub data: DataOptions,
-    /// Layers read, and blobs uploaded, at a time.
+    /// Layers read, and blobs uploaded, at a time: at most [`MAX_JOBS`].
     pub jobs: usize,
     /// Name the files that a start surely reads in the prefetch table: see [`crate::hints`].
     pub hints: bool,
@@ -137,7 +140,7 @@ pub fn convert(source: &ImageSource, target: Target, options: &ConvertOptions<'_
     let layers = Arc::new(Mutex::new(Layers::new(options.data, source.layers().len())));
     let read = ReadOptions {
         data: options.data,
-        jobs: options.jobs,
+        jobs: options.jobs.min(MAX_JOBS),
         observer: options.observer,
         cancel: options.cancel,
     };
@@ -157,12 +160,15 @@ pub fn convert(source: &ImageSource, target: Target, options: &ConvertOptions<'_
     let layers = layers.ok_or_else(|| Error::new(ErrorKind::Cancelled, "the layers were given up"))?;
     let Layers { merged, layers, spooled, records, owners, .. } = layers;
     let stored = spooled.iter().map(|(_, blob)| blob.reader()).collect::<Result<Vec<_>>>()?;
-    // Blobs are on their way while one thread makes the bootstrap of them all.
+    // Blobs are on their way while one thread makes the bootstrap of them all; without it they are of no use.
+    let wanted = options.cancel.child_token();
+    let puts = ConvertOptions { cancel: &wanted, ..*options };
     let (put, merged) = std::thread::scope(|scope| {
-        let put = scope.spawn(|| put_all(&target, spooled, options));
+        let put = scope.spawn(|| put_all(&target, spooled, &puts));
         let config = options.hints.then(|| source.config());
         let merged = write_merged(chunks, data, &merged, &records, stored, config)
-            .and_then(|merged| Ok((merged.pack(&spool_dir, data.chunk_size)?, merged)));
+            .and_then(|merged| Ok((merged.pack(&spool_dir, data.chunk_size)?, merged)))
+            .inspect_err(|_| wanted.cancel());
         (put.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), merged)
     });
     let (packed, Merged { bootstrap, digest: bootstrap_digest, root, entry_count, places }) = merged?;
@@ -403,7 +409,7 @@ fn write_bootstrap(
 
 /// Hands blobs to the target, `jobs` at a time; the first error stops the others.
 fn put_all(target: &Target, blobs: Vec<(String, SpooledBlob)>, options: &ConvertOptions<'_>) -> Result<()> {
-    let workers = options.jobs.clamp(1, blobs.len().max(1));
+    let workers = options.jobs.clamp(1, MAX_JOBS).min(blobs.len().max(1));
     let queue = Mutex::new(blobs.into_iter());
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     let fail = |error: Error| {

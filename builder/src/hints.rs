@@ -1,11 +1,11 @@
 //! Hints for an image that is being converted: its tree, and the bytes of its files read back from the
 //! spooled blobs, so that nothing is unpacked and no layer read twice.
 
-use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::ops::{Bound, ControlFlow};
 use std::os::unix::fs::FileExt as _;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rafs::hints::{self, Command, Files, Inode, Kind};
 use serde_json::{Map, Value};
@@ -20,9 +20,9 @@ const RECENT_SIZE: usize = 8 << 20;
 
 /// The files that a start of the image with this configuration reads, in order.
 pub fn find(tree: &Tree, config: &Map<String, Value>, contents: Contents<'_>) -> Vec<InodeId> {
-    let image = Image { tree, contents, recent: RefCell::default() };
+    let image = Image { tree, contents, recent: Mutex::default() };
     // Numbers of a tree fit.
-    let ids = hints::find(&image, Command::of(config)).into_iter();
+    let ids = hints::find(&image, &Command::of(config)).into_iter();
     ids.filter_map(|inode| u32::try_from(inode.0).ok().map(InodeId)).collect()
 }
 
@@ -58,45 +58,56 @@ impl<'a> Contents<'a> {
 /// come one behind the other.
 #[derive(Default)]
 struct Recent {
-    /// By layer, and where they begin in its blob.
-    units: Vec<((LayerIndex, u64), Vec<u8>)>,
+    units: Vec<(Place, Arc<Vec<u8>>)>,
     /// Their bytes.
     size: usize,
 }
 
+/// A layer, and where a unit begins in its blob.
+type Place = (LayerIndex, u64);
+
 impl Recent {
-    /// The bytes of `unit`, which is read if they are not there.
-    fn get(&mut self, unit: &StoredUnit, read: impl FnOnce() -> io::Result<Vec<u8>>) -> io::Result<&[u8]> {
-        let key = (unit.layer, unit.start);
-        match self.units.iter().position(|(known, _)| *known == key) {
-            Some(place) => self.units[place..].rotate_left(1),
-            None => {
-                let bytes = read()?;
-                self.size += bytes.len();
-                self.units.push((key, bytes));
-                let many = self.units.len() - 1;
-                let mut old = 0;
-                while old < many && self.size > RECENT_SIZE {
-                    self.size -= self.units[old].1.len();
-                    old += 1;
-                }
-                self.units.drain(..old);
-            }
+    fn get(&mut self, place: Place) -> Option<Arc<Vec<u8>>> {
+        let known = self.units.iter().rposition(|(known, _)| *known == place)?;
+        self.units[known..].rotate_left(1);
+        self.units.last().map(|(_, bytes)| Arc::clone(bytes))
+    }
+
+    fn keep(&mut self, place: Place, bytes: Arc<Vec<u8>>) {
+        self.size += bytes.len();
+        self.units.push((place, bytes));
+        let many = self.units.len() - 1;
+        let mut old = 0;
+        while old < many && self.size > RECENT_SIZE {
+            self.size -= self.units[old].1.len();
+            old += 1;
         }
-        Ok(self.units.last().map_or(&[], |(_, bytes)| bytes))
+        self.units.drain(..old);
     }
 }
 
 struct Image<'a> {
     tree: &'a Tree,
     contents: Contents<'a>,
-    recent: RefCell<Recent>,
+    recent: Mutex<Recent>,
 }
 
 impl Image<'_> {
     fn content(&self, inode: Inode) -> &Content {
         // Only numbers of this tree are asked for.
         &self.tree.inode(InodeId(inode.0 as u32)).content
+    }
+
+    /// The bytes of `unit`, which is decoded if they are not there.
+    fn unit(&self, unit: &StoredUnit) -> io::Result<Arc<Vec<u8>>> {
+        let place = (unit.layer, unit.start);
+        let recent = || self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(bytes) = recent().get(place) {
+            return Ok(bytes);
+        }
+        let bytes = Arc::new(self.contents.unit(unit)?);
+        recent().keep(place, Arc::clone(&bytes));
+        Ok(bytes)
     }
 }
 
@@ -140,9 +151,8 @@ impl Files for Image<'_> {
         // A file has less than 2^32 chunks.
         let id = self.contents.chunks.file_chunks(*file).get((offset / chunk_size) as usize);
         let id = *id.ok_or(io::ErrorKind::UnexpectedEof)?;
-        let mut recent = self.recent.borrow_mut();
         let unit = self.contents.chunks.chunks.stored_unit(id);
-        let bytes = recent.get(&unit, || self.contents.unit(&unit))?;
+        let bytes = self.unit(&unit)?;
         let start = unit.offset as usize;
         let bytes = bytes.get(start..start + unit.len as usize).unwrap_or_default();
         let rest = bytes.get((offset % chunk_size) as usize..).unwrap_or_default();

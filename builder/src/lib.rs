@@ -33,6 +33,7 @@ pub mod sink;
 pub mod source;
 pub mod stat;
 pub mod tree;
+pub mod turns;
 pub mod unpack;
 pub mod write_back;
 

@@ -5,6 +5,7 @@
 //! offsets inside blobs do not change, blobs are numbered anew by first use.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use rafs::bootstrap::{Bootstrap, Buffer, digester_code};
 use rafs::format::blob_table::BlobRecord;
@@ -45,7 +46,7 @@ pub struct MergeSource {
     pub name: String,
     /// The opened bootstrap. An inlined one was opened with the id its blob is to have: the
     /// `--blob-digests` entry, the original id, or the file's name up to the first dot.
-    pub bootstrap: Box<dyn Bootstrap>,
+    pub bootstrap: Arc<dyn Bootstrap>,
     /// What is known of its own blob.
     pub own: OwnBlob,
 }

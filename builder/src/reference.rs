@@ -14,6 +14,7 @@ use crate::content::ChunkSource as _;
 use crate::create::{BuiltLayer, LayerOptions, Parts, finish};
 use crate::pipeline::{DataOptions, Layer, LayerData, Output, Placement, Session};
 use crate::sink::BlobSink;
+use crate::source::ahead::Ahead;
 use crate::source::gzip_index::{GzipIndex, GzipIndexer};
 use crate::source::hashed::Hashed;
 use crate::source::stargz::{Collector, Index, Indexed, read_entries};
@@ -23,6 +24,9 @@ use crate::{Error, ErrorKind, Result};
 
 /// Bytes of a tar block.
 const TAR_BLOCK: u64 = 512;
+/// Pieces of 256 KiB that are read ahead of the thread that inflates: with a quarter of them it waits for pages that the
+/// kernel is slow to copy.
+const PIECES_AHEAD: usize = 16;
 
 /// What refers to the original.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,12 +56,12 @@ pub struct BuiltReference {
 /// Those of [`crate::create::build_layer`]; `Unsupported`: data that can not be referred to, by name.
 pub fn build_reference(
     name: &str,
-    input: impl Read,
+    input: impl Read + Send + 'static,
     kind: ReferenceKind,
     options: &LayerOptions,
     sink: BlobSink,
 ) -> Result<BuiltReference> {
-    let mut input = Hashed::new(input, DigestAlgorithm::Sha256)?;
+    let mut input = Ahead::new(Hashed::new(input, DigestAlgorithm::Sha256), "read-source", PIECES_AHEAD)?;
     // A FIFO may give less at first.
     let mut head = Vec::new();
     input.by_ref().take(4).read_to_end(&mut head).map_err(|e| Error::io(format!("read {name}"), e))?;
@@ -94,7 +98,7 @@ pub fn build_reference(
     } else {
         (read(name, head.chain(&mut input), layer, kind)?, None)
     };
-    let (source, len) = input.finish()?;
+    let (source, len) = input.finish().map_err(|e| e.context(name.to_owned()))?.finish();
     let mut output = session.finish()?;
     let context = match kind {
         ReferenceKind::Layer | ReferenceKind::Estargz => {

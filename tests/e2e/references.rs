@@ -1,6 +1,8 @@
 //! Images whose data are the original layers: nothing but metadata is made, and the daemon fetches
 //! slices of the layers that the registry has anyway.
 
+use std::path::Path;
+
 use rafs::blob_file::BlobFile;
 use serde_json::json;
 use storage::ids::ByteRange;
@@ -13,7 +15,7 @@ use tests::reference::copy;
 use tests::registry::Registry;
 use tests::relay::Relay;
 use tests::tree::{Overlook, assert_same};
-use tests::{Result, ensure, needs_mounts, needs_programs};
+use tests::{Context as _, Result, bail, ensure, needs_mounts, needs_programs};
 
 /// The bootstrap at the end of a blob.
 fn bootstrap_in(blob: &[u8]) -> Result<Vec<u8>> {
@@ -88,6 +90,69 @@ fn original_layers_are_mounted_lazily() -> Result<()> {
         let mounted = relay.bytes();
         assert_same(&wanted, daemon.root(), Overlook::default())?;
         ensure!(mounted < relay.bytes() / 2, "{mounted} of {} bytes came before a read", relay.bytes());
+    }
+    Ok(())
+}
+
+/// One file says all about a layer, whatever it is called: where data lies is told beside the layer itself.
+#[test]
+fn metadata_of_a_layer_works_under_any_name() -> Result<()> {
+    needs_programs!("python3");
+    let journey = Journey::start(&image().compressed(Compression::Gzip))?;
+    let [layer, ..] = &journey.source.layers()?[..] else { bail!("no layer") };
+    let hex = layer.digest.trim_start_matches("sha256:");
+    let file = journey.source.blob_path(&layer.digest);
+    let blobs = file.parent().context("no directory")?;
+    let (made, plain) = (journey.path("layer"), journey.path("plain.tar"));
+    let create = ["--type", "targz-ref", "--features", "blob-toc", "--blob-inline-meta", "--blob"];
+    run(nydus_image("create", create).arg(&made).arg(&file))?;
+    let boot = journey.path("plain.boot");
+    run(nydus_image("create", ["--type", "targz-rafs", "--blob-dir"])
+        .arg(journey.path(""))
+        .arg("-B")
+        .args([&boot, &file]))?;
+    run(nydus_image("unpack", ["-D"]).arg(journey.path("")).arg("-B").arg(&boot).arg("-o").arg(&plain))?;
+
+    let digest = storage::digest::DigestAlgorithm::Sha256.digest(&std::fs::read(&made)?);
+    for name in ["layer.meta", &format!("{hex}.meta"), &format!("{digest}"), &format!("{digest}.meta")] {
+        let meta = journey.path(name);
+        std::fs::copy(&made, &meta)?;
+        let backend = json!({ "dir": blobs }).to_string();
+        let places: [(&[&str], Option<&Path>); 3] = [
+            (&["--blob"], Some(&file)),
+            (&["--blob-dir"], Some(blobs)),
+            (&["--backend-type", "localfs", "--backend-config", &backend], None),
+        ];
+        for (flags, path) in places {
+            let checked = run(nydus_image("check", flags.iter().copied()).args(path).arg(&meta))?;
+            ensure!(checked.contains("chunks match their digests, 0 faults"), "{name} {flags:?}: {checked}");
+            let tar = journey.path("unpacked.tar");
+            run(nydus_image("unpack", flags.iter().copied()).args(path).arg("-o").args([&tar, &meta]))?;
+            ensure!(std::fs::read(&tar)? == std::fs::read(&plain)?, "{name} {flags:?}: another archive");
+        }
+    }
+    Ok(())
+}
+
+/// Blobs that hold their bootstraps are merged as bootstraps are, and the image names them by their digests.
+#[test]
+fn blobs_are_merged_under_their_digests() -> Result<()> {
+    needs_programs!("python3");
+    let journey = Journey::start(&image().compressed(Compression::Gzip))?;
+    let [layer, ..] = &journey.source.layers()?[..] else { bail!("no layer") };
+    let file = journey.source.blob_path(&layer.digest);
+    for kind in ["targz-ref", "targz-rafs"] {
+        let (blobs, merged) = (journey.path(&format!("{kind}.blobs")), journey.path(&format!("{kind}.boot")));
+        std::fs::create_dir(&blobs)?;
+        let made = journey.path(&format!("{kind}.made"));
+        let create = ["--type", kind, "--features", "blob-toc", "--blob-inline-meta", "--blob"];
+        run(nydus_image("create", create).arg(&made).arg(&file))?;
+        run(nydus_image("merge", ["-B"]).args([&merged, &made]))?;
+        let digest = storage::digest::DigestAlgorithm::Sha256.digest(&std::fs::read(&made)?);
+        std::fs::copy(&made, blobs.join(digest.to_string()))?;
+        std::fs::copy(&file, blobs.join(layer.digest.trim_start_matches("sha256:")))?;
+        let checked = run(nydus_image("check", ["--blob-dir"]).args([&blobs, &merged]))?;
+        ensure!(checked.contains("chunks match their digests, 0 faults"), "{kind}: {checked}");
     }
     Ok(())
 }

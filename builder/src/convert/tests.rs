@@ -339,7 +339,7 @@ fn the_bootstraps_in_the_blobs_merge_to_the_image() {
         let opened = OpenOptions { inlined_blob_id: Some(storage::ids::BlobId::new(&name).unwrap()) };
         let bootstrap = from_bytes(file.bootstrap(&mut read).unwrap(), &opened).unwrap();
         let own = OwnBlob { size: Some(layer.size), ..OwnBlob::default() };
-        sources.push(MergeSource { name, bootstrap, own });
+        sources.push(MergeSource { name, bootstrap: bootstrap.into(), own });
     }
     let merged = merge(&sources, None, &Patterns::default()).unwrap();
     assert_eq!((merged.root, merged.blobs), (Some(done.root), done.blobs));

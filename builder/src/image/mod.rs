@@ -14,5 +14,5 @@ mod stream;
 
 pub use data::{DataOptions, ImageData};
 pub use files::FileChunks;
-pub use open::{Opened, blob_id, inside, open};
+pub use open::{Opened, inside, open, open_bare, open_inside, open_named, stated_id};
 pub use stream::{ChunkStream, Fetched};

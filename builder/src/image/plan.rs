@@ -53,26 +53,33 @@ pub(super) struct Place {
 pub(super) struct Window {
     pub(super) units: Vec<UnitPlan>,
     pub(super) places: Vec<Place>,
-    /// Stored and decoded bytes of its units.
+    /// Stored and decoded bytes of its units, and what is remembered of its chunks.
     pub(super) weight: u64,
     by_place: HashMap<(u32, u64), usize>,
 }
 
 impl Window {
-    /// True if nothing more fits.
-    pub(super) fn is_full(&self) -> bool {
-        self.weight >= WINDOW
+    /// True if `extent` of `blob` belongs into this window: if there is room, or if its unit comes with it anyway,
+    /// which may be larger than a window.
+    pub(super) fn takes(&self, blob: u32, extent: &ChunkExtent) -> bool {
+        self.weight < WINDOW || (self.remembered() < WINDOW && self.unit_of(blob, extent).is_some())
+    }
+
+    /// What is remembered of chunks: many small files with one content have one unit.
+    fn remembered(&self) -> u64 {
+        (self.places.len() * (size_of::<Place>() + size_of::<ChunkPlan>())) as u64
+    }
+
+    fn unit_of(&self, blob: u32, extent: &ChunkExtent) -> Option<usize> {
+        let unit = *self.by_place.get(&(blob, extent.unit.compressed.start()))?;
+        // Units that start alike and differ are the image's fault; each is decoded for itself.
+        (self.units[unit].unit == extent.unit).then_some(unit)
     }
 
     /// Adds a chunk of `blob`; a unit that is in the window already is not fetched again.
     pub(super) fn add(&mut self, blob: u32, extent: ChunkExtent) {
-        let key = (blob, extent.unit.compressed.start());
         let next = self.units.len();
-        let mut unit = *self.by_place.entry(key).or_insert(next);
-        // Units that start alike and differ are the image's fault; each is decoded for itself.
-        if unit != next && self.units[unit].unit != extent.unit {
-            unit = next;
-        }
+        let unit = self.unit_of(blob, &extent).unwrap_or(next);
         let chunk = ChunkPlan {
             index: extent.index,
             offset: extent.offset_in_unit,
@@ -81,6 +88,7 @@ impl Window {
         };
         if unit == next {
             self.weight += extent.unit.compressed.len() + u64::from(extent.unit.decoded_len);
+            self.by_place.entry((blob, extent.unit.compressed.start())).or_insert(next);
             self.units.push(UnitPlan { blob, unit: extent.unit, chunks: Vec::new() });
         }
         // Members of a unit come in order, so one that is wanted again was there last.
@@ -88,7 +96,6 @@ impl Window {
             self.units[unit].chunks.push(chunk);
         }
         self.places.push(Place { unit, offset: chunk.offset, len: chunk.len });
-        // Many small files with one content: what is remembered of each counts too.
         self.weight += (size_of::<Place>() + size_of::<ChunkPlan>()) as u64;
     }
 
@@ -159,17 +166,35 @@ mod tests {
         assert_eq!(shown, [(0, 100, 200), (0, 300 + GAP + 1, 100), (1, 300, 100)]);
         assert_eq!(ranges[0].units, [1, 0]);
         assert_eq!((window.units.len(), window.units[0].chunks.len(), window.places.len()), (4, 3, 6));
-        assert!(!window.is_full());
+        assert!(window.takes(2, &chunk(0, 0, 100, 0)));
     }
 
     #[test]
     fn a_window_ends() {
+        let same = chunk(0, 0, 4096, 0);
         let mut window = Window::default();
         let mut count = 0;
-        while !window.is_full() {
-            window.add(0, chunk(0, 0, 4096, 0));
+        while window.takes(0, &same) {
+            window.add(0, same.clone());
             count += 1;
         }
         assert!(count < WINDOW, "one small file under many names must not fill the memory");
+    }
+
+    #[test]
+    fn all_chunks_of_a_unit_larger_than_a_window_share_it() {
+        let slice = |offset| {
+            let mut extent = chunk(offset / 4096, 0, 1 << 20, offset);
+            extent.unit.decoded_len = 2 * WINDOW as u32;
+            extent
+        };
+        let mut window = Window::default();
+        for offset in (0..2 * WINDOW as u32).step_by(4096) {
+            assert!(window.takes(0, &slice(offset)), "{offset}");
+            window.add(0, slice(offset));
+        }
+        assert_eq!(window.units.len(), 1);
+        assert!(!window.takes(0, &chunk(9999, 2 << 20, 100, 0)), "no other unit");
+        assert!(!window.takes(1, &slice(0)), "nor that of another blob");
     }
 }

@@ -4,6 +4,7 @@
 //! decodes them and compares every wanted chunk with its digest. What comes out is in order.
 
 use std::collections::VecDeque;
+use std::iter::Peekable;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -50,9 +51,9 @@ struct Job {
 }
 
 /// See [`ImageData::stream`].
-pub struct ChunkStream<'a, I> {
+pub struct ChunkStream<'a, I: Iterator> {
     image: &'a ImageData,
-    chunks: I,
+    chunks: Peekable<I>,
     /// A window that is not full when the chunks end is the last.
     ended: bool,
     jobs: VecDeque<Job>,
@@ -65,7 +66,7 @@ pub struct ChunkStream<'a, I> {
     cancel: CancellationToken,
 }
 
-impl<I> Drop for ChunkStream<'_, I> {
+impl<I: Iterator> Drop for ChunkStream<'_, I> {
     fn drop(&mut self) {
         self.cancel.cancel();
     }
@@ -78,7 +79,7 @@ where
     pub(super) fn new(image: &'a ImageData, chunks: I) -> Self {
         Self {
             image,
-            chunks,
+            chunks: chunks.peekable(),
             ended: false,
             jobs: VecDeque::new(),
             ahead: 0,
@@ -146,18 +147,15 @@ where
         let most = if self.keep_stored { AHEAD / 2 } else { AHEAD };
         while !self.ended && (self.jobs.is_empty() || self.ahead < most) {
             let mut window = Window::default();
-            while !window.is_full() {
-                match self.chunks.next() {
-                    Some(chunk) => {
-                        let (blob, extent) = chunk?;
-                        window.add(blob, extent);
-                    }
-                    None => {
-                        self.ended = true;
-                        break;
-                    }
-                }
+            // An error ends it where it comes.
+            while let Some(chunk) = self
+                .chunks
+                .next_if(|chunk| chunk.as_ref().map_or(true, |(blob, extent)| window.takes(*blob, extent)))
+            {
+                let (blob, extent) = chunk?;
+                window.add(blob, extent);
             }
+            self.ended = self.chunks.peek().is_none();
             if !window.places.is_empty() {
                 self.start(window)?;
             }

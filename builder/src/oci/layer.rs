@@ -2,21 +2,27 @@
 //!
 //! ```text
 //! stored bytes ─▶ digest + size ─▶ gunzip / unzstd ─▶ diff_id ─▶ tar reader
+//! [---------- thread ----------]   [--- thread ---]   [---- caller ----]   where there are more than two processors
 //! ```
 //!
 //! Both digests are compared when the stream ends, before its end is reported: a reader that
 //! reaches the end without an error has read exactly the layer that manifest and config name.
 //! A tar ends before its file does, so whoever stops early calls [`LayerReader::finish`].
 
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
+use std::thread;
 
 use storage::digest::{Digest, DigestAlgorithm, Hasher};
 
+use crate::source::ahead::Ahead;
 use crate::source::decompress::Decompressor;
 use crate::{Error, ErrorKind, Result};
 
 /// Bytes read ahead of the decompressor.
 const INPUT_BUFFER: usize = 256 << 10;
+
+/// Pieces of 256 KiB on their way from one of its threads to the next.
+const PIECES_AHEAD: usize = 4;
 
 /// What is known of a layer before it is read.
 #[derive(Clone, Debug)]
@@ -31,7 +37,7 @@ pub struct LayerPromise {
 
 /// Decompressed, verified bytes of one layer.
 pub struct LayerReader {
-    inner: Verified<Decompressor<BufReader<Verified<Stored>>>>,
+    inner: Verified<Box<dyn Read + Send>>,
 }
 
 type Stored = Box<dyn Read + Send>;
@@ -42,6 +48,14 @@ impl LayerReader {
     /// # Errors
     /// `Io`: the first read. Whatever the stored stream fails with keeps its kind.
     pub fn new(stored: Stored, promise: &LayerPromise) -> Result<Self> {
+        // With two, those who hash and compress keep them busy.
+        let has_more = thread::available_parallelism().is_ok_and(|processors| processors.get() > 2);
+        Self::by(stored, promise, has_more)
+    }
+
+    /// With `threads`, reading and inflating have one each: of what can only be done front to back, the longest
+    /// part is inflating.
+    fn by(stored: Stored, promise: &LayerPromise, threads: bool) -> Result<Self> {
         let stored = Verified {
             inner: stored,
             name: promise.name.clone(),
@@ -51,12 +65,19 @@ impl LayerReader {
             state: Some(DigestAlgorithm::Sha256.hasher()),
             size: 0,
         };
-        let input = BufReader::with_capacity(INPUT_BUFFER, stored);
+        let input: Box<dyn BufRead + Send> = match threads {
+            true => Box::new(Ahead::new(stored, "read-layer", PIECES_AHEAD)?),
+            false => Box::new(BufReader::with_capacity(INPUT_BUFFER, stored)),
+        };
         let decoder =
             Decompressor::new(input).map_err(|e| Error::io(format!("{}: reading", promise.name), e))?;
+        let decoded: Box<dyn Read + Send> = match threads {
+            true => Box::new(Ahead::new(decoder, "inflate-layer", PIECES_AHEAD)?),
+            false => Box::new(decoder),
+        };
         Ok(Self {
             inner: Verified {
-                inner: decoder,
+                inner: decoded,
                 name: promise.name.clone(),
                 part: "decompressed bytes (diff_id)",
                 expect: Some(promise.diff_id),
@@ -169,8 +190,19 @@ mod tests {
         out.finish().unwrap()
     }
 
+    /// The same with threads and without.
     fn open(stored: &[u8], promise: &LayerPromise) -> Result<Vec<u8>> {
-        let mut reader = LayerReader::new(Box::new(io::Cursor::new(stored.to_vec())), promise)?;
+        let [alone, ahead] = [false, true].map(|threads| open_by(stored, promise, threads));
+        match (&alone, &ahead) {
+            (Ok(alone), Ok(ahead)) => assert!(alone == ahead),
+            (Err(alone), Err(ahead)) => assert_eq!(alone.to_string(), ahead.to_string()),
+            other => panic!("{other:?}"),
+        }
+        alone
+    }
+
+    fn open_by(stored: &[u8], promise: &LayerPromise, threads: bool) -> Result<Vec<u8>> {
+        let mut reader = LayerReader::by(Box::new(io::Cursor::new(stored.to_vec())), promise, threads)?;
         let mut half = vec![0; 10];
         reader.read_exact(&mut half).map_err(|e| Error::io("head", e))?;
         let mut rest = Vec::new();

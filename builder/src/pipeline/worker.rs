@@ -8,10 +8,11 @@ use super::batch::{Batch, PieceState};
 use super::hub::{Event, Hub, Job};
 use super::pack::{pack, pack_in_place};
 use super::{DataOptions, Placement};
-use crate::Result;
+use crate::{Result, turns};
 
 /// Takes jobs until the build is over.
 pub(super) fn run(hub: &Hub) {
+    turns::step_back();
     let outcome = catch_unwind(AssertUnwindSafe(|| work(hub)));
     match outcome {
         Ok(Ok(())) => {}

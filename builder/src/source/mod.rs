@@ -1,5 +1,6 @@
 //! Where entries come from.
 
+pub(crate) mod ahead;
 pub mod decompress;
 pub mod dir;
 pub mod gzip_index;

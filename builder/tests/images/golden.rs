@@ -241,7 +241,7 @@ fn layer_source(variant: &str) -> MergeSource {
     let (_, boot) = sections(&blob).into_iter().find(|(name, _)| name == "image.boot").unwrap();
     let boot = zstd::decode_all(boot).unwrap();
     let bootstrap = rafs::bootstrap::from_bytes(boot, &OpenOptions { inlined_blob_id }).unwrap();
-    MergeSource { name: variant.into(), bootstrap, own: OwnBlob::default() }
+    MergeSource { name: variant.into(), bootstrap: bootstrap.into(), own: OwnBlob::default() }
 }
 
 #[test]
@@ -259,7 +259,7 @@ fn changed(at: impl Fn(&dyn Bootstrap) -> usize, value: u8) -> MergeSource {
     let opened = rafs::bootstrap::from_bytes(bytes.clone(), &OpenOptions::default()).unwrap();
     bytes[at(&*opened)] = value;
     let bootstrap = rafs::bootstrap::from_bytes(bytes, &OpenOptions::default()).unwrap();
-    MergeSource { name: "changed".into(), bootstrap, own: OwnBlob::default() }
+    MergeSource { name: "changed".into(), bootstrap: bootstrap.into(), own: OwnBlob::default() }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Layers that stay as they are: what refers to them, against the reference builder and the kernel.
 
-use std::io::Write as _;
+use std::io::{Cursor, Write as _};
 use std::sync::Arc;
 
 use builder::reference::{BuiltReference, ReferenceKind, build_reference};
@@ -18,7 +18,9 @@ use crate::layers::{Workshop, done, refused};
 fn built(kind: ReferenceKind, input: &[u8], chunk_size: u32) -> (BuiltReference, Vec<u8>) {
     let memory = Memory::default();
     let sink = BlobSink::new("memory", memory.clone());
-    let built = build_reference("layer", input, kind, &options(Codec::Zstd, chunk_size), sink).unwrap();
+    let built =
+        build_reference("layer", Cursor::new(input.to_vec()), kind, &options(Codec::Zstd, chunk_size), sink)
+            .unwrap();
     (built, memory.take())
 }
 
@@ -140,7 +142,7 @@ fn large_layers_are_cut_into_slices() {
     // Damage anywhere is found while the index is made.
     for cut in [100, gzip(&tar).len() / 2] {
         let sink = BlobSink::new("nowhere", std::io::sink());
-        let layer = &gzip(&tar)[..cut];
+        let layer = Cursor::new(gzip(&tar)[..cut].to_vec());
         assert!(
             build_reference("cut", layer, ReferenceKind::Layer, &options(Codec::Zstd, 0x1000), sink).is_err()
         );
@@ -151,7 +153,13 @@ fn large_layers_are_cut_into_slices() {
 fn what_does_not_lie_in_the_layer_as_it_is_is_refused() {
     let refused = |kind, layer: &[u8], chunk_size| {
         let sink = BlobSink::new("nowhere", std::io::sink());
-        let built = build_reference("layer", layer, kind, &options(Codec::Zstd, chunk_size), sink);
+        let built = build_reference(
+            "layer",
+            Cursor::new(layer.to_vec()),
+            kind,
+            &options(Codec::Zstd, chunk_size),
+            sink,
+        );
         built.err().expect("refused").to_string()
     };
     let gzip = |bytes: &[u8]| {

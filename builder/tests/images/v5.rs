@@ -150,7 +150,7 @@ fn layer_source(variant: &str) -> MergeSource {
     let inlined_blob_id = Some(BlobId::new(&id).unwrap());
     let (_, boot) = sections(&blob).into_iter().find(|(name, _)| name == "image.boot").unwrap();
     let bootstrap = from_bytes(boot.to_vec(), &OpenOptions { inlined_blob_id }).unwrap();
-    MergeSource { name: variant.into(), bootstrap, own: OwnBlob::default() }
+    MergeSource { name: variant.into(), bootstrap: bootstrap.into(), own: OwnBlob::default() }
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn merged_bootstraps_are_byte_for_byte_the_reference() {
 
 fn opened(path: &str) -> MergeSource {
     let bootstrap = from_bytes(read(path), &OpenOptions::default()).unwrap();
-    MergeSource { name: path.into(), bootstrap, own: OwnBlob::default() }
+    MergeSource { name: path.into(), bootstrap: bootstrap.into(), own: OwnBlob::default() }
 }
 
 #[test]
@@ -192,7 +192,7 @@ fn what_one_image_can_not_be_is_not_merged() {
     let layer = |codec| {
         let built = build(LayerSource::Directory(other.path()), &v5(codec, 0x10_0000)).0;
         let bootstrap = from_bytes(built.bootstrap, &OpenOptions::default()).unwrap();
-        MergeSource { name: "new".into(), bootstrap, own: OwnBlob::default() }
+        MergeSource { name: "new".into(), bootstrap: bootstrap.into(), own: OwnBlob::default() }
     };
     let error = merge(&[opened("v5-default/image.boot"), layer(Codec::Lz4Block)], None, &Patterns::default());
     let error = error.err().unwrap();

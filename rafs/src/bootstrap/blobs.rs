@@ -188,7 +188,7 @@ impl Blob {
         };
         match data_size {
             Some(data_size) if data_size > 0 && compressed_size <= limits::MAX_BLOB_COMPRESSED => Ok(Self {
-                context_id: separate.then(|| context_id(record, features, inlined)).flatten(),
+                context_id: separate.then(|| context_id(record, features, inlined, &id)).flatten(),
                 id,
                 chunk_count,
                 codec,
@@ -242,13 +242,24 @@ fn cipher(record: &BlobRecord, features: BlobFeatures) -> Result<Cipher> {
     }
 }
 
-/// The blob that holds the context of one whose data is the original layer: as the record says,
-/// else the one that holds this bootstrap, if that was made to be held.
-fn context_id(record: &BlobRecord, features: BlobFeatures, inlined: Option<&BlobId>) -> Option<BlobId> {
-    if record.blob_meta_digest == [0; 32] {
-        return inlined.filter(|_| features.contains(BlobFeatures::INLINED_FS_META)).cloned();
+/// The blob that holds the context of one whose data is the original layer, `own`: as the record says, else the one
+/// that holds this bootstrap, if that was made to be held.
+fn context_id(
+    record: &BlobRecord,
+    features: BlobFeatures,
+    inlined: Option<&BlobId>,
+    own: &BlobId,
+) -> Option<BlobId> {
+    if record.blob_meta_digest != [0; 32] {
+        return BlobId::new(&Digest(record.blob_meta_digest).to_string()).ok();
     }
-    BlobId::new(&Digest(record.blob_meta_digest).to_string()).ok()
+    // A file may be called after the layer, and is another blob all the same.
+    let holder = inlined.filter(|_| features.contains(BlobFeatures::INLINED_FS_META))?;
+    if holder == own {
+        BlobId::new(&String::from_utf8_lossy(&limits::INLINED_BLOB_ID)).ok()
+    } else {
+        Some(holder.clone())
+    }
 }
 
 /// The name in a record, NUL-padded to 64 bytes.

@@ -12,6 +12,7 @@ use super::files::{FileReader, Files, Inode, Kind};
 use super::node::Node;
 use super::paths::{self, Place};
 use super::python::Python;
+use super::scout::{Exchange, Key};
 
 /// Files named at most. A hint is no promise: what is behind it comes when it is read.
 pub const MAX_FILES: usize = 4096;
@@ -65,8 +66,7 @@ pub(super) fn size_of_all<T: AsRef<[u8]>>(strings: &[T]) -> usize {
 #[derive(Debug)]
 pub(super) struct Memory {
     limits: Limits,
-    /// By file, first byte, and what was made of it.
-    parsed: HashMap<(Inode, u64, TypeId), Arc<dyn Any + Send + Sync>>,
+    parsed: HashMap<Key, Arc<dyn Any + Send + Sync>>,
     /// Bytes of text looked into.
     text: u64,
     /// Bytes of what is kept.
@@ -87,6 +87,9 @@ pub(super) struct Finder<'a> {
     steps: Cell<u64>,
     /// When there are none left, whatever was done.
     end: Option<Instant>,
+    exchange: Option<&'a Exchange>,
+    /// Takes lists backwards, and ends with the one that it scouts for.
+    is_scout: bool,
     /// Where the dynamic linker looks, once known.
     pub linker_dirs: Option<Arc<[Vec<u8>]>>,
     /// The interpreter of Python that was started last, with all that it has imported.
@@ -102,6 +105,8 @@ impl<'a> Finder<'a> {
             files,
             steps: Cell::new(memory.limits.steps),
             end: memory.limits.time.and_then(|time| Instant::now().checked_add(time)),
+            exchange: None,
+            is_scout: false,
             memory,
             environment,
             found: Vec::new(),
@@ -112,6 +117,22 @@ impl<'a> Finder<'a> {
             python: None,
             node: None,
         }
+    }
+
+    /// The same, which shares what it parses with another.
+    pub fn sharing(self, exchange: &'a Exchange, is_scout: bool) -> Self {
+        Self { exchange: Some(exchange), is_scout, ..self }
+    }
+
+    /// True if nobody asks for what is found, only for what is parsed.
+    pub fn is_scout(&self) -> bool {
+        self.is_scout
+    }
+
+    /// The items of a list that may take long each, in the order in which they are looked at.
+    pub fn each<'b, T>(&self, list: &'b [T]) -> impl Iterator<Item = &'b T> + use<'b, T> {
+        let (len, is_scout) = (list.len(), self.is_scout);
+        (0..len).map(move |n| &list[if is_scout { len - 1 - n } else { n }])
     }
 
     /// What was found, in order.
@@ -134,7 +155,8 @@ impl<'a> Finder<'a> {
     /// Takes `steps` from those that are left; false if there are none. To be asked for whatever an image may have
     /// many of.
     pub fn spend(&self, steps: usize) -> bool {
-        let is_late = self.end.is_some_and(|end| Instant::now() >= end);
+        let is_late = self.end.is_some_and(|end| Instant::now() >= end)
+            || (self.is_scout && self.exchange.is_some_and(Exchange::is_over));
         let left = self.steps.get().checked_sub(steps as u64).filter(|_| !is_late);
         self.steps.set(left.unwrap_or(0));
         left.is_some()
@@ -259,15 +281,15 @@ impl<'a> Finder<'a> {
         if !self.spend(STEPS_AN_ELF) {
             return None;
         }
-        self.files.will_read_ends(inode);
-        let failed = Cell::new(false);
-        let elf = elf::parse(FileReader::new(self.files, inode, self.size(inode), &failed)).map(Arc::new);
-        if failed.get() {
-            return None;
-        }
-        self.memory.keep(inode, 0, elf.clone());
-        self.spend(elf.as_ref().map_or(0, |elf| elf.needed.len()));
-        elf
+        let elf = self.parsed(inode, 0, |finder| {
+            finder.files.will_read_ends(inode);
+            let failed = Cell::new(false);
+            let reader = FileReader::new(finder.files, inode, finder.size(inode), &failed);
+            let elf = elf::parse(reader).map(Arc::new);
+            if failed.get() { None } else { Some(elf) }
+        })?;
+        self.spend(elf.as_ref().as_ref().map_or(0, |elf| elf.needed.len()));
+        (*elf).clone()
     }
 
     /// What `parse` makes of the whole text file at `path`; `None` if there is none, or it is too large to be
@@ -303,9 +325,31 @@ impl<'a> Finder<'a> {
         if self.memory.text + len > self.memory.limits.text {
             return None;
         }
-        let bytes = self.read(inode, range.start..range.start + len)?;
+        let read = |finder: &Self| Some(parse(&finder.read(inode, range.start..range.start + len)?));
+        let parsed = self.parsed(inode, range.start, read)?;
         self.memory.text += len;
-        Some(self.memory.keep(inode, range.start, parse(&bytes)))
+        Some(parsed)
+    }
+
+    /// What `parse` makes of a file from byte `at` on, or somebody else made of it; kept if there is room.
+    fn parsed<T: Parsed>(
+        &mut self,
+        inode: Inode,
+        at: u64,
+        parse: impl FnOnce(&Self) -> Option<T>,
+    ) -> Option<Arc<T>> {
+        let key = (inode, at, TypeId::of::<T>());
+        if let Some(known) = self.exchange.and_then(|exchange| exchange.find(&key)) {
+            self.memory.keep(key, &known);
+            return Some(known);
+        }
+        let parsed = Arc::new(parse(self)?);
+        if self.memory.keep(key, &parsed)
+            && let Some(exchange) = self.exchange
+        {
+            exchange.leave(key, &parsed);
+        }
+        Some(parsed)
     }
 
     /// Bytes of a file, cut at its end. They are asked for at once.
@@ -334,15 +378,15 @@ impl Memory {
         Arc::clone(known).downcast().ok()
     }
 
-    fn keep<T: Parsed>(&mut self, inode: Inode, at: u64, parsed: T) -> Arc<T> {
-        let parsed = Arc::new(parsed);
+    /// False if there is no room.
+    fn keep<T: Parsed>(&mut self, key: Key, parsed: &Arc<T>) -> bool {
         let size = ENTRY_SIZE + parsed.size();
         if self.kept + size > self.limits.memory {
-            return parsed;
+            return false;
         }
         self.kept += size;
         let any: Arc<dyn Any + Send + Sync> = parsed.clone();
-        self.parsed.insert((inode, at, TypeId::of::<T>()), any);
-        parsed
+        self.parsed.insert(key, any);
+        true
     }
 }

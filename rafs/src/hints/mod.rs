@@ -40,31 +40,53 @@ mod names;
 mod node;
 mod paths;
 mod python;
+mod scout;
 mod system;
 #[cfg(test)]
 mod tests;
 
+use std::thread;
+use std::time::Duration;
+
 pub use command::Command;
 pub use files::{Files, Inode, Kind};
-use std::time::Duration;
 
 use finder::{Finder, Limits, Memory};
 pub use finder::{MAX_BYTES, MAX_FILES};
+use scout::Exchange;
 
-/// A builder has the image to itself.
-const WHOLE: Limits = Limits { steps: 1 << 26, text: 256 << 20, memory: 256 << 20, time: None };
+/// A builder has the image to itself. A program with a thousand modules takes some 3 MB of memory.
+const WHOLE: Limits = Limits { steps: 1 << 26, text: 256 << 20, memory: 24 << 20, time: None };
 /// Who serves it serves others beside.
 const SERVED: Limits =
     Limits { steps: 1 << 21, text: 64 << 20, memory: 8 << 20, time: Some(Duration::from_secs(1)) };
 /// Steps of all looks of a [`Follower`].
 const ALL_STEPS: u64 = 1 << 25;
 
-/// The files that a start of `command` reads, in order.
-pub fn find(files: &dyn Files, command: Command) -> Vec<Inode> {
-    let Command { arguments, environment, directory } = command;
+/// The files that a start of `command` reads, in order; found by two threads where there are processors for them.
+pub fn find(files: &(dyn Files + Sync), command: &Command) -> Vec<Inode> {
+    if thread::available_parallelism().is_ok_and(|processors| processors.get() == 1) {
+        return look(files, command, None);
+    }
+    let exchange = Exchange::new();
+    thread::scope(|scope| {
+        // Without a scout it takes longer.
+        let scout = thread::Builder::new().name("scout".into());
+        let _ = scout.spawn_scoped(scope, || look(files, command, Some((&exchange, true))));
+        let found = look(files, command, Some((&exchange, false)));
+        exchange.end();
+        found
+    })
+}
+
+/// `exchange` is with the other of two looks; true for the scout.
+fn look(files: &dyn Files, command: &Command, exchange: Option<(&Exchange, bool)>) -> Vec<Inode> {
     let mut memory = Memory::new(WHOLE);
-    let mut finder = Finder::new(files, &mut memory, environment);
-    command::follow(&mut finder, &arguments, &directory);
+    let mut finder = Finder::new(files, &mut memory, command.environment.clone());
+    if let Some((exchange, is_scout)) = exchange {
+        finder = finder.sharing(exchange, is_scout);
+    }
+    command::follow(&mut finder, &command.arguments, &command.directory);
     finder.into_found()
 }
 

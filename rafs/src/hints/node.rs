@@ -187,7 +187,7 @@ impl Node {
     }
 
     fn load_names(&mut self, finder: &mut Finder<'_>, names: &[String], dir: &[u8], depth: usize) {
-        for name in names {
+        for name in finder.each(names) {
             // Those of Node.js itself are looked for nowhere.
             if !finder.spend(1) {
                 return;

@@ -146,13 +146,8 @@ pub(super) fn follow(
         |script| finder.regular(script).map_or_else(|| parent(script), |place| parent(&place.path)),
     );
     let Some(mut python) = Python::new(finder, program, real) else { return };
-    for module in STARTUP {
-        python.import(finder, module, 0);
-    }
-    let site_code = std::mem::take(&mut python.site_code);
-    python.run_code(finder, &site_code);
-    for module in CUSTOM {
-        python.import(finder, module, 0);
+    if !finder.is_scout() {
+        python.start(finder);
     }
     python.look_first(first);
     match target {
@@ -234,6 +229,18 @@ impl Python {
             python.site(finder, site);
         }
         Some(python)
+    }
+
+    /// Adds what the interpreter imports whatever it runs.
+    fn start(&mut self, finder: &mut Finder<'_>) {
+        for module in STARTUP {
+            self.import(finder, module, 0);
+        }
+        let site_code = std::mem::take(&mut self.site_code);
+        self.run_code(finder, &site_code);
+        for module in CUSTOM {
+            self.import(finder, module, 0);
+        }
     }
 
     /// Adds a directory of packages with its `.pth` files, whose lines are further directories, or
@@ -342,7 +349,7 @@ impl Python {
             let names = finder.part(place.inode, range.clone(), |bytes| {
                 Dotted(names::dotted(bytes).into_iter().map(str::to_owned).collect())
             });
-            for name in names.iter().flat_map(|names| &names.0) {
+            for name in finder.each(names.as_ref().map_or(&[], |names| &names.0)) {
                 // Most are names of classes and functions.
                 let is_new = !self.seen.contains(name);
                 if is_new && self.find(finder, name).is_some_and(|found| found.file.is_some()) {
@@ -400,7 +407,7 @@ impl Python {
 
     /// Adds what `imports` of something in `package` name at once.
     fn run_all(&mut self, finder: &mut Finder<'_>, imports: &Imports, package: &str, depth: usize) {
-        for import in &imports.at_once {
+        for import in finder.each(&imports.at_once) {
             if !finder.spend(1) {
                 return;
             }

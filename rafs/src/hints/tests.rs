@@ -161,7 +161,13 @@ impl Files for Image<'_> {
 fn hints(entries: &[(&str, Item<'_>)], config: Value) -> Vec<String> {
     let image = Image::new(entries);
     let config = json!({ "config": config });
-    image.paths(find(&image, Command::of(config.as_object().unwrap())))
+    let command = Command::of(config.as_object().unwrap());
+    let found = find(&image, &command);
+    assert_eq!(found, look(&image, &command, None), "a scout changes nothing");
+    let exchange = Exchange::new();
+    look(&image, &command, Some((&exchange, true)));
+    assert_eq!(found, look(&image, &command, Some((&exchange, false))), "nor does one that was faster");
+    image.paths(found)
 }
 
 #[test]

@@ -89,10 +89,10 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
 
 /// Names every broken rule of the bootstrap; opens it if there is none.
 fn structure(path: &Path) -> anyhow::Result<Option<Opened>> {
-    let (bytes, options, blob) = match image::inside(path)? {
-        Some(bytes) => (bytes, OpenOptions { inlined_blob_id: image::blob_id(path) }, Some(path.to_owned())),
-        None => (rafs::bootstrap::read(path)?, OpenOptions::default(), None),
-    };
+    let inside = image::inside(path)?;
+    let is_inside = inside.is_some();
+    let bytes = inside.map_or_else(|| rafs::bootstrap::read(path), Ok)?;
+    let options = OpenOptions { inlined_blob_id: image::stated_id(path).filter(|_| is_inside) };
     let report = rafs::check::structure(bytes.clone(), &options)
         .with_context(|| format!("check {}", path.display()))?;
     for fault in report.faults.iter().take(SHOWN) {
@@ -105,8 +105,10 @@ fn structure(path: &Path) -> anyhow::Result<Option<Opened>> {
     if !report.is_clean() {
         return Ok(None);
     }
-    let bootstrap = rafs::bootstrap::from_bytes(bytes, &options)?.into();
-    Ok(Some(Opened { bootstrap, blob }))
+    Ok(Some(match is_inside {
+        true => image::open_inside(path, bytes)?,
+        false => image::open_bare(rafs::bootstrap::from_bytes(bytes, &options)?),
+    }))
 }
 
 fn describe(bootstrap: &dyn Bootstrap) -> anyhow::Result<String> {

@@ -44,7 +44,7 @@ pub struct ConvertArgs {
     /// Threads that hash and compress, 0 for one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// Layers read, and blobs uploaded, at a time
+    /// Layers read, and blobs uploaded, at a time: at most 16
     #[arg(long, default_value_t = DEFAULT_JOBS)]
     jobs: usize,
     /// Compressor of chunks: none, lz4_block or zstd

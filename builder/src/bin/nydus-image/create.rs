@@ -20,7 +20,6 @@ use builder::root::check_written;
 use builder::sink::BlobSink;
 use builder::source::stargz;
 use builder::write_back::WriteBack;
-use rafs::bootstrap::OpenOptions;
 use rafs::format::limits;
 use storage::cipher::XtsKey;
 use storage::codec::Codec;
@@ -30,7 +29,7 @@ use storage::ids::BlobId;
 use crate::cli::{
     self, Compressor, ConversionType, CreateArgs, Digester, Feature, FsVersion, PrefetchPolicy, WhiteoutSpec,
 };
-use crate::merge::stem;
+use crate::merge::bootstrap;
 use crate::output::{self, Output, StagedBootstrap, Summary};
 
 /// Chunk size unless another is given.
@@ -139,10 +138,7 @@ pub fn run(args: &CreateArgs) -> anyhow::Result<ExitCode> {
 
 /// The images that the layer is built upon.
 fn below(args: &CreateArgs, options: &LayerOptions) -> anyhow::Result<Option<Below>> {
-    let open = |path: &Path| {
-        let id = BlobId::new(&stem(path)).ok();
-        rafs::bootstrap::open(path, &OpenOptions { inlined_blob_id: id })
-    };
+    let open = |path: &Path| bootstrap(path, None);
     let dictionary = args.chunk_dict.as_deref().map(dictionary_path).transpose()?;
     let dictionary = dictionary.map(open).transpose().context("--chunk-dict")?;
     let parent = args.parent_bootstrap.as_deref().map(open).transpose().context("--parent-bootstrap")?;

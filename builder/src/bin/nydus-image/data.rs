@@ -136,7 +136,9 @@ impl PlaceArgs {
         let named = self.blob.is_some() || self.blob_dir.is_some() || self.backend.backend_type.is_some();
         let source = match config {
             _ if named => self.source(&opened)?,
-            Some(path) => configured_backend(path)?.source(&std::env::temp_dir())?,
+            Some(path) => {
+                HeldContext::before(configured_backend(path)?.source(&std::env::temp_dir())?, &opened)?
+            }
             None => return Ok(None),
         };
         let engine = engine(EngineConfig::default())?;
@@ -150,7 +152,7 @@ impl PlaceArgs {
             return Ok(Arc::new(BesideHolder::new(dir, opened)?));
         }
         if let Some(backend) = self.backend.open()? {
-            return Ok(backend);
+            return HeldContext::before(backend, opened);
         }
         let [blob] = opened.bootstrap.blobs() else {
             return match (count, &self.blob) {
@@ -210,6 +212,36 @@ impl BlobSource for OneBlob {
 
     fn blob(&self, id: &BlobId) -> storage::Result<Arc<dyn Backend>> {
         if *id == self.id { self.data.blob(id) } else { self.context.blob(id) }
+    }
+}
+
+/// What says where the chunks of an original layer lie, in the file of the bootstrap, and blobs elsewhere.
+#[derive(Debug)]
+struct HeldContext {
+    id: BlobId,
+    here: LocalFs,
+    elsewhere: Arc<dyn BlobSource>,
+}
+
+impl HeldContext {
+    /// Blobs `elsewhere`, unless the file of the bootstrap is one that has no data but says where that lies.
+    fn before(elsewhere: Arc<dyn BlobSource>, opened: &Opened) -> anyhow::Result<Arc<dyn BlobSource>> {
+        let Some((id, file)) = opened.context_holder() else { return Ok(elsewhere) };
+        Ok(Arc::new(Self { id, here: LocalFs::new(None, Vec::new(), Some(file.to_owned()))?, elsewhere }))
+    }
+}
+
+impl BlobSource for HeldContext {
+    fn kind(&self) -> &'static str {
+        self.elsewhere.kind()
+    }
+
+    fn blob(&self, id: &BlobId) -> storage::Result<Arc<dyn Backend>> {
+        if *id == self.id { self.here.blob(id) } else { self.elsewhere.blob(id) }
+    }
+
+    fn blob_of_size(&self, id: &BlobId, stored_size: u64) -> storage::Result<Arc<dyn Backend>> {
+        if *id == self.id { self.here.blob(id) } else { self.elsewhere.blob_of_size(id, stored_size) }
     }
 }
 

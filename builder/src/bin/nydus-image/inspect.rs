@@ -225,6 +225,10 @@ impl Session<'_> {
                     chunk.blob, chunk.index, chunk.decoded_offset
                 )?;
                 match self.bootstrap.chunk_info(chunk.blob, chunk.index) {
+                    // Only the blob's context knows the unit of several chunks that it is in.
+                    Some(info) if info.compressed_size.get() == 0 => {
+                        writeln!(out, ", stored with others, {}", storage::digest::Digest(info.digest))?;
+                    }
                     Some(info) => writeln!(
                         out,
                         ", stored {} bytes at {:#x}, {}",

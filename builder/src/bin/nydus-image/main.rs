@@ -64,6 +64,7 @@ fn raise_descriptor_limit() {
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     raise_descriptor_limit();
+    builder::turns::run_as_batch();
     if cli.version {
         output::print(version::BLOCK)?;
         return Ok(ExitCode::SUCCESS);

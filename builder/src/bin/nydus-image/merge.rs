@@ -3,11 +3,13 @@
 use std::path::Path;
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, anyhow, bail};
+use builder::image;
 use builder::merge::{MergeSource, OwnBlob, merge};
-use rafs::bootstrap::OpenOptions;
+use rafs::bootstrap::{Bootstrap, OpenOptions};
 use storage::digest::Digest;
 use storage::ids::BlobId;
 
@@ -27,13 +29,7 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
         sources.push(source(path, own)?);
     }
     let dictionary = args.chunk_dict.as_deref().map(dictionary_path).transpose()?;
-    let dictionary = dictionary
-        .map(|path| {
-            let inlined_blob_id = BlobId::new(&stem(path)).ok();
-            rafs::bootstrap::open(path, &OpenOptions { inlined_blob_id })
-        })
-        .transpose()
-        .context("--chunk-dict")?;
+    let dictionary = dictionary.map(|path| bootstrap(path, None)).transpose().context("--chunk-dict")?;
     let merged = merge(&sources, dictionary.as_deref(), &prefetch_patterns(args.prefetch_policy)?)?;
     let path =
         output::write_bootstrap(args.bootstrap.as_deref(), args.blob_dir.as_deref(), &merged.bootstrap)?;
@@ -57,18 +53,27 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn source(path: &Path, own: OwnBlob) -> anyhow::Result<MergeSource> {
-    let id = match (&own.original_id, own.digest) {
+    let told = match (&own.original_id, own.digest) {
         (_, Some(digest)) => Some(BlobId::new(&digest.to_string())?),
         (Some(id), None) => Some(id.clone()),
-        // Whether the file's name is a good id matters only if the bootstrap was inlined.
-        (None, None) => BlobId::new(&stem(path)).ok(),
+        (None, None) => None,
     };
-    let bootstrap = rafs::bootstrap::open(path, &OpenOptions { inlined_blob_id: id })?;
-    Ok(MergeSource { name: path.display().to_string(), bootstrap, own })
+    let name = path.display().to_string();
+    Ok(MergeSource { name, bootstrap: bootstrap(path, told)?, own })
+}
+
+/// The bootstrap at `path`, or inside the blob there, which the image made of it calls `told`.
+pub fn bootstrap(path: &Path, told: Option<BlobId>) -> anyhow::Result<Arc<dyn Bootstrap>> {
+    if let Some(bytes) = image::inside(path)? {
+        return Ok(image::open_named(path, bytes, told)?.bootstrap);
+    }
+    // Whether the file's name is a good id matters only if the bootstrap was inlined.
+    let inlined_blob_id = told.or_else(|| BlobId::new(&stem(path)).ok());
+    Ok(rafs::bootstrap::open(path, &OpenOptions { inlined_blob_id })?.into())
 }
 
 /// The file's name up to its first dot.
-pub fn stem(path: &Path) -> String {
+fn stem(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     name.split('.').next().unwrap_or_default().to_owned()
 }
