@@ -221,27 +221,38 @@ fn a_daemon_that_can_not_die_is_replaced() -> Result<()> {
     ensure!(std::fs::read(host.join("file"))? == b"of the host");
     let child = place.wait_child(1)?;
 
-    kill(slow.pid(), Signal::SIGSTOP)?;
     let found = thread::scope(|scope| -> Result<std::io::Error> {
-        let (sender, asking) = channel();
-        let fresh = host.join("new");
-        let asked = scope.spawn(move || -> Result<_> {
-            sender.send(gettid())?;
-            Ok(std::fs::metadata(fresh))
-        });
-        // It holds the directory.
-        let asking = format!("/proc/self/task/{}", asking.recv()?);
-        let held = wait_in("request_wait_answer", || Ok(vec![asking.clone().into()]));
+        let asked = loop {
+            kill(slow.pid(), Signal::SIGSTOP)?;
+            let (sender, asking) = channel();
+            let fresh = host.join("new");
+            let asked = scope.spawn(move || -> Result<_> {
+                sender.send(gettid())?;
+                Ok(std::fs::metadata(fresh))
+            });
+            let asking = PathBuf::from(format!("/proc/self/task/{}", asking.recv()?));
+            let waits = wait_in("request_wait_answer", || Ok(vec![asking.clone()]));
+            // It holds the directory while it looks for the name, and not if it first asks again for what it knows
+            // of the directory, which it believes for a second.
+            match waits.and_then(|()| Ok(std::fs::read_to_string(asking.join("stack"))?)) {
+                Ok(stack) if stack.contains("fuse_lookup") => break asked,
+                waits => {
+                    kill(slow.pid(), Signal::SIGCONT)?;
+                    waits?;
+                    drop(asked.join().expect("no panic")?);
+                }
+            }
+        };
         let told = scope.spawn(|| {
             let below = "/api/v1/mount?mountpoint=/host/below";
             // Its answer dies with the daemon.
             let _ = holder.send("POST", below, &body(&source));
         });
-        let replaced = held.and_then(|()| {
-            wait_in("fuse_reverse_inval_entry", || {
-                let tasks = std::fs::read_dir(format!("/proc/{child}/task"))?;
-                tasks.map(|task| Ok(task?.path())).collect()
-            })?;
+        let told_the_kernel = wait_in("fuse_reverse_inval_entry", || {
+            let tasks = std::fs::read_dir(format!("/proc/{child}/task"))?;
+            tasks.map(|task| Ok(task?.path())).collect()
+        });
+        let replaced = told_the_kernel.and_then(|()| {
             kill(child, Signal::SIGKILL)?;
             place.wait_child(2)
         });
