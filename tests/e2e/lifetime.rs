@@ -8,7 +8,7 @@ use std::process::Command;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tests::daemon::{Daemon, DaemonOptions};
 use tests::journey::Journey;
-use tests::mount::{Mount, mounted};
+use tests::mount::{connection_file, mounted};
 use tests::{Result, binaries, command, ensure, needs_mounts, recipes};
 
 /// SIGTERM: exit 0, unmounted, the API socket gone.
@@ -88,10 +88,7 @@ pub fn connection(daemon: &Daemon) -> Result<u64> {
 
 /// Aborts a FUSE connection, as an operator can.
 pub fn abort(connection: u64) -> Result<()> {
-    let control = tempfile::tempdir()?;
-    mount(None::<&str>, control.path(), Some("fusectl"), MsFlags::empty(), None::<&str>)?;
-    let _control = Mount::guard(control.path());
-    Ok(fs::write(control.path().join(connection.to_string()).join("abort"), "1")?)
+    Ok(fs::write(connection_file(connection, "abort")?, "1")?)
 }
 
 /// A connection that is aborted leaves no dead mount; the daemon ends with 1 and says why, once.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tests::daemon::Daemon;
 use tests::image::{Entry, Image};
 use tests::journey::within;
-use tests::mount::mounted;
+use tests::mount::{connection_file, mounted};
 use tests::recipes::noise;
 use tests::relay::Rule;
 use tests::scene::Scene;
@@ -127,22 +127,11 @@ pub fn wait_for_requests(root: &Path, count: u64) -> Result<()> {
     use std::os::unix::fs::MetadataExt;
     // The connection is named by the minor number of the mount's anonymous device.
     let minor = nix::sys::stat::minor(fs::metadata(root)?.dev());
-    let file = format!("/sys/fs/fuse/connections/{minor}/waiting");
-    if !Path::new("/sys/fs/fuse/connections").join(minor.to_string()).exists() {
-        // Best effort: the control file system belongs to the machine, not to the test.
-        let target = "/sys/fs/fuse/connections";
-        nix::mount::mount(
-            Some("fusectl"),
-            target,
-            Some("fusectl"),
-            nix::mount::MsFlags::empty(),
-            None::<&str>,
-        )
-        .context("mount fusectl to count waiting requests")?;
-    }
+    let file = connection_file(minor, "waiting")?;
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
-        let waiting: u64 = fs::read_to_string(&file).with_context(|| file.clone())?.trim().parse()?;
+        let waiting: u64 =
+            fs::read_to_string(&file).with_context(|| file.display().to_string())?.trim().parse()?;
         if waiting >= count {
             return Ok(());
         }

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tests::daemon::{Daemon, DaemonOptions};
 use tests::image::{Entry, Image};
 use tests::journey::within;
+use tests::mount::connection_file;
 use tests::recipes::noise;
 use tests::relay::Rule;
 use tests::scene::Scene;
@@ -67,7 +68,7 @@ struct Abort(PathBuf);
 impl Abort {
     fn guard(root: &Path) -> Result<Self> {
         let minor = nix::sys::stat::minor(fs::metadata(root)?.dev());
-        Ok(Self(PathBuf::from(format!("/sys/fs/fuse/connections/{minor}/abort"))))
+        Ok(Self(connection_file(minor, "abort")?))
     }
 }
 

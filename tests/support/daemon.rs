@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -165,6 +166,16 @@ impl Daemon {
     /// The process.
     pub fn pid(&self) -> Pid {
         Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// Stops it until it gets SIGCONT: when this returns, none of its threads answers any more.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn freeze(&self) -> Result<()> {
+        kill(self.pid(), Signal::SIGSTOP)?;
+        waitid(Id::Pid(self.pid()), WaitPidFlag::WSTOPPED)?;
+        Ok(())
     }
 
     fn wait_ready(&mut self) -> Result<()> {

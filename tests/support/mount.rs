@@ -1,13 +1,16 @@
 //! Mounts that end with the test.
 
 use std::fs::{self, File};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
 use crate::command::run;
 
@@ -157,8 +160,27 @@ pub fn abort(path: &Path) -> Result<()> {
     let covered = fields.iter().rev().find_map(|field| field.strip_prefix("rafs:")?.parse::<u64>().ok());
     let device = fields.get(2).and_then(|device| device.rsplit(':').next()?.parse().ok());
     let connection = covered.or(device).context("a row without a device")?;
-    let file = format!("/sys/fs/fuse/connections/{connection}/abort");
-    fs::write(&file, "1").with_context(|| format!("end the connection of {}: {file}", path.display()))
+    let file = connection_file(connection, "abort")?;
+    fs::write(&file, "1").with_context(|| format!("end the connection of {}", path.display()))
+}
+
+/// A file that the kernel has of FUSE connection `number`: in a mount of our own, as not every machine has one where it
+/// belongs, and those that have none are to stay so.
+///
+/// # Errors
+/// The kernel refuses the mount.
+pub fn connection_file(number: u64, name: &str) -> Result<PathBuf> {
+    static CONTROL: OnceLock<OwnedFd> = OnceLock::new();
+    let control = match CONTROL.get() {
+        Some(control) => control,
+        None => {
+            let settings = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+            fsconfig_create(&settings)?;
+            let made = fsmount(&settings, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+            CONTROL.get_or_init(|| made)
+        }
+    };
+    Ok(PathBuf::from(format!("/proc/self/fd/{}/{number}/{name}", control.as_raw_fd())))
 }
 
 /// The topmost mount at exactly `path` in the mount table.

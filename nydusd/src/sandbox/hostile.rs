@@ -225,16 +225,13 @@ fn a_mount_is_made_and_removed_where_it_belongs() {
     mount(Some("other"), &scene.path(".ssh/mnt"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
     scene.lead_astray();
     let unmounted = ask(&host, Request::Unmount { ended: false });
-    // By its number, where the kernel's files of connections are; without them the way there leads to another mount.
-    let numbered = fs::read_dir("/sys/fs/fuse/connections").is_ok_and(|mut all| all.next().is_some());
-    let aborted = ask(&host, Request::Abort);
+    ask(&host, Request::Abort).unwrap();
     let other_is_there = is_mount(&scene.path(".ssh/mnt"));
     umount2(&scene.path(".ssh/mnt"), MntFlags::MNT_DETACH).unwrap();
     scene.lead_back();
     let again = ask(&host, Request::Unmount { ended: false });
     drop(connection);
     assert!(unmounted.is_err() && other_is_there);
-    assert_eq!(aborted.is_ok(), numbered, "{aborted:?}");
     again.unwrap();
     assert!(!is_mount(&scene.path("way/mnt")));
 }

@@ -1,5 +1,6 @@
 //! Ways to the kernel.
 
+mod control;
 pub mod fusedev;
 mod init;
 mod message;

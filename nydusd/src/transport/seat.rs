@@ -16,6 +16,7 @@ use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{getgid, getuid};
 use serde::{Deserialize, Serialize};
 
+use super::control;
 use super::mounted::{self, MountIdentity};
 use crate::passthrough::{Device, device_of};
 use crate::sandbox::place::Place;
@@ -32,9 +33,6 @@ const MAX_READ: usize = (1 << 20) + 4096;
 /// How long a mount may take to say that nobody serves it: the kernel itself says so, at once.
 const PROBE_LIMIT: Duration = Duration::from_secs(1);
 
-/// Where the kernel has a directory of files for each connection.
-const CONNECTIONS: &str = "/sys/fs/fuse/connections";
-
 /// What keeps a mount from being unmounted.
 const COVERED: &str = "another mount covers it; unmount both by hand";
 
@@ -50,7 +48,8 @@ pub enum ConnectionFile {
 }
 
 impl ConnectionFile {
-    fn name(self) -> &'static str {
+    /// Its name in the directory of its connection.
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Abort => "abort",
             Self::Resend => "resend",
@@ -216,7 +215,7 @@ impl Seat {
     /// There is no such file, or no mount.
     pub fn connection_file(&self, file: ConnectionFile) -> io::Result<File> {
         let number = self.number().ok_or_else(|| io::Error::other("the mount has no identity"))?;
-        let file = File::options().write(true).open(format!("{CONNECTIONS}/{number}/{}", file.name()))?;
+        let file = control::open(number, file)?;
         match self.identity() {
             Some(ours) if !ours.wait_gone(Duration::ZERO)? => Ok(file),
             _ => Err(io::Error::other("the mount is gone")),

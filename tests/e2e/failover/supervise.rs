@@ -223,7 +223,7 @@ fn a_daemon_that_can_not_die_is_replaced() -> Result<()> {
 
     let found = thread::scope(|scope| -> Result<std::io::Error> {
         let asked = loop {
-            kill(slow.pid(), Signal::SIGSTOP)?;
+            slow.freeze()?;
             let (sender, asking) = channel();
             let fresh = host.join("new");
             let asked = scope.spawn(move || -> Result<_> {
@@ -262,7 +262,7 @@ fn a_daemon_that_can_not_die_is_replaced() -> Result<()> {
         }
         told.join().expect("no panic");
         let found = asked.join().expect("no panic")?;
-        replaced?;
+        replaced.with_context(|| place.log())?;
         found.err().context("there is no such file")
     })?;
     ensure!(found.kind() == std::io::ErrorKind::NotFound, "{found}");

@@ -52,7 +52,7 @@ fn files_that_hang_do_not_delay_the_end() -> Result<()> {
     ensure!(code == 204, "{answer}");
     let mut daemon = DaemonOptions::empty().start()?;
     let broker = broker(&daemon)?.context("no broker")?;
-    kill(server.pid(), Signal::SIGSTOP)?;
+    server.freeze()?;
     let hanging = server.root().join("shown");
     std::thread::scope(|scope| -> Result<()> {
         let asked: Vec<_> = (0..70)
@@ -97,7 +97,7 @@ fn files_that_hang_delay_nobody_else() -> Result<()> {
     let broker = broker(&daemon)?.context("no broker")?;
     let hanging = server.root().join("shown");
     ensure!(post_directory(&daemon, "/below", &hanging)?.0 == 204);
-    kill(server.pid(), Signal::SIGSTOP)?;
+    server.freeze()?;
     let waits = |process: u32| -> Result<()> {
         let is_there = |task: std::io::Result<fs::DirEntry>| {
             task.is_ok_and(|task| {
