@@ -45,7 +45,7 @@ pub struct MergeSource {
     /// What to call it in messages.
     pub name: String,
     /// The opened bootstrap. An inlined one was opened with the id its blob is to have: the
-    /// `--blob-digests` entry, the original id, or the file's name up to the first dot.
+    /// `--blob-digests` entry, the original id, the SHA-256 that the file's name states, or the blob's own.
     pub bootstrap: Arc<dyn Bootstrap>,
     /// What is known of its own blob.
     pub own: OwnBlob,
@@ -93,7 +93,7 @@ pub fn merge(
     }
     for source in sources {
         consistent((&first.name, &*first.bootstrap), (&source.name, &*source.bootstrap))?;
-        let records = records(source, &mut named);
+        let records = records(source, &mut named)?;
         let mut tree = chunks
             .load(&*source.bootstrap, &records)
             .map_err(|e| e.context(format!("read {}", source.name)))?;
@@ -202,7 +202,10 @@ pub(crate) fn carried_records(bootstrap: &dyn Bootstrap) -> Vec<BlobRecord> {
 
 /// The blobs of a source with final names and what the caller knows put in. `named` has the final
 /// names of blobs that lower sources know, by the names they have there.
-fn records(source: &MergeSource, named: &mut HashMap<BlobId, [u8; 64]>) -> Vec<BlobRecord> {
+///
+/// # Errors
+/// `Invalid`: nobody says what the blob is called that says where the data of an original layer is.
+fn records(source: &MergeSource, named: &mut HashMap<BlobId, [u8; 64]>) -> Result<Vec<BlobRecord>> {
     let blobs = source.bootstrap.blobs();
     let inlined = |b: &rafs::bootstrap::Blob| b.features.contains(BlobFeatures::INLINED_FS_META);
     // The layer's own blob is the one that holds its bootstrap, or its only one, unless that is a
@@ -218,9 +221,18 @@ fn records(source: &MergeSource, named: &mut HashMap<BlobId, [u8; 64]>) -> Vec<B
         } else if let Some(name) = named.get(&blob.id) {
             record.blob_id = *name;
         }
+        if inlined(blob)
+            && blob.features.contains(BlobFeatures::SEPARATE)
+            && record.blob_meta_digest == [0; 32]
+        {
+            return Err(Error::invalid(format!(
+                "{}: it lies in a blob that says where the data of {} is, and nobody says what that blob is called;                  give --blob-digests, or the blob itself instead of its bootstrap",
+                source.name, blob.id
+            )));
+        }
         named.entry(blob.id.clone()).or_insert(record.blob_id);
     }
-    records
+    Ok(records)
 }
 
 fn known(record: &mut BlobRecord, separate: bool, own: &OwnBlob) {

@@ -221,12 +221,19 @@ impl Work {
     /// Decodes and verifies.
     fn open(self, stored: &Bytes) -> Result<Vec<(usize, Unit)>> {
         let mut opened = Vec::with_capacity(self.units.len());
+        let wanted: u64 = self.units.iter().map(|(_, plan)| plan.unit.compressed.len()).sum();
+        let has_gaps = wanted < self.range.len();
         for (number, plan) in self.units {
             // Units lie within their range, which has been read as a whole.
             let from = (plan.unit.compressed.start() - self.range.start()) as usize;
             let bytes = stored.slice(from..from + plan.unit.compressed.len() as usize);
             // A slice would keep all of the range, with what lies between the units.
             let kept = if self.keep_stored { Bytes::copy_from_slice(&bytes) } else { Bytes::new() };
+            // So would a plain unit, which is not decoded into memory of its own.
+            let bytes = match has_gaps && plan.unit.is_plain() {
+                true => Bytes::copy_from_slice(&bytes),
+                false => bytes,
+            };
             let decoded = open_unit(&plan, bytes).map_err(|e| e.context(format!("blob {}", self.id)))?;
             opened.push((number, Unit { decoded, stored: kept }));
         }

@@ -27,7 +27,7 @@ const TAR_HEADER: u64 = 512;
 /// `inlined` is the name of the blob that holds this very bootstrap.
 ///
 /// # Errors
-/// `Unsupported`: zran, encrypted, tarfs and other blobs not read yet, by name.
+/// `Unsupported`: kinds of blobs that are not known here, by name.
 /// `Corrupt`: a broken rule (at the door; a check collects those of later blobs too).
 pub fn parse(
     bytes: &[u8],
@@ -109,7 +109,7 @@ impl Blob {
     /// `inlined` replaces the placeholder name of a bootstrap that lies in its own blob.
     ///
     /// # Errors
-    /// `Unsupported`: a kind of blob not read yet, by name. `Corrupt`: a broken rule.
+    /// `Unsupported`: a kind of blob that is not known here, by name. `Corrupt`: a broken rule.
     pub fn from_record(
         record: &BlobRecord,
         index: u32,

@@ -157,9 +157,15 @@ impl<'a> Finder<'a> {
     pub fn spend(&self, steps: usize) -> bool {
         let is_late = self.end.is_some_and(|end| Instant::now() >= end)
             || (self.is_scout && self.exchange.is_some_and(Exchange::is_over));
+        // Who is late has spent all: what takes that long is not to be looked at again and again.
         let left = self.steps.get().checked_sub(steps as u64).filter(|_| !is_late);
         self.steps.set(left.unwrap_or(0));
         left.is_some()
+    }
+
+    /// True if no steps are left: what was not found may be there.
+    pub fn is_over(&self) -> bool {
+        self.steps.get() == 0
     }
 
     /// Where `path` leads, whatever is there.
@@ -325,10 +331,10 @@ impl<'a> Finder<'a> {
         if self.memory.text + len > self.memory.limits.text {
             return None;
         }
-        let read = |finder: &Self| Some(parse(&finder.read(inode, range.start..range.start + len)?));
-        let parsed = self.parsed(inode, range.start, read)?;
+        // What can not be read took its time, too.
         self.memory.text += len;
-        Some(parsed)
+        let read = |finder: &Self| Some(parse(&finder.read(inode, range.start..range.start + len)?));
+        self.parsed(inode, range.start, read)
     }
 
     /// What `parse` makes of a file from byte `at` on, or somebody else made of it; kept if there is room.

@@ -151,7 +151,10 @@ enum Lead {
 
 /// Adds the file at `path` and what it leads to.
 fn follow(finder: &mut Finder<'_>, path: &[u8]) -> Lead {
-    let Some(place) = finder.regular(path) else { return Lead::Nowhere };
+    let Some(place) = finder.regular(path) else {
+        // Without the time to look it is looked at again.
+        return if finder.is_over() { Lead::Somewhere } else { Lead::Nowhere };
+    };
     if finder.is_added(place.inode) {
         return Lead::Somewhere;
     }

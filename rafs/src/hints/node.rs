@@ -20,6 +20,10 @@ const MAX_DOCUMENT: u64 = 128 << 10;
 /// Modules that one text loads at most, and the longest name.
 const MAX_MODULES: usize = 4096;
 const MAX_NAME: usize = 512;
+/// Bytes of paths that are remembered at most, and what one takes beside its bytes. A program with ten thousand modules
+/// takes some 2 MB.
+const MAX_KNOWN: usize = 16 << 20;
+const NAME_SIZE: usize = 64;
 /// Modules are followed this deep.
 const MAX_DEPTH: usize = 100;
 
@@ -131,13 +135,15 @@ pub(super) struct Node {
     dirs: Vec<Vec<u8>>,
     /// Files looked into.
     seen: HashSet<Vec<u8>>,
+    /// What they take.
+    known: usize,
 }
 
 impl Node {
     fn new(finder: &Finder<'_>) -> Self {
         let mut dirs = finder.variable("NODE_PATH").map(split_paths).unwrap_or_default();
         dirs.extend(GLOBAL_DIRS.map(<[u8]>::to_vec));
-        Self { dirs, seen: HashSet::new() }
+        Self { dirs, seen: HashSet::new(), known: 0 }
     }
 
     /// Adds what `node ARGUMENTS` loads.
@@ -171,9 +177,11 @@ impl Node {
     fn load(&mut self, finder: &mut Finder<'_>, path: &[u8], depth: usize) {
         // Node resolves links first: a module has one identity.
         let Some(place) = finder.add(path) else { return };
-        if depth > MAX_DEPTH || !self.seen.insert(place.path.clone()) {
+        let size = place.path.len() + NAME_SIZE;
+        if depth > MAX_DEPTH || self.known + size > MAX_KNOWN || !self.seen.insert(place.path.clone()) {
             return;
         }
+        self.known += size;
         add_package(finder, &place.path);
         if place.path.ends_with(b".node") {
             if let Some(elf) = finder.elf(place.inode) {

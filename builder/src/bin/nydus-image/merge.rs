@@ -9,7 +9,8 @@ use std::time::Instant;
 use anyhow::{Context as _, anyhow, bail};
 use builder::image;
 use builder::merge::{MergeSource, OwnBlob, merge};
-use rafs::bootstrap::{Bootstrap, OpenOptions};
+use rafs::bootstrap::{Blob, Bootstrap, OpenOptions};
+use rafs::format::features::BlobFeatures;
 use storage::digest::Digest;
 use storage::ids::BlobId;
 
@@ -53,13 +54,18 @@ pub fn run(args: &MergeArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn source(path: &Path, own: OwnBlob) -> anyhow::Result<MergeSource> {
-    let told = match (&own.original_id, own.digest) {
-        (_, Some(digest)) => Some(BlobId::new(&digest.to_string())?),
-        (Some(id), None) => Some(id.clone()),
-        (None, None) => None,
-    };
-    let name = path.display().to_string();
-    Ok(MergeSource { name, bootstrap: bootstrap(path, told)?, own })
+    let digest = own.digest.map(|digest| BlobId::new(&digest.to_string())).transpose()?;
+    let mut opened = bootstrap(path, digest.clone().or_else(|| own.original_id.clone()))?;
+    // The original id of a blob with no data of its own is that of the layer it refers to.
+    if digest.is_none() && own.original_id.is_some() && opened.blobs().iter().any(is_reference) {
+        opened = bootstrap(path, None)?;
+    }
+    Ok(MergeSource { name: path.display().to_string(), bootstrap: opened, own })
+}
+
+/// True for a blob whose data is in an original layer, if the bootstrap at hand lies beside what says where.
+fn is_reference(blob: &Blob) -> bool {
+    blob.features.contains(BlobFeatures::SEPARATE | BlobFeatures::INLINED_FS_META)
 }
 
 /// The bootstrap at `path`, or inside the blob there, which the image made of it calls `told`.
