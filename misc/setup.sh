@@ -15,6 +15,7 @@ packages=(
   fuse3 python3 util-linux mount  # mounts, the second implementation of the root digest
   fdisk python3-pip               # partitioned disks, the S3 server
   strace                          # the order in which files become durable
+  qemu-system-x86 busybox-static cpio # a virtual machine: see guest/make-guest
   ca-certificates
 )
 
@@ -63,4 +64,10 @@ if ! cmp -s moto-requirements.txt "$moto/requirements.txt"; then
     echo "setup: moto can not be installed; is there a network and a Python package index?" >&2
     echo "setup: the tests of the s3 backend with a real server will skip" >&2
   fi
+fi
+guest=.cache/guest
+if [ "$(id -u)" = 0 ] && ! guest/make-guest "$guest"; then
+  rm -rf "$guest"
+  echo "setup: the virtual machine of the tests can not be made; is there a Debian mirror?" >&2
+  echo "setup: the tests that boot one will skip" >&2
 fi

@@ -2,7 +2,7 @@
 //!
 //! Metadata never changes by itself, so the kernel is told to ask once: answers, negative ones too,
 //! hold until it is told otherwise (a mount, an unmount); open, opendir and flush are answered ENOSYS, after which the kernel does
-//! without them. READ does not come here: [`crate::transport::fusedev`] answers it, for it
+//! without them. A guest's kernel can not be told: it asks again for what mounts change ([`Adapter::new`]). READ does not come here: [`crate::transport::fusedev`] answers it, for it
 //! may have to wait.
 
 use std::io;
@@ -32,12 +32,20 @@ pub(crate) const FOR_EVER: Duration = Duration::from_secs(1 << 32);
 const PREFERRED_IO_SIZE: i64 = 4096;
 
 /// The mounted images as a FUSE file system.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Adapter {
     table: Vfs,
     inflight: Arc<Inflight>,
     own_device: OwnDevice,
     failures: Arc<Failures>,
+    /// See [`Adapter::new`].
+    told: bool,
+}
+
+impl Default for Adapter {
+    fn default() -> Self {
+        Self::new(true)
+    }
 }
 
 /// The only place where an error becomes an errno. Whatever keeps file data from its reader
@@ -88,6 +96,23 @@ pub struct ReadPlan {
 }
 
 impl Adapter {
+    /// Nothing is mounted. `told` says that the kernel will be told when that changes; otherwise it must not believe
+    /// for long what mounts and unmounts change.
+    pub fn new(told: bool) -> Self {
+        Self {
+            table: Vfs::default(),
+            inflight: Arc::default(),
+            own_device: OwnDevice::default(),
+            failures: Arc::default(),
+            told,
+        }
+    }
+
+    /// See [`Adapter::new`].
+    pub fn tells(&self) -> bool {
+        self.told
+    }
+
     /// The mounts.
     pub fn table(&self) -> &Vfs {
         &self.table
@@ -133,6 +158,11 @@ impl Adapter {
     pub fn must_search(&self, node: NodeId) -> bool {
         self.table.inherits()
             && matches!(self.table.resolve(node), Some(Node::Host { host, nid, .. }) if host.is_lost(nid))
+    }
+
+    /// True if a request for `node` goes to the file system of the host, which may take its time.
+    pub fn is_host(&self, node: NodeId) -> bool {
+        matches!(self.table.resolve(node), Some(Node::Host { .. }))
     }
 
     /// What a node id stands for.

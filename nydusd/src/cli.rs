@@ -11,14 +11,15 @@ use storage::digest::{Digest, TaggedDigest};
 use storage::prefetch::Prefer;
 
 use crate::config::{OnOutage, parse_prefer};
-use crate::trace;
 use crate::writable::OverlayArgs;
 
 mod missing;
+mod serve;
 mod values;
 mod what;
 
 pub use missing::no_service;
+pub use serve::{Front, FuseArgs, FuseFront, SandboxArgs, ServeArgs, VirtiofsArgs, VirtiofsFront};
 pub(crate) use values::parse_sha256;
 pub use values::{FailoverPolicy, LogFormat, LogLevel};
 use values::{parse_seconds, parse_tagged};
@@ -45,6 +46,8 @@ pub struct Cli {
 pub enum Command {
     /// Mount an image on a directory of this host through FUSE
     Fuse(Box<FuseArgs>),
+    /// Serve images and host directories to a virtual machine, as a vhost-user-fs device
+    Virtiofs(Box<VirtiofsArgs>),
     /// Fetch an image, or parts of it, into the cache directory and end
     Prefetch(Box<PrefetchArgs>),
     /// Write man pages and shell completions, as they are installed below share/
@@ -169,113 +172,6 @@ pub struct ImageArgs {
     pub prefer: Option<Prefer>,
 }
 
-/// Flags of `fuse`.
-#[derive(Args, Clone, Debug)]
-pub struct FuseArgs {
-    /// Directory to mount on
-    #[arg(short = 'M', long, value_name = "DIR")]
-    pub mountpoint: PathBuf,
-
-    /// The image.
-    #[command(flatten)]
-    pub image: ImageArgs,
-
-    /// Record what starts read, and fetch it ahead of later ones [default: on]
-    #[arg(long, value_name = "WHAT")]
-    pub trace: Option<trace::Mode>,
-
-    /// Longest recording of a start [default: 60]
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
-    pub trace_seconds: Option<std::time::Duration>,
-
-    /// Push what starts of --image read to its repository, for other nodes
-    #[arg(long, requires = "image")]
-    pub push_trace: bool,
-
-    /// Threads that serve the kernel's requests
-    #[arg(
-        long,
-        alias = "thread-num",
-        value_name = "N",
-        default_value_t = 4,
-        value_parser = clap::value_parser!(u16).range(1..=1024)
-    )]
-    pub fuse_threads: u16,
-
-    /// Take requests through io_uring where the kernel offers that; experimental, and without failover
-    #[arg(long)]
-    pub fuse_io_uring: bool,
-
-    /// What to do with unanswered requests after a takeover
-    #[arg(long, value_name = "POLICY", default_value = "resend")]
-    pub failover_policy: FailoverPolicy,
-
-    /// Let host directories be written to, and an image that is configured with an `overlay`
-    #[arg(long)]
-    pub writable: bool,
-
-    /// Host directory to show; what is written goes there, with --writable
-    #[arg(short = 's', long, value_name = "DIR", conflicts_with_all = ["bootstrap", "image"])]
-    pub shared_dir: Option<PathBuf>,
-
-    /// File with one absolute path a line: fetched after the mount, directories with all below them
-    #[arg(long, value_name = "FILE")]
-    pub prefetch_files: Option<PathBuf>,
-
-    /// Where the image or directory appears inside the mount
-    #[arg(short = 'm', long, value_name = "PATH", default_value = "/")]
-    pub virtual_mountpoint: String,
-
-    /// SQLite file, made if absent, that tells which cache of this machine has which chunk: what is in
-    /// another image's cache is copied, not fetched. Daemons with caches of their own share one
-    #[arg(long, value_name = "FILE")]
-    pub dedup_db: Option<PathBuf>,
-
-    /// Let the sandboxed daemon have this directory or block device, whatever it is. May be repeated
-    #[arg(long, value_name = "PATH")]
-    pub admit: Vec<PathBuf>,
-
-    /// Sent by some clients; no effect
-    #[arg(long, value_name = "URL", hide = true)]
-    pub backend_source: Option<String>,
-
-    /// What of the sandbox is left out.
-    #[command(flatten)]
-    pub sandbox: SandboxArgs,
-
-    /// Flags of every service.
-    #[command(flatten)]
-    pub global: GlobalArgs,
-}
-
-/// What of the sandbox is left out. All of it is on by default for root.
-#[derive(Args, Clone, Copy, Debug)]
-pub struct SandboxArgs {
-    /// Run without broker and sandbox, and let core dumps be
-    #[arg(long)]
-    pub no_sandbox: bool,
-
-    /// Do not hide the host's files from the daemon
-    #[arg(long)]
-    pub no_jail: bool,
-
-    /// Keep all capabilities
-    #[arg(long)]
-    pub keep_capabilities: bool,
-
-    /// Do not use Landlock
-    #[arg(long)]
-    pub no_landlock: bool,
-
-    /// Do not filter system calls
-    #[arg(long)]
-    pub no_seccomp: bool,
-
-    /// Let the memory of a daemon that crashes be written to a file; it holds logins
-    #[arg(long)]
-    pub core_dumps: bool,
-}
-
 /// Flags of `prefetch`.
 #[derive(Args, Clone, Debug)]
 pub struct PrefetchArgs {
@@ -309,8 +205,18 @@ impl Cli {
     pub fn parse_arguments(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
         let mut arguments: Vec<OsString> = arguments.into_iter().collect();
         let first = arguments.get(1).and_then(|a| a.to_str()).unwrap_or_default();
-        let top_level =
-            ["fuse", "prefetch", "supervise", "overlay", "pages", "-h", "--help", "-V", "--version"];
+        let top_level = [
+            "fuse",
+            "virtiofs",
+            "prefetch",
+            "supervise",
+            "overlay",
+            "pages",
+            "-h",
+            "--help",
+            "-V",
+            "--version",
+        ];
         if arguments.len() > 1 && !top_level.contains(&first) {
             arguments.insert(1, "fuse".into());
         }
@@ -318,6 +224,7 @@ impl Cli {
         match &cli.command {
             Command::Prefetch(prefetch) => prefetch.global.refuse_what_daemons_have()?,
             Command::Fuse(fuse) => fuse.refuse_lost_requests()?,
+            Command::Virtiofs(virtiofs) => virtiofs.serve.global.refuse_what_mounts_have()?,
             Command::Overlay(_) | Command::Pages { .. } | Command::Supervise(_) => {}
         }
         Ok(cli)
@@ -327,8 +234,9 @@ impl Cli {
 impl FuseArgs {
     /// A supervisor is there so that no reader notices the daemon's end, and with rings all who wait do.
     fn refuse_lost_requests(&self) -> Result<(), clap::Error> {
-        let held = self.global.supervisor.is_some() || self.global.holder.is_some() || self.global.upgrade;
-        if self.fuse_io_uring && held {
+        let global = &self.serve.global;
+        let held = global.supervisor.is_some() || global.holder.is_some() || global.upgrade;
+        if self.front.fuse_io_uring && held {
             return Err(conflict(LOST_REQUESTS));
         }
         Ok(())
@@ -351,10 +259,10 @@ impl SuperviseArgs {
     pub fn child(&self) -> Result<Box<FuseArgs>, clap::Error> {
         let name = OsString::from("nydusd");
         match Cli::parse_arguments(std::iter::once(name).chain(self.arguments.iter().cloned()))?.command {
-            Command::Fuse(args) if args.global.upgrade || args.global.holder.is_some() => {
+            Command::Fuse(args) if args.serve.global.upgrade || args.serve.global.holder.is_some() => {
                 Err(conflict("`supervise` itself decides when a daemon takes over; leave --upgrade out"))
             }
-            Command::Fuse(args) if args.fuse_io_uring => Err(conflict(LOST_REQUESTS)),
+            Command::Fuse(args) if args.front.fuse_io_uring => Err(conflict(LOST_REQUESTS)),
             Command::Fuse(args) => Ok(args),
             _ => Err(conflict("`supervise` runs the service `fuse` and no other")),
         }
@@ -362,6 +270,15 @@ impl SuperviseArgs {
 }
 
 impl GlobalArgs {
+    fn refuse_what_mounts_have(&self) -> Result<(), clap::Error> {
+        match self.upgrade || self.supervisor.is_some() || self.holder.is_some() {
+            true => Err(conflict(
+                "a virtual machine's device is not taken over by another daemon; leave --supervisor, --id and --upgrade out",
+            )),
+            false => Ok(()),
+        }
+    }
+
     fn refuse_what_daemons_have(&self) -> Result<(), clap::Error> {
         let given =
             [("--apisock", self.apisock.is_some()), ("--id", self.id.is_some()), ("--upgrade", self.upgrade)];
@@ -397,22 +314,22 @@ mod tests {
                     --apisock /a/api.sock --log-level info --log-rotation-size 100 --log-file /l/nydusd.log \
                     --failover-policy resend";
         let args = parse(&line.split_whitespace().collect::<Vec<_>>()).unwrap();
-        assert_eq!((args.fuse_threads, args.global.log_rotation_size), (8, 100));
-        assert_eq!(args.global.apisock.as_deref(), Some(std::path::Path::new("/a/api.sock")));
+        assert_eq!((args.front.fuse_threads, args.serve.global.log_rotation_size), (8, 100));
+        assert_eq!(args.serve.global.apisock.as_deref(), Some(std::path::Path::new("/a/api.sock")));
         // nydusify and the smoke suite never write the sub-command.
         let args = parse(&["--mountpoint", "/m", "--config", "/c", "--apisock", "/a", "--log-level", "warn"])
             .unwrap();
-        assert_eq!((args.mountpoint.to_str(), args.fuse_threads), (Some("/m"), 4));
+        assert_eq!((args.front.mountpoint.to_str(), args.front.fuse_threads), (Some("/m"), 4));
         let args = parse(&["-M", "/m", "-D", "/d", "-B", "/b", "--backend-source", "http://x"]).unwrap();
-        assert_eq!(args.image.localfs_dir.as_deref(), Some(std::path::Path::new("/d")));
+        assert_eq!(args.serve.image.localfs_dir.as_deref(), Some(std::path::Path::new("/d")));
     }
 
     #[test]
     fn what_clients_send_without_effect_is_accepted() {
         let args = parse(&["--mountpoint", "/m", "--dedup-db", "/d", "--backend-source", "u"]).unwrap();
-        assert_eq!(args.dedup_db.as_deref(), Some(std::path::Path::new("/d")));
+        assert_eq!(args.serve.dedup_db.as_deref(), Some(std::path::Path::new("/d")));
         let args = parse(&["--mountpoint", "/m", "-s", "/d", "--writable"]).unwrap();
-        assert!(args.writable && args.shared_dir.is_some());
+        assert!(args.front.writable && args.serve.shared_dir.is_some());
     }
 
     #[test]

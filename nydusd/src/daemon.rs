@@ -20,13 +20,14 @@ use storage::engine::{Engine, EngineConfig};
 use tokio::sync::mpsc;
 
 use crate::adapter::Adapter;
-use crate::cli::FuseArgs;
+use crate::cli::{Front, FuseFront, ServeArgs, VirtiofsFront};
 use crate::failover::{Beginning, LifeError};
 use crate::mount::Mount;
 use crate::preheat::jobs::Jobs;
-use crate::sandbox::Privileged;
+use crate::sandbox::{Privileged, Socket};
+use crate::transport::Prepared;
 use crate::transport::fusedev::FuseMount;
-use crate::transport::uring::Plan;
+use crate::transport::virtiofs;
 use crate::vfs::known::Known;
 use crate::vfs::turns::Turns;
 use crate::writable::{OverlayConfig, UpperLock};
@@ -52,7 +53,8 @@ pub enum End {
 
 /// Everything one daemon has.
 pub struct Daemon {
-    args: FuseArgs,
+    front: Front,
+    args: ServeArgs,
     /// Does what this process may not.
     host: Arc<Privileged>,
     state: AtomicU8,
@@ -64,8 +66,8 @@ pub struct Daemon {
     /// Mountpoints that a command works on.
     turns: Turns,
     fuse: OnceLock<FuseMount>,
-    /// Taken when the mount is served.
-    rings: Mutex<Option<Plan>>,
+    /// Taken when the mount or the device is served.
+    prepared: Mutex<Prepared>,
     /// Set if the image is writable: keeps others from the directory of its changes.
     upper: OnceLock<UpperLock>,
     /// Held while mounting and while stopping begins: a mount that nobody would take away
@@ -84,17 +86,21 @@ pub struct Daemon {
 
 impl Daemon {
     fn new(
-        args: FuseArgs,
+        front: Front,
+        args: ServeArgs,
         host: Arc<Privileged>,
-        rings: Option<Plan>,
+        prepared: Prepared,
         ends: mpsc::UnboundedSender<End>,
     ) -> Self {
+        // A guest's kernel can not be told of changes.
+        let told = matches!(front, Front::Fuse(_));
         Self {
+            front,
             args,
             host,
-            rings: Mutex::new(rings),
+            prepared: Mutex::new(prepared),
             state: AtomicU8::new(State::Init as u8),
-            adapter: Arc::default(),
+            adapter: Arc::new(Adapter::new(told)),
             preheat: Jobs::default(),
             hot: api::HotConfig::default(),
             known: Known::default(),
@@ -156,8 +162,13 @@ impl Daemon {
     }
 
     /// The command line.
-    pub(crate) fn args(&self) -> &FuseArgs {
+    pub(crate) fn args(&self) -> &ServeArgs {
         &self.args
+    }
+
+    /// How it is reached.
+    pub(crate) fn front(&self) -> &Front {
+        &self.front
     }
 
     /// The connection to the kernel, once there is one.
@@ -220,13 +231,16 @@ impl Daemon {
 
     /// Begins as it is told to. Blocks until the mount has answered, if there is to be one.
     fn start(&self) -> anyhow::Result<()> {
-        let socket = self.host.check_api()?;
+        let socket = self.host.check_socket(Socket::Api)?;
         // Opened beside what follows.
         let _ = self.dedup();
         match *self.beginning.get_or_init(|| self.beginning(socket)) {
-            Beginning::Mount => self.mount_and_serve(),
+            Beginning::Mount => match &self.front {
+                Front::Fuse(fuse) => self.mount_and_serve(fuse),
+                Front::Virtiofs(virtiofs) => self.serve_device(virtiofs),
+            },
             Beginning::Wait => {
-                tracing::info!("waiting for the takeover of {}", self.args.mountpoint.display());
+                tracing::info!("waiting for the takeover of {}", self.front.place().display());
                 Ok(())
             }
             Beginning::TakeOver => {
@@ -240,13 +254,10 @@ impl Daemon {
         }
     }
 
-    /// Mounts and serves. Blocks until the mount has answered.
-    fn mount_and_serve(&self) -> anyhow::Result<()> {
+    /// Opens what the command line names; its image, if that is one.
+    fn open_named(&self, engine: &Arc<Engine>) -> anyhow::Result<Option<Arc<Mount>>> {
         let args = &self.args;
-        // Before anything is fetched for a mount that can not be.
-        self.host.check_mountpoint()?;
         let plan = image::plan(&args.image, args.global.config.as_deref())?;
-        let engine = self.make_engine()?;
         let mount = plan.map(|plan| self.mount_planned(engine, plan)).transpose()?;
         if let Some(mount) = &mount {
             self.expect_start(engine, mount);
@@ -254,7 +265,29 @@ impl Daemon {
         if let Some(source) = &args.shared_dir {
             self.mount_shared(source)?;
         }
-        let fuse = self.mount_unless_stopping()?;
+        Ok(mount)
+    }
+
+    /// Says that it runs, and fetches what its image wants to be fetched.
+    fn run(&self, engine: &Arc<Engine>, mount: Option<&Arc<Mount>>) {
+        self.set_state(State::Running);
+        let place = self.front.place().display();
+        match mount {
+            Some(mount) => {
+                self.fetch_configured(engine, mount);
+                tracing::info!("serving bootstrap sha256:{} on {place}", mount.bootstrap_digest());
+            }
+            None => tracing::info!("serving {place} for mounts of the API"),
+        }
+    }
+
+    /// Mounts and serves. Blocks until the mount has answered.
+    fn mount_and_serve(&self, front: &FuseFront) -> anyhow::Result<()> {
+        // Before anything is fetched for a mount that can not be.
+        self.host.check_mountpoint()?;
+        let engine = self.make_engine()?;
+        let mount = self.open_named(engine)?;
+        let fuse = self.mount_unless_stopping(front.writable)?;
         self.serve(fuse)?
             .recv()
             .with_context(|| format!("the new mount {} ended at once", fuse.mountpoint().display()))?;
@@ -262,18 +295,26 @@ impl Daemon {
             self.make_writable(mount)?;
         }
         self.tell_holder()?;
-        self.set_state(State::Running);
-        match mount {
-            Some(mount) => {
-                self.fetch_configured(engine, &mount);
-                tracing::info!(
-                    "serving bootstrap sha256:{} on {}",
-                    mount.bootstrap_digest(),
-                    fuse.mountpoint().display()
-                );
-            }
-            None => tracing::info!("serving {} for mounts of the API", fuse.mountpoint().display()),
+        self.run(engine, mount.as_ref());
+        Ok(())
+    }
+
+    /// Listens for virtual machine monitors, and serves one after the other.
+    fn serve_device(&self, front: &VirtiofsFront) -> anyhow::Result<()> {
+        self.host.check_socket(Socket::Device)?;
+        let engine = self.make_engine()?;
+        let mount = self.open_named(engine)?;
+        let stopping = self.stopping.lock().unwrap_or_else(PoisonError::into_inner);
+        if *stopping {
+            bail!("stopped before the device");
         }
+        let socket = self.host.bind_socket(Socket::Device)?;
+        drop(stopping);
+        self.set_state(State::Ready);
+        let prepared = std::mem::take(&mut *self.prepared.lock().unwrap_or_else(PoisonError::into_inner));
+        let null = prepared.null.context("there was no /dev/null at the start")?;
+        virtiofs::listen(socket, &self.adapter, front, null)?;
+        self.run(engine, mount.as_ref());
         Ok(())
     }
 
@@ -304,8 +345,12 @@ impl Daemon {
             // The receiver goes away only when the daemon is ending anyway.
             let _ = ends.send(End::Fuse(result));
         };
-        let rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (_, initialized) = fuse.serve(Arc::clone(&self.adapter), self.args.fuse_threads, rings, ended)?;
+        let prepared = std::mem::take(&mut *self.prepared.lock().unwrap_or_else(PoisonError::into_inner));
+        let threads = match &self.front {
+            Front::Fuse(front) => front.fuse_threads,
+            Front::Virtiofs(_) => bail!("a device has no mount"),
+        };
+        let (_, initialized) = fuse.serve(Arc::clone(&self.adapter), threads, prepared.rings, ended)?;
         Ok(initialized)
     }
 
@@ -314,12 +359,12 @@ impl Daemon {
     }
 
     /// Mounts, unless the daemon is being stopped meanwhile.
-    fn mount_unless_stopping(&self) -> anyhow::Result<&FuseMount> {
+    fn mount_unless_stopping(&self, writable: bool) -> anyhow::Result<&FuseMount> {
         let stopping = self.stopping.lock().unwrap_or_else(PoisonError::into_inner);
         if *stopping {
             bail!("stopped before the mount");
         }
-        let fuse = FuseMount::new(&self.host, self.args.writable)?;
+        let fuse = FuseMount::new(&self.host, writable)?;
         let fuse = self.fuse.get_or_init(|| fuse);
         self.adapter.serves_as(fuse.device());
         self.set_state(State::Ready);
@@ -387,6 +432,11 @@ impl Daemon {
             } else {
                 fuse.abandon();
             }
+        }
+        if self.front.device().is_some()
+            && let Err(e) = self.host.remove_socket(Socket::Device)
+        {
+            tracing::warn!("remove the {}: {e:#}", Socket::Device.name());
         }
         let (done, flushed) = std::sync::mpsc::sync_channel(1);
         let mounts = self.adapter.table().mounts();

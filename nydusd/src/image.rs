@@ -15,7 +15,7 @@ use storage::oci::nydus::{FetchOptions, NydusImage};
 use storage::oci::reference::DEFAULT_HOST;
 use storage::oci::token::Login;
 
-use crate::cli::{FuseArgs, ImageArgs};
+use crate::cli::{ImageArgs, ServeArgs};
 use crate::config::{BackendConfig, Config, RegistryConfig, TransportConfig};
 use crate::mount::MountSpec;
 use crate::vfs::command::MountCommand;
@@ -122,11 +122,11 @@ impl Plan {
     }
 }
 
-/// What `fuse` alone has on its command line.
+/// What daemons alone have on their command lines.
 ///
 /// # Errors
 /// The list of files to prefetch can not be read or is not one.
-pub fn apply_fuse_arguments(config: &mut Config, args: &FuseArgs) -> anyhow::Result<()> {
+pub fn apply_serve_arguments(config: &mut Config, args: &ServeArgs) -> anyhow::Result<()> {
     config.trace = args.trace.unwrap_or(config.trace);
     config.trace_limits.longest = args.trace_seconds.unwrap_or(config.trace_limits.longest);
     config.push_trace = args.push_trace;

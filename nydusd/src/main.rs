@@ -1,12 +1,12 @@
-//! `nydusd`: serves images through host FUSE, and fetches them ahead.
+//! `nydusd`: serves images through host FUSE or to virtual machines, and fetches them ahead.
 
 use std::path::Path;
 
 use clap::CommandFactory as _;
-use nydusd::cli::{self, Cli, Command, GlobalArgs};
+use nydusd::cli::{self, Cli, Command, Front, GlobalArgs, ServeArgs};
 use nydusd::failover::holder;
 use nydusd::sandbox::{self, Sandbox};
-use nydusd::transport::uring::Plan;
+use nydusd::transport::Prepared;
 use nydusd::{daemon, limits, logging, pages, preheat, writable};
 
 fn main() {
@@ -18,20 +18,8 @@ fn main() {
     let cli = Cli::parse_arguments(arguments).unwrap_or_else(|e| e.exit());
     limits::keep_heap_small();
     std::process::exit(match cli.command {
-        Command::Fuse(args) => {
-            sandbox::leave_launcher();
-            // Before there are threads, and before anything of anybody else is read.
-            let sandbox = Sandbox::begin(&args);
-            prepare(&args.global);
-            let rings = if args.fuse_io_uring { Plan::new(&args) } else { None };
-            match sandbox.enter(&args) {
-                Ok(host) => daemon::run(*args, host, rings),
-                Err(e) => {
-                    logging::print_failure(&e);
-                    1
-                }
-            }
-        }
+        Command::Fuse(args) => serve(Front::Fuse(args.front), args.serve),
+        Command::Virtiofs(args) => serve(Front::Virtiofs(args.front), args.serve),
         Command::Prefetch(args) => {
             prepare(&args.global);
             preheat::standalone::run(*args)
@@ -43,6 +31,22 @@ fn main() {
         Command::Overlay(args) => writable::run(&args),
         Command::Pages { directory } => write_pages(&directory),
     });
+}
+
+/// Runs a daemon to its end; its exit code.
+fn serve(front: Front, args: ServeArgs) -> i32 {
+    sandbox::leave_launcher();
+    // Before there are threads, and before anything of anybody else is read.
+    let sandbox = Sandbox::begin(&front, &args);
+    prepare(&args.global);
+    let prepared = Prepared::new(&front, &args);
+    match sandbox.enter(&front, &args) {
+        Ok(host) => daemon::run(front, args, host, prepared),
+        Err(e) => {
+            logging::print_failure(&e);
+            1
+        }
+    }
 }
 
 /// Sets up log and limits.

@@ -44,5 +44,6 @@ mod tampering;
 mod traces;
 mod unit;
 mod unpacking;
+mod virtiofs;
 mod why;
 mod writable;

@@ -13,11 +13,14 @@
 //! [`daemon`] owns one `nydusd` and its mount point, [`mount`] every other mount: what a test
 //! mounts is gone when the test ends, however it ends. [`tree`] tells two trees apart.
 //!
+//! [`guest`] has virtual machines, and a front end without one.
+//!
 //! Every fixture uses directories and ports of its own, so tests run side by side.
 
 pub mod binaries;
 pub mod command;
 pub mod daemon;
+pub mod guest;
 pub mod image;
 pub mod journey;
 pub mod layout;

@@ -52,7 +52,12 @@ impl Scene {
 
     /// A daemon of that image, through the relay, with [`Scene::cache`].
     pub fn options(&self) -> DaemonOptions {
-        DaemonOptions::image(&self.relay.reference(NAME), &self.cache())
+        DaemonOptions::image(&self.reference(), &self.cache())
+    }
+
+    /// The image, through the relay.
+    pub fn reference(&self) -> String {
+        self.relay.reference(NAME)
     }
 
     /// The cache directory of its daemons.

@@ -159,6 +159,38 @@ pub struct Process {
 }
 
 impl Process {
+    /// Starts `nydusd` with `arguments`, its API at `socket`, and its log going to the end of `log`; does not wait for it.
+    ///
+    /// # Errors
+    /// It can not be started.
+    pub fn start<S: AsRef<OsStr>>(
+        arguments: impl IntoIterator<Item = S>,
+        socket: PathBuf,
+        log: PathBuf,
+    ) -> Result<Self> {
+        let out = fs::File::options().create(true).append(true).open(&log)?;
+        let child = Command::new(binaries::nydusd())
+            .args(arguments)
+            .arg("--apisock")
+            .arg(&socket)
+            .stdin(Stdio::null())
+            .stdout(out.try_clone()?)
+            .stderr(out)
+            .spawn()
+            .context("start nydusd")?;
+        Ok(Self { child, socket, log })
+    }
+
+    /// What it logged so far.
+    pub fn log(&self) -> String {
+        read(&self.log)
+    }
+
+    /// Its number.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
     /// Its API socket.
     pub fn socket(&self) -> &Path {
         &self.socket

@@ -2,8 +2,6 @@
 //! image has.
 
 use std::io;
-use std::sync::OnceLock;
-use std::time::{Duration, SystemTime};
 
 use fuse_backend_rs::abi::fuse_abi::{stat64, statvfs64};
 use fuse_backend_rs::api::filesystem::Entry;
@@ -28,14 +26,14 @@ pub(super) fn stat(vfs: &Vfs, number: u64) -> io::Result<stat64> {
     // As most file systems count: its name, its `.`, and the `..` of each directory in it.
     st.st_nlink = children as u64 + 2;
     st.st_blksize = PREFERRED_IO_SIZE;
-    let began = began();
+    let changed = vfs.changed();
     for (seconds, nanoseconds) in [
         (&mut st.st_atime, &mut st.st_atime_nsec),
         (&mut st.st_mtime, &mut st.st_mtime_nsec),
         (&mut st.st_ctime, &mut st.st_ctime_nsec),
     ] {
-        *seconds = i64::try_from(began.as_secs()).unwrap_or(i64::MAX);
-        *nanoseconds = began.subsec_nanos().into();
+        *seconds = i64::try_from(changed.as_secs()).unwrap_or(i64::MAX);
+        *nanoseconds = changed.subsec_nanos().into();
     }
     Ok(st)
 }
@@ -59,10 +57,4 @@ pub(super) fn statfs() -> statvfs64 {
     st.f_frsize = PREFERRED_IO_SIZE.cast_unsigned();
     st.f_namemax = NAME_MAX;
     st
-}
-
-/// When the first of them was shown.
-fn began() -> Duration {
-    static BEGAN: OnceLock<Duration> = OnceLock::new();
-    *BEGAN.get_or_init(|| SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
 }

@@ -5,6 +5,7 @@ use std::ffi::{CStr, CString};
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fuse_backend_rs::api::filesystem::{DirEntry, Entry};
 use rafs::bootstrap::{FileType, Nid};
@@ -12,7 +13,7 @@ use rafs::bootstrap::{FileType, Nid};
 use super::{Adapter, answers, directory, hosts, os_error, refuse};
 use crate::mount::Mount;
 use crate::node::NodeId;
-use crate::passthrough::{Held, HostMount};
+use crate::passthrough::{BELIEVED, Held, HostMount};
 use crate::vfs::stale::Stale;
 use crate::vfs::{FIRST_DIRECTORY, Node};
 
@@ -35,6 +36,30 @@ impl Adapter {
             Node::Host { host, held: Some(held), .. } => hosts::host_entry(host, held),
             Node::Host { host, nid, .. } => hosts::root_entry(host, *nid),
         }
+    }
+
+    /// The answer to a lookup in directory `parent`, FUSE's root if `is_root`, of what is `node` or of nothing: a kernel
+    /// that is not told of mounts and unmounts believes nothing that they change, or not for long.
+    pub(super) fn believable(
+        &self,
+        parent: &Node,
+        is_root: bool,
+        node: Option<&Node>,
+        mut entry: Entry,
+    ) -> Entry {
+        if self.tells() {
+            return entry;
+        }
+        // What is mounted there, or leads to it.
+        if matches!(parent, Node::Own(_)) || node.is_some_and(|node| node.own().is_some()) {
+            entry.entry_timeout = Duration::ZERO;
+        } else if is_root && !self.table().is_dedicated() {
+            entry.entry_timeout = BELIEVED;
+        }
+        if matches!(node, Some(Node::Own(_))) {
+            entry.attr_timeout = Duration::ZERO;
+        }
+        entry
     }
 
     /// Counts that the kernel has been given an answer to a lookup.

@@ -62,16 +62,17 @@ impl FileSystem for Adapter {
 
     fn lookup(&self, _: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
         let started = Instant::now();
+        let is_root = NodeId(parent) == NodeId::ROOT;
         let parent = self.node(NodeId(parent))?;
         let result = self.find(&parent, name).and_then(|found| match found {
             Some(node) => {
                 let entry = self.entry(&node)?;
                 self.given(&node, &entry);
-                Ok(entry)
+                Ok(self.believable(&parent, is_root, Some(&node), entry))
             }
             // What is not there on the host may be there the next time.
             None if matches!(parent, Node::Host { .. }) => Ok(Entry::default()),
-            None => Ok(negative_entry()),
+            None => Ok(self.believable(&parent, is_root, None, negative_entry())),
         });
         record(&parent, Fop::Lookup, result.is_ok(), started);
         result
@@ -104,7 +105,8 @@ impl FileSystem for Adapter {
     }
 
     fn getattr(&self, _: &Context, node: u64, _: Option<u64>) -> io::Result<(stat64, Duration)> {
-        let own = |number| Ok((directory::stat(&self.table, number)?, FOR_EVER));
+        let believed = if self.told { FOR_EVER } else { Duration::ZERO };
+        let own = |number| Ok((directory::stat(&self.table, number)?, believed));
         let image = |mount: &Mount, nid| {
             let attr = mount.rafs().bootstrap().attr(nid).map_err(refuse)?;
             Ok((stat(mount, &attr), FOR_EVER))
@@ -164,6 +166,7 @@ impl FileSystem for Adapter {
         add_entry: &mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
         let started = Instant::now();
+        let is_root = NodeId(node) == NodeId::ROOT;
         let dir = self.node(NodeId(node))?;
         let mut filled = false;
         let result = self.list(&dir, offset, &mut |dirent, node| {
@@ -178,6 +181,7 @@ impl FileSystem for Adapter {
                 (Err(_), _) if filled => return Ok(false),
                 (entry, _) => entry?,
             };
+            let entry = self.believable(&dir, is_root, Some(node), entry);
             let added = add_entry(dirent, entry)? > 0;
             if added {
                 self.given(node, &entry);

@@ -30,7 +30,7 @@ use super::refusals::Refusals;
 use super::reply::{Reply, error_document};
 use super::routes;
 use crate::daemon::Daemon;
-use crate::sandbox::Privileged;
+use crate::sandbox::{Privileged, Socket};
 
 /// Largest request body. The contract's largest documents are configurations of 1 MiB in a
 /// JSON string.
@@ -76,7 +76,7 @@ impl Server {
         let host = Arc::clone(daemon.host());
         let binds = Arc::clone(&host);
         // Its directory may be on a file system that does not answer.
-        let socket = tokio::task::spawn_blocking(move || binds.bind_api()).await??;
+        let socket = tokio::task::spawn_blocking(move || binds.bind_socket(Socket::Api)).await??;
         // Here and not where it was bound: clients are told that whoever listens is at the other end.
         listen(&socket, Backlog::new(BACKLOG)?)?;
         let socket = UnixListener::from_std(socket.into())?;
@@ -88,7 +88,7 @@ impl Server {
 
     /// Removes the socket file, lets answers under way go out and closes all connections.
     pub async fn close(self) {
-        if let Err(e) = self.host.remove_api() {
+        if let Err(e) = self.host.remove_socket(Socket::Api) {
             tracing::warn!("remove the API socket: {e:#}");
         }
         self.close.send_replace(true);

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 /// Services that clients know of and this build does not have, with what to use instead.
-const NO_SERVICE: [(&str, &str); 4] = [
+const NO_SERVICE: [(&str, &str); 3] = [
     (
         "singleton",
         "serves EROFS over fscache; `nydusd fuse` serves the same images (nydus-snapshotter: fs_driver = \"fusedev\")",
@@ -11,11 +11,7 @@ const NO_SERVICE: [(&str, &str); 4] = [
     ("nbd", "exports an image as a block device; `nydusd fuse --mountpoint DIR` serves its tree without one"),
     (
         "uffd",
-        "serves page faults of virtual machines; mount with `nydusd fuse` and share the directory with the guest",
-    ),
-    (
-        "virtiofs",
-        "serves a virtual machine; mount with `nydusd fuse` and let virtiofsd share the directory with the guest",
+        "serves page faults of virtual machines; `nydusd virtiofs --sock S` serves the same images to them",
     ),
 ];
 
@@ -36,8 +32,7 @@ mod tests {
         for (line, instead) in [
             ("nydusd singleton --fscache /d --apisock /a", "fusedev"),
             ("nydusd nbd /dev/nbd0", "nydusd fuse"),
-            ("nydusd uffd --sock /s", "nydusd fuse"),
-            ("nydusd virtiofs --hybrid-mode --log-level info --apisock a --sock s", "virtiofsd"),
+            ("nydusd uffd --sock /s", "nydusd virtiofs"),
         ] {
             let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
             assert!(no_service(&arguments).unwrap().contains(instead), "{line}");

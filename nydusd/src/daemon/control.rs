@@ -9,16 +9,16 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Daemon, End};
 use crate::api;
-use crate::cli::FuseArgs;
+use crate::cli::{Front, ServeArgs};
 use crate::sandbox::Privileged;
-use crate::transport::uring::Plan;
+use crate::transport::Prepared;
 
 /// Runs one daemon to its end and answers the exit code. Does not return before the mount,
 /// if any, is gone or meant to stay.
 ///
 /// The caller exits without dropping anything: fetches may still be waiting for their source,
 /// and joining them would take as long as the source does.
-pub fn run(args: FuseArgs, host: Arc<Privileged>, rings: Option<Plan>) -> i32 {
+pub fn run(front: Front, args: ServeArgs, host: Arc<Privileged>, prepared: Prepared) -> i32 {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
@@ -28,7 +28,7 @@ pub fn run(args: FuseArgs, host: Arc<Privileged>, rings: Option<Plan>) -> i32 {
     };
     let (ends, receiver) = mpsc::unbounded_channel();
     let log_is_file = args.global.log_file.is_some();
-    let daemon = Arc::new(Daemon::new(args, host, rings, ends));
+    let daemon = Arc::new(Daemon::new(front, args, host, prepared, ends));
     let result = runtime.block_on(control(&daemon, receiver));
     daemon.host.dismiss();
     // Never dropped: see above.

@@ -59,13 +59,13 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 pub fn run(args: &SuperviseArgs) -> i32 {
     let child = args.child().unwrap_or_else(|e| e.exit());
     // The log file is the child's.
-    if let Err(e) = logging::init(&GlobalArgs { log_file: None, ..child.global.clone() }) {
+    if let Err(e) = logging::init(&GlobalArgs { log_file: None, ..child.serve.global.clone() }) {
         logging::print_failure(&e);
         return 1;
     }
     let hold = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let mountpoint = child.mountpoint.clone();
+        let mountpoint = child.front.mountpoint.clone();
         runtime.block_on(async { Holder::new(args.arguments.clone(), mountpoint)?.run().await })
     };
     hold().unwrap_or_else(|e| {

@@ -30,6 +30,7 @@ use std::sync::{MutexGuard, PoisonError};
 
 use anyhow::Context as _;
 
+use crate::cli::Front;
 use crate::daemon::{Daemon, State};
 use crate::transport::fusedev::FuseMount;
 
@@ -187,7 +188,9 @@ impl Daemon {
             _ => return Err(LifeError::Unexpected("Start")),
         };
         self.inherit_upper();
-        recovery::recover(fuse, self.args().failover_policy);
+        if let Front::Fuse(front) = self.front() {
+            recovery::recover(fuse, front.failover_policy);
+        }
         let correct = || fuse.correct(&self.adapter().table().take_outdated());
         // Nobody is answered by names that are over, where the kernel takes that without waiting for answers.
         let early = fuse.negotiated().is_some_and(|negotiated| negotiated.has_epochs());

@@ -255,6 +255,11 @@ impl HostMount {
         drop(self.nodes.forget(nid, count));
     }
 
+    /// The kernel has begun anew, and knows no node.
+    pub(crate) fn forget_all(&self) {
+        drop(self.nodes.forget_all());
+    }
+
     /// The kernel was given a reference to a node that `held` stands for.
     pub(crate) fn give(&self, held: &Held) {
         held.node.give();

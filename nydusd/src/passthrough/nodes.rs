@@ -189,6 +189,23 @@ impl Nodes {
         })
     }
 
+    /// The kernel gives back all that it has. Those that nobody needs any more are answered, to be closed without the lock.
+    pub fn forget_all(&self) -> Vec<Arc<Node>> {
+        let mut table = self.write();
+        let mut over = Vec::new();
+        let Table { by_number, by_file } = &mut *table;
+        by_number.retain(|number, node| {
+            node.given.store(0, Ordering::Relaxed);
+            let stays = *number == ROOT.0 || node.held.load(Ordering::Relaxed) > 0;
+            if !stays {
+                by_file.remove(&node.id);
+                over.push(Arc::clone(node));
+            }
+            stays
+        });
+        over
+    }
+
     /// It is held once less. Answers as [`Nodes::forget`].
     pub fn release(&self, nid: Nid) -> Option<Arc<Node>> {
         self.fall(nid, |node| {
@@ -249,6 +266,15 @@ mod tests {
         assert!(nodes.forget(nid, 1).is_some());
         assert!(nodes.get(nid).is_none() && nodes.len() == 1);
         assert!(nodes.forget(ROOT, 7).is_none() && nodes.len() == 1, "the root stays");
+
+        let (nid, node) = nodes.intern(Nid(5), found(&path)).unwrap();
+        node.give();
+        assert!(nodes.forget_all().is_empty(), "it is held");
+        assert!(nodes.release(nid).is_some(), "the kernel has it no more");
+        let (nid, node) = nodes.intern(Nid(5), found(&path)).unwrap();
+        node.give();
+        assert!(nodes.release(nid).is_none());
+        assert!(nodes.forget_all().len() == 1 && nodes.len() == 1 && nodes.number(&node.id).is_none());
     }
 
     #[test]

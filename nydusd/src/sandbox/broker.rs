@@ -241,6 +241,7 @@ mod tests {
     use nix::sys::resource::setrlimit;
     use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 
+    use super::super::socket::Socket;
     use super::*;
 
     fn pair() -> (OwnedFd, OwnedFd) {
@@ -273,7 +274,7 @@ mod tests {
     #[test]
     fn hostile_messages_are_refused_and_the_next_is_answered() {
         let (broker, thread) = broker();
-        let whole = serde_json::to_vec(&Request::ApiCheck).unwrap();
+        let whole = serde_json::to_vec(&Request::SocketCheck(Socket::Api)).unwrap();
         let long = vec![b' '; protocol::MAX_MESSAGE + 100];
         let garbage: &[&[u8]] = &[b"\xff\0", b"{}", b"\"Nothing\"", b"{\"Open\":{\"path\":7}}", &long];
         for message in garbage {
@@ -300,7 +301,7 @@ mod tests {
         let (ours, theirs) = pair();
         while protocol::send(&theirs, &Request::Abort, &[], Some(Instant::now())).is_ok() {}
         raw(&broker, &whole, &[theirs.as_raw_fd()]);
-        assert_eq!(broker.ask(&Request::ApiCheck, &[]).unwrap().0, Reply::Yes(false));
+        assert_eq!(broker.ask(&Request::SocketCheck(Socket::Api), &[]).unwrap().0, Reply::Yes(false));
         drop((ours, theirs, broker));
         thread.join().unwrap().unwrap();
     }
@@ -343,10 +344,11 @@ mod tests {
             std::fs::create_dir(dir.join(name)).unwrap();
             dir.join(name)
         });
-        let (hung, hung_thread) = broker_at(Places { mountpoint: mountpoint.clone(), ..Places::default() });
+        let (hung, hung_thread) =
+            broker_at(Places { mountpoint: Some(mountpoint.clone()), ..Places::default() });
         let (_, connection) = hung.ask(&Request::Mount { writable: false }, &[]).unwrap();
         let apisock = Some(dir.join("api.sock"));
-        let (broker, thread) = broker_at(Places { mountpoint: other, apisock, ..Places::default() });
+        let (broker, thread) = broker_at(Places { mountpoint: Some(other), apisock, ..Places::default() });
         let open = Request::Open { path: mountpoint.join("file").into(), device: false };
         let open = serde_json::to_vec(&open).unwrap();
         let waiting: Vec<_> = (0..NAMED)
@@ -356,14 +358,19 @@ mod tests {
                 ours
             })
             .collect();
-        let answers: Vec<_> = [Request::ApiCheck, Request::ApiBind, Request::Usable, Request::IsListed]
-            .into_iter()
-            .map(|request| {
-                let (ours, theirs) = pair();
-                raw(&broker, &serde_json::to_vec(&request).unwrap(), &[theirs.as_raw_fd()]);
-                protocol::receive(&ours, Some(Instant::now() + Duration::from_secs(10)))
-            })
-            .collect();
+        let answers: Vec<_> = [
+            Request::SocketCheck(Socket::Api),
+            Request::SocketBind(Socket::Api),
+            Request::Usable,
+            Request::IsListed,
+        ]
+        .into_iter()
+        .map(|request| {
+            let (ours, theirs) = pair();
+            raw(&broker, &serde_json::to_vec(&request).unwrap(), &[theirs.as_raw_fd()]);
+            protocol::receive(&ours, Some(Instant::now() + Duration::from_secs(10)))
+        })
+        .collect();
         let unmounted = hung.ask(&Request::Abort, &[]).and(hung.ask(&Request::Unmount { ended: true }, &[]));
         drop(connection);
         for answer in answers {

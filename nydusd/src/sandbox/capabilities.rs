@@ -7,7 +7,7 @@ use rustix::thread::{
     set_capabilities_secure_bits, set_no_new_privs,
 };
 
-use crate::cli::FuseArgs;
+use crate::cli::{Front, ServeArgs};
 
 /// To read and write files whoever owns them.
 const FILES: CapabilitySet =
@@ -26,12 +26,12 @@ const FIRST_FREE_PORT: u16 = 1024;
 ///
 /// # Errors
 /// The system refuses.
-pub(super) fn drop(args: &FuseArgs) -> anyhow::Result<bool> {
+pub(super) fn drop(front: &Front, args: &ServeArgs) -> anyhow::Result<bool> {
     if args.sandbox.keep_capabilities {
         return Ok(false);
     }
     let mut kept = FILES;
-    if args.writable {
+    if front.is_writable() {
         kept |= MAKING;
     }
     if args.global.metrics_addr.is_some_and(|address| address.port() < FIRST_FREE_PORT) {

@@ -3,31 +3,25 @@
 //! The daemon parses what strangers send, so its requests are not believed: it mounts, listens and connects only where
 //! its command line says, unmounts nothing but the mount that was made for it, and has files opened only to be read.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, ToSocketAddrs as _};
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, socket, sockopt,
-};
-use nix::sys::stat::{Mode, fchmod};
-use nix::unistd::Pid;
 
 use super::admit::{self, Access, Jail};
 use super::place::{self, Place};
 use super::protocol::{Refusal, Reply, Request};
 use super::refuse::Rules;
+use super::socket::{Listening, Socket};
 use crate::failover::supervisor;
 use crate::passthrough::OWN_MOUNT;
-use crate::process;
 use crate::transport::mounted;
 use crate::transport::seat::{SOURCE, Seat, usable_mountpoint};
 use crate::writable::{self, OverlayConfig};
@@ -48,9 +42,11 @@ pub(super) type Answer = (Reply, Option<OwnedFd>);
 #[derive(Clone, Debug, Default)]
 pub struct Places {
     /// Directory to mount on.
-    pub mountpoint: PathBuf,
+    pub mountpoint: Option<PathBuf>,
     /// Where the API listens.
     pub apisock: Option<PathBuf>,
+    /// Where virtual machine monitors find the device.
+    pub device: Option<PathBuf>,
     /// The supervisor's socket.
     pub supervisor: Option<PathBuf>,
     /// The socket of `nydusd supervise`.
@@ -68,10 +64,12 @@ impl Places {
     /// can not be told is left to whoever wants to use it.
     fn settled(self) -> Self {
         let settled = |path: PathBuf| place::settle(&path).unwrap_or(path);
+        let socket = |path: PathBuf| place::settle_parent(&path).unwrap_or(path);
         Self {
             // It may be the mount of a daemon that is gone.
-            mountpoint: mounted::resolve(&self.mountpoint).unwrap_or_else(|_| settled(self.mountpoint)),
-            apisock: self.apisock.map(|path| place::settle_parent(&path).unwrap_or(path)),
+            mountpoint: self.mountpoint.map(|path| mounted::resolve(&path).unwrap_or_else(|_| settled(path))),
+            apisock: self.apisock.map(socket),
+            device: self.device.map(socket),
             supervisor: self.supervisor.map(settled),
             holder: self.holder.map(settled),
             shared_dir: self.shared_dir.map(settled),
@@ -88,8 +86,8 @@ pub struct Host {
     rules: Rules,
     /// The mount that was made or inherited.
     seat: Mutex<Option<Arc<Seat>>>,
-    /// Device and inode of the API's socket file: a successor's at the same path is not ours to remove.
-    api: Mutex<Option<(u64, u64)>>,
+    /// By [`Socket`].
+    sockets: [Listening; 2],
     /// Where the daemon sees the host's files, if not where they are.
     jail: OnceLock<Jail>,
 }
@@ -98,7 +96,11 @@ impl Host {
     pub(super) fn new(places: Places) -> Self {
         let places = places.settled();
         let rules = Rules::new(&places);
-        Self { places, rules, seat: Mutex::default(), api: Mutex::default(), jail: OnceLock::new() }
+        let sockets = [
+            Listening::new(Socket::Api, places.apisock.clone()),
+            Listening::new(Socket::Device, places.device.clone()),
+        ];
+        Self { places, rules, seat: Mutex::default(), sockets, jail: OnceLock::new() }
     }
 
     /// Does what `request` says, with the descriptors that came with it.
@@ -108,12 +110,12 @@ impl Host {
         let path = |path: PathBuf| (Reply::Path(path.into()), None);
         let descriptor = |fd: OwnedFd| (Reply::Done, Some(fd));
         Ok(match request {
-            Request::ApiCheck => yes(self.check_api()?),
-            Request::ApiBind => descriptor(self.bind_api()?),
-            Request::ApiRemove => done(self.remove_api()?),
+            Request::SocketCheck(socket) => yes(self.socket(socket).check()?),
+            Request::SocketBind(socket) => descriptor(self.socket(socket).bind()?),
+            Request::SocketRemove(socket) => done(self.socket(socket).remove()?),
             Request::Keeper { holder } => descriptor(self.keeper(holder)?),
-            Request::Usable => path(usable_mountpoint(&self.places.mountpoint)?.real().to_owned()),
-            Request::IsListed => yes(mounted::is_listed(&self.places.mountpoint, SOURCE)?),
+            Request::Usable => path(usable_mountpoint(self.mountpoint()?)?.real().to_owned()),
+            Request::IsListed => yes(mounted::is_listed(self.mountpoint()?, SOURCE)?),
             Request::Mount { writable } => self.mount(writable)?,
             Request::Inherit { number } => path(self.inherit(number)?),
             Request::Upper { upper, work, make } => {
@@ -164,6 +166,15 @@ impl Host {
         })
     }
 
+    fn socket(&self, socket: Socket) -> &Listening {
+        &self.sockets[socket as usize]
+    }
+
+    /// Where the command line has it mounted.
+    fn mountpoint(&self) -> anyhow::Result<&Path> {
+        self.places.mountpoint.as_deref().context("this daemon has no mountpoint")
+    }
+
     /// The mount.
     fn seat(&self) -> anyhow::Result<Arc<Seat>> {
         let seat = self.seat.lock().unwrap_or_else(PoisonError::into_inner);
@@ -181,7 +192,7 @@ impl Host {
     fn mount(&self, writable: bool) -> anyhow::Result<Answer> {
         let mut connection = None;
         let seat = self.take_seat(|| {
-            let (seat, descriptor) = Seat::mount(&self.places.mountpoint, writable)?;
+            let (seat, descriptor) = Seat::mount(self.mountpoint()?, writable)?;
             connection = Some(descriptor);
             Ok(seat)
         })?;
@@ -191,7 +202,7 @@ impl Host {
     }
 
     fn inherit(&self, number: u64) -> anyhow::Result<PathBuf> {
-        let seat = self.take_seat(|| Seat::inherit(&self.places.mountpoint, number))?;
+        let seat = self.take_seat(|| Seat::inherit(self.mountpoint()?, number))?;
         self.keep_out(&seat);
         Ok(seat.mountpoint().to_owned())
     }
@@ -213,74 +224,6 @@ impl Host {
         let path = path.as_deref().context("this daemon has no supervisor")?;
         // Connecting follows links, so by what was opened without any.
         Ok(supervisor::dial(&Place::fixed(path)?.link())?.into())
-    }
-
-    /// The directory where the API's socket belongs, and its name there.
-    fn api_place<'a>(&self, path: &'a Path) -> anyhow::Result<(Place, &'a OsStr)> {
-        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-            bail!("it is no name of a file")
-        };
-        let directory = Place::fixed(parent).map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => anyhow::anyhow!(
-                "there is no directory {0}; make it (`mkdir -p {0}`), or name another path",
-                parent.display()
-            ),
-            _ => e.into(),
-        });
-        Ok((directory?, name))
-    }
-
-    /// A live daemon's socket is not ours to take, nor is a file that is no socket. True if there is one.
-    fn check_api(&self) -> anyhow::Result<bool> {
-        let Some(path) = &self.places.apisock else { return Ok(false) };
-        // What can not be looked at can not be bound either, and that says why.
-        let Ok((directory, name)) = self.api_place(path) else { return Ok(false) };
-        let Ok(found) = directory.look(name) else { return Ok(false) };
-        if !found.metadata()?.file_type().is_socket() {
-            bail!("the API socket {} exists and is no socket; name another path", path.display())
-        }
-        if is_answered(&found) {
-            bail!("another daemon answers on the API socket {}; stop it first", path.display())
-        }
-        Ok(true)
-    }
-
-    /// Binds the API's socket, for this user alone from the first moment on: the mode of the descriptor
-    /// becomes that of the file. The process's umask is left alone, for other threads make files.
-    fn bind_api(&self) -> anyhow::Result<OwnedFd> {
-        let path = self.places.apisock.as_deref().context("this daemon has no API socket")?;
-        let context = || format!("API socket {}", path.display());
-        let (directory, name) = self.api_place(path).with_context(context)?;
-        match directory.look(name).and_then(|found| found.metadata()) {
-            Ok(found) if !found.file_type().is_socket() => {
-                bail!("the API socket {} exists and is no socket; name another path", path.display())
-            }
-            Ok(_) => directory.remove(name).with_context(context)?,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(e).with_context(context),
-        }
-        let bound = || -> io::Result<OwnedFd> {
-            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-            let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-            fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
-            bind(socket.as_raw_fd(), &UnixAddr::new(&directory.link().join(name))?)?;
-            Ok(socket)
-        };
-        let socket = bound().with_context(context)?;
-        let made = directory.look(name).and_then(|made| made.metadata()).with_context(context)?;
-        *self.api.lock().unwrap_or_else(PoisonError::into_inner) = Some((made.dev(), made.ino()));
-        Ok(socket)
-    }
-
-    fn remove_api(&self) -> anyhow::Result<()> {
-        let ours = *self.api.lock().unwrap_or_else(PoisonError::into_inner);
-        let (Some(path), Some(ours)) = (&self.places.apisock, ours) else { return Ok(()) };
-        let (directory, name) = self.api_place(path)?;
-        let found = directory.look(name)?.metadata()?;
-        if (found.dev(), found.ino()) == ours {
-            directory.remove(name)?;
-        }
-        Ok(())
     }
 
     /// Admits things into the jail from now on.
@@ -395,25 +338,6 @@ impl Host {
     }
 }
 
-/// True if whoever listens on a socket may still answer. A daemon that was killed can be kept from going away by
-/// a thread that waits in the kernel, and its socket with it.
-fn is_answered(place: &Place) -> bool {
-    let dial = || -> nix::Result<OwnedFd> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let stream = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-        connect(stream.as_raw_fd(), &UnixAddr::new(&place.link())?)?;
-        Ok(stream)
-    };
-    let stream = match dial() {
-        Ok(stream) => stream,
-        // Too many wait for one that listens but does not accept now.
-        Err(e) => return e == Errno::EAGAIN,
-    };
-    let listener = getsockopt(&stream, sockopt::PeerCredentials).map(|peer| peer.pid());
-    // Processes outside of our namespace have number 0.
-    !listener.is_ok_and(|pid| pid > 0 && process::has_ended(Pid::from_raw(pid)))
-}
-
 /// True for a block device that is mounted, a part of a volume or the like, or has a partition that is.
 fn is_in_use(device: &Place) -> bool {
     // Another daemon that looks at the same moment is none of these, and done at once.
@@ -462,27 +386,4 @@ fn thread(tid: u32) -> Answer {
     // A thread that ends meanwhile has no name.
     let name = std::fs::read(format!("/proc/{tid}/comm")).unwrap_or_default();
     (Reply::Thread { pid, name }, None)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::net::UnixListener;
-
-    use nix::sys::socket::{Backlog, listen};
-
-    use super::*;
-
-    #[test]
-    fn who_listens_is_asked_without_waiting() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("socket");
-        let listener = UnixListener::bind(&path).unwrap();
-        listen(&listener, Backlog::new(0).unwrap()).unwrap();
-        let place = Place::find(&path).unwrap();
-        // One more than has room: the last one is not even queued.
-        let asked: Vec<_> = (0..3).map(|_| is_answered(&place)).collect();
-        assert_eq!(asked, [true; 3]);
-        drop(listener);
-        assert!(!is_answered(&place));
-    }
 }

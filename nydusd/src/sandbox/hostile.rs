@@ -15,6 +15,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::host::{Answer, Host, Places};
 use super::protocol::{Refusal, Reply, Request};
+use super::socket::Socket;
 
 /// Attempts to get between a check and what follows it.
 const ATTEMPTS: usize = 2000;
@@ -46,7 +47,7 @@ impl Scene {
     /// The host of a daemon that is in a jail.
     fn host(&self) -> Host {
         let places = Places {
-            mountpoint: self.path("way/mnt"),
+            mountpoint: Some(self.path("way/mnt")),
             apisock: Some(self.path("way/api.sock")),
             supervisor: Some(self.path("way/supervisor.sock")),
             ..Places::default()
@@ -187,24 +188,24 @@ fn nothing_comes_between_check_and_use() {
 fn the_apis_socket_is_made_and_removed_in_its_directory() {
     let Some(scene) = Scene::new() else { return };
     let host = scene.host();
-    let (_, socket) = ask(&host, Request::ApiBind).unwrap();
+    let (_, socket) = ask(&host, Request::SocketBind(Socket::Api)).unwrap();
     assert!(socket.is_some() && scene.path("way/api.sock").exists());
     // A socket that was made for another, at the end of a way that was changed.
     let _other = UnixListener::bind(scene.path(".ssh/api.sock")).unwrap();
     let _keeper = UnixListener::bind(scene.path(".ssh/supervisor.sock")).unwrap();
     let there = scene.forbidden();
     scene.lead_astray();
-    assert!(ask(&host, Request::ApiRemove).is_err());
-    assert!(ask(&host, Request::ApiBind).is_err());
+    assert!(ask(&host, Request::SocketRemove(Socket::Api)).is_err());
+    assert!(ask(&host, Request::SocketBind(Socket::Api)).is_err());
     assert!(ask(&host, Request::Keeper { holder: false }).is_err());
-    assert_eq!(ask(&host, Request::ApiCheck).unwrap().0, Reply::Yes(false));
+    assert_eq!(ask(&host, Request::SocketCheck(Socket::Api)).unwrap().0, Reply::Yes(false));
     assert_eq!(scene.forbidden(), there);
     scene.lead_back();
-    ask(&host, Request::ApiRemove).unwrap();
+    ask(&host, Request::SocketRemove(Socket::Api)).unwrap();
     assert!(!scene.path("way/api.sock").exists());
     // A link in its own place is no socket.
     symlink("../.ssh/api.sock", scene.path("way/api.sock")).unwrap();
-    for request in [Request::ApiCheck, Request::ApiBind] {
+    for request in [Request::SocketCheck(Socket::Api), Request::SocketBind(Socket::Api)] {
         assert!(ask(&host, request).unwrap_err().message.contains("is no socket"));
     }
     assert_eq!(scene.forbidden(), there);

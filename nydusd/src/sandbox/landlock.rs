@@ -7,7 +7,7 @@ use landlock::{
     RulesetCreatedAttr as _, RulesetStatus, Scope,
 };
 
-use crate::cli::FuseArgs;
+use crate::cli::{Front, ServeArgs};
 
 /// The newest rules that are known here; older kernels keep those they know.
 const NEWEST: ABI = ABI::V6;
@@ -17,9 +17,9 @@ const NEWEST: ABI = ABI::V6;
 ///
 /// # Errors
 /// This kernel has no Landlock, or refuses.
-pub(super) fn restrict(args: &FuseArgs) -> anyhow::Result<bool> {
+pub(super) fn restrict(front: &Front, args: &ServeArgs) -> anyhow::Result<bool> {
     let devices = AccessFs::MakeChar | AccessFs::MakeBlock;
-    let refused = if args.writable { BitFlags::EMPTY } else { devices } | AccessFs::Execute;
+    let refused = if front.is_writable() { BitFlags::EMPTY } else { devices } | AccessFs::Execute;
     let all = AccessFs::from_all(NEWEST);
     let mut rules = Ruleset::default()
         .handle_access(all)?

@@ -16,6 +16,7 @@
 //!  pool.rs          its threads                          seccomp.rs       which system calls there are
 //!  host.rs          what is done, and refused            refuse.rs        what a jail never gets
 //!  place.rs         paths, looked up once
+//!  socket.rs        the sockets that are listened on
 //!  admit.rs         directories into the jail
 //!  own.rs           what must not be among them
 //! ```
@@ -38,6 +39,7 @@ mod privileged;
 mod protocol;
 mod refuse;
 mod seccomp;
+mod socket;
 
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -50,7 +52,8 @@ use nix::unistd::geteuid;
 pub use self::host::Places;
 pub use self::privileged::Privileged;
 pub(crate) use self::protocol::packed;
-use crate::cli::FuseArgs;
+pub use self::socket::Socket;
+use crate::cli::{Front, ServeArgs};
 use crate::sys::{self, Disposition};
 
 /// Set where there is a broker.
@@ -76,15 +79,16 @@ pub fn leave_launcher() {
 
 impl Sandbox {
     /// Starts the broker. For a process that has one thread and has opened and read nothing yet.
-    pub fn begin(args: &FuseArgs) -> Self {
+    pub fn begin(front: &Front, args: &ServeArgs) -> Self {
         let global = &args.global;
         let places = Places {
-            mountpoint: args.mountpoint.clone(),
+            mountpoint: front.mountpoint().map(Path::to_owned),
+            device: front.device().map(Path::to_owned),
             apisock: global.apisock.clone(),
             supervisor: global.supervisor.clone(),
             holder: global.holder.clone(),
             shared_dir: args.shared_dir.clone(),
-            writable: args.writable,
+            writable: front.is_writable(),
             admit: named(args),
         };
         let without = |places, missing| Self { host: Privileged::direct(places), missing };
@@ -106,7 +110,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// It was left half confined, where nothing can be served.
-    pub fn enter(self, args: &FuseArgs) -> anyhow::Result<Arc<Privileged>> {
+    pub fn enter(self, front: &Front, args: &ServeArgs) -> anyhow::Result<Arc<Privileged>> {
         let flags = &args.sandbox;
         let host = Arc::new(self.host);
         if !flags.core_dumps && !flags.no_sandbox {
@@ -142,16 +146,23 @@ impl Sandbox {
             admit_log(&host, args);
         }
         has("jail", jailed);
-        has("capabilities", capabilities::drop(args));
-        has("landlock", if flags.no_landlock { Ok(false) } else { landlock::restrict(args) });
-        has("seccomp", if flags.no_seccomp { Ok(false) } else { seccomp::restrict(args.fuse_io_uring) });
+        has("capabilities", capabilities::drop(front, args));
+        has("landlock", if flags.no_landlock { Ok(false) } else { landlock::restrict(front, args) });
+        has(
+            "seccomp",
+            if flags.no_seccomp {
+                Ok(false)
+            } else {
+                seccomp::restrict(matches!(front, Front::Fuse(fuse) if fuse.fuse_io_uring))
+            },
+        );
         tracing::info!("sandboxed: {}", layers.join(", "));
         Ok(host)
     }
 }
 
 /// Directories that the command line has things kept in: its author's business.
-fn named(args: &FuseArgs) -> Vec<PathBuf> {
+fn named(args: &ServeArgs) -> Vec<PathBuf> {
     let image = &args.image;
     let whole = args.admit.iter().chain(&image.cache_dir).chain(&image.localfs_dir).cloned();
     whole.chain(args.dedup_db.as_deref().map(directory_of)).chain(log_directory(args)).collect()
@@ -163,12 +174,12 @@ fn directory_of(file: &Path) -> PathBuf {
 }
 
 /// A log that is rotated needs its directory.
-fn log_directory(args: &FuseArgs) -> Option<PathBuf> {
+fn log_directory(args: &ServeArgs) -> Option<PathBuf> {
     let global = &args.global;
     global.log_file.as_deref().filter(|_| global.log_rotation_size > 0).map(directory_of)
 }
 
-fn admit_log(host: &Privileged, args: &FuseArgs) {
+fn admit_log(host: &Privileged, args: &ServeArgs) {
     let Some(directory) = log_directory(args) else { return };
     if let Err(e) = host.admit(&directory, true) {
         tracing::warn!("the log is not rotated: {e:#}");

@@ -15,6 +15,7 @@ use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, so
 
 use super::host::{Answer, Host, Places};
 use super::protocol::{self, Refusal, Reply, Request};
+use super::socket::Socket;
 use crate::passthrough::xattr::XattrCall;
 use crate::transport::seat::ConnectionFile;
 use crate::writable::OverlayConfig;
@@ -106,28 +107,28 @@ impl Privileged {
         descriptor.ok_or_else(|| anyhow!("the broker sent no descriptor").into())
     }
 
-    /// True if a file is in the place of the API's socket.
+    /// True if a file is in the place of a socket.
     ///
     /// # Errors
     /// A live daemon's, or no socket.
-    pub fn check_api(&self) -> anyhow::Result<bool> {
-        self.ask_for_yes(Request::ApiCheck)
+    pub fn check_socket(&self, socket: Socket) -> anyhow::Result<bool> {
+        self.ask_for_yes(Request::SocketCheck(socket))
     }
 
-    /// Replaces a stale API socket by one that is this user's alone. Whoever listens on it is its owner for clients.
+    /// Replaces a stale socket by one that is this user's alone. Whoever listens on it is its owner for clients.
     ///
     /// # Errors
     /// It can not be made, or a file that is no socket is in its place.
-    pub fn bind_api(&self) -> anyhow::Result<OwnedFd> {
-        Ok(self.ask_for_descriptor(Request::ApiBind)?)
+    pub fn bind_socket(&self, socket: Socket) -> anyhow::Result<OwnedFd> {
+        Ok(self.ask_for_descriptor(Request::SocketBind(socket))?)
     }
 
-    /// Removes the API socket, if it is still the one that was made.
+    /// Removes a socket, if it is still the one that was made.
     ///
     /// # Errors
     /// It can not be removed.
-    pub fn remove_api(&self) -> anyhow::Result<()> {
-        Ok(self.ask(Request::ApiRemove).map(|_| ())?)
+    pub fn remove_socket(&self, socket: Socket) -> anyhow::Result<()> {
+        Ok(self.ask(Request::SocketRemove(socket)).map(|_| ())?)
     }
 
     /// Connects to the supervisor, or with `holder` to `nydusd supervise`.

@@ -16,6 +16,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, recv, sendmsg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::socket::Socket;
 use crate::passthrough::xattr::XattrCall;
 use crate::sys::{self, Received};
 use crate::transport::seat::ConnectionFile;
@@ -30,12 +31,12 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// What the daemon wants. Which rights it has to that is decided where it is done, in [`super::host`].
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Request {
-    /// Is a live daemon's socket, or no socket, in the place of the API's? [`Reply::Yes`] if anything is.
-    ApiCheck,
+    /// Is a live daemon's socket, or no socket, in the place of this one? [`Reply::Yes`] if anything is.
+    SocketCheck(Socket),
     /// A socket that is bound there.
-    ApiBind,
+    SocketBind(Socket),
     /// Remove that socket.
-    ApiRemove,
+    SocketRemove(Socket),
     /// A connection to the supervisor, or with `holder` to `nydusd supervise`.
     Keeper { holder: bool },
     /// Can the mountpoint be mounted on?
@@ -96,15 +97,15 @@ impl Request {
     /// Who works on it.
     pub(super) fn kind(&self) -> Kind {
         match self {
-            Self::ApiRemove
+            Self::SocketRemove(_)
             | Self::Keeper { .. }
             | Self::Unmount { .. }
             | Self::Abort
             | Self::ConnectionFile(_)
             | Self::IsGone(_)
             | Self::Thread { .. } => Kind::Urgent,
-            Self::ApiCheck
-            | Self::ApiBind
+            Self::SocketCheck(_)
+            | Self::SocketBind(_)
             | Self::Usable
             | Self::IsListed
             | Self::Mount { .. }

@@ -92,11 +92,23 @@ impl Negotiated {
     }
 }
 
-/// The answer to the body of FUSE_INIT. Rings are asked for only if `rings` are prepared.
+/// Whose kernel it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kernel {
+    /// This host's; rings are asked for only if they are prepared.
+    Host {
+        /// They are.
+        rings: bool,
+    },
+    /// A virtual machine's, which nothing can be told unasked.
+    Guest,
+}
+
+/// The answer to the body of FUSE_INIT.
 ///
 /// # Errors
 /// A kernel that is too old, or a message that is none.
-pub(super) fn answer(adapter: &Adapter, body: &[u8], rings: bool) -> io::Result<Answer> {
+pub(super) fn answer(adapter: &Adapter, body: &[u8], kernel: Kernel) -> io::Result<Answer> {
     let malformed = || io::Error::other("a FUSE_INIT of the wrong size");
     let (init, rest) = InitIn::read_from_prefix(body).map_err(|_| malformed())?;
     if init.major > MAJOR {
@@ -113,10 +125,14 @@ pub(super) fn answer(adapter: &Adapter, body: &[u8], rings: bool) -> io::Result<
         offered |= u64::from(more.flags2) << 32;
     }
     let wanted = adapter.init(FsOptions::from_bits_truncate(offered))?.bits();
-    let mut wanted = wanted | SETXATTR_EXT | HAS_EXPIRE_ONLY | HAS_RESEND | ALLOW_IDMAP;
-    if rings {
-        wanted |= OVER_IO_URING;
-    }
+    let wanted = wanted
+        | SETXATTR_EXT
+        | ALLOW_IDMAP
+        | match kernel {
+            Kernel::Host { rings: true } => HAS_EXPIRE_ONLY | HAS_RESEND | OVER_IO_URING,
+            Kernel::Host { rings: false } => HAS_EXPIRE_ONLY | HAS_RESEND,
+            Kernel::Guest => 0,
+        };
     let mut flags = offered & wanted;
     if flags & OVER_IO_URING != 0 {
         // With rings a read must not outlive its reader: see `uring::serve`.
@@ -154,6 +170,9 @@ mod tests {
 
     use super::*;
 
+    const HOST: Kernel = Kernel::Host { rings: false };
+    const RINGS: Kernel = Kernel::Host { rings: true };
+
     /// FUSE_INIT of Linux 6.18, as it was read.
     fn request(major: u32, minor: u32, flags: u64) -> Vec<u8> {
         let init = InitIn { major, minor, max_readahead: 128 << 10, flags: flags as u32 };
@@ -165,7 +184,7 @@ mod tests {
     fn only_what_is_offered_is_agreed() {
         let adapter = Adapter::default();
         let all = request(7, 45, 0x7fd_73ff_fffb);
-        let Answer::Agreed(agreed, out) = answer(&adapter, &all, false).unwrap() else {
+        let Answer::Agreed(agreed, out) = answer(&adapter, &all, HOST).unwrap() else {
             panic!("asked again")
         };
         assert!(agreed.resends() && agreed.expires() && agreed.flags & 1 == 1);
@@ -176,19 +195,23 @@ mod tests {
         for bit in [1, 10, 16, 37, 41, 42] {
             assert_eq!(agreed.flags >> bit & 1, 0, "flag {bit}");
         }
-        let Answer::Agreed(agreed, out) = answer(&adapter, &all, true).unwrap() else {
+        let Answer::Agreed(agreed, out) = answer(&adapter, &all, RINGS).unwrap() else {
             panic!("asked again")
         };
         assert!(agreed.rings() && out.flags2 & 1 << 9 != 0, "they are taken where they are offered");
         assert_eq!(agreed.flags & 1, 0, "no reads behind a reader's back");
+        let Ok(Answer::Agreed(guest, _)) = answer(&adapter, &all, Kernel::Guest) else {
+            panic!("asked again")
+        };
+        assert!(!guest.resends() && !guest.expires() && !guest.rings() && guest.flags & 1 == 1);
         // Directories of the host may come, unless one image is all there will be.
         let changes_of = |flags: u64| ((flags >> 6) & 1, (flags >> 12) & 1, (flags >> 25) & 1);
         assert_eq!(changes_of(agreed.flags), (1, 1, 0), "masks left to us, changed files looked at");
         adapter.table().dedicate();
-        let Answer::Agreed(agreed, _) = answer(&adapter, &all, false).unwrap() else { panic!("asked again") };
+        let Answer::Agreed(agreed, _) = answer(&adapter, &all, HOST).unwrap() else { panic!("asked again") };
         assert_eq!(changes_of(agreed.flags), (0, 0, 1), "nothing changes unless the kernel is told");
 
-        let Answer::Agreed(agreed, out) = answer(&adapter, &request(7, 26, 0), true).unwrap() else {
+        let Answer::Agreed(agreed, out) = answer(&adapter, &request(7, 26, 0), RINGS).unwrap() else {
             panic!("asked again")
         };
         assert_eq!((agreed.flags, out.flags, agreed.max_pages, agreed.minor), (0, 0, 32, 26));
@@ -199,13 +222,13 @@ mod tests {
     fn other_versions_and_short_messages_are_refused() {
         let adapter = Adapter::default();
         assert!(
-            matches!(answer(&adapter, &request(8, 0, 0), false), Ok(Answer::Retry(out)) if out.major == 7)
+            matches!(answer(&adapter, &request(8, 0, 0), HOST), Ok(Answer::Retry(out)) if out.major == 7)
         );
-        assert!(answer(&adapter, &request(7, 22, 0), false).unwrap_err().to_string().contains("7.22"));
-        assert!(answer(&adapter, &request(6, 50, 0), false).is_err());
-        assert!(answer(&adapter, &[0; 15], false).is_err());
+        assert!(answer(&adapter, &request(7, 22, 0), HOST).unwrap_err().to_string().contains("7.22"));
+        assert!(answer(&adapter, &request(6, 50, 0), HOST).is_err());
+        assert!(answer(&adapter, &[0; 15], HOST).is_err());
         let extended = request(7, 45, 1 << 30);
-        assert!(answer(&adapter, &extended[..20], false).is_err());
+        assert!(answer(&adapter, &extended[..20], HOST).is_err());
     }
 
     #[test]

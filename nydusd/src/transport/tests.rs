@@ -59,7 +59,7 @@ impl Stalled {
 
 /// This process mounts by itself.
 fn host(mountpoint: &Path) -> Arc<Privileged> {
-    Arc::new(Privileged::direct(Places { mountpoint: mountpoint.to_owned(), ..Places::default() }))
+    Arc::new(Privileged::direct(Places { mountpoint: Some(mountpoint.to_owned()), ..Places::default() }))
 }
 
 fn golden(variant: &str) -> PathBuf {
@@ -202,7 +202,9 @@ fn a_successor_answers_what_its_predecessor_has_taken() {
     };
     let (header, body) = take();
     assert_eq!(header.opcode, message::OP_INIT);
-    let Answer::Agreed(negotiated, out) = init::answer(&adapter, &body, false).unwrap() else {
+    let Answer::Agreed(negotiated, out) =
+        init::answer(&adapter, &body, init::Kernel::Host { rings: false }).unwrap()
+    else {
         panic!("this kernel speaks another protocol")
     };
     if !negotiated.resends() {

@@ -18,7 +18,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use zerocopy::IntoBytes as _;
 
-use super::init::{self, Answer, Negotiated};
+use super::init::{self, Answer, Kernel, Negotiated};
 use super::message::{self, InHeader, OUT_HEADER_LEN, OutHeader};
 use super::reads::{Outcome, Reads, Way};
 use super::streams::Streams;
@@ -243,8 +243,8 @@ impl Worker {
 
     fn init(&self, header: &InHeader, body: &[u8]) {
         let rings = || self.connection.rings.lock().unwrap_or_else(PoisonError::into_inner);
-        let prepared = rings().is_some();
-        match init::answer(&self.adapter, body, prepared) {
+        let kernel = Kernel::Host { rings: rings().is_some() };
+        match init::answer(&self.adapter, body, kernel) {
             Ok(Answer::Retry(out)) => self.connection.reply_data(header.unique, out.as_bytes()),
             Ok(Answer::Agreed(negotiated, out)) => {
                 tracing::info!("FUSE 7.{}, flags {:#x}", negotiated.minor, negotiated.flags);

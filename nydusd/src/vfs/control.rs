@@ -13,6 +13,7 @@ use super::mounted::{Mounted, Opened};
 use super::path::VfsPath;
 use super::stale::Stale;
 use super::{AttachError, Replaced};
+use crate::cli::Front;
 use crate::daemon::{Daemon, State};
 use crate::image::{self, Plan};
 use crate::mount::{self, Mount};
@@ -40,6 +41,7 @@ impl Daemon {
         if let Some(there) = self.adapter().table().mounted(&path) {
             return if there.repeats(&command) { Ok(()) } else { Err(occupied(&path)) };
         }
+        self.can_be_noticed(&path)?;
         let size = command.size();
         let opened = self.open(engine, command)?;
         self.share(&opened)?;
@@ -132,6 +134,19 @@ impl Daemon {
         }
     }
 
+    /// A guest's kernel believes for good what it was told of an image's directories, and can not be told otherwise.
+    fn can_be_noticed(&self, path: &VfsPath) -> Result<(), MountError> {
+        match self.adapter().table().inside(path).filter(|_| !self.adapter().tells()) {
+            Some(image) => Err(MountError::new(
+                MountErrorKind::Unsupported,
+                format!(
+                    "{path} is inside the image at {image}, whose directories a guest does not look at twice; mount                      it beside the image"
+                ),
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// A successor is told all commands at once, and what it is told has a bound: so has this one's `size` together
     /// with those of all mounts but the one at `path`.
     fn can_be_saved(&self, path: &VfsPath, size: usize) -> Result<(), MountError> {
@@ -175,7 +190,7 @@ impl Daemon {
     pub(super) fn open_host(&self, mut spec: HostSpec) -> anyhow::Result<Opened> {
         // The kernel asks its mount for leave before it asks this daemon, so what may be written to is told by that.
         if spec.source.is_absolute() {
-            let admitted = self.host().admit_shown(&spec.source, self.args().writable);
+            let admitted = self.host().admit_shown(&spec.source, self.front().is_writable());
             // Where it is, not a link to it: that is what a successor looks for.
             spec.source = admitted
                 .with_context(|| format!("the directory {} can not be served", spec.source.display()))?;
@@ -297,23 +312,29 @@ impl Daemon {
     /// Mounts the command line's image.
     pub(crate) fn mount_planned(&self, engine: &Arc<Engine>, mut plan: Plan) -> anyhow::Result<Arc<Mount>> {
         let path = self.virtual_mountpoint()?;
-        image::apply_fuse_arguments(plan.config_mut(), self.args())?;
+        image::apply_serve_arguments(plan.config_mut(), self.args())?;
         if plan.config_mut().overlay.is_some() {
-            ensure!(self.args().writable, "the configuration has an `overlay`, which needs --writable");
+            ensure!(
+                matches!(self.front(), Front::Fuse(fuse) if fuse.writable),
+                "the configuration has an `overlay`, which needs `fuse` with --writable; a guest mounts its own"
+            );
             ensure!(
                 path.names().is_empty(),
                 "an `overlay` needs --virtual-mountpoint /, which is the default"
             );
-        } else if self.args().writable {
+        } else if let Front::Fuse(fuse) = self.front()
+            && fuse.writable
+        {
             tracing::warn!(
                 "--writable does not make the image writable, only host directories that are mounted beside it: give \
                  it with --bootstrap and a --config that has an `overlay`, or mount an overlay over {}",
-                self.args().mountpoint.display()
+                fuse.mountpoint.display()
             );
         }
         let spec = image::resolve(engine, plan, path.to_string())?;
         warn_of(&spec.config.warnings);
-        if path.names().is_empty() {
+        // With an API others may come, and a guest could not be told of them.
+        if path.names().is_empty() && (self.adapter().tells() || self.args().global.apisock.is_none()) {
             self.adapter().table().dedicate();
         }
         let opened = mount::open(engine, spec, self.known(), self.dedup())?;
@@ -327,7 +348,7 @@ impl Daemon {
     /// Mounts the command line's directory.
     pub(crate) fn mount_shared(&self, source: &Path) -> anyhow::Result<()> {
         let path = self.virtual_mountpoint()?;
-        let admitted = self.host().admit_shown(source, self.args().writable);
+        let admitted = self.host().admit_shown(source, self.front().is_writable());
         let source = admitted.with_context(|| format!("--shared-dir {}", source.display()))?;
         let mountpoint = path.to_string();
         let spec = HostSpec { mountpoint, source, command: None, expected: None, plain: false };

@@ -30,8 +30,9 @@ mod tree;
 pub mod turns;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, SystemTime};
 
 use rafs::bootstrap::Nid;
 
@@ -123,7 +124,7 @@ pub enum AttachError {
 }
 
 /// The tree of all mounts.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Vfs {
     /// Written only by attach and detach; readers hold it for a look-up, never while anything is waited
     /// for. Mounts are dropped without it.
@@ -137,6 +138,27 @@ pub struct Vfs {
     /// What the kernel may believe and is not so: names that the last change concerned; in a successor, all that are
     /// not as its predecessor's tree had them. Locked last.
     outdated: Mutex<Vec<Stale>>,
+    /// When the tree was last changed, in nanoseconds since 1970.
+    changed: AtomicU64,
+}
+
+impl Default for Vfs {
+    fn default() -> Self {
+        Self {
+            state: RwLock::default(),
+            dedicated: AtomicBool::default(),
+            xattrs: AtomicU8::default(),
+            inherits: AtomicBool::default(),
+            outdated: Mutex::default(),
+            changed: AtomicU64::new(now()),
+        }
+    }
+}
+
+/// The time, in nanoseconds since 1970.
+fn now() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Images come and go: each is asked for its extended attributes.
@@ -171,6 +193,9 @@ impl Vfs {
         let before = (state.chain(path), names(&state));
         let result = change(&mut state);
         let after = (state.chain(path), names(&state));
+        // Never the same as before: who has listed a directory tells by that whether to do it again.
+        let later = |before: u64| Some(now().max(before + 1));
+        let _ = self.changed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, later);
         let stale = tree::changed(path, (&before.0, &before.1), (&after.0, &after.1));
         // Whoever is told of the tree is told of that.
         self.outdated().clone_from(&stale);
@@ -229,6 +254,27 @@ impl Vfs {
             state.prune(number);
             Ok(mount)
         })
+    }
+
+    /// When directories of ours last changed, since 1970.
+    pub fn changed(&self) -> Duration {
+        Duration::from_nanos(self.changed.load(Ordering::Relaxed))
+    }
+
+    /// The mountpoint of the image that something mounted at `path` would be inside of, if it is no directory of ours
+    /// yet that leads there, nor in FUSE's root.
+    pub fn inside(&self, path: &VfsPath) -> Option<String> {
+        let state = self.read();
+        let mut at = tree::ROOT;
+        for name in path.names() {
+            let directory = &state.directories[&at];
+            match directory.children.get(name) {
+                Some(child) => at = *child,
+                None if at == tree::ROOT => return None,
+                None => return Some(state.mount(directory.shows?.0)?.image()?.mountpoint().to_owned()),
+            }
+        }
+        None
     }
 
     /// What is mounted at `path`.
@@ -320,6 +366,18 @@ impl Vfs {
         if last {
             self.sweep();
         }
+    }
+
+    /// The kernel has begun anew, and knows no node.
+    pub fn forget_all(&self) {
+        let hosts: Vec<_> = {
+            let state = self.read();
+            state.slots.iter().for_each(|slot| slot.lookups.give_back(u64::MAX));
+            let mounts = state.slots.iter().filter_map(|slot| slot.mount.as_ref());
+            mounts.filter_map(Mounted::host).cloned().collect()
+        };
+        hosts.iter().for_each(|host| host.forget_all());
+        self.sweep();
     }
 
     /// Drops mounts that are out of the tree and that the kernel has forgotten.

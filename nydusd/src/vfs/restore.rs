@@ -234,7 +234,7 @@ impl Daemon {
             (Some(_), _) | (None, None) => None,
             (None, Some(_)) if saved.shared_dir.is_some() => saved.shared_dir.clone(),
             (None, Some(source)) => {
-                let admitted = self.host().admit_shown(source, self.args().writable);
+                let admitted = self.host().admit_shown(source, self.front().is_writable());
                 Some(admitted.with_context(|| format!("--shared-dir {}", source.display()))?)
             }
         })
@@ -252,7 +252,7 @@ impl Daemon {
                 let args = self.args();
                 let mut plan = image::plan(&args.image, args.global.config.as_deref())?
                     .context("it came by a command line that had --image or --bootstrap")?;
-                image::apply_fuse_arguments(plan.config_mut(), args)?;
+                image::apply_serve_arguments(plan.config_mut(), args)?;
                 let mountpoint = saved.mountpoint.clone();
                 match copy.is_file() {
                     // A source may be down, and a tag may have moved.

@@ -42,7 +42,7 @@ use nix::unistd::Pid;
 use self::mailbox::Mailbox;
 use super::worker::Connection;
 use crate::adapter::Adapter;
-use crate::cli::FuseArgs;
+use crate::cli::{FuseFront, ServeArgs};
 
 mod layout;
 mod mailbox;
@@ -79,8 +79,8 @@ pub struct Plan {
 
 impl Plan {
     /// The plan for this machine; without rings `None`, with a warning that says why.
-    pub fn new(args: &FuseArgs) -> Option<Self> {
-        if args.writable || args.shared_dir.is_some() {
+    pub fn new(front: &FuseFront, args: &ServeArgs) -> Option<Self> {
+        if front.writable || args.shared_dir.is_some() {
             tracing::warn!(
                 "no FUSE over io_uring with --writable or --shared-dir: a request that waits for the host's disk \
                  would hold up its whole CPU; requests come through /dev/fuse"

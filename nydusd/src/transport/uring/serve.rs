@@ -7,14 +7,10 @@
 //! entry, comes back, and brings the line on. The kernel puts it into the queue of the CPU that the thread runs on.
 //! So a CPU that comes online later has no such help: what stands in line there does until a read is answered.
 
-use std::fs::File;
 use std::io::{self, IoSlice};
-use std::os::fd::AsRawFd as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use fuse_backend_rs::api::server::Server;
-use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader, Writer};
 use nix::errno::Errno;
 use nix::sched::sched_getcpu;
 use zerocopy::{Immutable, IntoBytes};
@@ -23,8 +19,8 @@ use super::layout::{self, ANSWER_OFFSET, DATA_SIZE, HEAD_SIZE, Request};
 use super::mailbox::{Mailbox, ToEntry};
 use super::sys::{Event, Ring};
 use super::{KEPT, Means, Shared};
-use crate::adapter::Adapter;
 use crate::node::NodeId;
+use crate::transport::composer::Composer;
 use crate::transport::message::{self, InHeader, OUT_HEADER_LEN, OutHeader};
 use crate::transport::reads::{Outcome, Reads, Way};
 use crate::transport::worker::Connection;
@@ -127,8 +123,7 @@ impl RingWorker {
             uses: Vec::new(),
             mailbox: Arc::new(means.mailbox),
             answers: Answers {
-                server: Arc::clone(&shared.server),
-                null: means.null,
+                composer: Composer::new(Arc::clone(&shared.server), means.null),
                 reads,
                 message: Vec::new(),
             },
@@ -390,8 +385,7 @@ impl RingWorker {
 
 /// Answers requests into the memory they came in.
 struct Answers {
-    server: Arc<Server<Arc<Adapter>>>,
-    null: File,
+    composer: Composer,
     reads: Reads,
     /// A request in one piece; kept for its capacity.
     message: Vec<u8>,
@@ -419,30 +413,15 @@ impl Answers {
             opcode if opcode > message::OP_MAX => Some(OutHeader::refusal(unique, libc::ENOSYS)),
             _ => {
                 request.compose(memory, &mut self.message);
-                let answer = &mut memory[ANSWER_OFFSET..];
-                answer[..OUT_HEADER_LEN].fill(0);
-                if let Err(e) = self.delegate(answer) {
-                    tracing::debug!("FUSE request: {e}");
-                }
+                // Whatever kernel has rings has agreed on the longer FUSE_SETXATTR.
+                let message = message::fold_setxattr(&mut self.message);
+                // Its data comes to be where data belongs.
+                let answer = &mut memory[ANSWER_OFFSET..ANSWER_OFFSET + OUT_HEADER_LEN + DATA_SIZE];
+                let composed = self.composer.compose(message, unique, answer);
                 // A large one was a write.
                 self.message.shrink_to(PAGE);
-                Some(
-                    layout::composed(memory, unique).unwrap_or_else(|| OutHeader::refusal(unique, libc::EIO)),
-                )
+                Some(composed.unwrap_or_else(|| OutHeader::refusal(unique, libc::EIO)))
             }
         }
-    }
-
-    /// fuse-backend-rs decodes, calls the adapter and composes the answer. What was split off a writer, it
-    /// collects in memory before it writes it.
-    fn delegate(&mut self, answer: &mut [u8]) -> io::Result<()> {
-        let other = |e: &dyn std::fmt::Display| io::Error::other(e.to_string());
-        // Whatever kernel has rings has agreed on the longer FUSE_SETXATTR.
-        let message = message::fold_setxattr(&mut self.message);
-        let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(message)).map_err(|e| other(&e))?;
-        let mut whole = FuseDevWriter::<()>::new(self.null.as_raw_fd(), answer).map_err(|e| other(&e))?;
-        let writer = whole.split_at(0).map_err(|e| other(&e))?;
-        let done = self.server.handle_message(reader, Writer::FuseDev(writer), None, None);
-        done.map(drop).map_err(|e| other(&e))
     }
 }
