@@ -216,9 +216,9 @@ fn other_command_lines_are_refused() -> Result<()> {
     needs_mounts!();
     let world = World::new()?;
     for (line, code, words) in [
-        // Kata, both runtimes.
-        ("virtiofs --log-level info --apisock @api.sock --sock @vhost.sock", 1, "no service `virtiofs`"),
-        ("virtiofs --hybrid-mode --log-level info --apisock a.sock --sock v.sock", 1, "nydusd fuse"),
+        ("virtiofs --hybrid-mode --apisock @api.sock", 2, "--sock"),
+        ("virtiofs --sock @v.sock --id x --supervisor @s.sock", 2, "leave --supervisor"),
+        ("virtiofs --sock @v.sock --mountpoint @mnt", 2, "--mountpoint"),
         // nydus-snapshotter with fscache.
         ("singleton --fscache @cache --fscache-threads 4 --apisock @api.sock", 1, "fusedev"),
         ("nbd /dev/nbd15 -B @image.boot -D @blobs", 1, "nydusd fuse"),

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use storage::engine::Engine;
 
 use super::command::{FsType, MountCommand};
@@ -314,10 +314,15 @@ impl Daemon {
         let path = self.virtual_mountpoint()?;
         image::apply_serve_arguments(plan.config_mut(), self.args())?;
         if plan.config_mut().overlay.is_some() {
-            ensure!(
-                matches!(self.front(), Front::Fuse(fuse) if fuse.writable),
-                "the configuration has an `overlay`, which needs `fuse` with --writable; a guest mounts its own"
-            );
+            match self.front() {
+                Front::Fuse(fuse) => {
+                    ensure!(fuse.writable, "the configuration has an `overlay`, which needs --writable");
+                }
+                Front::Virtiofs(_) => bail!(
+                    "the configuration has an `overlay`, which is for mounts of this host; leave it out, and have the \
+                     guest mount one"
+                ),
+            }
             ensure!(
                 path.names().is_empty(),
                 "an `overlay` needs --virtual-mountpoint /, which is the default"
