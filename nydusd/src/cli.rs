@@ -19,7 +19,9 @@ mod values;
 mod what;
 
 pub use missing::no_service;
-pub use serve::{Front, FuseArgs, FuseFront, SandboxArgs, ServeArgs, VirtiofsArgs, VirtiofsFront};
+pub use serve::{
+    BlkArgs, BlkFront, Front, FuseArgs, FuseFront, SandboxArgs, ServeArgs, VirtiofsArgs, VirtiofsFront,
+};
 pub(crate) use values::parse_sha256;
 pub use values::{FailoverPolicy, LogFormat, LogLevel};
 use values::{parse_seconds, parse_tagged};
@@ -48,6 +50,8 @@ pub enum Command {
     Fuse(Box<FuseArgs>),
     /// Serve images and host directories to a virtual machine, as a vhost-user-fs device
     Virtiofs(Box<VirtiofsArgs>),
+    /// Serve an image to a virtual machine as a disk, which its kernel mounts as EROFS (vhost-user-blk)
+    Blk(Box<BlkArgs>),
     /// Fetch an image, or parts of it, into the cache directory and end
     Prefetch(Box<PrefetchArgs>),
     /// Write man pages and shell completions, as they are installed below share/
@@ -208,6 +212,7 @@ impl Cli {
         let top_level = [
             "fuse",
             "virtiofs",
+            "blk",
             "prefetch",
             "supervise",
             "overlay",
@@ -225,6 +230,10 @@ impl Cli {
             Command::Prefetch(prefetch) => prefetch.global.refuse_what_daemons_have()?,
             Command::Fuse(fuse) => fuse.refuse_lost_requests()?,
             Command::Virtiofs(virtiofs) => virtiofs.serve.global.refuse_what_mounts_have()?,
+            Command::Blk(blk) => {
+                blk.serve.global.refuse_what_mounts_have()?;
+                blk.serve.refuse_what_trees_have()?;
+            }
             Command::Overlay(_) | Command::Pages { .. } | Command::Supervise(_) => {}
         }
         Ok(cli)
@@ -265,6 +274,24 @@ impl SuperviseArgs {
             Command::Fuse(args) if args.front.fuse_io_uring => Err(conflict(LOST_REQUESTS)),
             Command::Fuse(args) => Ok(args),
             _ => Err(conflict("`supervise` runs the service `fuse` and no other")),
+        }
+    }
+}
+
+impl ServeArgs {
+    /// A disk has one image, and nothing else.
+    fn refuse_what_trees_have(&self) -> Result<(), clap::Error> {
+        if self.shared_dir.is_some() || self.virtual_mountpoint != "/" {
+            return Err(conflict(
+                "a disk has no directories; leave --shared-dir and --virtual-mountpoint out",
+            ));
+        }
+        match self.image.image.is_some() || self.image.bootstrap.is_some() {
+            true => Ok(()),
+            false => Err(clap::Error::raw(
+                clap::error::ErrorKind::MissingRequiredArgument,
+                "a disk is of an image; give --image, or --bootstrap\n",
+            )),
         }
     }
 }

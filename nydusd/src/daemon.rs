@@ -9,8 +9,9 @@
 //! too. The API socket appears only when the mount has answered, or when the daemon waits for its
 //! takeover ([`crate::failover`]).
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -20,14 +21,14 @@ use storage::engine::{Engine, EngineConfig};
 use tokio::sync::mpsc;
 
 use crate::adapter::Adapter;
-use crate::cli::{Front, FuseFront, ServeArgs, VirtiofsFront};
+use crate::cli::{Front, FuseFront, ServeArgs};
 use crate::failover::{Beginning, LifeError};
 use crate::mount::Mount;
 use crate::preheat::jobs::Jobs;
 use crate::sandbox::{Privileged, Socket};
 use crate::transport::Prepared;
 use crate::transport::fusedev::FuseMount;
-use crate::transport::virtiofs;
+use crate::transport::{blk, virtiofs};
 use crate::vfs::known::Known;
 use crate::vfs::turns::Turns;
 use crate::writable::{OverlayConfig, UpperLock};
@@ -68,6 +69,8 @@ pub struct Daemon {
     fuse: OnceLock<FuseMount>,
     /// Taken when the mount or the device is served.
     prepared: Mutex<Prepared>,
+    /// Sockets of devices that were made.
+    devices: AtomicU16,
     /// Set if the image is writable: keeps others from the directory of its changes.
     upper: OnceLock<UpperLock>,
     /// Held while mounting and while stopping begins: a mount that nobody would take away
@@ -106,6 +109,7 @@ impl Daemon {
             known: Known::default(),
             turns: Turns::default(),
             fuse: OnceLock::new(),
+            devices: AtomicU16::new(0),
             upper: OnceLock::new(),
             stopping: Mutex::new(false),
             steps: Mutex::new(()),
@@ -237,7 +241,7 @@ impl Daemon {
         match *self.beginning.get_or_init(|| self.beginning(socket)) {
             Beginning::Mount => match &self.front {
                 Front::Fuse(fuse) => self.mount_and_serve(fuse),
-                Front::Virtiofs(virtiofs) => self.serve_device(virtiofs),
+                Front::Virtiofs(_) | Front::Blk(_) => self.serve_devices(),
             },
             Beginning::Wait => {
                 tracing::info!("waiting for the takeover of {}", self.front.place().display());
@@ -299,23 +303,41 @@ impl Daemon {
         Ok(())
     }
 
-    /// Listens for virtual machine monitors, and serves one after the other.
-    fn serve_device(&self, front: &VirtiofsFront) -> anyhow::Result<()> {
-        self.host.check_socket(Socket::Device)?;
+    /// Listens for virtual machine monitors.
+    fn serve_devices(&self) -> anyhow::Result<()> {
+        self.host.check_socket(Socket::Device(0))?;
         let engine = self.make_engine()?;
         let mount = self.open_named(engine)?;
+        self.set_state(State::Ready);
+        match (&self.front, &mount) {
+            (Front::Virtiofs(front), _) => {
+                let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+                let null = prepared.null.take().context("there was no /dev/null at the start")?;
+                virtiofs::listen(self.bind_device(0)?, &self.adapter, front, null)?;
+            }
+            (Front::Blk(front), Some(mount)) => {
+                for (number, disk) in (0..).zip(blk::disks(mount, front)?) {
+                    if number > 0 {
+                        self.host.check_socket(Socket::Device(number))?;
+                    }
+                    blk::listen(self.bind_device(number)?, disk)?;
+                }
+            }
+            _ => bail!("there is nothing to serve"),
+        }
+        self.run(engine, mount.as_ref());
+        Ok(())
+    }
+
+    /// Binds the socket of device `number`, unless the daemon is being stopped meanwhile.
+    fn bind_device(&self, number: u16) -> anyhow::Result<OwnedFd> {
         let stopping = self.stopping.lock().unwrap_or_else(PoisonError::into_inner);
         if *stopping {
             bail!("stopped before the device");
         }
-        let socket = self.host.bind_socket(Socket::Device)?;
-        drop(stopping);
-        self.set_state(State::Ready);
-        let prepared = std::mem::take(&mut *self.prepared.lock().unwrap_or_else(PoisonError::into_inner));
-        let null = prepared.null.context("there was no /dev/null at the start")?;
-        virtiofs::listen(socket, &self.adapter, front, null)?;
-        self.run(engine, mount.as_ref());
-        Ok(())
+        let socket = self.host.bind_socket(Socket::Device(number))?;
+        self.devices.fetch_max(number + 1, Ordering::Relaxed);
+        Ok(socket)
     }
 
     /// Covers the mount with an overlay, if its configuration says so.
@@ -348,7 +370,7 @@ impl Daemon {
         let prepared = std::mem::take(&mut *self.prepared.lock().unwrap_or_else(PoisonError::into_inner));
         let threads = match &self.front {
             Front::Fuse(front) => front.fuse_threads,
-            Front::Virtiofs(_) => bail!("a device has no mount"),
+            Front::Virtiofs(_) | Front::Blk(_) => bail!("a device has no mount"),
         };
         let (_, initialized) = fuse.serve(Arc::clone(&self.adapter), threads, prepared.rings, ended)?;
         Ok(initialized)
@@ -433,10 +455,10 @@ impl Daemon {
                 fuse.abandon();
             }
         }
-        if self.front.device().is_some()
-            && let Err(e) = self.host.remove_socket(Socket::Device)
-        {
-            tracing::warn!("remove the {}: {e:#}", Socket::Device.name());
+        for socket in (0..self.devices.load(Ordering::Relaxed)).map(Socket::Device) {
+            if let Err(e) = self.host.remove_socket(socket) {
+                tracing::warn!("remove the {}: {e:#}", socket.name());
+            }
         }
         let (done, flushed) = std::sync::mpsc::sync_channel(1);
         let mounts = self.adapter.table().mounts();

@@ -20,6 +20,7 @@ fn main() {
     std::process::exit(match cli.command {
         Command::Fuse(args) => serve(Front::Fuse(args.front), args.serve),
         Command::Virtiofs(args) => serve(Front::Virtiofs(args.front), args.serve),
+        Command::Blk(args) => serve(Front::Blk(args.front), args.serve),
         Command::Prefetch(args) => {
             prepare(&args.global);
             preheat::standalone::run(*args)

@@ -14,6 +14,7 @@ pub mod blob_context;
 pub mod blob_file;
 pub mod bootstrap;
 pub mod check;
+pub mod disk;
 pub mod error;
 pub mod format;
 pub mod fs;

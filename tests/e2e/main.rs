@@ -5,6 +5,7 @@
 
 mod api;
 mod backing;
+mod blk;
 mod cache_files;
 mod clients;
 mod conversions;

@@ -102,13 +102,54 @@ pub struct VirtiofsFront {
     pub read_only: bool,
 }
 
+/// Flags of `blk`.
+#[derive(Args, Clone, Debug)]
+pub struct BlkArgs {
+    /// The device.
+    #[command(flatten)]
+    pub front: BlkFront,
+
+    /// What is served.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+/// An image as a disk of virtual machines.
+#[derive(Args, Clone, Debug)]
+pub struct BlkFront {
+    /// Unix socket to listen on, for a virtual machine monitor to connect to
+    #[arg(long, value_name = "PATH")]
+    pub sock: PathBuf,
+
+    /// A disk for the metadata, and one for each blob on a socket beside it (PATH.1, PATH.2 and so on), for guests
+    /// with a kernel before 6.4: `mount -t erofs -o device=/dev/vdb,device=/dev/vdc /dev/vda`
+    #[arg(long)]
+    pub split: bool,
+
+    /// Queues that the guest may use at once, each served by a thread of its own
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 4,
+        value_parser = clap::value_parser!(u16).range(1..=64)
+    )]
+    pub request_queues: u16,
+
+    /// Answer in the order of the requests, for a monitor that reconnects after a crash of the daemon: none is
+    /// lost then, but each waits for those before it
+    #[arg(long)]
+    pub in_order: bool,
+}
+
 /// How a daemon is reached.
 #[derive(Clone, Debug)]
 pub enum Front {
     /// Through a mount of this host.
     Fuse(FuseFront),
-    /// Through a device of a virtual machine.
+    /// Through a file system device of a virtual machine.
     Virtiofs(VirtiofsFront),
+    /// Through disks of a virtual machine.
+    Blk(BlkFront),
 }
 
 impl Front {
@@ -117,6 +158,7 @@ impl Front {
         match self {
             Self::Fuse(fuse) => fuse.writable,
             Self::Virtiofs(virtiofs) => !virtiofs.read_only,
+            Self::Blk(_) => false,
         }
     }
 
@@ -124,7 +166,7 @@ impl Front {
     pub fn mountpoint(&self) -> Option<&Path> {
         match self {
             Self::Fuse(fuse) => Some(&fuse.mountpoint),
-            Self::Virtiofs(_) => None,
+            Self::Virtiofs(_) | Self::Blk(_) => None,
         }
     }
 
@@ -133,6 +175,7 @@ impl Front {
         match self {
             Self::Fuse(_) => None,
             Self::Virtiofs(virtiofs) => Some(&virtiofs.sock),
+            Self::Blk(blk) => Some(&blk.sock),
         }
     }
 
@@ -141,6 +184,7 @@ impl Front {
         match self {
             Self::Fuse(fuse) => &fuse.mountpoint,
             Self::Virtiofs(virtiofs) => &virtiofs.sock,
+            Self::Blk(blk) => &blk.sock,
         }
     }
 }

@@ -19,7 +19,7 @@ use super::admit::{self, Access, Jail};
 use super::place::{self, Place};
 use super::protocol::{Refusal, Reply, Request};
 use super::refuse::Rules;
-use super::socket::{Listening, Socket};
+use super::socket::Sockets;
 use crate::failover::supervisor;
 use crate::passthrough::OWN_MOUNT;
 use crate::transport::mounted;
@@ -86,8 +86,7 @@ pub struct Host {
     rules: Rules,
     /// The mount that was made or inherited.
     seat: Mutex<Option<Arc<Seat>>>,
-    /// By [`Socket`].
-    sockets: [Listening; 2],
+    sockets: Sockets,
     /// Where the daemon sees the host's files, if not where they are.
     jail: OnceLock<Jail>,
 }
@@ -96,10 +95,7 @@ impl Host {
     pub(super) fn new(places: Places) -> Self {
         let places = places.settled();
         let rules = Rules::new(&places);
-        let sockets = [
-            Listening::new(Socket::Api, places.apisock.clone()),
-            Listening::new(Socket::Device, places.device.clone()),
-        ];
+        let sockets = Sockets::new(places.apisock.clone(), places.device.clone());
         Self { places, rules, seat: Mutex::default(), sockets, jail: OnceLock::new() }
     }
 
@@ -110,9 +106,9 @@ impl Host {
         let path = |path: PathBuf| (Reply::Path(path.into()), None);
         let descriptor = |fd: OwnedFd| (Reply::Done, Some(fd));
         Ok(match request {
-            Request::SocketCheck(socket) => yes(self.socket(socket).check()?),
-            Request::SocketBind(socket) => descriptor(self.socket(socket).bind()?),
-            Request::SocketRemove(socket) => done(self.socket(socket).remove()?),
+            Request::SocketCheck(socket) => yes(self.sockets.get(socket).check()?),
+            Request::SocketBind(socket) => descriptor(self.sockets.get(socket).bind()?),
+            Request::SocketRemove(socket) => done(self.sockets.get(socket).remove()?),
             Request::Keeper { holder } => descriptor(self.keeper(holder)?),
             Request::Usable => path(usable_mountpoint(self.mountpoint()?)?.real().to_owned()),
             Request::IsListed => yes(mounted::is_listed(self.mountpoint()?, SOURCE)?),
@@ -164,10 +160,6 @@ impl Host {
             }
             Request::Jail => done(self.enter(descriptors)?),
         })
-    }
-
-    fn socket(&self, socket: Socket) -> &Listening {
-        &self.sockets[socket as usize]
     }
 
     /// Where the command line has it mounted.

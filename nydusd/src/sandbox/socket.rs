@@ -1,11 +1,12 @@
 //! The sockets that the daemon listens on: made, looked at and removed where its command line says, and nowhere else.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, bail};
 use nix::errno::Errno;
@@ -24,8 +25,9 @@ use crate::process;
 pub enum Socket {
     /// Clients' HTTP API.
     Api,
-    /// Where a virtual machine monitor finds its device.
-    Device,
+    /// Where a virtual machine monitor finds a device: the first one at the path that the command line says, others
+    /// beside it, at that path with a dot and their number.
+    Device(u16),
 }
 
 impl Socket {
@@ -33,8 +35,41 @@ impl Socket {
     pub fn name(self) -> &'static str {
         match self {
             Self::Api => "API socket",
-            Self::Device => "vhost-user socket",
+            Self::Device(_) => "vhost-user socket",
         }
+    }
+}
+
+/// All of them.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    api: Arc<Listening>,
+    /// Of the first device.
+    device: Option<PathBuf>,
+    /// Those that were asked for.
+    devices: Mutex<BTreeMap<u16, Arc<Listening>>>,
+}
+
+impl Sockets {
+    /// Where these paths say: absolute ones, whose directories have no links.
+    pub fn new(api: Option<PathBuf>, device: Option<PathBuf>) -> Self {
+        let api = Arc::new(Listening::new(Socket::Api, api));
+        Self { api, device, devices: Mutex::default() }
+    }
+
+    /// The place of a socket.
+    pub fn get(&self, socket: Socket) -> Arc<Listening> {
+        let Socket::Device(number) = socket else { return Arc::clone(&self.api) };
+        let path = self.device.clone().map(|path| match number {
+            0 => path,
+            _ => {
+                let mut path = path.into_os_string();
+                path.push(format!(".{number}"));
+                path.into()
+            }
+        });
+        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(devices.entry(number).or_insert_with(|| Arc::new(Listening::new(socket, path))))
     }
 }
 
@@ -49,7 +84,7 @@ pub(super) struct Listening {
 }
 
 impl Listening {
-    pub fn new(socket: Socket, path: Option<PathBuf>) -> Self {
+    fn new(socket: Socket, path: Option<PathBuf>) -> Self {
         Self { socket, path, made: Mutex::default() }
     }
 

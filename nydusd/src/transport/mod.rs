@@ -4,6 +4,7 @@ use std::fs::File;
 
 use crate::cli::{Front, ServeArgs};
 
+pub mod blk;
 mod composer;
 mod control;
 pub mod fusedev;
@@ -40,7 +41,7 @@ impl Prepared {
             Front::Fuse(fuse) if fuse.fuse_io_uring => {
                 Self { rings: uring::Plan::new(fuse, args), null: None }
             }
-            Front::Fuse(_) => Self::default(),
+            Front::Fuse(_) | Front::Blk(_) => Self::default(),
             Front::Virtiofs(_) => {
                 let null = File::options().write(true).open("/dev/null");
                 Self { rings: None, null: null.inspect_err(|e| tracing::error!("/dev/null: {e}")).ok() }

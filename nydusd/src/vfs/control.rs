@@ -120,8 +120,15 @@ impl Daemon {
         })
     }
 
-    /// Below an overlay nothing may change.
+    /// Below an overlay nothing may change, nor does a disk.
     fn changeable(&self) -> Result<(), MountError> {
+        if let Front::Blk(_) = self.front() {
+            return Err(MountError::new(
+                MountErrorKind::Unsupported,
+                "this daemon serves the image that it was started with as a disk; start another one, or `nydusd \
+                 virtiofs`, whose images come and go",
+            ));
+        }
         let root = VfsPath::parse("/").ok().and_then(|root| self.adapter().table().mounted(&root));
         let covered = root.and_then(|root| Some(root.image()?.config().overlay.is_some()));
         match covered {
@@ -318,7 +325,7 @@ impl Daemon {
                 Front::Fuse(fuse) => {
                     ensure!(fuse.writable, "the configuration has an `overlay`, which needs --writable");
                 }
-                Front::Virtiofs(_) => bail!(
+                Front::Virtiofs(_) | Front::Blk(_) => bail!(
                     "the configuration has an `overlay`, which is for mounts of this host; leave it out, and have the \
                      guest mount one"
                 ),

@@ -253,6 +253,11 @@ pub trait Bootstrap: Send + Sync + fmt::Debug {
     /// The blob table, in order.
     fn blobs(&self) -> &[Blob];
 
+    /// All of it as it is stored, if that is a file system which a kernel mounts.
+    fn bytes(&self) -> Option<&[u8]> {
+        None
+    }
+
     /// The root directory.
     fn root(&self) -> Nid;
 

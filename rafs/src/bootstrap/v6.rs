@@ -163,6 +163,10 @@ impl Bootstrap for V6 {
         &self.validated.blobs
     }
 
+    fn bytes(&self) -> Option<&[u8]> {
+        Some(&self.image)
+    }
+
     fn root(&self) -> Nid {
         self.validated.header.root
     }
