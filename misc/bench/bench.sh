@@ -5,7 +5,7 @@
 #   BIN     directory of the binaries (target/release)
 #   RUNS    repetitions (5)
 #   IMAGE   image of misc/images/make-images to measure with (node: tens of thousands of files)
-#   ONLY    one of create reference convert mount fetch fuse variants mounts coldstart (all); the three .py have knobs of their own
+#   ONLY    one of create reference convert mount fetch fuse variants mounts coldstart guest (all); the .py have knobs of their own
 set -euo pipefail
 here=$(cd "$(dirname "$0")/../.." && pwd)
 bin=${BIN:-$here/target/release}
@@ -21,7 +21,7 @@ variants() {
   RUNS=$((runs < 3 ? runs : 3)) "$here/misc/bench/fuse.py"
 }
 case "${ONLY:-}" in
-  fuse | mounts | coldstart) exec "$here/misc/bench/$ONLY.py" ;;
+  fuse | mounts | coldstart | guest) exec "$here/misc/bench/$ONLY.py" ;;
   variants) variants; exit ;;
 esac
 
@@ -166,4 +166,4 @@ if wanted fetch; then
   median "read every file, cold cache" ms <"$work/ours"
 fi
 
-[ -n "${ONLY:-}" ] || { "$here/misc/bench/fuse.py"; (variants); "$here/misc/bench/mounts.py"; "$here/misc/bench/coldstart.py"; }
+[ -n "${ONLY:-}" ] || { "$here/misc/bench/fuse.py"; (variants); "$here/misc/bench/mounts.py"; "$here/misc/bench/coldstart.py"; "$here/misc/bench/guest.py"; }

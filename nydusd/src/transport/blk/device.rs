@@ -212,10 +212,7 @@ fn assemble(disks: &Disks, pieces: &[Piece], mut data: &[u8]) -> Vec<u8> {
 
 /// Answers. The status is behind all the room for data, however much of that is filled.
 fn give(request: Request, data: &[u8], status: u8) {
-    let room = request.writable();
-    let unfilled = room.saturating_sub(1 + data.len() as u64).min(MAX_READ);
-    let zeros = vec![0; unfilled as usize];
-    if let Err(e) = request.answer(&[data, &zeros, &[status]]) {
+    if let Err(e) = request.answer_around(data, &[status]) {
         tracing::warn!("the answer to a request for a disk is lost: {e}");
     }
 }

@@ -69,21 +69,42 @@ impl Request {
     ///
     /// # Errors
     /// There is no room for them, or it is not in the guest's memory: it is given back empty.
-    pub fn answer(mut self, parts: &[&[u8]]) -> io::Result<()> {
+    pub fn answer(self, parts: &[&[u8]]) -> io::Result<()> {
+        self.give(|request| request.write(0, parts))
+    }
+
+    /// Gives it back with `begin` where its room for an answer begins, and `end` where that ends. What is between is left
+    /// as it is.
+    ///
+    /// # Errors
+    /// As [`Self::answer`].
+    pub fn answer_around(self, begin: &[u8], end: &[u8]) -> io::Result<()> {
+        self.give(|request| {
+            let room = request.writable();
+            let at = room.checked_sub(end.len() as u64).filter(|at| *at >= begin.len() as u64);
+            let at = at.ok_or_else(|| io::Error::other(format!("room for {room} bytes")))?;
+            request.write(0, &[begin])?;
+            request.write(at, &[end])?;
+            Ok(u32::try_from(room).unwrap_or(u32::MAX))
+        })
+    }
+
+    /// Gives it back; `write` says how many bytes of its room have an answer.
+    fn give(mut self, write: impl FnOnce(&Self) -> io::Result<u32>) -> io::Result<()> {
         let Some(ticket) = self.ticket.take() else { return Ok(()) };
         let mut written = Ok(0);
         self.flights.complete(ticket, &self.memory, || {
-            written = self.write(parts);
+            written = write(&self);
             *written.as_ref().unwrap_or(&0)
         });
         written.map(drop)
     }
 
-    /// Bytes that were written.
-    fn write(&self, parts: &[&[u8]]) -> io::Result<u32> {
+    /// Writes from byte `skip` of its room on; how many bytes those are.
+    fn write(&self, mut skip: u64, parts: &[&[u8]]) -> io::Result<u32> {
         let len: usize = parts.iter().map(|part| part.len()).sum();
         let len = u32::try_from(len).map_err(io::Error::other)?;
-        if u64::from(len) > self.writable() {
+        if skip.saturating_add(len.into()) > self.writable() {
             let room = self.writable();
             return Err(io::Error::other(format!("an answer of {len} bytes, and room for {room}")));
         }
@@ -95,7 +116,11 @@ impl Request {
                 if room.len == 0 {
                     // There is enough.
                     let Some(next) = segments.next() else { break };
-                    room = next;
+                    let skipped = skip.min(next.len.into());
+                    skip -= skipped;
+                    // An address that overflows is nobody's, and is refused when it is written to.
+                    room.address = GuestAddress(next.address.0.saturating_add(skipped));
+                    room.len = next.len - skipped as u32;
                     continue;
                 }
                 let count = rest.len().min(room.len as usize);
