@@ -97,18 +97,19 @@ impl Disks {
         std::iter::once(Part::Metadata).chain((0..self.chunks.len() as u32).map(Part::Blob))
     }
 
-    /// Bytes of a disk; a blob that is not there has none.
+    /// Bytes of a disk, whole blocks; a blob that is not there has none.
     pub fn size(&self, part: Part) -> u64 {
         let blobs = self.rafs.bootstrap().blobs();
         let metadata = self.metadata().len() as u64;
-        match part {
+        let size = match part {
             Part::Metadata => metadata,
             Part::Blob(blob) => blobs.get(blob as usize).map_or(0, |blob| blob.decoded_size),
             Part::Flat => {
                 let ends = blobs.iter().map(|blob| blob.flat_offset.unwrap_or(0) + blob.decoded_size);
                 ends.fold(metadata, u64::max)
             }
-        }
+        };
+        size.next_multiple_of(self.rafs.bootstrap().summary().block_size.into())
     }
 
     /// The bootstrap.
@@ -128,11 +129,18 @@ impl Disks {
         match part {
             Part::Blob(blob) => self.read_blob(blob, range, pieces),
             Part::Metadata => {
-                push(pieces, Piece::Metadata(range));
+                self.read_metadata(&range, pieces);
                 Ok(())
             }
             Part::Flat => self.read_flat(range, pieces),
         }
+    }
+
+    /// The bootstrap may end inside a block.
+    fn read_metadata(&self, range: &Range<u64>, pieces: &mut Vec<Piece>) {
+        let end = range.end.min(self.metadata().len() as u64).max(range.start);
+        push(pieces, Piece::Metadata(range.start..end));
+        push(pieces, Piece::Zeros(range.end - end));
     }
 
     fn read_flat(&self, range: Range<u64>, pieces: &mut Vec<Piece>) -> Result<()> {
@@ -140,7 +148,7 @@ impl Disks {
         let mut places: Vec<(u64, u64, u32)> = (0..)
             .zip(self.rafs.bootstrap().blobs())
             .map(|(number, blob)| (blob.flat_offset.unwrap_or(0), blob.decoded_size, number))
-            .filter(|(start, size, _)| *start < range.end && start + size > range.start)
+            .filter(|(start, size, _)| *size > 0 && *start < range.end && start + size > range.start)
             .collect();
         places.sort_unstable();
         let mut at = range.start;
