@@ -368,3 +368,6 @@ impl VringT<Memory> for Ring {
         self.inner.set_err(file);
     }
 }
+
+#[cfg(test)]
+mod tests;
